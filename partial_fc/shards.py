@@ -1,0 +1,53 @@
+"""Which classes a rank owns, and the first values of their prototypes; both a function of the global class id alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INIT_BLOCK = 1024  # classes drawn from one generator: large enough to be fast, small enough that a shard draws little it does not own
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The classes [first, first + rows) of `num_classes`, owned by one rank.
+
+    The split is torch.chunk's (ceil division; the last ranks may be short or empty), which torch.distributed.checkpoint
+    requires of a row-sharded matrix: any other split loses rows silently at load.
+    """
+
+    num_classes: int
+    first: int
+    rows: int
+
+    @classmethod
+    def of_rank(cls, num_classes: int, rank: int, world_size: int) -> ClassShard:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, but a classifier needs at least 1 class")
+        if world_size > num_classes:
+            raise ValueError(f"{world_size} ranks cannot share {num_classes} classes: use at most {num_classes} ranks")
+        per_rank = -(-num_classes // world_size)
+        first = min(rank * per_rank, num_classes)
+        return cls(num_classes, first, min(per_rank, num_classes - first))
+
+    def local_rows(self, labels_B: Tensor) -> Tensor:
+        """Row of each global label in this shard, int64 [B]; outside [0, rows) where another rank owns the class."""
+        return labels_B - self.first
+
+
+def initial_prototypes(shard: ClassShard, width: int, seed: int, std: float = 0.01) -> Tensor:
+    """Normal prototypes [rows, width] (float32, CPU) of one shard, the same for a class however the classes are shared out.
+
+    std 0.01 is the field's (arcface_torch). Classes are drawn in blocks of 1024, each from its own generator keyed (seed, block).
+    """
+    prototypes_SD = torch.empty(shard.rows, width)
+    for block in range(shard.first // INIT_BLOCK, -(-(shard.first + shard.rows) // INIT_BLOCK)):
+        key = int(np.random.SeedSequence((seed, block)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        drawn = torch.empty(INIT_BLOCK, width).normal_(0.0, std, generator=torch.Generator().manual_seed(key))
+        first = max(block * INIT_BLOCK, shard.first)
+        stop = min((block + 1) * INIT_BLOCK, shard.first + shard.rows)
+        prototypes_SD[first - shard.first : stop - shard.first] = drawn[first - block * INIT_BLOCK : stop - block * INIT_BLOCK]
+    return prototypes_SD

@@ -1,0 +1,79 @@
+"""Process groups for tests: N gloo ranks on this machine, started once per size and reused by every test that asks for them.
+A call that takes too long kills these processes, and no others."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while True:
+        call = connection.recv()
+        if call is None:
+            dist.destroy_process_group()
+            return
+        function, arguments = call
+        try:
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class Ranks:
+    """`run(function, *arguments)` calls a module-level function on every rank and returns the results in rank order."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        context = mp.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory(prefix="protoshard-ranks-")
+        self.connections, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, os.path.join(self.folder.name, "store"), theirs), daemon=True)
+            process.start()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, arguments))
+        deadline = time.monotonic() + timeout
+        results = []
+        for rank, connection in enumerate(self.connections):
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                self.close(kill=True)
+                raise TimeoutError(f"rank {rank} of {self.size} gave no result within {timeout} s in {function.__name__}")
+            ok, value = connection.recv()
+            if not ok:
+                self.close(kill=True)  # the other ranks may be waiting for this one in a collective
+                raise AssertionError(f"rank {rank} of {self.size} failed:\n{value}")
+            results.append(value)
+        return results
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self, kill: bool = False) -> None:
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            if not kill and process.is_alive():
+                connection.send(None)
+        for process in self.processes:
+            process.join(0 if kill else 10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.folder.cleanup()
