@@ -1,0 +1,77 @@
+"""An iterator that runs in a thread of its own, a few items ahead of its consumer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+_END = object()
+
+
+class Background(Generic[T]):
+    """Runs `items` in a thread, up to `depth` items ahead. An exception of `items` is raised again by the consumer's next()."""
+
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self.wait_seconds = 0.0
+        self._ready: queue.Queue = queue.Queue(depth)
+        stop = threading.Event()
+        thread = threading.Thread(target=_produce, args=(items, self._ready, stop), name="protoshard-data", daemon=True)
+        # Also runs when the iterator is dropped or the interpreter ends, since a daemon thread inside a native library crashes the exit.
+        self._finalizer = weakref.finalize(self, _finish, thread, self._ready, stop)
+        thread.start()
+
+    def __iter__(self) -> Background[T]:
+        return self
+
+    def __next__(self) -> T:
+        if not self._finalizer.alive:
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._ready.get()
+        self.wait_seconds += time.perf_counter() - start
+        if item is _END:
+            self.close()
+            raise StopIteration
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and waits for it."""
+        self._finalizer()
+
+
+def _produce(items: Iterator[T], ready: queue.Queue, stop: threading.Event) -> None:
+    last: object = _END
+    try:
+        for item in items:
+            if not _put(item, ready, stop):
+                break
+    except BaseException as error:
+        last = error
+    finally:
+        items.close()  # type: ignore[attr-defined]
+    _put(last, ready, stop)
+
+
+def _put(item: object, ready: queue.Queue, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            pass
+    return False
+
+
+def _finish(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
+    stop.set()
+    thread.join()
+    while not ready.empty():
+        ready.get_nowait()

@@ -1,0 +1,178 @@
+"""The DALI graph: encoded bytes -> decoded, resized, augmented and normalised images, on the CPU or decoded by the GPU ('mixed').
+
+DALI draws no random numbers here: every sample's flip, matrix, brightness and contrast come in as arguments computed from counters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dali_loaders.order import uniform
+
+_AUGMENT_STREAM = 1
+_COLUMNS = 7  # flip, angle, zoom, shift x, shift y, brightness, contrast: fixed, so that one option does not change another's numbers
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of a training image; zero switches one off. Each is drawn uniformly and symmetrically around no change."""
+
+    flip: bool = True  # mirrors left and right with probability 1/2
+    rotate: float = 0.0  # up to so many degrees either way
+    zoom: float = 0.0  # scale between 1 - zoom and 1 + zoom
+    shift: float = 0.0  # up to this fraction of the side, in x and in y
+    brightness: float = 0.0  # factor between 1 - brightness and 1 + brightness
+    contrast: float = 0.0  # factor around mid-grey between 1 - contrast and 1 + contrast
+
+    def __post_init__(self) -> None:
+        for name, limit in (("rotate", 180.0), ("zoom", 0.9), ("shift", 0.9), ("brightness", 1.0), ("contrast", 1.0)):
+            value = getattr(self, name)
+            if not 0 <= value <= limit:
+                raise ValueError(f"augment.{name} is {value}; expected a number from 0 to {limit:g}.")
+
+    @property
+    def geometric(self) -> bool:
+        return max(self.rotate, self.zoom, self.shift) > 0
+
+    @property
+    def photometric(self) -> bool:
+        return max(self.brightness, self.contrast) > 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how images are prepared."""
+
+    train: str = ""  # folder, .tar or .rec
+    reader: str = "native"  # or "mxnet", for .rec only
+    image_size: int = 112  # side in pixels; other sizes are stretched to it
+    threads: int = 0  # for reading and for decoding; 0 shares the cores among the ranks of this machine
+    prefetch: int = 2  # batches kept ready ahead of the training step
+    augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 8), ("threads", 0), ("prefetch", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"data.{name} is {value}; expected at least {least}.")
+
+    def thread_count(self) -> int:
+        """`threads`, or for 0 this rank's share of the cores that the process may use."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """Per-sample arguments of the graph for the stream positions, each a function of (seed, position) alone.
+
+    flip int32 [b]; matrix float32 [b, 2, 3], which maps output to input pixels; brightness and contrast float32 [b]."""
+    draw = uniform(seed, _AUGMENT_STREAM, positions, _COLUMNS)
+    signed = 2 * draw - 1
+    arguments = {"flip": (draw[:, 0] < 0.5).astype(np.int32) * config.flip}
+    if config.geometric:
+        angle, scale = np.radians(config.rotate) * signed[:, 1], 1 + config.zoom * signed[:, 2]
+        cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+        centre = image_size / 2
+        from_x, from_y = centre + config.shift * image_size * signed[:, 3], centre + config.shift * image_size * signed[:, 4]
+        rows = [cos, sin, centre - cos * from_x - sin * from_y, -sin, cos, centre + sin * from_x - cos * from_y]
+        arguments["matrix"] = np.stack(rows, axis=1).reshape(-1, 2, 3).astype(np.float32)
+    if config.photometric:
+        arguments["brightness"] = (1 + config.brightness * signed[:, 5]).astype(np.float32)
+        arguments["contrast"] = (1 + config.contrast * signed[:, 6]).astype(np.float32)
+    return arguments
+
+
+class Decoder:
+    """Runs the graph on one batch at a time: float32 [b, 3, image_size, image_size], RGB, (x - 127.5) / 127.5, on `device`.
+
+    `arguments` at a call are those of augment_arguments, the same set at every call; none for plain decoding."""
+
+    def __init__(self, image_size: int, batch_size: int, threads: int, device: torch.device) -> None:
+        self._size = image_size
+        self._batch_size = batch_size
+        self._threads = threads
+        self._device = device
+        self._resize = False
+        self._pipeline: Any = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> torch.Tensor:
+        """RuntimeError if DALI cannot decode one of the images (which one it does not say; see `unreadable`)."""
+        if self._pipeline is None:
+            self._pipeline = self._build(set(arguments))
+        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+        for name, values in arguments.items():
+            self._pipeline.feed_input(name, values)
+        try:
+            (output,) = self._pipeline.run() if self._stream is None else self._pipeline.run(cuda_stream=self._stream)
+        except RuntimeError:
+            self._pipeline = None  # what a pipeline holds after an error is not specified
+            raise
+        if not self._resize and any(tuple(shape) != (3, self._size, self._size) for shape in output.shape()):
+            # Resizing halves the throughput even where it changes nothing, so it joins the graph at the first image of another size.
+            self._resize, self._pipeline = True, None
+            return self(encoded, arguments)
+        return self._to_torch(output)
+
+    def unreadable(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> list[int]:
+        """Places in the batch of the images that cannot be decoded, found by bisection."""
+        try:
+            self(encoded, arguments)
+            return []
+        except RuntimeError:
+            if len(encoded) == 1:
+                return [0]
+        half = len(encoded) // 2
+        left = self.unreadable(encoded[:half], {name: values[:half] for name, values in arguments.items()})
+        right = self.unreadable(encoded[half:], {name: values[half:] for name, values in arguments.items()})
+        return left + [half + at for at in right]
+
+    def _to_torch(self, output: Any) -> torch.Tensor:
+        if self._stream is None:
+            return torch.from_dlpack(output.as_tensor())  # no copy: DALI's buffer lives as long as the tensor
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        with torch.cuda.stream(self._stream):
+            images = torch.empty((len(output), 3, self._size, self._size), dtype=torch.float32, device=self._device)
+            feed_ndarray(output.as_tensor(), images, cuda_stream=self._stream)
+        # Only the thread that feeds waits here, never the training step; afterwards DALI may reuse its buffer.
+        self._stream.synchronize()
+        return images
+
+    def _build(self, names: set[str]) -> Any:
+        try:
+            import nvidia.dali as dali
+        except ImportError as error:
+            raise ValueError(f"decoding images needs NVIDIA DALI, which cannot be imported here ({error}); use a Linux machine.") from error
+        fn: Any = dali.fn
+        types: Any = dali.types
+        on_gpu = self._device.type == "cuda"
+        device_id = (self._device.index or 0) if on_gpu else None
+        pipeline = dali.Pipeline(self._batch_size, self._threads, device_id, prefetch_queue_depth=1)
+        kinds = {"flip": (types.INT32, 0), "matrix": (types.FLOAT, 2), "brightness": (types.FLOAT, 0), "contrast": (types.FLOAT, 0)}
+        with pipeline:
+            given = {n: fn.external_source(name=n, dtype=kinds[n][0], ndim=kinds[n][1], no_copy=True) for n in sorted(names)}
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+            if self._resize:
+                images = fn.resize(images, size=[self._size, self._size])
+            if "matrix" in names:
+                images = fn.warp_affine(images, matrix=given["matrix"])
+            if "brightness" in names:
+                images = fn.brightness_contrast(images, brightness=given["brightness"], contrast=given["contrast"], contrast_center=127.5)
+            pipeline.set_outputs(
+                fn.crop_mirror_normalize(
+                    images,
+                    mirror=given.get("flip", 0),
+                    mean=[127.5] * 3,
+                    std=[127.5] * 3,
+                    dtype=types.FLOAT,
+                    output_layout="CHW",
+                )
+            )
+        pipeline.build()
+        return pipeline

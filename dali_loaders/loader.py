@@ -1,0 +1,239 @@
+"""Batches for one rank, read and decoded in the background while the training step runs; resumable at any sample.
+
+Which image stands at which place, and how it is augmented, depends on (seed, position in the stream) only, not on the number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dali_loaders.background import Background
+from dali_loaders.decode import DataConfig, Decoder, augment_arguments
+from dali_loaders.order import UniformOrder
+from dali_loaders.sources import Source
+
+MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor  # float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5
+    labels: torch.Tensor  # int64 [b]
+    indices: np.ndarray  # int64 [b]: dataset index of each row
+
+
+class TrainLoader:
+    """Endless iterator over this rank's slice of the global batches; images and labels are on `device`.
+
+    Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of UniformOrder(len(source), seed); rank r takes
+    the r-th of world_size equal contiguous slices. An unreadable image is replaced by the next readable one (dataset index + 1, wrapping),
+    logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a ValueError.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        consumed: int = 0,
+        device: torch.device | str = "cpu",
+        skipped_path: str | None = None,
+    ) -> None:
+        if global_batch < 1 or global_batch % world_size:
+            raise ValueError(
+                f"the global batch of {global_batch} does not divide among {world_size} ranks; choose a positive multiple of {world_size}."
+            )
+        assert 0 <= rank < world_size
+        assert consumed >= 0
+        self.skipped: list[str] = []
+        size = global_batch // world_size
+        starts = itertools.count(consumed + rank * size, global_batch)
+        feed = _Feed(source, config, size, torch.device(device), self.skipped, skipped_path, len(source) / world_size)
+        self._batches = Background(feed.train_batches(UniformOrder(len(source), seed), seed, starts), config.prefetch)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Total time that __next__ has waited for data."""
+        return self._batches.wait_seconds
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        return _on_current_stream(next(self._batches))
+
+    def close(self) -> None:
+        """Stops the background threads; the iterator is at its end afterwards."""
+        self._batches.close()
+
+
+def evaluation_batches(
+    source: Source, config: DataConfig, indices: np.ndarray, batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """The images `indices` in this order, not augmented. Rows of unreadable images are left out; `Batch.indices` says which are there.
+
+    The last batch may be smaller."""
+    feed = _Feed(source, config, batch_size, torch.device(device), [], None, len(source))
+    batches = Background(feed.evaluation_batches(np.asarray(indices, np.int64)), config.prefetch)
+    try:
+        for batch in batches:
+            yield _on_current_stream(batch)
+    finally:
+        batches.close()
+
+
+class _Request(NamedTuple):
+    indices: np.ndarray  # wanted images, int64 [b]
+    arguments: dict[str, np.ndarray]
+    reads: list[Future[list[bytes | None]]]  # one per reading thread
+
+
+class _Feed:
+    """Reads ahead, decodes, and deals with unreadable images. Runs in one background thread; reading uses a few more."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        batch_size: int,
+        device: torch.device,
+        skipped: list[str],
+        skipped_path: str | None,
+        share: float,
+    ) -> None:
+        self._source, self._config, self._batch_size, self._device = source, config, batch_size, device
+        self._threads = config.thread_count()
+        self._decoder = Decoder(config.image_size, batch_size, self._threads, device)
+        self._labels = torch.from_numpy(source.labels)
+        self._bad: set[int] = set()
+        self._skipped, self._skipped_path, self._share = skipped, skipped_path, share
+
+    def train_batches(self, order: UniformOrder, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
+        config, reads_so_far, skipped_reads = self._config, 0, 0
+        with ThreadPoolExecutor(self._threads, "protoshard-read") as pool:
+            requests = (
+                (order.indices(start, stop), augment_arguments(config.augment, config.image_size, seed, np.arange(start, stop)))
+                for start, stop in ((s, s + self._batch_size) for s in starts)
+            )
+            for wanted, arguments, encoded in self._read_ahead(pool, requests):
+                images = self._decode(encoded, wanted, arguments)
+                reads_so_far += len(wanted)
+                indices = wanted
+                while images is None:
+                    unreadable = sum(int(index) in self._bad for index in wanted)
+                    self._stop_above(skipped_reads + unreadable, reads_so_far)
+                    indices = np.array([self._next_readable(int(index)) for index in wanted])
+                    images = self._decode(self._read(indices), indices, arguments)
+                skipped_reads += int((indices != wanted).sum())
+                yield self._batch(images, indices)
+
+    def evaluation_batches(self, indices: np.ndarray) -> Iterator[Batch]:
+        with ThreadPoolExecutor(self._threads, "protoshard-read") as pool:
+            parts = (indices[start : start + self._batch_size] for start in range(0, len(indices), self._batch_size))
+            for wanted, arguments, encoded in self._read_ahead(pool, ((part, {}) for part in parts)):
+                images = self._decode(encoded, wanted, arguments)
+                while images is None and len(wanted):
+                    wanted = wanted[[int(index) not in self._bad for index in wanted]]
+                    images = self._decode(self._read(wanted), wanted, arguments)
+                if images is not None:
+                    yield self._batch(images, wanted)
+
+    def _read_ahead(
+        self, pool: ThreadPoolExecutor, requests: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[bytes | None]]]:
+        """Adds the encoded images to each request while the one before it is decoded; several threads hide the latency of storage."""
+        pending: deque[_Request] = deque()
+        for request in itertools.chain(requests, [None]):
+            if request is not None:
+                parts = np.array_split(request[0], self._threads)
+                pending.append(_Request(*request, [pool.submit(self._read, part) for part in parts]))
+            while pending and (request is None or len(pending) > 1):
+                indices, arguments, reads = pending.popleft()
+                yield indices, arguments, [data for read in reads for data in read.result()]
+
+    def _read(self, indices: np.ndarray) -> list[bytes | None]:
+        """Encoded images; None where the file cannot be read or is visibly cut off."""
+        images: list[bytes | None] = []
+        for index in indices.tolist():
+            try:
+                data = self._source.read(index)
+            except (OSError, ValueError):
+                data = b""
+            images.append(data if _is_complete(data) else None)
+        return images
+
+    def _decode(self, encoded: list[bytes | None], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
+        """The images of a batch, or None after naming those of it that cannot be decoded."""
+        readable = [data for data in encoded if data is not None]
+        if len(readable) == len(encoded) and readable:
+            try:
+                return self._decoder(readable, arguments)
+            except RuntimeError as error:
+                broken = self._decoder.unreadable(readable, arguments)
+                if not broken:
+                    raise RuntimeError("decoding a batch failed although each of its images can be decoded") from error
+        else:
+            broken = [at for at, data in enumerate(encoded) if data is None]
+        for index in sorted({int(indices[at]) for at in broken} - self._bad):
+            self._name_unreadable(index)
+        return None
+
+    def _name_unreadable(self, index: int) -> None:
+        name = self._source.name(index)
+        log.warning("skipping unreadable image %s", name)
+        self._bad.add(index)
+        self._skipped.append(name)
+        if self._skipped_path is not None:
+            os.makedirs(os.path.dirname(self._skipped_path) or ".", exist_ok=True)
+            with open(self._skipped_path, "a", encoding="utf-8") as file:
+                file.write(name + "\n")
+
+    def _stop_above(self, skipped_reads: int, reads_so_far: int) -> None:
+        if skipped_reads > MAX_SKIPPED * max(reads_so_far, self._share):
+            where = f"listed in {self._skipped_path}" if self._skipped_path else f"the first are {', '.join(self._skipped[:3])}"
+            raise ValueError(
+                f"{skipped_reads} unreadable images among the first {reads_so_far} of {self._source.path} are more than "
+                f"{MAX_SKIPPED:.0%} ({where}); repair or remove them."
+            )
+
+    def _next_readable(self, index: int) -> int:
+        while index in self._bad:
+            index = (index + 1) % len(self._source)
+        return index
+
+    def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
+        labels = self._labels[torch.from_numpy(indices)]
+        if self._device.type == "cuda":
+            labels = labels.pin_memory().to(self._device, non_blocking=True)
+        return Batch(images, labels, indices)
+
+
+def _is_complete(data: bytes) -> bool:
+    """False for an empty file and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
+
+    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
+        return bool(data)
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+
+
+def _on_current_stream(batch: Batch) -> Batch:
+    """Tells the allocator that the training stream uses memory which the feeding thread's stream allocated."""
+    if batch.images.is_cuda:
+        stream = torch.cuda.current_stream(batch.images.device)
+        batch.images.record_stream(stream)
+        batch.labels.record_stream(stream)
+    return batch

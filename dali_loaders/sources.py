@@ -1,0 +1,152 @@
+"""Where images come from: a folder, a tar or a RecordIO file behind one small interface (number, labels, names, encoded bytes)."""
+
+import os
+import tarfile
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from dali_loaders.records import IndexedRecordReader, MXNetReader, RandomAccessFile, unpack_record
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+LAYOUT = "IDENTITY/IMAGE.jpg (one folder per identity)"
+
+
+class Source(Protocol):
+    """A labelled set of encoded images. Picklable; `read` may be called from several threads."""
+
+    path: str
+    labels: np.ndarray  # int64 [N], in 0..C-1
+    identities: list[str]  # C names, indexed by label
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of image `index`."""
+
+    def name(self, index: int) -> str:
+        """How messages call image `index`."""
+
+
+def open_source(path: str, reader: str = "native") -> Source:
+    """Opens a folder or .tar of IDENTITY/IMAGE files, or a .rec (its .idx is rebuilt when missing).
+
+    reader: "native", or "mxnet" to read a .rec through the mxnet package. ValueError for whatever holds no labelled images.
+    """
+    if reader not in ("native", "mxnet"):
+        raise ValueError(f"unknown reader {reader!r}: expected 'native' or 'mxnet'.")
+    if not path:
+        raise ValueError("no data given: name a folder, a .tar or a .rec file.")
+    if not os.path.exists(path):
+        raise ValueError(f"{path} does not exist; expected a folder, a .tar or a .rec file.")
+    if path.endswith(".rec"):
+        return RecordSource(path, reader)
+    if reader == "mxnet":
+        raise ValueError(f"reader='mxnet' reads .rec files only, but the data is {path}; use reader='native'.")
+    return FolderSource(path) if os.path.isdir(path) else TarSource(path)
+
+
+class FolderSource:
+    """PATH/IDENTITY/IMAGE; identities and images in sorted order."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        root = path.rstrip("/") + "/"
+        files = (f"{folder}/{name}"[len(root) :] for folder, _, names in os.walk(root.rstrip("/") or "/") for name in names)
+        self._names = sorted(name for name in files if _is_image(name))
+        self.labels, self.identities = _labels(path, self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> bytes:
+        with open(os.path.join(self.path, self._names[index]), "rb", buffering=0) as file:
+            return file.read()
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.path, self._names[index])
+
+
+class TarSource:
+    """An uncompressed tar of IDENTITY/IMAGE files: its headers are read once, its images at their offsets without unpacking."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file = RandomAccessFile(path)
+        members = sorted(_tar_members(path))
+        self._names = [name for name, _, _ in members]
+        self.labels, self.identities = _labels(path, self._names)
+        self._offsets = np.array([offset for _, offset, _ in members], np.int64)
+        self._sizes = np.array([size for _, _, size in members], np.int64)
+        if int((self._offsets + self._sizes).max()) > self._file.size:
+            raise ValueError(f"{path} is cut off; copy it again from its source.")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> bytes:
+        return self._file.read(int(self._sizes[index]), int(self._offsets[index]))
+
+    def name(self, index: int) -> str:
+        return f"{os.path.basename(self.path)}:{self._names[index]}"
+
+
+class RecordSource:
+    """The image records of a .rec file in key order; records without an image (InsightFace's headers) are left out.
+
+    Labels that are not 0..C-1 are numbered anew in rising order; identity names are the original labels, or those of the sidecar that
+    `pack` writes (it also spares reading a header per image)."""
+
+    def __init__(self, path: str, reader: str = "native") -> None:
+        self.path = path
+        records = IndexedRecordReader(path)
+        order = np.argsort(records.keys, kind="stable")
+        labels, has_image = records.scan_headers(records.offsets[order])
+        if not has_image.any():
+            raise ValueError(f"{path} holds {len(records)} records but no image; pack the images again.")
+        self._keys = records.keys[order][has_image]
+        self._offsets = records.offsets[order][has_image]
+        self._records = records
+        self._mxnet = MXNetReader(path) if reader == "mxnet" else None
+        values, self.labels = np.unique(labels[has_image], return_inverse=True)
+        self.labels = self.labels.astype(np.int64)
+        self.identities = [str(int(value)) if value == int(value) else str(value) for value in values]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def read(self, index: int) -> bytes:
+        if self._mxnet is not None:
+            return unpack_record(self._mxnet.read(int(self._keys[index])))[1]
+        return unpack_record(self._records.read_at(int(self._offsets[index])))[1]
+
+    def name(self, index: int) -> str:
+        return f"{os.path.basename(self.path)}:record {self._keys[index]}"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not os.path.basename(name).startswith(".")
+
+
+def _labels(path: str, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels int64 [N] and identity names of sorted paths IDENTITY/IMAGE."""
+    if not names:
+        raise ValueError(f"{path} holds no images ({', '.join(IMAGE_EXTENSIONS)}); expected {LAYOUT}.")
+    folders = [os.path.dirname(name) for name in names]
+    if "" in folders:
+        raise ValueError(f"{path} holds {names[folders.index('')]} outside any identity folder; expected {LAYOUT}.")
+    identities = sorted(set(folders))
+    label_of = {identity: label for label, identity in enumerate(identities)}
+    return np.fromiter((label_of[folder] for folder in folders), np.int64, len(folders)), identities
+
+
+def _tar_members(path: str) -> Iterable[tuple[str, int, int]]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = os.path.normpath(member.name)
+                if member.isreg() and _is_image(name):
+                    yield name, member.offset_data, member.size
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable uncompressed .tar ({error}); expected a folder, a .tar or a .rec file.") from error
