@@ -1,0 +1,106 @@
+"""What a run tells the world: TensorBoard, metrics.jsonl and the console, behind one object that is silent on every rank but 0."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+
+from pipeline.monitor.console import Console
+from pipeline.monitor.writers import JsonLines, open_tensorboard
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Writes FOLDER/metrics.jsonl and FOLDER/tensorboard and shows progress; ranks other than 0 accept the same calls and do nothing.
+
+    total_steps: steps of the whole run, for the progress line.
+    first_step: the first step this run will report. Whatever an interrupted run wrote for this step or a later one is dropped from
+        metrics.jsonl and hidden in TensorBoard, so that curves do not double after a resume. 0 starts both anew.
+    every: on a terminal one line is updated in place; elsewhere (a log file, a pipe) a plain line is written at most every so many steps.
+    stream: where the console goes, standard error unless given.
+
+    Nothing here reads a device: pass numbers that are on the host already.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        total_steps: int,
+        rank: int = 0,
+        *,
+        first_step: int = 0,
+        console: bool = True,
+        every: int = 50,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._console: Console | None = None
+        self._lines: JsonLines | None = None
+        self._board: SummaryWriter | None = None
+        if rank != 0:
+            return
+        if console:
+            self._console = Console(stream or sys.stderr, total_steps, first_step, every)
+        self._lines = JsonLines(Path(folder) / "metrics.jsonl", first_step)
+        self._board = open_tensorboard(Path(folder) / "tensorboard", first_step)
+        if self._board is None:
+            self.say("tensorboard is not installed: metrics go to metrics.jsonl only (pip install tensorboard).")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One number per name. The console shows those whose last part is loss, images_per_second or wait_share ("train/loss" too)."""
+        if self._lines:
+            self._lines.write(step, values)
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._console:
+            self._console.progress(step, values)
+
+    def histogram(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        """A histogram already counted: counts[i] values lie between edges[i] and edges[i + 1], so edges is one longer."""
+        assert len(edges) == len(counts) + 1, f"{name}: {len(counts)} counts need {len(counts) + 1} edges, not {len(edges)}"
+        if self._board:
+            counts, edges = np.asarray(counts, dtype=np.float64), np.asarray(edges, dtype=np.float64)
+            centers = (edges[:-1] + edges[1:]) / 2
+            self._board.add_histogram_raw(
+                name,
+                min=edges[0],
+                max=edges[-1],
+                num=counts.sum(),
+                sum=counts @ centers,
+                sum_squares=counts @ centers**2,
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+
+    def figure(self, step: int, name: str, figure: "Figure") -> None:
+        """A matplotlib figure, which stays the caller's to close."""
+        if self._board:
+            self._board.add_figure(name, figure, step, close=False)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Text (Markdown) for TensorBoard."""
+        if self._board:
+            self._board.add_text(name, text, step)
+
+    def say(self, message: str) -> None:
+        """A plain line on the console, above the progress line where there is one."""
+        if self._console:
+            self._console.say(message)
+
+    def close(self) -> None:
+        """Writes out what is buffered and ends the progress line. Calls after the first do nothing."""
+        if self._board:
+            self._board.close()
+        if self._lines:
+            self._lines.close()
+        if self._console:
+            self._console.close()
+        self._board = self._lines = self._console = None
