@@ -1,0 +1,244 @@
+"""Coming from InsightFace's arcface_torch: its config files, backbone weights and per-rank classifier files, in this project's terms."""
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.backbones import BackboneConfig, build
+from pipeline.plain_config import read_config
+
+SCALE = 64.0  # fixed in arcface_torch's training script, as is the clipping below
+CLIP_NORM = 5.0
+NETWORKS = {f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100)}
+
+# What arcface_torch's configs/base.py sets where a config file does not.
+BASE: dict[str, Any] = {
+    "margin_list": (1.0, 0.5, 0.0),
+    "network": "r50",
+    "output": None,
+    "embedding_size": 512,
+    "sample_rate": 1.0,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "verbose": 2000,
+    "frequent": 10,
+    "gradient_acc": 1,
+    "seed": 2048,
+}
+
+# Options that keep their value under another name.
+RENAMED = {
+    "embedding_size": "backbone.width",
+    "optimizer": "optimizer.name",
+    "lr": "optimizer.lr",
+    "momentum": "optimizer.momentum",
+    "weight_decay": "optimizer.weight_decay",
+    "warmup_epoch": "optimizer.warmup_epochs",
+    "num_epoch": "run.epochs",
+    "gradient_acc": "run.accumulation",
+    "frequent": "run.log_every",
+    "seed": "run.seed",
+    "output": "run.folder",
+}
+
+CHANGED = ("margin_list", "loss", "network", "sample_rate", "batch_size", "rec", "val_targets", "verbose", "fp16")  # by import_config
+
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(("batch_size", "gradient_acc", "embedding_size", "verbose", "frequent", "seed", "num_image"), (int, "a whole number")),
+    **dict.fromkeys(("lr", "momentum", "weight_decay", "sample_rate", "num_epoch", "warmup_epoch"), ((int, float), "a number")),
+    **dict.fromkeys(("network", "optimizer", "rec", "output", "loss"), ((str, type(None)), "a text")),
+    **dict.fromkeys(("margin_list", "val_targets"), ((list, tuple), "a list")),
+}
+
+NO_COUNTERPART = {
+    "num_classes": "the identities are counted in the data",
+    "num_image": "the images are counted in the data",
+    "resume": "say `--resume auto` on the command line",
+    "save_all_states": "checkpoints always hold everything a run needs to go on",
+    "dali": "images are always decoded with DALI",
+    "dali_aug": "set the augmentations you want under data.augment",
+    "num_workers": "DALI's threads are chosen automatically (data.threads)",
+    "interclass_filtering_threshold": "non-target cosines are not filtered",
+}
+
+
+@dataclass(frozen=True)
+class ImportedConfig:
+    """fields: value by dotted name of this project's configuration. unmapped: "option: reason" for all that is not taken over."""
+
+    fields: dict[str, Any]
+    unmapped: list[str]
+
+
+def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
+    """An arcface_torch config file, option by option; `ranks` is the number of GPUs it was meant for, since its batch size is per GPU.
+
+    Raises ValueError, with file and line, for anything but assignments of plain values, and for a value of the wrong kind.
+    """
+    given = read_config(path)
+    options = BASE | given
+    for name, (kind, words) in KINDS.items():
+        if name in options and not isinstance(options[name], kind):
+            raise ValueError(f"{path} sets config.{name} to {options[name]!r}, but it must be {words}.")
+    unmapped = [f"{name}: {_reason(name)}" for name in given if name not in RENAMED and name not in CHANGED]
+    fields = {dotted: options[name] for name, dotted in RENAMED.items() if options.get(name) is not None}
+    fields["optimizer.clip"] = CLIP_NORM
+    fields["run.batch"] = options["batch_size"] * ranks * options["gradient_acc"]
+    fields["optimizer.warmup_epochs"] = max(0, options.get("warmup_epoch", 0))
+    if options["optimizer"] != "sgd":
+        unmapped.append(f"optimizer: {options['optimizer']} is used for the backbone only, the classifier keeps SGD")
+
+    if options["network"] in NETWORKS:
+        fields["backbone.name"] = NETWORKS[options["network"]]
+    else:
+        unmapped.append(f"network: {options['network']!r} does not exist here; the choice is {', '.join(NETWORKS)}")
+
+    if options["sample_rate"] < 1:
+        unmapped.append(f"sample_rate: {options['sample_rate']} is not available, every class takes part in every step")
+
+    fields["loss.scale"] = SCALE
+    fields["loss.name"], fields["loss.margin"], remark = _margin(options)
+    unmapped += remark
+
+    folder = options.get("rec")
+    if folder == "synthetic":
+        unmapped.append("rec: 'synthetic' data does not exist here; make some with `protoshard data faces`")
+    elif folder:
+        fields["data.train"] = f"{folder.rstrip('/')}/train.rec"
+        fields["evaluation.pairs"] = tuple(f"{folder.rstrip('/')}/{name}.bin" for name in options.get("val_targets", ()))
+    if options.get("num_image"):  # it evaluates every so many micro-batches, we every so many epochs
+        fields["evaluation.every_epochs"] = round(options["verbose"] * options["batch_size"] * ranks / options["num_image"], 3)
+    if options.get("fp16"):
+        fields["engine.precision"] = "bfloat16"
+        unmapped.append("fp16: bfloat16 takes its place, which needs no loss scaling")
+    return ImportedConfig(fields, unmapped)
+
+
+def recipe_source(imported: ImportedConfig, origin: str) -> str:
+    """A recipe file (for `protoshard train FILE.py`) with the imported fields; its docstring says what of `origin` was not taken over."""
+    sections: dict[str, dict[str, Any]] = {}
+    for dotted, value in imported.fields.items():
+        section, _, name = dotted.partition(".")
+        sections.setdefault(section, {})[name] = value
+    loss_name = sections["loss"].pop("name")
+    builders = {section: f"{section.capitalize()}Config(" for section in sections} | {"loss": f"losses.build({loss_name!r}, "}
+    calls = [
+        f"        {s}={builders[s]}{', '.join(f'{name}={value!r}' for name, value in part.items())}),\n" for s, part in sections.items()
+    ]
+    remarks = "".join(f"  {line}\n" for line in imported.unmapped) or "  nothing\n"
+    names = sorted(["TrainConfig", *(f"{section.capitalize()}Config" for section in sections if section != "loss")])
+    heading = f"Imported from {origin}. Not taken over:\n{remarks}".replace("\\", "/").replace('"', "'")
+    return (
+        f'"""{heading}"""\n\nfrom partial_fc import losses\nfrom pipeline.config import {", ".join(names)}\n\n\n'
+        f"def recipe() -> TrainConfig:\n    return TrainConfig(\n{''.join(calls)}    )\n"
+    )
+
+
+def load_backbone(path: str | Path, network: str, width: int = 512, image_size: int = 112) -> dict[str, torch.Tensor]:
+    """The backbone's state dict in a model.pt or checkpoint_gpu_*.pt file, float32, fit for our IResNet's load_state_dict.
+
+    `network` is arcface_torch's name ("r50") or ours. Raises ValueError naming the first parameter that is missing, unknown or misshapen.
+    """
+    with torch.device("meta"):
+        expected = build(BackboneConfig(NETWORKS.get(network, network), width), image_size).state_dict()
+    loaded = _load(path)
+    loaded = loaded.get("state_dict_backbone", loaded)
+    found = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(
+                f"{path} has no parameter {name}, of which {network} needs one shaped {tuple(tensor.shape)}: is it another network?"
+            )
+        shape = tuple(found[name].shape) if isinstance(found[name], torch.Tensor) else type(found[name]).__name__
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"parameter {name} in {path} is {shape}, but {network} of width {width} expects {tuple(tensor.shape)}.")
+    for name in found:
+        if name not in expected:
+            raise ValueError(f"{path} has a parameter {name} that {network} lacks: is it another network?")
+    return {name: found[name].to(tensor.dtype) for name, tensor in expected.items()}
+
+
+def merge_classifier(parts: Sequence[str | Path | Mapping[str, Any]], num_classes: int | None = None) -> torch.Tensor:
+    """The prototypes [C, width], float32, of all ranks' checkpoint_gpu_{rank}.pt files, in any order, or of what they hold.
+
+    Rank r of n holds C // n + (r < C % n) classes. Raises ValueError for a file without a classifier and where the rows do not fit
+    together; only `num_classes` tells that the last ranks' files are missing.
+    """
+    if not parts:
+        raise ValueError("there is no classifier file to merge: name all checkpoint_gpu_*.pt files of a run.")
+    weights = [_classifier_rows(part) for part in _in_rank_order(parts)]
+    rows, width = sum(len(weight) for weight in weights), weights[0].shape[1]
+    if num_classes is not None and rows != num_classes:
+        raise ValueError(
+            f"the {len(parts)} classifier files hold {rows} classes together, but {num_classes} are expected: is a rank missing?"
+        )
+    for rank, weight in enumerate(weights):
+        shape = (rows // len(parts) + (rank < rows % len(parts)), width)
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"the classifier of rank {rank} is {tuple(weight.shape)}, but {shape} is its part of {rows} classes: is a rank missing?"
+            )
+    return torch.cat(weights).float()
+
+
+def _reason(name: str) -> str:
+    return NO_COUNTERPART.get(name, "logging goes to TensorBoard and metrics.jsonl" if "wandb" in name else "there is no such option here")
+
+
+def _margin(options: Mapping[str, Any]) -> tuple[str, float, list[str]]:
+    """Loss name and margin, by arcface_torch's own rule (CosFace whenever m3 > 0), and what that leaves out."""
+    if "loss" in options:  # before margin_list existed
+        name = str(options["loss"]).lower()
+        if name not in ("arcface", "cosface"):
+            return "arcface", 0.5, [f"loss: {options['loss']!r} does not exist in arcface_torch; its ArcFace takes its place"]
+        return name, 0.5 if name == "arcface" else 0.4, []
+    if len(options["margin_list"]) != 3:
+        raise ValueError(f"config.margin_list is {options['margin_list']}, but must be three numbers, as in (1.0, 0.5, 0.0) for ArcFace.")
+    m1, m2, m3 = options["margin_list"]
+    name, margin = ("cosface", m3) if m3 > 0 else ("arcface", m2)
+    exact = (m1, m2) == (1.0, 0.0) if m3 > 0 else m1 == 1.0
+    return name, margin, [] if exact else [f"margin_list: of the combined margins {(m1, m2, m3)} only {name}'s is kept"]
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a file of weights written by torch.save, or holds more than weights: export its state dict."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict() instead.")
+    return loaded
+
+
+def _in_rank_order(parts: Sequence[str | Path | Mapping[str, Any]]) -> list[str | Path | Mapping[str, Any]]:
+    """Files named checkpoint_gpu_{rank}.pt by their number, so that a shell's gpu_10 before gpu_2 does no harm; others as given."""
+    matches = [None if isinstance(part, Mapping) else re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", Path(part).name) for part in parts]
+    numbers = [int(match[1]) for match in matches if match]
+    if len(numbers) < len(parts):
+        return list(parts)
+    for rank, number in enumerate(sorted(numbers)):
+        if rank != number:
+            raise ValueError(f"of the {len(parts)} classifier files, checkpoint_gpu_{rank}.pt is missing or another one is named twice.")
+    return [part for _, part in sorted(zip(numbers, parts, strict=True), key=lambda pair: pair[0])]
+
+
+def _classifier_rows(part: str | Path | Mapping[str, Any]) -> torch.Tensor:
+    name, loaded = ("the given state dict", part) if isinstance(part, Mapping) else (str(part), _load(part))
+    weight = loaded.get("state_dict_softmax_fc", loaded).get("weight")
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"{name} holds no classifier (state_dict_softmax_fc -> weight [classes, width]): train with save_all_states = True."
+        )
+    return weight

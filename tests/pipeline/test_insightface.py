@@ -1,0 +1,200 @@
+"""Configs, backbone weights and classifier files of arcface_torch, made up here in its formats."""
+
+import pytest
+import torch
+
+from pipeline.backbones import BackboneConfig, build
+from pipeline.insightface import ImportedConfig, import_config, load_backbone, merge_classifier, recipe_source
+
+CONFIG = """
+from easydict import EasyDict as edict
+config = edict()
+config.margin_list = (1.0, 0.0, 0.4)
+config.network = "r100"
+config.resume = False
+config.output = None
+config.embedding_size = 256
+config.sample_rate = 0.2
+config.fp16 = True
+config.momentum = 0.9
+config.weight_decay = 1e-4
+config.batch_size = 64
+config.lr = 0.2
+config.verbose = 10000
+config.dali = True
+config.rec = "/train_tmp/WebFace42M"
+config.num_classes = 2059906
+config.num_image = 42474557
+config.num_epoch = 20
+config.warmup_epoch = config.num_epoch // 10
+config.val_targets = ['lfw', "agedb_30"]
+config.using_wandb = True
+config.head_dim = 3
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "wf42m.py"
+    path.write_text(text)
+    return path
+
+
+def test_config_field_by_field(tmp_path):
+    imported = import_config(write(tmp_path, CONFIG), ranks=16)
+    assert imported.fields == {
+        "backbone.name": "iresnet100",
+        "backbone.width": 256,
+        "data.train": "/train_tmp/WebFace42M/train.rec",
+        "engine.precision": "bfloat16",
+        "evaluation.every_epochs": 0.241,  # 10,000 steps of 1,024 images
+        "evaluation.pairs": ("/train_tmp/WebFace42M/lfw.bin", "/train_tmp/WebFace42M/agedb_30.bin"),
+        "loss.margin": 0.4,
+        "loss.name": "cosface",
+        "loss.scale": 64.0,
+        "optimizer.clip": 5.0,
+        "optimizer.lr": 0.2,
+        "optimizer.momentum": 0.9,
+        "optimizer.name": "sgd",
+        "optimizer.warmup_epochs": 2,
+        "optimizer.weight_decay": 1e-4,
+        "run.accumulation": 1,
+        "run.batch": 1024,
+        "run.epochs": 20,
+        "run.log_every": 10,
+        "run.seed": 2048,
+    }
+
+
+def test_whatever_is_not_taken_over_is_named(tmp_path):
+    unmapped = import_config(write(tmp_path, CONFIG)).unmapped
+    named = {line.partition(":")[0] for line in unmapped}
+    assert named == {"resume", "sample_rate", "fp16", "dali", "num_classes", "num_image", "using_wandb", "head_dim"}
+    assert "head_dim: there is no such option here" in unmapped
+
+
+@pytest.mark.parametrize(
+    ("lines", "name", "margin", "remarks"),
+    [
+        ("", "arcface", 0.5, 0),
+        ("config.margin_list = [1.0, 0.3, 0.0]", "arcface", 0.3, 0),
+        ("config.margin_list = (1.0, 0.0, 0.35)", "cosface", 0.35, 0),
+        ("config.margin_list = (0.9, 0.4, 0.15)", "cosface", 0.15, 1),
+        ("config.loss = 'cosface'", "cosface", 0.4, 0),
+        ("config.loss = 'adaface'", "arcface", 0.5, 1),
+    ],
+)
+def test_margins(tmp_path, lines, name, margin, remarks):
+    imported = import_config(write(tmp_path, f"config = edict()\n{lines}\n"))
+    assert (imported.fields["loss.name"], imported.fields["loss.margin"], len(imported.unmapped)) == (name, margin, remarks)
+
+
+def test_networks_and_optimizers_without_counterpart(tmp_path):
+    imported = import_config(write(tmp_path, "config = edict(network='vit_l', optimizer='adamw', rec='synthetic', warmup_epoch=-1)\n"))
+    assert "backbone.name" not in imported.fields and "data.train" not in imported.fields
+    assert imported.fields["optimizer.name"] == "adamw" and imported.fields["optimizer.warmup_epochs"] == 0
+    assert [line.partition(":")[0] for line in imported.unmapped] == ["optimizer", "network", "rec"]
+
+
+@pytest.mark.parametrize("setting", ["batch_size = '64'", "lr = None", "margin_list = 0.5", "network = 50", "margin_list = (1.0, 0.5)"])
+def test_values_of_the_wrong_kind(tmp_path, setting):
+    with pytest.raises(ValueError, match=rf"config\.{setting.split()[0]} .*must be"):
+        import_config(write(tmp_path, f"config = edict()\nconfig.{setting}\n"))
+
+
+def test_recipe_source_gives_the_configuration_back(tmp_path):
+    resolve = pytest.importorskip("pipeline.config").resolve
+    path = tmp_path / "imported.py"
+    path.write_text(recipe_source(import_config(write(tmp_path, CONFIG)), "wf42m.py"))
+    config = resolve(str(path))
+    assert (config.run.batch, config.backbone.name, config.loss.margin) == (512, "iresnet100", 0.4)
+    assert config.data.train == "/train_tmp/WebFace42M/train.rec"
+
+
+def test_recipe_source_is_python_whatever_the_values():
+    source = recipe_source(ImportedConfig({"loss.name": "cosface", "data.train": "a\"\\'b"}, ['odd: """ \\']), 'c"""d.py')
+    compile(source, "recipe", "exec")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return build(BackboneConfig("iresnet18", width=16), 32).state_dict()
+
+
+def save(tmp_path, content, name="model.pt"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: w,
+        lambda w: {f"module.{name}": tensor for name, tensor in w.items()},
+        lambda w: {"epoch": 3, "global_step": 7, "state_dict_backbone": w, "state_dict_softmax_fc": {"weight": torch.zeros(2, 16)}},
+        lambda w: {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in w.items()},
+    ],
+    ids=["plain", "module", "checkpoint", "half"],
+)
+def test_backbone_weights_load(tmp_path, weights, wrap):
+    loaded = load_backbone(save(tmp_path, wrap(weights)), "r18", width=16, image_size=32)
+    assert list(loaded) == list(weights)
+    assert all(loaded[name].dtype == weights[name].dtype for name in weights)
+    torch.testing.assert_close(loaded["fc.weight"], weights["fc.weight"], atol=1e-3, rtol=1e-3)
+    build(BackboneConfig("iresnet18", width=16), 32).load_state_dict(loaded)
+
+
+def test_backbone_mismatch_names_the_parameter(tmp_path, weights):
+    with pytest.raises(ValueError, match=r"fc.weight in .*model.pt is \(16, 2048\), but r18 of width 32 expects \(32, 2048\)"):
+        load_backbone(save(tmp_path, weights), "r18", width=32, image_size=32)
+    with pytest.raises(ValueError, match=r"has no parameter layer1.2.bn1.weight, of which r34 needs one shaped \(64,\)"):
+        load_backbone(save(tmp_path, weights), "r34", width=16, image_size=32)
+    with pytest.raises(ValueError, match=r"has a parameter extra that r18 lacks"):
+        load_backbone(save(tmp_path, {**weights, "extra": torch.zeros(1)}), "r18", width=16, image_size=32)
+    with pytest.raises(ValueError, match="did you mean 'iresnet50'"):
+        load_backbone(save(tmp_path, weights), "resnet50")
+
+
+class NotPlain:
+    pass
+
+
+def test_files_that_hold_no_weights(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    for path, words in [
+        (tmp_path / "missing.pt", "cannot read"),
+        (tmp_path / "text.pt", "not a file of weights"),
+        (save(tmp_path, {"a": NotPlain()}, "object.pt"), "more than weights"),
+        (save(tmp_path, [1]), "holds a list"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_backbone(path, "r18")
+
+
+def split(weight, ranks):
+    sizes = [len(weight) // ranks + (rank < len(weight) % ranks) for rank in range(ranks)]
+    return [{"state_dict_softmax_fc": {"weight": part.clone()}} for part in weight.split(sizes)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4, 12])
+def test_classifier_files_merge_in_rank_order(tmp_path, ranks):
+    weight = torch.randn(26, 4)
+    files = [save(tmp_path, part, f"checkpoint_gpu_{rank}.pt") for rank, part in enumerate(split(weight, ranks))]
+    torch.testing.assert_close(merge_classifier(sorted(map(str, files))), weight, rtol=0, atol=0)
+    torch.testing.assert_close(merge_classifier(split(weight, ranks), num_classes=26), weight, rtol=0, atol=0)
+
+
+def test_classifier_mismatch_is_named(tmp_path):
+    parts = split(torch.randn(10, 4), 4)
+    with pytest.raises(ValueError, match=r"classifier of rank 0 is \(2, 4\), but \(3, 4\) is its part of 7 classes"):
+        merge_classifier([parts[2], parts[1], parts[3]])
+    with pytest.raises(ValueError, match=r"3 classifier files hold 8 classes together, but 10 are expected"):
+        merge_classifier(parts[:3], num_classes=10)
+    with pytest.raises(ValueError, match=r"rank 1 is \(5, 3\), but \(5, 4\)"):
+        merge_classifier([{"weight": torch.zeros(5, 4)}, {"weight": torch.zeros(5, 3)}])
+    with pytest.raises(ValueError, match="the given state dict holds no classifier"):
+        merge_classifier([{"state_dict_backbone": {}}])
+    with pytest.raises(ValueError, match="no classifier file"):
+        merge_classifier([])
+    files = [save(tmp_path, part, f"checkpoint_gpu_{rank}.pt") for rank, part in enumerate(parts)]
+    with pytest.raises(ValueError, match=r"checkpoint_gpu_1\.pt is missing"):
+        merge_classifier([files[0], files[2]])
