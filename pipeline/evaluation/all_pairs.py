@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # Bins are centred on multiples of 2 / STEPS = 1.9e-6: wide against float32 rounding (1e-7), and the ties that occur in practice
 # (cosines -1, 0 and 1 of equal, dead or orthogonal embeddings) lie in the middle of a bin, so that rounding does not split them.
@@ -128,7 +128,7 @@ def _count_pairs(embeddings_ND: Tensor, labels_N: np.ndarray, rank: int, world_s
     order = np.argsort(labels_N, kind="stable")
     label_N = torch.from_numpy(np.asarray(labels_N, dtype=np.int64)[order]).to(device)
     position_N = torch.arange(N, device=device)
-    unit_ND = F.normalize(embeddings_ND.float()[torch.from_numpy(order).to(device)])
+    unit_ND = normalize(embeddings_ND.float()[torch.from_numpy(order).to(device)])
     counts_2K = torch.zeros(2, STEPS + 2, dtype=torch.int64, device=device)
     best_2N = torch.zeros(2, N, dtype=torch.int32, device=device)
     rows = max(1, BLOCK // N)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def embed(
             feature_bD = model(batch.images).float()
             if flip:
                 feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
-            features.append(F.normalize(feature_bD))
+            features.append(normalize(feature_bD))
             indices.append(np.asarray(batch.indices, dtype=np.int64))
     embedding_nD = torch.cat(features) if features else torch.zeros(0, 0, device=device)
     index_n = torch.from_numpy(np.concatenate(indices) if indices else np.zeros(0, np.int64)).to(device)

@@ -1,0 +1,49 @@
+"""Verification of a model on a labelled source (all pairs) or on an InsightFace `.bin` pair set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.evaluation.all_pairs import PairReport, all_pairs
+from pipeline.evaluation.bin_pairs import BinReport, evaluate_bin, read_bin, write_bin
+from pipeline.evaluation.embed import embed
+
+if TYPE_CHECKING:
+    from dali_loaders.decode import DataConfig
+
+__all__ = ["BinReport", "PairReport", "all_pairs", "embed", "evaluate", "evaluate_bin", "read_bin", "write_bin"]
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    path: str,
+    data: DataConfig,
+    *,
+    batch_size: int = 64,
+    flip: bool = True,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> PairReport | BinReport:
+    """All pairs of a folder, tar or RecordIO file, or the 10-fold protocol of a `.bin` file, which always adds the mirror image.
+
+    All ranks of `group` call it and get the same report. `as_dict()` of both reports has eer, tar_at_far, rank1, images, identities.
+    Raises ValueError when `path` is no readable set or makes no genuine or no impostor pair.
+    """
+    if path.endswith(".bin"):
+        return evaluate_bin(model, path, data, batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group)
+    from dali_loaders.sources import open_source
+
+    source = open_source(path, data.reader if path.endswith(".rec") else "native")
+    embeddings_nD, labels_n = embed(
+        model, source, data, batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group
+    )
+    report = all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path)
+    return dataclasses.replace(report, unreadable=len(source) - len(labels_n))

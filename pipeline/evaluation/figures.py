@@ -1,0 +1,87 @@
+"""Figures of an evaluation: ROC curves and score histograms, drawn without pyplot so that no display or global state is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport
+
+LOWEST_FAR = 1e-4
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers and in grey
+
+
+def roc_figure(reports: Mapping[str, PairReport], title: str) -> Figure:
+    """TAR over FAR (logarithmic, 1e-4 to 1), one curve per named report, its EER in the legend and a dot on the curve."""
+    figure, axes = _canvas(title)
+    for i, (name, report) in enumerate(reports.items()):
+        far_P, tar_P = _visible(report)
+        color = COLORS[i % len(COLORS)]
+        label = f"{name} (EER {report.eer:.2%})"
+        axes.plot(far_P, tar_P, color=color, linewidth=1.8, drawstyle="steps-post", label=label, clip_on=False, zorder=3)
+        if report.eer >= LOWEST_FAR:
+            axes.plot(report.eer, 1 - report.eer, "o", color=color, markersize=5, clip_on=False, zorder=4)
+    chance = np.geomspace(LOWEST_FAR, 1, 200)
+    axes.plot(chance, chance, color="0.6", linewidth=1, linestyle=":", label="chance")
+    axes.set(xscale="log", xlim=(LOWEST_FAR, 1), ylim=(0, 1), xlabel="False accept rate", ylabel="True accept rate")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(edgecolor="none", framealpha=0.85, loc="upper left" if _upper_left_is_free(reports) else "lower right")
+    return figure
+
+
+def score_figure(report: PairReport, title: str) -> Figure:
+    """Distributions of genuine and impostor cosines, each with area 1, and the threshold of the EER."""
+    figure, axes = _canvas(title)
+    kinds = (("impostor", report.impostor_histogram, report.impostor_pairs), ("genuine", report.genuine_histogram, report.genuine_pairs))
+    edges = HISTOGRAM_EDGES[::2]
+    for (name, counts, pairs), color in zip(kinds, (COLORS[1], COLORS[0]), strict=True):
+        density = counts.reshape(-1, 2).sum(axis=1) / (pairs * np.diff(edges))
+        axes.stairs(density, edges, fill=True, alpha=0.35, color=color)
+        axes.stairs(density, edges, color=color, linewidth=1.2, label=f"{name} ({pairs:,} pairs)")
+    label = f"EER {report.eer:.2%} at {report.threshold_at_eer:.3f}"
+    axes.axvline(report.threshold_at_eer, color="0.25", linewidth=1, linestyle="--", label=label)
+    used = np.flatnonzero(report.genuine_histogram + report.impostor_histogram)
+    low, high = HISTOGRAM_EDGES[used[0]], HISTOGRAM_EDGES[used[-1] + 1]
+    axes.set(xlim=(max(-1, low - 0.05), min(1, high + 0.05)), xlabel="Cosine", ylabel="Density")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="best")
+    return figure
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    """Writes the figure at 200 dots per inch, making the folder. Raises ValueError when the path cannot be written."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", dpi=200)
+    except OSError as error:
+        raise ValueError(f"{path}: the figure cannot be written ({error.strerror}); choose a path that can.") from error
+
+
+def _canvas(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _visible(report: PairReport) -> tuple[np.ndarray, np.ndarray]:
+    """The curve from the lowest FAR that is drawn and that the set can tell from 0, entered at the TAR of no more than this FAR."""
+    far_P, tar_P = report.roc
+    lowest = max(LOWEST_FAR, 1 / report.impostor_pairs)
+    inside = far_P > lowest
+    return np.concatenate([[lowest], far_P[inside]]), np.concatenate([tar_P[~inside][-1:], tar_P[inside]])
+
+
+def _upper_left_is_free(reports: Mapping[str, PairReport]) -> bool:
+    """Whether every curve stays below half height up to FAR 1 %, where the legend's box ends."""
+    return all(tar_P[far_P <= 1e-2][-1] < 0.5 for far_P, tar_P in (report.roc for report in reports.values()))

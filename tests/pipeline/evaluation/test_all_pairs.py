@@ -1,0 +1,166 @@
+"""all_pairs against a float64 computation that sorts every score, on ties, separations, blocks and shares of ranks."""
+
+import importlib
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport, all_pairs
+
+module = importlib.import_module("pipeline.evaluation.all_pairs")  # the package exports a function of this name
+
+
+def exact(embeddings: torch.Tensor, labels: np.ndarray) -> dict:
+    """Every score kept, float64; scores that round to the same 1e-6 are ties, because inputs are float32."""
+    x = embeddings.double().numpy()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    score = np.round(x @ x.T, 6)
+    genuine = np.array([score[i, j] for i, j in itertools.combinations(range(len(x)), 2) if labels[i] == labels[j]])
+    impostor = np.array([score[i, j] for i, j in itertools.combinations(range(len(x)), 2) if labels[i] != labels[j]])
+    thresholds = np.append(np.inf, np.unique(np.concatenate([genuine, impostor]))[::-1])
+    tar = np.array([(genuine >= t).mean() for t in thresholds])
+    far = np.array([(impostor >= t).mean() for t in thresholds])
+    hits = []
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        mates = [score[i, j] for j in others if labels[j] == labels[i]]
+        if mates:
+            hits.append(max(mates) > max(score[i, j] for j in others if labels[j] != labels[i]))
+    return {
+        "eer": np.interp(0.0, far - (1 - tar), far),
+        "tar_at_far": {f"1e-{k}": tar[far <= 10.0**-k].max() if len(impostor) >= 10**k else None for k in (1, 2, 3, 4)},
+        "rank1": np.mean(hits),
+        "far": far,
+        "tar": tar,
+        "genuine": genuine,
+        "impostor": impostor,
+    }
+
+
+def assert_equals_exact(report: PairReport, embeddings: torch.Tensor, labels: np.ndarray) -> None:
+    want = exact(embeddings, labels)
+    assert report.eer == pytest.approx(want["eer"], abs=1e-12)
+    assert report.tar_at_far == pytest.approx(want["tar_at_far"], abs=1e-12)
+    assert report.rank1 == pytest.approx(want["rank1"], abs=1e-12)
+    assert (report.genuine_pairs, report.impostor_pairs) == (len(want["genuine"]), len(want["impostor"]))
+    assert np.array_equal(report.genuine_histogram.sum(), len(want["genuine"]))
+    points = set(zip(want["far"].round(12), want["tar"].round(12), strict=True))
+    assert set(zip(*(axis.round(12) for axis in report.roc), strict=True)) <= points
+
+
+def clusters(identities: int, each: int, noise: float, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = np.repeat(np.arange(identities), each)
+    centres = torch.randn(identities, width, generator=generator)
+    return centres[labels] + noise * torch.randn(len(labels), width, generator=generator), labels
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.tuples(st.integers(0, 47), st.integers(0, 3)), min_size=3, max_size=14))
+def test_equals_sorting_all_scores_with_many_ties(images):
+    """Directions on a circle in steps of 7.5 degrees: few distinct cosines, at least 0.008 apart."""
+    angle = np.array([a for a, _ in images]) * (2 * np.pi / 48)
+    labels = np.array([label for _, label in images])
+    _, counts = np.unique(labels, return_counts=True)
+    assume(len(counts) > 1 and counts.max() > 1)
+    embeddings = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=1)).float()
+    assert_equals_exact(all_pairs(embeddings, labels), embeddings, labels)
+
+
+@pytest.mark.parametrize(("noise", "seed"), [(0.3, 0), (1.0, 1), (3.0, 2)])
+def test_equals_sorting_all_scores_of_random_embeddings(noise, seed):
+    embeddings, labels = clusters(12, 6, noise, seed=seed)
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    embeddings, labels = embeddings[torch.from_numpy(shuffled)], labels[shuffled]
+    report = all_pairs(embeddings, labels)
+    assert_equals_exact(report, embeddings, labels)
+    genuine, _ = np.histogram(exact(embeddings, labels)["genuine"], bins=HISTOGRAM_EDGES)
+    assert np.array_equal(report.genuine_histogram, genuine)
+
+
+def test_threshold_at_eer_accepts_what_the_roc_says():
+    embeddings, labels = clusters(20, 5, 1.5)
+    report, want = all_pairs(embeddings, labels), exact(embeddings, labels)
+    far = (want["impostor"] >= report.threshold_at_eer).mean()
+    frr = (want["genuine"] < report.threshold_at_eer).mean()
+    assert abs(far - report.eer) <= 1 / len(want["impostor"]) + 1 / len(want["genuine"])
+    assert abs(frr - report.eer) <= 1 / len(want["impostor"]) + 1 / len(want["genuine"])
+
+
+def test_perfect_separation():
+    labels = np.repeat(np.arange(8), 3)
+    report = all_pairs(torch.eye(8)[torch.from_numpy(labels)], labels)
+    assert (report.eer, report.rank1, report.tar_at_far["1e-2"]) == (0.0, 1.0, 1.0)
+    assert report.tar_at_far["1e-3"] is None  # 252 impostor pairs
+    assert 0 < report.threshold_at_eer <= 1
+
+
+@pytest.mark.parametrize("row", [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+def test_collapsed_embeddings_score_as_chance(row):
+    labels = np.repeat(np.arange(10), 3)
+    report = all_pairs(torch.tensor([row]).repeat(30, 1), labels)
+    assert (report.eer, report.rank1, report.tar_at_far["1e-1"]) == (0.5, 0.0, 0.0)
+
+
+def test_far_is_unreached_below_one_impostor_pair():
+    """Identities of 2 and 50 images make 100 impostor pairs, one image less 98."""
+    embeddings = clusters(1, 52, 1.0)[0]
+    labels = np.array([0] * 2 + [1] * 50)
+    assert all_pairs(embeddings, labels).tar_at_far["1e-2"] is not None
+    assert all_pairs(embeddings[:-1], labels[:-1]).tar_at_far["1e-2"] is None
+
+
+def test_identity_with_one_image_adds_impostor_pairs_only():
+    embeddings, labels = clusters(4, 3, 0.5)
+    alone = all_pairs(torch.cat([embeddings, torch.randn(1, 16)]), np.append(labels, 9))
+    base = all_pairs(embeddings, labels)
+    assert (alone.genuine_pairs, alone.impostor_pairs) == (base.genuine_pairs, base.impostor_pairs + 12)
+    assert (alone.images, alone.identities) == (13, 5)
+
+
+def test_blocks_and_shares_of_ranks_change_nothing(monkeypatch):
+    embeddings, labels = clusters(15, 4, 1.2)
+    monkeypatch.setattr(module, "BLOCK", 7 * len(labels))
+    assert_equals_exact(all_pairs(embeddings, labels), embeddings, labels)
+    whole = module._count_pairs(embeddings, labels, 0, 1)
+    shares = [module._count_pairs(embeddings, labels, rank, 3) for rank in range(3)]
+    assert torch.equal(whole[0][:, 1:], sum(counts for counts, _ in shares)[:, 1:])
+    assert torch.equal(whole[1], torch.stack([best for _, best in shares]).amax(dim=0))
+
+
+def test_compact_roc_of_many_points_keeps_its_ends_and_is_exact():
+    embeddings, labels = clusters(60, 5, 1.5)
+    far, tar = all_pairs(embeddings, labels).roc
+    want = exact(embeddings, labels)
+    assert len(far) <= 2000 < len(want["far"])
+    assert (far[0], far[-1], tar[-1]) == (0.0, 1.0, 1.0)
+    assert np.all(np.diff(far) > 0) and np.all(np.diff(tar) >= 0)
+    for f, t in zip(far[::50], tar[::50], strict=True):
+        assert t == pytest.approx(want["tar"][want["far"] <= f + 1e-12].max(), abs=1e-12)
+
+
+def test_as_dict_is_json_with_the_promised_keys():
+    report = json.loads(json.dumps(all_pairs(*clusters(5, 3, 1.0)).as_dict()))
+    assert {"eer", "tar_at_far", "rank1", "images", "identities"} <= set(report)
+    assert report["tar_at_far"]["1e-4"] is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [([0, 1, 2], "no identity has two images"), ([4, 4, 4], "1 identities make no impostor pair"), ([], "0 identities")],
+)
+def test_sets_without_pairs_end_in_a_sentence(labels, sentence):
+    with pytest.raises(ValueError, match=f"lfw.tar: .*{sentence}"):
+        all_pairs(torch.randn(len(labels), 4), np.array(labels, dtype=np.int64), name="lfw.tar")
+
+
+def test_embeddings_that_are_not_finite_end_in_a_sentence():
+    embeddings, labels = clusters(3, 3, 1.0)
+    embeddings[4, 2] = torch.nan
+    with pytest.raises(ValueError, match="embeddings of 1 of 9 images are not finite"):
+        all_pairs(embeddings, labels)
