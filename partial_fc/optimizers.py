@@ -23,6 +23,9 @@ class RowSGD(torch.optim.Optimizer):
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
             raise ValueError(f"RowSGD needs lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, but got {lr}, {momentum} and {weight_decay}")
         super().__init__(classifier.parameters(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        for parameter in classifier.parameters():
+            # From the start, so that a checkpoint always has one; zeros give torch's first step too: momentum x 0 + gradient.
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -33,14 +36,10 @@ class RowSGD(torch.optim.Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            # A zero buffer gives torch's first step too: momentum * 0 + gradient.
-            state["momentum_buffer"] = torch.zeros_like(parameter)
         rows = max(1, CHUNK_ELEMENTS // max(1, parameter[:1].numel()))
         assert parameter.grad is not None
         for weight, grad, momentum in zip(
-            parameter.split(rows), parameter.grad.split(rows), state["momentum_buffer"].split(rows), strict=True
+            parameter.split(rows), parameter.grad.split(rows), self.state[parameter]["momentum_buffer"].split(rows), strict=True
         ):
             grad.add_(weight, alpha=group["weight_decay"])
             momentum.mul_(group["momentum"]).add_(grad)

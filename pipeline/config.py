@@ -1,0 +1,167 @@
+"""The configuration of a training run: sections owned by their components, recipes that fill them, `--set` overrides, and text forms."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from dali_loaders.decode import DataConfig
+from partial_fc import losses
+from partial_fc.losses import Loss
+from pipeline.backbones import BackboneConfig
+from pipeline.checkpoint import CheckpointConfig
+from pipeline.engine import EngineConfig
+from pipeline.evaluation.config import EvaluationConfig
+from pipeline.schedule import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str = ""  # checkpoints, metrics and TensorBoard files; "" becomes runs/RECIPE. On a cluster: on a file system all nodes share
+    seed: int = 0
+    batch: int = 128  # samples per optimizer step, over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches per step
+    epochs: float = 20.0
+    margin_warmup: float = 0.0  # share of the run over which the loss's margin grows from 0 to its value; helps small sets
+    log_every: int = 20  # steps between lines of metrics
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulation", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.batch % self.accumulation:
+            raise ValueError(f"run.batch is {self.batch}, which run.accumulation = {self.accumulation} does not divide")
+        if self.epochs <= 0 or not 0 <= self.margin_warmup <= 1:
+            raise ValueError(f"run.epochs is {self.epochs} (must be positive), run.margin_warmup {self.margin_warmup} (must be in [0, 1])")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    loss: Loss = field(default_factory=lambda: losses.build("cosface"))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def resolve(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
+    """The configuration of a recipe (a name, or a Python file with a function `recipe`) with `section.field=value` overrides applied."""
+    config = _find_recipe(recipe)()
+    for override in overrides or []:
+        config = _override(config, override)
+    if not config.run.folder:
+        name = os.path.splitext(os.path.basename(recipe))[0]
+        config = replace(config, run=replace(config.run, folder=os.path.join("runs", name)))
+    return config
+
+
+def as_text(config: TrainConfig) -> str:
+    """One `section.field = value` line per field, as `--set` takes them."""
+    return "\n".join(_lines(config, ""))
+
+
+def _lines(part: Any, prefix: str) -> Iterator[str]:
+    if prefix == "loss.":
+        yield f"loss = {losses.name_of(part)}"
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if is_dataclass(value):
+            yield from _lines(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name} = {', '.join(value) if isinstance(value, tuple) else value}"
+
+
+def as_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested dictionaries of plain values, with the loss's name under loss.name; `from_dict` reads them back."""
+    return {**asdict(config), "loss": {"name": losses.name_of(config.loss), **asdict(config.loss)}}  # type: ignore[call-overload]
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The configuration that `as_dict` wrote. A field it does not know, from another version, is a ValueError."""
+    return _from_dict(TrainConfig, values, "")
+
+
+def _from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    types = get_type_hints(kind)
+    parts: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"the saved configuration has {prefix}{name}, which this version does not know")
+        if types[name] is Loss:
+            parts[name] = losses.build(**value)
+        elif is_dataclass(types[name]):
+            parts[name] = _from_dict(types[name], value, f"{prefix}{name}.")
+        else:
+            parts[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**parts)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"
+
+
+def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
+    if recipe.endswith(".py"):
+        if not os.path.isfile(recipe):
+            raise ValueError(f"recipe file {recipe} does not exist")
+        spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"recipe file {recipe} cannot be run: {type(error).__name__}: {error}") from error
+        if not callable(getattr(module, "recipe", None)):
+            raise ValueError(f"recipe file {recipe} has no function recipe() that returns a TrainConfig")
+        return module.recipe
+    from pipeline.recipes import RECIPES
+
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is unknown: {_nearest(recipe, list(RECIPES))}")
+    return RECIPES[recipe]
+
+
+def _override(config: TrainConfig, override: str) -> TrainConfig:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes section.field=value, but got {override!r}")
+    return _set(config, path.strip(), path.strip().split("."), text.strip())
+
+
+def _set(part: Any, path: str, names: list[str], text: str) -> Any:
+    """`part` with the field at the end of `names` replaced; the dataclasses on the way check their values anew."""
+    name, known = names[0], [item.name for item in fields(part)]
+    if name not in known:
+        raise ValueError(f"--set {path}: {name!r} is unknown: {_nearest(name, known)}")
+    value, kind = getattr(part, name), get_type_hints(type(part))[name]
+    if names[1:] and is_dataclass(value):
+        return replace(part, **{name: _set(value, path, names[1:], text)})
+    if names[1:]:
+        raise ValueError(f"--set {path}: {name!r} has no fields of its own")
+    if kind is Loss:
+        return replace(part, **{name: losses.build(text)})
+    if is_dataclass(value):
+        raise ValueError(f"--set {path}: this is a section: set one of its fields, {', '.join(item.name for item in fields(value))}")
+    return replace(part, **{name: _parse(path, text, kind)})
+
+
+def _parse(path: str, text: str, kind: Any) -> Any:
+    """The text of an override as a value of the field's type: str, bool, int, float, tuple[str, ...] or a Literal of str or int."""
+    if get_origin(kind) is tuple:
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+    kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # which of its values are admitted, the section says
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ValueError(f"--set {path}={text}: expected {expected}") from None

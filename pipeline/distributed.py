@@ -1,0 +1,97 @@
+"""Where a process stands in the job: its rank, device and process group; and N local processes with one command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@dataclass(frozen=True)
+class Place:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def join() -> Place:
+    """This process's place. Uses the initialised process group (Ray's, say), else torchrun's variables, else a group of one.
+
+    NCCL with one GPU per local rank where there are enough of them, else gloo on CPU with an equal share of the cores per rank.
+    """
+    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = torch.cuda.device_count() >= local_ranks and torch.cuda.is_available()
+    # Ray shows each worker its own GPU only, which is then number 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // local_ranks))
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Place(dist.get_rank(), dist.get_world_size(), device)
+
+
+def describe(error: ValueError) -> str | None:
+    """The sentence of a ValueError raised by this project's own code; None for a library's, which deserves its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return str(error) if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "__main__") else None
+
+
+def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls `function(*arguments)` in `ranks` new processes on this machine and waits for them. Bad input in any of them is raised here
+    as ValueError with its sentence; any other failure ends the others and leaves with that process's exit code."""
+    if ranks < 1:
+        raise ValueError(f"--ranks is {ranks}, but at least 1 process is needed")
+    with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
+        sentences = mp.get_context("spawn").SimpleQueue()
+        try:
+            mp.spawn(_local_rank, (ranks, os.path.join(folder, "store"), sentences, function, arguments), nprocs=ranks)
+        except mp.ProcessExitedException as error:
+            if not sentences.empty():
+                raise ValueError(sentences.get()) from None
+            sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
+
+
+def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    logging.basicConfig(format="%(message)s")
+    backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        function(*arguments)
+    except ValueError as error:
+        sentence = describe(error)
+        if sentence is None:
+            raise
+        sentences.put(sentence)
+        os._exit(2)  # not through destroy_process_group: other ranks may wait in a collective, and the parent ends them
+    except KeyboardInterrupt:
+        os._exit(130)
+    dist.destroy_process_group()

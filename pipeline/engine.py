@@ -1,0 +1,220 @@
+"""The data-parallel backbone behind one small interface: DeepSpeed ZeRO 1-2, or DDP. The class shard never enters it, because
+everything inside an engine is broadcast from rank 0 and averaged over ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.distributed import Place
+from pipeline.schedule import OptimizerConfig, build_optimizer
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    name: Literal["deepspeed", "ddp"] = "deepspeed"
+    zero_stage: Literal[1, 2] = 1  # 1 shards the optimizer's state over ranks, 2 its gradients too
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the backbone's products; auto: bfloat16 on GPU, float32 on CPU
+
+    def __post_init__(self) -> None:
+        if self.name not in ("deepspeed", "ddp"):
+            raise ValueError(f"engine.name is {self.name!r}, but must be deepspeed or ddp")
+        if self.zero_stage not in (1, 2):
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}, but must be 1 or 2 (without sharding, use engine.name=ddp)")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"engine.precision is {self.precision!r}, but must be auto, float32 or bfloat16")
+
+    def autocasts(self, device: torch.device) -> bool:
+        return self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
+
+
+class Engine(Protocol):
+    """One step: for each micro-batch `forward`, then `backward`; then `step`. `is_last` marks the micro-batch after which gradients
+    are averaged over ranks. Gradients of micro-batches add up, so the caller divides the loss by their number."""
+
+    module: nn.Module
+
+    def forward(self, images_bCHW: Tensor, is_last: bool) -> Tensor:
+        """Features float32 [b, D]."""
+        ...
+
+    def backward(self, features_bD: Tensor, grad_bD: Tensor, is_last: bool) -> None: ...
+
+    def step(self, lr: float) -> None: ...
+
+    def gradient_norm(self) -> float:
+        """2-norm of the last step's averaged gradient before clipping. Waits for the device."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, buffers and optimizer state in full, under names that depend neither on the engine nor on the number of ranks:
+        backbone.NAME and optimizer.NAME.KEY. Every rank must call it."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` gave, on this or another number of ranks or engine. The optimizer's part may be absent."""
+        ...
+
+
+def build_engine(config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> Engine:
+    kind = DeepSpeedEngine if config.name == "deepspeed" else DDPEngine
+    return kind(config, optimizer, module.to(place.device), place, accumulation)
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Averages floating buffers over ranks. Batch statistics are taken per rank while training; their running averages are linear in
+    them, so averaging now or at every step gives the same numbers. 1 all-reduce per buffer."""
+    if dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
+
+
+class DDPEngine:
+    def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> None:
+        self.module = module
+        self.autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=config.autocasts(place.device))
+        self.parallel: nn.Module = module
+        if place.world_size > 1:
+            devices = [place.device] if place.device.type == "cuda" else None
+            self.parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False)
+        self.optimizer = build_optimizer(optimizer, module)
+        self.clip = optimizer.clip or float("inf")
+        self.norm = torch.zeros(())
+
+    def _maybe_local(self, is_last: bool) -> Any:
+        return nullcontext() if is_last or self.parallel is self.module else self.parallel.no_sync()  # type: ignore[operator]
+
+    def forward(self, images_bCHW: Tensor, is_last: bool) -> Tensor:
+        with self._maybe_local(is_last), self.autocast:
+            return self.parallel(images_bCHW).float()
+
+    def backward(self, features_bD: Tensor, grad_bD: Tensor, is_last: bool) -> None:
+        with self._maybe_local(is_last):
+            features_bD.backward(grad_bD)
+
+    def step(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        return float(self.norm)
+
+    def state(self) -> dict[str, Tensor]:
+        average_buffers(self.module)
+        state = {f"backbone.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{name}.{key}"] = value
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.module.load_state_dict({name[len("backbone.") :]: tensor for name, tensor in state.items() if name.startswith("backbone.")})
+        for name, parameter in self.module.named_parameters():
+            prefix = f"optimizer.{name}."
+            values = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+            if values:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter, copy=True) for key, value in values.items()
+                }
+
+
+class DeepSpeedEngine:
+    def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> None:
+        if place.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # Otherwise the first collective on CPU compiles an extension for half a minute and needs g++.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        self.module, self.device = module, place.device
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(optimizer, module),
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # of no effect: the loader decides
+                "gradient_accumulation_steps": accumulation,
+                "gradient_clipping": optimizer.clip,  # its own default is 1.0
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": config.zero_stage},
+                "torch_autocast": {"enabled": config.autocasts(place.device), "dtype": "bfloat16"},
+                "steps_per_print": 10**9,
+            },
+        )
+
+    def forward(self, images_bCHW: Tensor, is_last: bool) -> Tensor:
+        return self.engine(images_bCHW).float()
+
+    def backward(self, features_bD: Tensor, grad_bD: Tensor, is_last: bool) -> None:
+        # A scalar whose gradient is grad_bD, so that the classifier's part of the graph stays out of the engine. The caller divides.
+        self.engine.backward((features_bD * grad_bD).sum(), scale_wrt_gas=False)
+        if not is_last:
+            self.engine.step()  # only counts
+
+    def step(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def gradient_norm(self) -> float:
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def _optimizer_keys(self) -> list[str]:
+        """Names of the per-parameter state of the optimizer: momentum_buffer, or exp_avg and exp_avg_sq; none before the first step."""
+        states = self.engine.optimizer.optimizer.state.values()
+        return sorted({key for state in states for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0})
+
+    def state(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        average_buffers(self.module)
+        state = {f"backbone.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        steps = [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                for key in self._optimizer_keys():
+                    state[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
+                if steps:
+                    state[f"optimizer.{name}.step"] = steps[0]
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        has_optimizer = any(name.startswith("optimizer.") for name in state)
+        if has_optimizer and not self._optimizer_keys():
+            self._make_optimizer_state()
+        self.module.load_state_dict({name[len("backbone.") :]: tensor for name, tensor in state.items() if name.startswith("backbone.")})
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            safe_set_full_fp32_param(parameter, state[f"backbone.{name}"].to(parameter))
+            if has_optimizer:
+                for key in self._optimizer_keys():
+                    safe_set_full_optimizer_state(parameter, state[f"optimizer.{name}.{key}"].to(parameter), key)
+        steps = [value for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")]
+        if steps:
+            for values in self.engine.optimizer.optimizer.state.values():
+                values["step"] = steps[0].clone()
+
+    def _make_optimizer_state(self) -> None:
+        """One step without gradient at rate 0, after which every entry exists that `load` then overwrites."""
+        for _ in range(self.engine.gradient_accumulation_steps()):
+            zero = sum((parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad), torch.zeros(())) * 0
+            self.engine.backward(zero, scale_wrt_gas=False)
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = 0.0
+            self.engine.step()

@@ -1,0 +1,52 @@
+"""Recipes that train in minutes on a CPU, on small images."""
+
+from __future__ import annotations
+
+from dali_loaders.decode import AugmentConfig, DataConfig
+from partial_fc import losses
+from pipeline.backbones import BackboneConfig
+from pipeline.config import RunConfig, TrainConfig
+from pipeline.evaluation.config import EvaluationConfig
+from pipeline.recipes import find_data
+from pipeline.schedule import OptimizerConfig
+
+
+def dogs_small() -> TrainConfig:
+    """protoshard train dogs_small --ranks 2"""
+    return TrainConfig(
+        run=RunConfig(batch=128, epochs=30, margin_warmup=0.33, log_every=10),
+        data=DataConfig(
+            train=find_data("dogs/train.tar"), image_size=64, augment=AugmentConfig(flip=True, rotate=10, zoom=0.1, shift=0.08)
+        ),
+        backbone=BackboneConfig("small", width=128),
+        loss=losses.build("cosface", scale=24.0, margin=0.2),
+        optimizer=OptimizerConfig(lr=0.1, schedule="cosine", warmup_epochs=1),
+        evaluation=EvaluationConfig(data=find_data("dogs/test.tar"), at_start=True),
+    )
+
+
+def omniglot_small() -> TrainConfig:
+    """protoshard train omniglot_small --ranks 2"""
+    return TrainConfig(
+        run=RunConfig(batch=256, epochs=15, margin_warmup=0.33, log_every=10),
+        # A mirrored character is another character.
+        data=DataConfig(
+            train=find_data("omniglot/train.tar"), image_size=64, augment=AugmentConfig(flip=False, rotate=12, zoom=0.15, shift=0.08)
+        ),
+        backbone=BackboneConfig("small", width=128),
+        loss=losses.build("cosface", scale=24.0, margin=0.2),
+        optimizer=OptimizerConfig(lr=0.1, schedule="cosine", warmup_epochs=1),
+        evaluation=EvaluationConfig(data=find_data("omniglot/test.tar"), flip=False, at_start=True),
+    )
+
+
+def faces_small() -> TrainConfig:
+    """protoshard train faces_small --ranks 2"""
+    return TrainConfig(
+        run=RunConfig(batch=128, epochs=12, margin_warmup=0.33, log_every=20),
+        data=DataConfig(train=find_data("faces/train.tar"), image_size=64),
+        backbone=BackboneConfig("small", width=128),
+        loss=losses.build("cosface", scale=24.0, margin=0.2),
+        optimizer=OptimizerConfig(lr=0.1, schedule="cosine", warmup_epochs=1),
+        evaluation=EvaluationConfig(data=find_data("faces/test.tar"), at_start=True),
+    )

@@ -1,0 +1,50 @@
+"""The backbone's optimizer and the learning rate of both optimizers over the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD (or AdamW) for backbone and classifier. The field's setting: SGD, lr 0.1 per 1024 images of batch, momentum 0.9, decay 5e-4."""
+
+    name: Literal["sgd", "adamw"] = "sgd"  # of the backbone; the classifier always has its own SGD
+    lr: float = 0.1  # peak, for the whole batch of a step; not scaled by anything
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    classifier_lr: float = 0.0  # 0: the same as lr
+    schedule: Literal["polynomial", "cosine"] = "polynomial"
+    power: float = 2.0  # of the polynomial
+    warmup_epochs: float = 0.0
+    clip: float = 5.0  # largest norm of the backbone's gradient; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("name", ("sgd", "adamw")), ("schedule", ("polynomial", "cosine"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
+        for name in ("lr", "classifier_lr", "weight_decay", "warmup_epochs", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but must not be negative")
+
+
+def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def rate_factor(config: OptimizerConfig, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Learning rate of `step` (from 0) as a share of the peak: linear warm-up from 1/warmup_steps, then decay towards 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return (1 - progress) ** config.power

@@ -1,0 +1,24 @@
+"""One rank of a training run: what `protoshard train`, torchrun and Ray all call."""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline.config import TrainConfig
+from pipeline.distributed import join
+from pipeline.trainer import Trainer
+
+
+def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
+    """Trains `config` to its end in this process's place in the job and returns the last evaluation's figures.
+
+    resume: "auto" continues the newest complete checkpoint of the run's folder, "none" starts anew (an earlier run is kept under another
+    name), a path starts from that checkpoint. Bad input raises ValueError with one sentence.
+    """
+    logging.basicConfig(format="%(message)s")
+    place = join()
+    trainer = Trainer(config, place, resume)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.close()

@@ -1,0 +1,280 @@
+"""The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
+boundaries. Between two lines of metrics nothing waits for the device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dali_loaders import TrainLoader, open_source
+from partial_fc import PartialFC, RowSGD
+from pipeline import backbones, checkpoint
+from pipeline.config import TrainConfig, as_dict
+from pipeline.distributed import Place
+from pipeline.engine import average_buffers, build_engine
+from pipeline.evaluation import BinReport, PairReport, evaluate
+from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation.figures import roc_figure, save_png
+from pipeline.monitor import Monitor
+from pipeline.schedule import rate_factor
+
+
+class Trainer:
+    """One rank of a run. `fit` trains from where the run stands to its end; the state of a run is (samples consumed, weights, momentum):
+    order, augmentation and dropout are functions of the seed and the sample or step number."""
+
+    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto") -> None:
+        self.config, self.place = config, place
+        run = config.run
+        if run.batch % (run.accumulation * place.world_size):
+            raise ValueError(
+                f"run.batch is {run.batch}, which {place.world_size} ranks with run.accumulation = {run.accumulation} do not divide: "
+                f"use a multiple of {run.accumulation * place.world_size}"
+            )
+        if not config.data.train:
+            raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
+        self.source = open_source(config.data.train, config.data.reader)
+        _check_images_per_identity(self.source.labels, self.source.identities, config.data.train, config.data.min_images)
+        self.num_classes = len(self.source.identities)
+
+        torch.manual_seed(run.seed)
+        backbone = backbones.build(config.backbone, config.data.image_size)
+        self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
+        self.classifier = PartialFC(self.num_classes, config.backbone.width, config.loss, seed=run.seed, device=place.device)
+        self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
+        self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
+
+        self.consumed = 0
+        self.steps_per_epoch = len(self.source) / run.batch
+        self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
+        resumed = self._resume(resume)
+        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step, every=run.log_every)
+        self.monitor.say(
+            f"{len(self.source)} images of {self.num_classes} identities, {place.world_size} ranks on {place.device.type}, "
+            f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
+        )
+        self.loader = TrainLoader(
+            self.source,
+            config.data,
+            seed=run.seed,
+            global_batch=run.batch // run.accumulation,
+            rank=place.rank,
+            world_size=place.world_size,
+            consumed=self.consumed,
+            device=place.device,
+            skipped_path=os.path.join(run.folder, "skipped.txt"),
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.consumed // self.config.run.batch
+
+    def fit(self) -> dict[str, float]:
+        """Trains to the end of the run and returns the last evaluation's figures."""
+        config = self.config
+        figures = self.evaluate() if self.step == 0 and config.evaluation.at_start else {}
+        self._open_window()
+        while self.step < self.total_steps:
+            self.losses.append(self._train_step())
+            if self.step % config.run.log_every == 0 or self.step == self.total_steps:
+                self._log()
+            pause = time.perf_counter()
+            if self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch):
+                self.save()
+            if self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch):
+                figures = self.evaluate()
+            self.window_start += time.perf_counter() - pause
+        return figures or self.evaluate()
+
+    def _train_step(self) -> Tensor:
+        run, optimizer = self.config.run, self.config.optimizer
+        # Dropout depends on (seed, step, rank) only, so a resumed run repeats what an uninterrupted one does.
+        torch.manual_seed(int(np.random.SeedSequence((run.seed, self.step, self.place.rank)).generate_state(1)[0]))
+        if run.margin_warmup and hasattr(self.config.loss, "margin"):
+            share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
+            self.classifier.loss = replace(self.config.loss, margin=self.config.loss.margin * share)  # type: ignore[type-var]
+        total = torch.zeros((), device=self.place.device)
+        for micro in range(run.accumulation):
+            is_last = micro == run.accumulation - 1
+            batch = next(self.loader)
+            features_bD = self.engine.forward(batch.images, is_last)
+            # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
+            self.leaf_bD, self.labels_b = features_bD.detach().requires_grad_(), batch.labels
+            loss = self.classifier(self.leaf_bD, batch.labels) / run.accumulation
+            loss.backward()
+            assert self.leaf_bD.grad is not None
+            self.engine.backward(features_bD, self.leaf_bD.grad, is_last)
+            total += loss.detach()
+        factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
+        self.rate = optimizer.lr * factor
+        self.engine.step(self.rate)
+        for group in self.classifier_optimizer.param_groups:
+            group["lr"] = self.classifier_lr * factor
+        self.classifier_optimizer.step()
+        self.classifier_optimizer.zero_grad()
+        self.consumed += run.batch
+        return total
+
+    def _is_due(self, every_steps: float) -> bool:
+        """True at the first step at or past each multiple of `every_steps` and at the last step; never for 0."""
+        return every_steps > 0 and (int(self.step / every_steps) > int((self.step - 1) / every_steps) or self.step == self.total_steps)
+
+    def _open_window(self) -> None:
+        """Metrics are means over the steps since the last line of them."""
+        self.losses: list[Tensor] = []
+        self.window_start, self.waited_before = time.perf_counter(), self.loader.wait_seconds
+
+    def _log(self) -> None:
+        """One line of metrics; the only place on the way of a batch that waits for the device."""
+        target_B, hardest_B = self.classifier.cosines(self.leaf_bD, self.labels_b)
+        loss = float(torch.stack(self.losses).mean())
+        seconds = time.perf_counter() - self.window_start
+        waited = torch.tensor((self.loader.wait_seconds - self.waited_before) / seconds, device=self.place.device)
+        dist.all_reduce(waited)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {self.step}: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
+        values = {
+            "loss": loss,
+            "target_cosine": float(target_B.mean()),
+            "hardest_non_target_cosine": float(hardest_B.mean()),
+            "learning_rate": self.rate,
+            "gradient_norm": self.engine.gradient_norm(),
+            "images_per_second": len(self.losses) * self.config.run.batch / seconds,
+            "wait_share": float(waited) / self.place.world_size,
+            "epoch": self.consumed / len(self.source),
+        }
+        self.monitor.scalars(self.step, values)
+        self._open_window()
+
+    def evaluate(self) -> dict[str, float]:
+        """Runs the configured evaluations over all ranks and reports them; returns the figures of the first, or nothing."""
+        evaluation = self.config.evaluation
+        first: dict[str, float] = {}
+        average_buffers(self.engine.module)
+        for path in filter(None, (evaluation.data, *evaluation.pairs)):
+            report = evaluate(
+                self.engine.module,
+                path,
+                self.config.data,
+                batch_size=evaluation.batch_size,
+                flip=evaluation.flip,
+                device=self.place.device,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+            )
+            figures = self._report(os.path.basename(path), report)
+            first = first or figures
+        return first
+
+    def _report(self, name: str, report: PairReport | BinReport) -> dict[str, float]:
+        figures = {key: value for key, value in flat(report.as_dict()).items() if value is not None}
+        if self.place.is_first:
+            self.monitor.scalars(self.step, {f"{name}/{key}": value for key, value in figures.items()})
+            shown = [
+                f"{key} {figures[key]:.4f}" for key in ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1") if key in figures
+            ]
+            self.monitor.say(f"{name} at step {self.step}: {', '.join(shown)}")
+            if isinstance(report, PairReport):
+                self.monitor.histogram(self.step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
+                self.monitor.histogram(self.step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
+                figure = roc_figure({f"step {self.step}": report}, name)
+                self.monitor.figure(self.step, f"{name}/roc", figure)
+                save_png(figure, os.path.join(self.config.run.folder, f"roc-{name}-{self.step:08d}.png"))
+        return figures
+
+    @property
+    def _checkpoints(self) -> str:
+        return os.path.join(self.config.run.folder, "checkpoints")
+
+    def _state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds besides numbers, under names and shapes that do not depend on the ranks."""
+        prototypes = self.classifier.prototypes
+        momentum = self.classifier_optimizer.state[prototypes]["momentum_buffer"]
+        return {
+            **self.engine.state(),
+            "prototypes": checkpoint.sharded(prototypes.data, self.num_classes),
+            "prototypes.momentum_buffer": checkpoint.sharded(momentum, self.num_classes),
+        }
+
+    def save(self) -> str:
+        """Writes a checkpoint of this step. Every rank calls it."""
+        info = {
+            "consumed": self.consumed,
+            "num_classes": self.num_classes,
+            "width": self.config.backbone.width,
+            "backbone": self.config.backbone.name,
+            "world_size": self.place.world_size,
+            "config": as_dict(self.config),
+        }
+        return checkpoint.save(self._checkpoints, self.step, self._state(), info, self.config.checkpoint.keep)
+
+    def _resume(self, resume: str) -> str | None:
+        """Loads what `resume` (auto, none, or a path) means and returns its path."""
+        if resume == "none":
+            _set_aside(self.config.run.folder, self.place)
+            return None
+        path = checkpoint.newest(self._checkpoints) if resume == "auto" else checkpoint.locate(resume)
+        if path is None:
+            return None
+        info = checkpoint.read_info(path)
+        for key, ours in (
+            ("num_classes", self.num_classes),
+            ("width", self.config.backbone.width),
+            ("backbone", self.config.backbone.name),
+        ):
+            if info[key] != ours and not (key == "num_classes" and info[key] is None):
+                raise ValueError(
+                    f"checkpoint {path} has {key} {info[key]}, but this run has {ours}: use the recipe and data it was trained with, "
+                    "or start anew with --resume none"
+                )
+        known = checkpoint.tensors(path)
+        state = {
+            name: tensor for name, tensor in self._state().items() if name in known and not name.startswith(("backbone.", "optimizer."))
+        }
+        checkpoint.load(path, state)
+        self.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
+        self.consumed = info["consumed"]
+        return path
+
+    def close(self) -> None:
+        self.loader.close()
+        self.monitor.close()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with "/" between the keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})
+    return result
+
+
+def _check_images_per_identity(labels: np.ndarray, identities: list[str], path: str, least: int) -> None:
+    counts = np.bincount(labels, minlength=len(identities))
+    few = np.flatnonzero(counts < least)
+    if len(few):
+        raise ValueError(
+            f"{path}: identity {identities[few[0]]!r} has {counts[few[0]]} image(s), but data.min_images is {least} ({len(few)} such "
+            "identities): remove them, or train on them too with --set data.min_images=1"
+        )
+
+
+def _set_aside(folder: str, place: Place) -> None:
+    """Renames an earlier run's folder, so that starting anew loses nothing."""
+    if place.is_first and os.path.isdir(folder) and os.listdir(folder):
+        number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
+        os.rename(folder, f"{folder}.{number}")
+        print(f"kept the earlier run as {folder}.{number}", file=sys.stderr)
+    dist.barrier()
