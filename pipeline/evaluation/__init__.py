@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.evaluation.all_pairs import PairReport, all_pairs
+from pipeline.evaluation import all_pairs, embed  # the modules: exporting their functions would hide them
+from pipeline.evaluation.all_pairs import PairReport
 from pipeline.evaluation.bin_pairs import BinReport, evaluate_bin, read_bin, write_bin
-from pipeline.evaluation.embed import embed
 
 if TYPE_CHECKING:
     from dali_loaders.decode import DataConfig
 
-__all__ = ["BinReport", "PairReport", "all_pairs", "embed", "evaluate", "evaluate_bin", "read_bin", "write_bin"]
+__all__ = ["BinReport", "PairReport", "evaluate", "evaluate_bin", "read_bin", "write_bin"]
 
 
 def evaluate(
@@ -42,8 +42,8 @@ def evaluate(
     from dali_loaders.sources import open_source
 
     source = open_source(path, data.reader if path.endswith(".rec") else "native")
-    embeddings_nD, labels_n = embed(
+    embeddings_nD, labels_n = embed.embed(
         model, source, data, batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group
     )
-    report = all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path)
+    report = all_pairs.all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path)
     return dataclasses.replace(report, unreadable=len(source) - len(labels_n))

@@ -1,6 +1,5 @@
 """all_pairs against a float64 computation that sorts every score, on ties, separations, blocks and shares of ranks."""
 
-import importlib
 import itertools
 import json
 
@@ -10,9 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.evaluation import all_pairs as module
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport, all_pairs
-
-module = importlib.import_module("pipeline.evaluation.all_pairs")  # the package exports a function of this name
 
 
 def exact(embeddings: torch.Tensor, labels: np.ndarray) -> dict:
