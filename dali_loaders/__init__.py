@@ -1,25 +1,44 @@
 """From files to batches: sources of encoded images, a global sample order, DALI decoding, and a resumable loader per rank."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dali_loaders.order import UniformOrder
+from dali_loaders.packing import pack
 from dali_loaders.sources import Source, open_source
 
 if TYPE_CHECKING:
+    from dali_loaders.checking import CheckReport, check
     from dali_loaders.decode import AugmentConfig, DataConfig
     from dali_loaders.loader import Batch, TrainLoader, evaluation_batches
 
-__all__ = ["AugmentConfig", "Batch", "DataConfig", "Source", "TrainLoader", "UniformOrder", "evaluation_batches", "open_source"]
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "CheckReport",
+    "DataConfig",
+    "Source",
+    "TrainLoader",
+    "UniformOrder",
+    "check",
+    "evaluation_batches",
+    "open_source",
+    "pack",
+]
+
+_LAZY = {
+    "AugmentConfig": "decode",
+    "DataConfig": "decode",
+    "CheckReport": "checking",
+    "check": "checking",
+    "Batch": "loader",
+    "TrainLoader": "loader",
+    "evaluation_batches": "loader",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the parts that need torch only when they are asked for."""
-    if name in ("AugmentConfig", "DataConfig"):
-        from dali_loaders import decode
-
-        return getattr(decode, name)
-    if name in ("Batch", "TrainLoader", "evaluation_batches"):
-        from dali_loaders import loader
-
-        return getattr(loader, name)
-    raise AttributeError(f"module 'dali_loaders' has no attribute {name!r}")
+    """Imports what needs torch when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dali_loaders' has no attribute {name!r}")
+    return getattr(import_module(f"dali_loaders.{_LAZY[name]}"), name)

@@ -50,13 +50,14 @@ class DataConfig:
 
     train: str = ""  # folder, .tar or .rec
     reader: str = "native"  # or "mxnet", for .rec only
+    min_images: int = 2  # an identity with fewer is refused; 1 admits all
     image_size: int = 112  # side in pixels; other sizes are stretched to it
     threads: int = 0  # for reading and for decoding; 0 shares the cores among the ranks of this machine
     prefetch: int = 2  # batches kept ready ahead of the training step
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 8), ("threads", 0), ("prefetch", 1)):
+        for name, least in (("min_images", 1), ("image_size", 8), ("threads", 0), ("prefetch", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} is {value}; expected at least {least}.")
@@ -144,12 +145,7 @@ class Decoder:
         return images
 
     def _build(self, names: set[str]) -> Any:
-        try:
-            import nvidia.dali as dali
-        except ImportError as error:
-            raise ValueError(f"decoding images needs NVIDIA DALI, which cannot be imported here ({error}); use a Linux machine.") from error
-        fn: Any = dali.fn
-        types: Any = dali.types
+        dali, fn, types = dali_modules()
         on_gpu = self._device.type == "cuda"
         device_id = (self._device.index or 0) if on_gpu else None
         pipeline = dali.Pipeline(self._batch_size, self._threads, device_id, prefetch_queue_depth=1)
@@ -176,3 +172,22 @@ class Decoder:
             )
         pipeline.build()
         return pipeline
+
+
+def dali_modules() -> tuple[Any, Any, Any]:
+    """nvidia.dali with its fn and types, imported when first needed so that the rest works where DALI does not exist."""
+    try:
+        from nvidia import dali
+        from nvidia.dali import fn, types
+    except ImportError as error:
+        raise ValueError(f"decoding images needs NVIDIA DALI, which cannot be imported here ({error}); use a Linux machine.") from error
+    return dali, fn, types
+
+
+def is_complete(data: bytes) -> bool:
+    """False for an empty file and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
+
+    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
+        return bool(data)
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dali_loaders.background import Background
-from dali_loaders.decode import DataConfig, Decoder, augment_arguments
+from dali_loaders.decode import DataConfig, Decoder, augment_arguments, is_complete
 from dali_loaders.order import UniformOrder
 from dali_loaders.sources import Source
 
@@ -172,7 +172,7 @@ class _Feed:
                 data = self._source.read(index)
             except (OSError, ValueError):
                 data = b""
-            images.append(data if _is_complete(data) else None)
+            images.append(data if is_complete(data) else None)
         return images
 
     def _decode(self, encoded: list[bytes | None], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
@@ -219,15 +219,6 @@ class _Feed:
         if self._device.type == "cuda":
             labels = labels.pin_memory().to(self._device, non_blocking=True)
         return Batch(images, labels, indices)
-
-
-def _is_complete(data: bytes) -> bool:
-    """False for an empty file and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
-
-    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
-    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
-        return bool(data)
-    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
 
 
 def _on_current_stream(batch: Batch) -> Batch:

@@ -2,12 +2,14 @@
 
 A record is one or more parts: magic, length with a 3-bit part flag, payload padded to 4 bytes. Image records start with an IRHeader."""
 
+import contextlib
 import logging
 import mmap
 import os
 import struct
 import threading
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,16 +65,17 @@ class RandomAccessFile:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-            self.size = os.fstat(self._file.fileno()).st_size
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise ValueError(f"cannot open {path}: {error.strerror}; check the path and its permissions.") from error
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset)
+        return os.pread(self._descriptor, size, offset)
 
     def map(self) -> mmap.mmap:
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
 
     def __reduce__(self) -> tuple:
         return RandomAccessFile, (self.path,)
@@ -152,6 +155,7 @@ class IndexedRecordReader:
             )
         self._order = np.argsort(self.keys, kind="stable")
         self.read_at(int(self.offsets.max()))  # a .rec that is cut off ends inside its last record
+        self.scan_headers(self.offsets[:: 1 + len(self) // 100])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -218,7 +222,10 @@ class MXNetReader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._records = _mxnet_recordio().MXIndexedRecordIO(index_path(path), path, "r")
+        recordio = _mxnet_recordio()
+        if not os.path.exists(index_path(path)):
+            raise ValueError(f"reader='mxnet' needs {index_path(path)}, which does not exist and cannot be written; use reader='native'.")
+        self._records = recordio.MXIndexedRecordIO(index_path(path), path, "r")
 
     def read(self, key: int) -> bytes:
         with self._lock:
@@ -266,6 +273,8 @@ def _rebuild_index(file: RandomAccessFile) -> tuple[np.ndarray, np.ndarray]:
         log.warning("%s was missing and has been rebuilt from %s (%d records)", path, file.path, len(offsets))
     except OSError as error:
         log.warning("%s is missing and cannot be written (%s); scanned %s instead", path, error.strerror, file.path)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
     return np.arange(len(offsets), dtype=np.int64), np.array(offsets, np.int64)
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dali_loaders.packing import identities_path, read_identities
 from dali_loaders.records import IndexedRecordReader, MXNetReader, RandomAccessFile, unpack_record
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -61,8 +62,11 @@ class FolderSource:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.path, self._names[index]), "rb", buffering=0) as file:
-            return file.read()
+        try:
+            with open(self.name(index), "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise ValueError(f"cannot read {self.name(index)}: {error.strerror}; check the file and its permissions.") from error
 
     def name(self, index: int) -> str:
         return os.path.join(self.path, self._names[index])
@@ -100,18 +104,25 @@ class RecordSource:
 
     def __init__(self, path: str, reader: str = "native") -> None:
         self.path = path
-        records = IndexedRecordReader(path)
-        order = np.argsort(records.keys, kind="stable")
-        labels, has_image = records.scan_headers(records.offsets[order])
-        if not has_image.any():
-            raise ValueError(f"{path} holds {len(records)} records but no image; pack the images again.")
-        self._keys = records.keys[order][has_image]
-        self._offsets = records.offsets[order][has_image]
-        self._records = records
+        self._records = IndexedRecordReader(path)
         self._mxnet = MXNetReader(path) if reader == "mxnet" else None
-        values, self.labels = np.unique(labels[has_image], return_inverse=True)
-        self.labels = self.labels.astype(np.int64)
-        self.identities = [str(int(value)) if value == int(value) else str(value) for value in values]
+        order = np.argsort(self._records.keys, kind="stable")
+        packed = read_identities(path)
+        if packed is not None:
+            counts, self.identities = packed
+            if len(self._records) != 1 + counts.sum() + len(counts):
+                raise ValueError(f"{identities_path(path)} does not match {path}; delete it or pack the images again.")
+            self.labels = np.repeat(np.arange(len(counts)), counts)
+            images = order[1 : 1 + len(self.labels)]
+        else:
+            labels, has_image = self._records.scan_headers(self._records.offsets[order])
+            if not has_image.any():
+                raise ValueError(f"{path} holds {len(self._records)} records but no image; pack the images again.")
+            images = order[has_image]
+            values, self.labels = np.unique(labels[has_image], return_inverse=True)
+            self.identities = [f"{value:.9g}" for value in values.tolist()]
+        self._keys = self._records.keys[images]
+        self._offsets = self._records.offsets[images]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -123,6 +134,12 @@ class RecordSource:
 
     def name(self, index: int) -> str:
         return f"{os.path.basename(self.path)}:record {self._keys[index]}"
+
+
+def single_image_identities(source: Source) -> list[str]:
+    """Names of the identities with one image: they can be trained on, but form no genuine pair."""
+    counts = np.bincount(source.labels, minlength=len(source.identities))
+    return [source.identities[label] for label in np.flatnonzero(counts == 1)]
 
 
 def _is_image(name: str) -> bool:
