@@ -7,43 +7,48 @@ from torch import nn
 
 from pipeline.backbones.iresnet import conv
 
-STAGES = (32, 64, 128, 256)
+STAGES = (24, 48, 96, 192)  # channels; every stage halves height and width
+SLOPE = 0.25  # PReLU's usual start; learning it costs 14 % more time in float32 and 40 % in bfloat16
 
 
 class SmallBlock(nn.Module):
-    """conv 3x3 (stride) - norm - PReLU - conv 3x3 - norm, added to the input (pooled and mapped by a 1x1 convolution at stride 2)."""
+    """conv 3x3 at stride 2 - norm - leaky ReLU - conv 3x3 - norm, added to the input pooled 2x2 and mapped by a 1x1 convolution."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, batch_norm: bool) -> None:
+    def __init__(self, channels_in: int, channels_out: int, batch_norm: bool) -> None:
         super().__init__()
-        self.conv1 = conv(channels_in, channels_out, 3, stride)
-        self.norm1 = _norm(channels_out, batch_norm)
-        self.prelu = nn.PReLU(channels_out)
-        self.conv2 = conv(channels_out, channels_out, 3)
-        self.norm2 = _norm(channels_out, batch_norm)
-        self.shortcut = nn.Identity() if stride == 1 else nn.Sequential(nn.AvgPool2d(stride), conv(channels_in, channels_out, 1))
+        self.residual = nn.Sequential(
+            conv(channels_in, channels_out, 3, stride=2),
+            _norm(channels_out, batch_norm),
+            nn.LeakyReLU(SLOPE),
+            conv(channels_out, channels_out, 3),
+            _norm(channels_out, batch_norm),
+        )
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2), conv(channels_in, channels_out, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm2(self.conv2(self.prelu(self.norm1(self.conv1(x))))) + self.shortcut(x)
+        return self.residual(x) + self.shortcut(x)
 
 
 class SmallNet(nn.Module):
     """Images [b, 3, image_size, image_size] -> features [b, width]; `image_size` is a multiple of 16.
 
     With batch_norm=False, group norm takes the place of batch norm and no row of the output depends on another image of the batch.
+    A linear layer on all positions, as in IResNet, because averaging over them lost much accuracy (dogs: EER 0.167 against 0.128).
     """
 
     def __init__(self, width: int = 512, image_size: int = 64, dropout: float = 0.0, batch_norm: bool = True) -> None:
         super().__init__()
-        self.stem = nn.Sequential(conv(3, STAGES[0], 3, 2), _norm(STAGES[0], batch_norm), nn.PReLU(STAGES[0]))
-        self.stages = nn.Sequential(*(SmallBlock(a, b, 2, batch_norm) for a, b in pairwise(STAGES)))
+        self.stem = nn.Sequential(conv(3, STAGES[0], 3, stride=2), _norm(STAGES[0], batch_norm), nn.LeakyReLU(SLOPE))
+        self.stages = nn.Sequential(*(SmallBlock(a, b, batch_norm) for a, b in pairwise(STAGES)))
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(STAGES[-1] * (image_size // 16) ** 2, width)
         self.features = nn.BatchNorm1d(width) if batch_norm else nn.LayerNorm(width)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, a=0.25)
+                nn.init.kaiming_normal_(module.weight, a=SLOPE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # 1.3 times faster on CPU; convolutions pass it on
         x = self.stages(self.stem(x))
         return self.features(self.fc(self.dropout(x.flatten(1))))
 
