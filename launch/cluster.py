@@ -1,0 +1,145 @@
+"""Starts a Ray cluster on the machines of a hosts file (or on this one alone) and stops it again, whatever happens in between."""
+
+import json
+import os
+import queue
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from launch.hosts import Host
+
+HELLO_SECONDS = 60  # ssh, and Python from a shared file system
+READY_SECONDS = 120
+STOP_SECONDS = 30  # longer than the node's own STOP_SECONDS
+SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    dashboard: str  # http://host:port of the job server
+    token: str
+    nodes: list["Node"]
+
+    def check(self) -> None:
+        """Raises RuntimeError when a node has gone: this cluster has no other machine to take its place."""
+        for node in self.nodes:
+            if node.process.poll() is not None:
+                raise RuntimeError(f"Host {node.host.name} has left the Ray cluster; start again without it, or when it is back.")
+
+
+class Node:
+    """A launch/ray_node.py process on one host and the conversation with it."""
+
+    def __init__(self, host: Host, root: str, python: str):
+        self.host = host
+        command = [python, "-m", "launch.ray_node"]
+        if not host.local:
+            command = [*SSH, "--", host.target, f"cd {shlex.quote(root)} && exec {shlex.join(command)}"]
+        self.process = subprocess.Popen(  # its own session: Ctrl-C at the terminal is for the launcher, which stops nodes in order
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line.strip())
+        self.lines.put(None)
+
+    def expect(self, event: str, deadline: float) -> dict[str, str]:
+        """The node's next message, which must be `event`. ValueError: the host says something else, or nothing before the deadline."""
+        tail: deque[str] = deque(maxlen=3)
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise ValueError(f"Host {self.host.name} did not say {event} in time; {self._advice()}.") from None
+            if line is None:
+                reason = " ".join(tail) or "it closed the connection"
+                raise ValueError(f"Host {self.host.name} cannot be used ({reason}); {self._advice()}.")
+            if not line.startswith("ray-node "):
+                tail.append(line)
+                continue
+            message = json.loads(line.removeprefix("ray-node "))
+            if message["event"] == "failed":
+                raise ValueError(f"Ray did not start on host {self.host.name}: {message['reason'] or 'no reason given'}.")
+            assert message["event"] == event, message
+            return message
+
+    def _advice(self) -> str:
+        if self.host.local:
+            return "check that the dependencies are installed"
+        return f"check that `ssh -o BatchMode=yes {self.host.target}` works and that the same checkout and .venv are there (--remote-dir)"
+
+    def send(self, order: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # expect() tells why it ended
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def wait(self, deadline: float) -> None:
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@contextmanager
+def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None) -> Iterator[Cluster]:
+    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used."""
+    token = secrets.token_hex(16)
+    nodes: list[Node] = []
+    try:
+        for host in hosts:
+            nodes.append(Node(host, root, python))
+        deadline = time.monotonic() + HELLO_SECONDS
+        addresses = [node.expect("hello", deadline)["address"] for node in nodes]
+        if hosts[0].local and len(hosts) > 1:
+            addresses[0] = address_towards(addresses[1])
+        orders: list[dict[str, Any]] = [
+            {"address": address, "token": token, "head": None, "slots": host.slots or ranks_per_node}
+            for address, host in zip(addresses, hosts, strict=True)
+        ]
+        deadline = time.monotonic() + READY_SECONDS
+        nodes[0].send(orders[0])
+        ready = nodes[0].expect("ready", deadline)
+        for node, order in zip(nodes[1:], orders[1:], strict=True):
+            node.send({**order, "head": ready["head"]})
+        for node in nodes[1:]:
+            node.expect("ready", deadline)
+        yield Cluster(ready["dashboard"], token, nodes)
+    finally:
+        for node in reversed(nodes):
+            node.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        for node in reversed(nodes):
+            node.wait(deadline)
+
+
+def address_towards(other: str) -> str:
+    """The address of this machine that `other` sees (a connected datagram socket sends nothing)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs a recipe on one or many machines through Ray Train: launch/multinode.sh --help.
+# Finds this checkout's Python and hands over to launch/multinode.py; exec, so that signals reach it.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$root/.venv/bin/python
+if [[ ! -x $python ]]; then
+    echo "multinode.sh: $python is missing; make it with: bash launch/quickstart.sh" >&2
+    exit 2
+fi
+
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$root
+export RAY_USAGE_STATS_ENABLED=0
+exec "$python" -m launch.multinode "$@"

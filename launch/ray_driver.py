@@ -1,0 +1,116 @@
+"""What runs inside the Ray job: the recipe under Ray Train, one worker per rank, restarted after a worker dies.
+The trainer knows nothing of it: pipeline.train.train sees an initialised process group and a run folder, as under any launcher."""
+
+import argparse
+import logging
+import math
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from launch.ray_worker import BadInputError, OnFailure, checkpoints, run_rank
+
+NODE_WAITS = 10  # minutes that a start or restart waits for processors before the job gives up
+DEFAULT_RANKS_ON_CPU = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the job: 0 done, 1 failed, 2 bad input (one sentence, never retried)."""
+    options = parser().parse_args(arguments)
+    try:
+        figures = fit(options)
+    except BadInputError as error:
+        print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
+        return 2
+    except TrainingFailedError as error:
+        print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
+        return 1
+    print("finished" + "".join(f", {name} {value:.4g}" for name, value in figures.items()), flush=True)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launch.ray_driver", description="The job that multinode.sh submits.")
+    parser.add_argument("recipe")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--resume", default="auto")
+    parser.add_argument("--ranks-per-node", type=int)
+    parser.add_argument("--max-failures", type=int, default=3)
+    parser.add_argument("--folder", required=True, help="where relative paths start, on every node")
+    return parser
+
+
+def fit(options: argparse.Namespace) -> dict[str, float]:
+    """Runs the recipe to its end and returns the last evaluation's figures."""
+    if not os.path.isdir(options.folder):
+        raise BadInputError(f"Folder {options.folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
+    os.chdir(options.folder)
+    from pipeline.config import resolve
+
+    try:
+        config = resolve(options.recipe, options.overrides)
+    except ValueError as error:
+        raise BadInputError(str(error)) from None
+    ray.init(logging_level=logging.WARNING)
+    ranks, resources = layout([node["Resources"] for node in ray.nodes() if node["Alive"]], options.ranks_per_node)
+    gpu = " and a GPU" if "GPU" in resources else ""
+    print(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}", flush=True)
+    storage = os.path.abspath(config.run.folder) + ".ray"  # Ray wants a folder all nodes see; nothing of value is in it
+    trainer = TorchTrainer(
+        run_rank,
+        train_loop_config={
+            "config": config,
+            "resume": options.resume,
+            "folder": options.folder,
+            "earlier": checkpoints(config.run.folder),
+        },
+        scaling_config=ScalingConfig(num_workers=ranks, use_gpu="GPU" in resources, resources_per_worker=resources),
+        run_config=RunConfig(
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=options.max_failures, controller_failure_limit=NODE_WAITS),
+            callbacks=[OnFailure(options.max_failures)],
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # OnFailure says in a line what Ray logs as three tracebacks
+        ),
+    )
+    try:
+        result: Any = trainer.fit()  # typed as the result of V1, which has no return_value
+    except ControllerError as error:
+        if isinstance(error.controller_failure, BadInputError):
+            raise error.controller_failure from None
+        raise
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    return result.return_value or {}
+
+
+def layout(nodes: list[dict[str, float]], ranks_per_node: int | None) -> tuple[int, dict[str, float]]:
+    """Number of ranks and what each reserves, from the resources of the nodes.
+
+    Nodes without a GPU take no part when others have one. Ranks on a node: its `rank_slots` if the launcher set them, else
+    `ranks_per_node`, else its GPUs, else 2. The reservation divides a node's processors evenly, so that no node can take more."""
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+    chosen = with_gpu or [node for node in nodes if node.get("CPU", 0) > 0]
+    if not chosen:
+        raise BadInputError("The Ray cluster has no node with processors; start its nodes without --num-cpus=0.")
+    slots = [int(node.get("rank_slots") or ranks_per_node or node.get("GPU") or DEFAULT_RANKS_ON_CPU) for node in chosen]
+    resources = {"CPU": min(math.floor(node["CPU"] / count * 1e4) / 1e4 for node, count in zip(chosen, slots, strict=True))}
+    if with_gpu:
+        resources["GPU"] = 1
+        for node, count in zip(chosen, slots, strict=True):
+            if node["GPU"] < count:
+                raise BadInputError(f"{count} ranks per node need {count} GPUs, but a node has {node['GPU']:.0f}; lower --ranks-per-node.")
+    if all("rank_slots" in node for node in chosen):
+        resources["rank_slots"] = 1
+    return sum(slots), resources
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""One Ray node, alive only as long as its standard input: launch/cluster.py starts this on every machine, directly or over ssh.
+A closed input (also by a killed launcher or a lost connection) stops the node, so nothing is ever left running."""
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import Any, NoReturn
+
+OBJECT_STORE_BYTES = 100_000_000  # batches and checkpoints never pass through Ray: near its minimum instead of its 30 % of memory
+STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
+
+
+def main() -> None:
+    """Says hello, reads its order (one JSON line), says ready or failed, then waits for the end of its input."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, leave)
+    connection = os.environ.get("SSH_CONNECTION", "").split()  # client address, client port, server address, server port
+    say("hello", address=connection[2] if len(connection) == 4 else "127.0.0.1")
+    line = sys.stdin.readline()
+    if line:
+        run(json.loads(line))
+
+
+def run(order: dict[str, Any]) -> None:
+    """Order: address (of this node), token, head (address of the head's control store, or null to be the head), slots (or null)."""
+    folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
+    node = None
+    try:
+        node = subprocess.Popen(
+            start_command(order, folder),
+            env=environment(order),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        follow(node, order)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if node is not None:
+            stop(node)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_command(order: dict[str, Any], folder: str) -> list[str]:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--log-style=record"]
+    command += [f"--node-ip-address={order['address']}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}"]
+    if order["slots"] is not None:
+        command.append(f"--resources={json.dumps({'rank_slots': order['slots']})}")
+    if order["head"] is not None:
+        return [*command, f"--address={order['head']}"]
+    order["port"], order["dashboard_port"], client_port = free_ports(order["address"], 3)  # other clusters may have the usual ones
+    command += ["--head", f"--port={order['port']}", f"--ray-client-server-port={client_port}"]
+    return [*command, f"--dashboard-host={order['address']}", f"--dashboard-port={order['dashboard_port']}"]
+
+
+def environment(order: dict[str, Any]) -> dict[str, str]:
+    """What the workers inherit: the cluster's own token and, for gloo, the network interface of the node's address."""
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"]}
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
+        env.pop(name, None)
+    interface = interface_of(order["address"])
+    if interface:  # gloo would take the address of the host's name, which Debian maps to 127.0.1.1
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return env
+
+
+def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
+    """Announces the node once it runs; returns when standard input closes or the node ends."""
+    assert node.stdout is not None
+    tail: deque[str] = deque(maxlen=8)
+    for line in node.stdout:
+        tail.append(line.strip())
+        if "Ray runtime started" in line:
+            break
+    else:
+        say("failed", reason=" ".join(filter(None, tail)))
+        return
+    threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # read on, or a full pipe would block Ray
+    if order["head"] is None:
+        say("ready", head=f"{order['address']}:{order['port']}", dashboard=f"http://{order['address']}:{order['dashboard_port']}")
+    else:
+        say("ready")
+    while node.poll() is None:
+        if select.select([sys.stdin], [], [], 0.5)[0]:  # nothing follows the order, so readable means closed
+            return
+
+
+def stop(node: subprocess.Popen[str]) -> None:
+    node.terminate()
+    try:
+        node.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        node.kill()
+        node.wait()
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # the node leads its own session: whatever outlived it there
+        with suppress(ProcessLookupError):
+            if os.getsid(int(pid)) == node.pid:
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def say(event: str, **fields: str) -> None:
+    print(f"ray-node {json.dumps({'event': event, **fields})}", flush=True)
+
+
+def leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def free_ports(address: str, count: int) -> list[int]:
+    probes = [socket.create_server((address, 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def interface_of(address: str) -> str | None:
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The Ray Train side of a run: the train loop of one worker, and what the controller does when workers fail.
+Apart from launch/ray_driver.py because Ray must import it by name: classes of a main module differ from process to process."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2.api.callback import UserCallback
+
+
+class BadInputError(RuntimeError):
+    """A sentence for the user: bad input, the same on every attempt."""
+
+
+def run_rank(settings: dict[str, Any]) -> dict[str, float]:
+    """The train loop of one Ray worker; a restart runs it again, on all ranks.
+
+    Settings: config (TrainConfig), resume, folder (where relative paths start), earlier (`checkpoints` when the job began)."""
+    folder, config = settings["folder"], settings["config"]
+    if not os.path.isdir(folder):
+        raise BadInputError(f"Folder {folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
+    os.chdir(folder)
+    from pipeline.distributed import describe
+    from pipeline.train import train
+
+    resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
+    try:
+        return train(config, resume=resume)
+    except ValueError as error:
+        sentence = describe(error)  # here, where its traceback tells whose it is; Ray does not carry that on
+        if sentence is None:
+            raise
+        raise BadInputError(sentence) from None
+
+
+def checkpoints(run_folder: str) -> set[tuple[str, int]]:
+    """Name and time of the complete checkpoints in a run's folder. Those that a job has added are where its restarts go on, whatever
+    --resume said: another attempt at `none` or PATH would throw them away."""
+    return {(path.name, path.stat().st_mtime_ns) for path in Path(run_folder, "checkpoints").glob("step-*[0-9]")}
+
+
+class OnFailure(UserCallback):
+    """Lives in Ray Train's controller: says why workers are restarted, and ends the job at once on bad input."""
+
+    def __init__(self, max_failures: int):
+        self.max_failures = max_failures
+        self.failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        causes = {rank: getattr(error, "_base_exc", error) for rank, error in worker_exceptions.items()}
+        for error in causes.values():
+            if isinstance(error, BadInputError):
+                raise error  # a callback's own error is what Ray Train does not retry
+        self.failures += 1
+        reasons = "; ".join(f"rank {rank}: {one_line(error)}" for rank, error in sorted(causes.items()))
+        decision = "restarting from the newest checkpoint" if self.failures <= self.max_failures else "giving up"
+        print(f"Failure {self.failures}, {self.max_failures} allowed ({reasons}): {decision}.", flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
