@@ -104,7 +104,7 @@ def _from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"
 
 

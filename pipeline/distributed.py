@@ -63,10 +63,15 @@ def describe(error: ValueError) -> str | None:
 
 
 def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `function(*arguments)` in `ranks` new processes on this machine and waits for them. Bad input in any of them is raised here
-    as ValueError with its sentence; any other failure ends the others and leaves with that process's exit code."""
+    """Calls `function(*arguments)` in `ranks` new processes on this machine (1: in this one) and waits for them.
+
+    Bad input in any of them is raised here as ValueError with its sentence. Any other failure ends the others and this process.
+    """
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}, but at least 1 process is needed")
+    if ranks == 1:
+        function(*arguments)
+        return
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         sentences = mp.get_context("spawn").SimpleQueue()
         try:

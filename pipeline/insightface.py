@@ -1,5 +1,6 @@
 """Coming from InsightFace's arcface_torch: its config files, backbone weights and per-rank classifier files, in this project's terms."""
 
+import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -242,3 +243,32 @@ def _classifier_rows(part: str | Path | Mapping[str, Any]) -> torch.Tensor:
             f"{name} holds no classifier (state_dict_softmax_fc -> weight [classes, width]): train with save_all_states = True."
         )
     return weight
+
+
+def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
+    """Writes OUT/recipe.py and, from model files, the start checkpoint OUT/checkpoints/step-00000000; returns what to do with them.
+
+    One model file may be a bare backbone (model.pt); several must be all the checkpoint_gpu_*.pt of a run, which hold its classifier too.
+    """
+    from pipeline import checkpoint
+    from pipeline.config import as_dict, resolve
+
+    imported = import_config(config, gpus)
+    os.makedirs(out, exist_ok=True)
+    recipe = os.path.join(out, "recipe.py")
+    Path(recipe).write_text(recipe_source(imported, config))
+    lines = [f"recipe: {recipe}", *(f"not taken over: {line}" for line in imported.unmapped)]
+    command = f"protoshard train {recipe}"
+    if models:
+        resolved = resolve(recipe)
+        width = resolved.backbone.width
+        state = {f"backbone.{name}": value for name, value in load_backbone(models[0], resolved.backbone.name, width).items()}
+        classes = None
+        if "state_dict_softmax_fc" in _load(models[0]):
+            state["prototypes"] = merge_classifier(models)
+            classes = len(state["prototypes"])
+        info = {"consumed": 0, "num_classes": classes, "width": width, "backbone": resolved.backbone.name, "config": as_dict(resolved)}
+        path = checkpoint.save(os.path.join(out, "checkpoints"), 0, state, info, keep=1)
+        lines.append(f"start checkpoint: {path} (backbone{f' and {classes} prototypes' if classes else ''}, no optimizer state)")
+        command += f" --resume {path}"
+    return "\n".join([*lines, f"start with: {command}"])

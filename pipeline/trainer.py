@@ -59,7 +59,7 @@ class Trainer:
         self.steps_per_epoch = len(self.source) / run.batch
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         resumed = self._resume(resume)
-        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step, every=run.log_every)
+        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, {place.world_size} ranks on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
@@ -174,7 +174,7 @@ class Trainer:
                 rank=self.place.rank,
                 world_size=self.place.world_size,
             )
-            figures = self._report(os.path.basename(path), report)
+            figures = self._report(os.path.splitext(os.path.basename(path))[0], report)
             first = first or figures
         return first
 

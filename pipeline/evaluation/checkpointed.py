@@ -1,0 +1,49 @@
+"""Evaluates the backbone of a checkpoint on a data set: what `protoshard eval` does on each of its ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import torch
+
+from pipeline import backbones, checkpoint
+from pipeline.config import from_dict
+from pipeline.distributed import join
+from pipeline.evaluation import PairReport, evaluate
+from pipeline.evaluation.figures import roc_figure, save_png
+
+
+def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str | None = None, no_flip: bool = False) -> None:
+    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`."""
+    place = join()
+    path = checkpoint.locate(path)
+    config = from_dict(checkpoint.read_info(path)["config"])
+    with torch.device(place.device):
+        module = backbones.build(config.backbone, config.data.image_size)
+    weights = checkpoint.load_replicated(path, "backbone.")
+    module.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in weights.items()})
+    if place.is_first and not as_json:
+        logging.getLogger(__name__).warning("evaluating %s on %s", path, data)
+    report = evaluate(
+        module,
+        data,
+        config.data,
+        batch_size=config.evaluation.batch_size,
+        flip=config.evaluation.flip and not no_flip,
+        device=place.device,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    if not place.is_first:
+        return
+    if figure and isinstance(report, PairReport):
+        save_png(roc_figure({data: report}, "ROC"), figure)
+    figures = report.as_dict()
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+            shown = "unreached: too few impostor pairs" if number is None else f"{number:.4f}" if isinstance(number, float) else str(number)
+            print(f"{name + ('=' + key if key else ''):28}{shown}")

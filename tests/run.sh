@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv, then lint, types, tests. Arguments go to pytest: tests/run.sh -k checkpoint
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+install_into_venv test mxnet export
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+if command -v shellcheck >/dev/null; then shellcheck -x launch/*.sh tests/run.sh; else echo "shellcheck is not installed: scripts not checked"; fi
+.venv/bin/pytest "$@"
