@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 
-from dali_loaders.decode import DataConfig, dali_modules, is_complete
-from dali_loaders.sources import Source, open_source, single_image_identities
+from dali_loaders.decode import DataConfig, Decoder, HeaderReader, UnreadableImagesError
+from dali_loaders.sources import open_source, read_or_nothing, single_image_identities
 
 _BATCH = 256
 
@@ -46,17 +45,17 @@ def check(path: str, reader: str = "native", threads: int = 0) -> CheckReport:
     """Opens the data set and decodes every image fully, with the decoder that training uses (on the CPU). ValueError as for open_source."""
     source = open_source(path, reader)
     threads = DataConfig(threads=threads).thread_count()
-    decoder = _SizeDecoder(threads)
+    headers, decoder = HeaderReader(_BATCH, threads), Decoder(112, _BATCH, threads, torch.device("cpu"))
     sizes: Counter[tuple[int, int]] = Counter()
     unreadable = []
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), _BATCH):
             indices = range(start, min(start + _BATCH, len(source)))
-            encoded = list(pool.map(lambda index: _read(source, index), indices))
-            complete = [(index, data) for index, data in zip(indices, encoded, strict=True) if is_complete(data)]
-            found = dict(zip((index for index, _ in complete), decoder.sizes([data for _, data in complete]), strict=True))
-            sizes.update(size for size in found.values() if size is not None)
-            unreadable += [source.name(index) for index in indices if found.get(index) is None]
+            encoded = list(pool.map(lambda index: read_or_nothing(source, index), indices))
+            bad = _unreadable(decoder, encoded)
+            found = headers.sizes(encoded).tolist()
+            sizes.update((width, height) for at, (height, width) in enumerate(found) if at not in bad)
+            unreadable += [source.name(start + at) for at in sorted(bad)]
     counts = np.bincount(source.labels, minlength=len(source.identities))
     return CheckReport(
         path=path,
@@ -69,44 +68,17 @@ def check(path: str, reader: str = "native", threads: int = 0) -> CheckReport:
     )
 
 
-class _SizeDecoder:
-    """Decodes on the CPU and keeps the sizes alone."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pipeline: Any = None
-
-    def sizes(self, encoded: Sequence[bytes]) -> list[tuple[int, int] | None]:
-        """(width, height) of each image, None where it cannot be decoded, which is found by bisection."""
-        if not encoded:
-            return []
-        self._pipeline = self._pipeline or self._build()
-        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+def _unreadable(decoder: Decoder, encoded: list[bytes]) -> set[int]:
+    """Places of the images that cannot be decoded; broken headers come first, then broken bodies."""
+    good = list(range(len(encoded)))
+    while good:
         try:
-            (shapes,) = self._pipeline.run()
-        except RuntimeError:
-            self._pipeline = None
-            if len(encoded) == 1:
-                return [None]
-            half = len(encoded) // 2
-            return self.sizes(encoded[:half]) + self.sizes(encoded[half:])
-        return [(int(width), int(height)) for height, width, _ in np.asarray(shapes.as_tensor())]
-
-    def _build(self) -> Any:
-        dali, fn, types = dali_modules()
-        pipeline = dali.Pipeline(_BATCH, self._threads, None, prefetch_queue_depth=1)
-        with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-            pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB).shape())
-        pipeline.build()
-        return pipeline
-
-
-def _read(source: Source, index: int) -> bytes:
-    try:
-        return source.read(index)
-    except (OSError, ValueError):
-        return b""
+            decoder([encoded[at] for at in good], {})
+            break
+        except UnreadableImagesError as error:
+            broken = {good[place] for place in error.places}
+            good = [at for at in good if at not in broken]
+    return set(range(len(encoded))) - set(good)
 
 
 def _listed(names: list[str]) -> str:

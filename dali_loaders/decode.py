@@ -87,6 +87,14 @@ def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positio
     return arguments
 
 
+class UnreadableImagesError(Exception):
+    """Some images of a batch cannot be decoded: those at `places`."""
+
+    def __init__(self, places: list[int]) -> None:
+        super().__init__(f"unreadable images at {places} of the batch")
+        self.places = places
+
+
 class Decoder:
     """Runs the graph on one batch at a time: float32 [b, 3, image_size, image_size], RGB, (x - 127.5) / 127.5, on `device`.
 
@@ -97,14 +105,30 @@ class Decoder:
         self._batch_size = batch_size
         self._threads = threads
         self._device = device
+        self._headers = HeaderReader(batch_size, threads)
         self._resize = False
         self._pipeline: Any = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> torch.Tensor:
-        """RuntimeError if DALI cannot decode one of the images (which one it does not say; see `unreadable`)."""
-        if self._pipeline is None:
-            self._pipeline = self._build(set(arguments))
+        """Raises UnreadableImagesError, after which other images can be decoded."""
+        # Headers first: the decoder of DALI 2.4 crashes the process (its threads outlive the error) on one that cannot be parsed.
+        sizes_b2 = self._headers.sizes(encoded)
+        if not sizes_b2.all():
+            raise UnreadableImagesError(np.flatnonzero(sizes_b2[:, 0] == 0).tolist())
+        if not self._resize and (sizes_b2 != self._size).any():
+            # Resizing halves the throughput even where it changes nothing, so it joins the graph at the first image of another size.
+            self._resize, self._pipeline = True, None
+        try:
+            return self._to_torch(self._run(encoded, arguments))
+        except RuntimeError as error:
+            places = self._unreadable(encoded, arguments)
+            if not places:
+                raise
+            raise UnreadableImagesError(places) from error
+
+    def _run(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> Any:
+        self._pipeline = self._pipeline or self._build(set(arguments))
         self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
         for name, values in arguments.items():
             self._pipeline.feed_input(name, values)
@@ -113,23 +137,19 @@ class Decoder:
         except RuntimeError:
             self._pipeline = None  # what a pipeline holds after an error is not specified
             raise
-        if not self._resize and any(tuple(shape) != (3, self._size, self._size) for shape in output.shape()):
-            # Resizing halves the throughput even where it changes nothing, so it joins the graph at the first image of another size.
-            self._resize, self._pipeline = True, None
-            return self(encoded, arguments)
-        return self._to_torch(output)
+        return output
 
-    def unreadable(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> list[int]:
-        """Places in the batch of the images that cannot be decoded, found by bisection."""
+    def _unreadable(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> list[int]:
+        """Places of the images that cannot be decoded, which DALI does not tell: by bisection."""
         try:
-            self(encoded, arguments)
+            self._run(encoded, arguments)
             return []
         except RuntimeError:
             if len(encoded) == 1:
                 return [0]
         half = len(encoded) // 2
-        left = self.unreadable(encoded[:half], {name: values[:half] for name, values in arguments.items()})
-        right = self.unreadable(encoded[half:], {name: values[half:] for name, values in arguments.items()})
+        left = self._unreadable(encoded[:half], {name: values[:half] for name, values in arguments.items()})
+        right = self._unreadable(encoded[half:], {name: values[half:] for name, values in arguments.items()})
         return left + [half + at for at in right]
 
     def _to_torch(self, output: Any) -> torch.Tensor:
@@ -151,8 +171,8 @@ class Decoder:
         pipeline = dali.Pipeline(self._batch_size, self._threads, device_id, prefetch_queue_depth=1)
         kinds = {"flip": (types.INT32, 0), "matrix": (types.FLOAT, 2), "brightness": (types.FLOAT, 0), "contrast": (types.FLOAT, 0)}
         with pipeline:
-            given = {n: fn.external_source(name=n, dtype=kinds[n][0], ndim=kinds[n][1], no_copy=True) for n in sorted(names)}
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            given = {n: fn.external_source(name=n, dtype=kinds[n][0], ndim=kinds[n][1]) for n in sorted(names)}
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
             if self._resize:
                 images = fn.resize(images, size=[self._size, self._size])
@@ -170,6 +190,44 @@ class Decoder:
                     output_layout="CHW",
                 )
             )
+        pipeline.build()
+        return pipeline
+
+
+class HeaderReader:
+    """Reads the sizes of encoded images from their headers, with DALI's own parsers."""
+
+    def __init__(self, batch_size: int, threads: int) -> None:
+        self._batch_size = batch_size
+        self._threads = threads
+        self._pipeline: Any = None
+
+    def sizes(self, encoded: Sequence[bytes]) -> np.ndarray:
+        """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early."""
+        sizes_b2 = np.zeros((len(encoded), 2), np.int64)
+        complete = [at for at, data in enumerate(encoded) if is_complete(data)]
+        if complete:
+            sizes_b2[complete] = self._parse([encoded[at] for at in complete])
+        return sizes_b2
+
+    def _parse(self, encoded: Sequence[bytes]) -> np.ndarray:
+        self._pipeline = self._pipeline or self._build()
+        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+        try:
+            (shapes,) = self._pipeline.run()
+            return np.asarray(shapes.as_tensor())[:, :2]
+        except RuntimeError:
+            self._pipeline = None
+        if len(encoded) == 1:
+            return np.zeros((1, 2), np.int64)
+        half = len(encoded) // 2
+        return np.concatenate([self._parse(encoded[:half]), self._parse(encoded[half:])])
+
+    def _build(self) -> Any:
+        dali, fn, types = dali_modules()
+        pipeline = dali.Pipeline(self._batch_size, self._threads, None, prefetch_queue_depth=1)
+        with pipeline:
+            pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)))
         pipeline.build()
         return pipeline
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from dali_loaders.background import Background
-from dali_loaders.decode import DataConfig, Decoder, augment_arguments, is_complete
+from dali_loaders.decode import DataConfig, Decoder, UnreadableImagesError, augment_arguments
 from dali_loaders.order import UniformOrder
-from dali_loaders.sources import Source
+from dali_loaders.sources import Source, read_or_nothing
 
 MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
+_JUDGED = 10_000  # reads, or the size of a smaller set, below which chance could mislead a rank about that share
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class TrainLoader:
         self.skipped: list[str] = []
         size = global_batch // world_size
         starts = itertools.count(consumed + rank * size, global_batch)
-        feed = _Feed(source, config, size, torch.device(device), self.skipped, skipped_path, len(source) / world_size)
+        feed = _Feed(source, config, size, torch.device(device), self.skipped, skipped_path)
         self._batches = Background(feed.train_batches(UniformOrder(len(source), seed), seed, starts), config.prefetch)
 
     @property
@@ -86,7 +87,7 @@ def evaluation_batches(
     """The images `indices` in this order, not augmented. Rows of unreadable images are left out; `Batch.indices` says which are there.
 
     The last batch may be smaller."""
-    feed = _Feed(source, config, batch_size, torch.device(device), [], None, len(source))
+    feed = _Feed(source, config, batch_size, torch.device(device), [], None)
     batches = Background(feed.evaluation_batches(np.asarray(indices, np.int64)), config.prefetch)
     try:
         for batch in batches:
@@ -98,7 +99,7 @@ def evaluation_batches(
 class _Request(NamedTuple):
     indices: np.ndarray  # wanted images, int64 [b]
     arguments: dict[str, np.ndarray]
-    reads: list[Future[list[bytes | None]]]  # one per reading thread
+    reads: list[Future[list[bytes]]]  # one per reading thread
 
 
 class _Feed:
@@ -112,14 +113,13 @@ class _Feed:
         device: torch.device,
         skipped: list[str],
         skipped_path: str | None,
-        share: float,
     ) -> None:
         self._source, self._config, self._batch_size, self._device = source, config, batch_size, device
         self._threads = config.thread_count()
         self._decoder = Decoder(config.image_size, batch_size, self._threads, device)
         self._labels = torch.from_numpy(source.labels)
         self._bad: set[int] = set()
-        self._skipped, self._skipped_path, self._share = skipped, skipped_path, share
+        self._skipped, self._skipped_path = skipped, skipped_path
 
     def train_batches(self, order: UniformOrder, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
         config, reads_so_far, skipped_reads = self._config, 0, 0
@@ -145,15 +145,17 @@ class _Feed:
             parts = (indices[start : start + self._batch_size] for start in range(0, len(indices), self._batch_size))
             for wanted, arguments, encoded in self._read_ahead(pool, ((part, {}) for part in parts)):
                 images = self._decode(encoded, wanted, arguments)
-                while images is None and len(wanted):
+                while images is None:
                     wanted = wanted[[int(index) not in self._bad for index in wanted]]
+                    if not wanted.size:
+                        break
                     images = self._decode(self._read(wanted), wanted, arguments)
-                if images is not None:
+                else:
                     yield self._batch(images, wanted)
 
     def _read_ahead(
         self, pool: ThreadPoolExecutor, requests: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[bytes | None]]]:
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[bytes]]]:
         """Adds the encoded images to each request while the one before it is decoded; several threads hide the latency of storage."""
         pending: deque[_Request] = deque()
         for request in itertools.chain(requests, [None]):
@@ -164,29 +166,15 @@ class _Feed:
                 indices, arguments, reads = pending.popleft()
                 yield indices, arguments, [data for read in reads for data in read.result()]
 
-    def _read(self, indices: np.ndarray) -> list[bytes | None]:
-        """Encoded images; None where the file cannot be read or is visibly cut off."""
-        images: list[bytes | None] = []
-        for index in indices.tolist():
-            try:
-                data = self._source.read(index)
-            except (OSError, ValueError):
-                data = b""
-            images.append(data if is_complete(data) else None)
-        return images
+    def _read(self, indices: np.ndarray) -> list[bytes]:
+        return [read_or_nothing(self._source, index) for index in indices.tolist()]
 
-    def _decode(self, encoded: list[bytes | None], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
+    def _decode(self, encoded: list[bytes], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
         """The images of a batch, or None after naming those of it that cannot be decoded."""
-        readable = [data for data in encoded if data is not None]
-        if len(readable) == len(encoded) and readable:
-            try:
-                return self._decoder(readable, arguments)
-            except RuntimeError as error:
-                broken = self._decoder.unreadable(readable, arguments)
-                if not broken:
-                    raise RuntimeError("decoding a batch failed although each of its images can be decoded") from error
-        else:
-            broken = [at for at, data in enumerate(encoded) if data is None]
+        try:
+            return self._decoder(encoded, arguments)
+        except UnreadableImagesError as error:
+            broken = error.places
         for index in sorted({int(indices[at]) for at in broken} - self._bad):
             self._name_unreadable(index)
         return None
@@ -202,7 +190,7 @@ class _Feed:
                 file.write(name + "\n")
 
     def _stop_above(self, skipped_reads: int, reads_so_far: int) -> None:
-        if skipped_reads > MAX_SKIPPED * max(reads_so_far, self._share):
+        if skipped_reads > MAX_SKIPPED * max(reads_so_far, min(len(self._source), _JUDGED)):
             where = f"listed in {self._skipped_path}" if self._skipped_path else f"the first are {', '.join(self._skipped[:3])}"
             raise ValueError(
                 f"{skipped_reads} unreadable images among the first {reads_so_far} of {self._source.path} are more than "

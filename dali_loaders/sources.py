@@ -136,6 +136,14 @@ class RecordSource:
         return f"{os.path.basename(self.path)}:record {self._keys[index]}"
 
 
+def read_or_nothing(source: Source, index: int) -> bytes:
+    """The encoded bytes of image `index`; none where it cannot be read, so that it is dealt with like any other unreadable image."""
+    try:
+        return source.read(index)
+    except (OSError, ValueError):
+        return b""
+
+
 def single_image_identities(source: Source) -> list[str]:
     """Names of the identities with one image: they can be trained on, but form no genuine pair."""
     counts = np.bincount(source.labels, minlength=len(source.identities))

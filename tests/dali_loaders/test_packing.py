@@ -1,0 +1,75 @@
+"""A packed set is read by us, by the mxnet package, and by the index arithmetic that InsightFace's readers use."""
+
+import numpy as np
+import pytest
+from pictures import picture
+
+from dali_loaders import open_source, pack, records
+from dali_loaders.packing import identities_path
+
+
+@pytest.fixture
+def packed(folder):
+    path = str(folder.with_suffix(".rec"))
+    pack(open_source(str(folder)), path)
+    return path
+
+
+def test_layout_is_that_of_insightface(packed):
+    try:
+        recordio = records._mxnet_recordio()
+    except ValueError as error:
+        pytest.skip(f"the layout is not read through MXNet: {error}")
+    file = recordio.MXIndexedRecordIO(records.index_path(packed), packed, "r")
+    header, payload = recordio.unpack(file.read_idx(0))
+    first_identity, end = (int(number) for number in header.label)
+    assert (header.flag, payload, first_identity, end) == (2, b"", 25, 31)
+    for label, key in enumerate(range(first_identity, end)):
+        header, payload = recordio.unpack(file.read_idx(key))
+        assert payload == b""
+        for image in range(int(header.label[0]), int(header.label[1])):
+            image_header, data = recordio.unpack(file.read_idx(image))
+            assert image_header.label == label
+            assert data == picture(image - 1)
+
+
+@pytest.mark.parametrize("reader", ["native", "mxnet"])
+@pytest.mark.parametrize("with_names", [True, False])
+def test_read_back(packed, reader, with_names, tmp_path):
+    if reader == "mxnet":
+        try:
+            records._mxnet_recordio()
+        except ValueError as error:
+            pytest.skip(str(error))
+    if not with_names:
+        (tmp_path / "set.identities.txt").unlink()
+    source = open_source(packed, reader)
+    assert len(source) == 24
+    assert source.labels.tolist() == np.repeat(np.arange(6), 4).tolist()
+    assert source.identities == [f"person{n:02}" if with_names else str(n) for n in range(6)]
+    assert [source.read(index) for index in range(24)] == [picture(index) for index in range(24)]
+
+
+def test_packing_a_packed_set_changes_nothing(packed, tmp_path):
+    again = str(tmp_path / "again.rec")
+    pack(open_source(packed), again)
+    for path in (lambda p: p, records.index_path, identities_path):
+        with open(path(packed), "rb") as a, open(path(again), "rb") as b:
+            assert a.read() == b.read()
+
+
+def test_names_that_do_not_match(packed, tmp_path):
+    names = tmp_path / "set.identities.txt"
+    names.write_text("5\tanna\n2\tben\n")
+    with pytest.raises(ValueError, match=r"set\.identities\.txt does not match"):
+        open_source(packed)
+    names.write_text("anna\nben\n")
+    with pytest.raises(ValueError, match="does not hold lines"):
+        open_source(packed)
+
+
+def test_bad_target(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"give it a name that ends in \.rec"):
+        pack(open_source(str(folder)), str(tmp_path / "out.tar"))
+    with pytest.raises(ValueError, match="choose a folder that exists"):
+        pack(open_source(str(folder)), str(tmp_path / "none" / "out.rec"))
