@@ -21,7 +21,7 @@ from pipeline.schedule import OptimizerConfig, build_optimizer
 class EngineConfig:
     name: Literal["deepspeed", "ddp"] = "deepspeed"
     zero_stage: Literal[1, 2] = 1  # 1 shards the optimizer's state over ranks, 2 its gradients too
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the backbone's products; auto: bfloat16 on GPU, float32 on CPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the backbone's products; auto: bfloat16 where the hardware has it
 
     def __post_init__(self) -> None:
         if self.name not in ("deepspeed", "ddp"):
@@ -32,7 +32,15 @@ class EngineConfig:
             raise ValueError(f"engine.precision is {self.precision!r}, but must be auto, float32 or bfloat16")
 
     def autocasts(self, device: torch.device) -> bool:
-        return self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
+        return self.precision == "bfloat16" or (self.precision == "auto" and _has_bfloat16(device))
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 run on units of their own; emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 class Engine(Protocol):

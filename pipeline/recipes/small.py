@@ -14,12 +14,14 @@ from pipeline.schedule import OptimizerConfig
 def dogs_small() -> TrainConfig:
     """protoshard train dogs_small --ranks 2"""
     return TrainConfig(
-        run=RunConfig(batch=128, epochs=30, margin_warmup=0.33, log_every=10),
+        run=RunConfig(batch=64, epochs=25),
         data=DataConfig(
-            train=find_data("dogs/train.tar"), image_size=64, augment=AugmentConfig(flip=True, rotate=10, zoom=0.1, shift=0.08)
+            train=find_data("dogs/train.tar"),
+            image_size=64,
+            augment=AugmentConfig(flip=True, rotate=10, zoom=0.15, shift=0.08, brightness=0.2, contrast=0.2),
         ),
         backbone=BackboneConfig("small", width=128),
-        loss=losses.build("cosface", scale=24.0, margin=0.2),
+        loss=losses.build("cosface", scale=32.0, margin=0.3),
         optimizer=OptimizerConfig(lr=0.1, schedule="cosine", warmup_epochs=1),
         evaluation=EvaluationConfig(data=find_data("dogs/test.tar"), at_start=True),
     )
@@ -28,13 +30,13 @@ def dogs_small() -> TrainConfig:
 def omniglot_small() -> TrainConfig:
     """protoshard train omniglot_small --ranks 2"""
     return TrainConfig(
-        run=RunConfig(batch=256, epochs=15, margin_warmup=0.33, log_every=10),
+        run=RunConfig(batch=128, epochs=8),
         # A mirrored character is another character.
         data=DataConfig(
             train=find_data("omniglot/train.tar"), image_size=64, augment=AugmentConfig(flip=False, rotate=12, zoom=0.15, shift=0.08)
         ),
         backbone=BackboneConfig("small", width=128),
-        loss=losses.build("cosface", scale=24.0, margin=0.2),
+        loss=losses.build("cosface", scale=32.0, margin=0.3),
         optimizer=OptimizerConfig(lr=0.1, schedule="cosine", warmup_epochs=1),
         evaluation=EvaluationConfig(data=find_data("omniglot/test.tar"), flip=False, at_start=True),
     )
