@@ -58,9 +58,10 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
     command += [f"--node-ip-address={order['address']}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}"]
     if order["slots"] is not None:
         command.append(f"--resources={json.dumps({'rank_slots': order['slots']})}")
+    order["port"], order["dashboard_port"], agent_port, client_port = free_ports(order["address"], 4)  # others may have the usual ones
+    command.append(f"--dashboard-agent-listen-port={agent_port}")
     if order["head"] is not None:
         return [*command, f"--address={order['head']}"]
-    order["port"], order["dashboard_port"], client_port = free_ports(order["address"], 3)  # other clusters may have the usual ones
     command += ["--head", f"--port={order['port']}", f"--ray-client-server-port={client_port}"]
     return [*command, f"--dashboard-host={order['address']}", f"--dashboard-port={order['dashboard_port']}"]
 
