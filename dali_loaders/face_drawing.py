@@ -196,7 +196,8 @@ def draw_mouth(canvas: Canvas, traits: Traits, image: Conditions, shadow: Colour
     top = middle_up - np.stack([0 * steps, traits.upper_lip * swell * bow], axis=1)
     bottom = middle_down + np.stack([0 * steps, traits.lower_lip * swell], axis=1)
     lip = mix(mix(traits.skin, shadow, 0.5), np.array([186.0, 48.0, 62.0]), traits.lip_redness)
-    canvas.fill(ellipse(0, y + traits.lower_lip + gap + 0.1, half * 0.5, 0.05), mix(traits.skin, shadow, 0.5))
+    if not traits.beard:
+        canvas.fill(ellipse(0, y + traits.lower_lip + gap + 0.1, half * 0.5, 0.05), mix(traits.skin, shadow, 0.5))
     canvas.fill(np.concatenate([top, bottom[-2:0:-1]]), lip, lift=0.06)
     if gap:
         canvas.fill(np.concatenate([middle_up, middle_down[-2:0:-1]]), THROAT, lift=0.05)
@@ -212,7 +213,7 @@ def draw_facial_hair(canvas: Canvas, traits: Traits, image: Conditions) -> None:
     if traits.beard:
         jaw, deep = traits.jaw_width, traits.beard_depth
         right = np.array([[traits.cheek_width * 0.97, 0.2], [jaw * 1.02, traits.jaw_height], [traits.chin_width, traits.chin + 0.06]])
-        inner = np.array([[0, y + 0.2 - deep * 0.1], [-0.28, y + 0.14], [-jaw * 0.7, y - deep * 0.5], [-traits.cheek_width * 0.86, 0.2]])
+        inner = np.array([[0, y + 0.14 - deep * 0.1], [-0.27, y + 0.09], [-jaw * 0.64, y - deep * 0.5], [-traits.cheek_width * 0.84, 0.2]])
         shape = np.concatenate([right, [[0, traits.chin + 0.1]], right[::-1] * (-1, 1), inner[::-1], inner[1:] * (-1, 1)])
         canvas.fill(shape, mix(traits.skin, colour, traits.beard), depth=0.15)
     if traits.moustache:
@@ -257,7 +258,7 @@ def draw_front_hair(canvas: Canvas, traits: Traits, image: Conditions) -> None:
     depths = np.repeat([0.05, -0.1, 0.05, ON_HEAD], [2, len(reach), 2, len(inner)])
     canvas.fill(shape, traits.hair, depth=depths, lift=0.04)
     for place, shade in ((-0.55, 1.1), (-0.2, 0.84), (0.25, 1.1), (0.55, 0.84)):  # a few locks, combed away from the parting
-        start = np.array([parting, -1.08 - volume * 0.6])
+        start = np.array([parting, -(0.95 + volume * 0.5) * math.sqrt(1 - 0.8 * parting**2)])
         finish = np.array([place * 1.3, -traits.hairline - 0.02 + 0.3 * place**2])
         bend = (start + finish) / 2 + (place * 0.2, -0.06 + traits.curl * math.sin(image.hair_phase + 9 * place))
         canvas.stroke(np.array([start, bend, finish]), traits.hair * shade + (shade - 0.8) * 20, 0.025, depth=0.3)
