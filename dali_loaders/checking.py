@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dali_loaders.decode import DataConfig, Decoder, HeaderReader, UnreadableImagesError
-from dali_loaders.sources import open_source, read_or_nothing, single_image_identities
+from dali_loaders.decode import DataConfig, Decoder, HeaderReader, UnreadableImagesError, read_image
+from dali_loaders.sources import open_source, single_image_identities
 
 _BATCH = 256
 
@@ -51,7 +51,7 @@ def check(path: str, reader: str = "native", threads: int = 0) -> CheckReport:
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), _BATCH):
             indices = range(start, min(start + _BATCH, len(source)))
-            encoded = list(pool.map(lambda index: read_or_nothing(source, index), indices))
+            encoded = list(pool.map(lambda index: read_image(source, index), indices))
             bad = _unreadable(decoder, encoded)
             found = headers.sizes(encoded).tolist()
             sizes.update((width, height) for at, (height, width) in enumerate(found) if at not in bad)

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
 from dali_loaders.order import uniform
+from dali_loaders.sources import Source
 
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 _AUGMENT_STREAM = 1
 _COLUMNS = 7  # flip, angle, zoom, shift x, shift y, brightness, contrast: fixed, so that one option does not change another's numbers
 
@@ -203,11 +207,14 @@ class HeaderReader:
         self._pipeline: Any = None
 
     def sizes(self, encoded: Sequence[bytes]) -> np.ndarray:
-        """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early."""
+        """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early.
+
+        JPEG, PNG and WebP only: a BMP with a header that no decoder accepts crashes DALI 2.4 (see read_image)."""
         sizes_b2 = np.zeros((len(encoded), 2), np.int64)
         complete = [at for at, data in enumerate(encoded) if is_complete(data)]
         if complete:
             sizes_b2[complete] = self._parse([encoded[at] for at in complete])
+        sizes_b2[sizes_b2.prod(axis=1) > _MAX_PIXELS] = 0
         return sizes_b2
 
     def _parse(self, encoded: Sequence[bytes]) -> np.ndarray:
@@ -242,10 +249,29 @@ def dali_modules() -> tuple[Any, Any, Any]:
     return dali, fn, types
 
 
+def read_image(source: Source, index: int) -> bytes:
+    """Encoded image `index` as JPEG, PNG or WebP; no bytes where it cannot be read. Other formats become PNG, in the calling thread."""
+    try:
+        data = source.read(index)
+    except (OSError, ValueError):
+        return b""
+    if not data or _is_common(data):
+        return data
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # a size beyond OpenCV's limits
+        return b""
+    return b"" if image is None else cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
 def is_complete(data: bytes) -> bool:
-    """False for an empty file and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
+    """False for what is no JPEG, PNG or WebP, and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
 
     The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
-    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
-        return bool(data)
+    if not data.startswith(_JPEG) or data.endswith(b"\xff\xd9"):
+        return _is_common(data)
     return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+
+
+def _is_common(data: bytes) -> bool:
+    return data.startswith((_JPEG, _PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from dali_loaders.background import Background
-from dali_loaders.decode import DataConfig, Decoder, UnreadableImagesError, augment_arguments
+from dali_loaders.decode import DataConfig, Decoder, UnreadableImagesError, augment_arguments, read_image
 from dali_loaders.order import UniformOrder
-from dali_loaders.sources import Source, read_or_nothing
+from dali_loaders.sources import Source
 
 MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
 _JUDGED = 10_000  # reads, or the size of a smaller set, below which chance could mislead a rank about that share
@@ -167,7 +167,7 @@ class _Feed:
                 yield indices, arguments, [data for read in reads for data in read.result()]
 
     def _read(self, indices: np.ndarray) -> list[bytes]:
-        return [read_or_nothing(self._source, index) for index in indices.tolist()]
+        return [read_image(self._source, index) for index in indices.tolist()]
 
     def _decode(self, encoded: list[bytes], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
         """The images of a batch, or None after naming those of it that cannot be decoded."""

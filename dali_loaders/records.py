@@ -7,10 +7,9 @@ import logging
 import mmap
 import os
 import struct
-import threading
 import warnings
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -214,41 +213,6 @@ class IndexedRecordReader:
         length = length_word & ((1 << _LENGTH_BITS) - 1)
         labels[:] = np.where(flag > 0, array_label, label).astype(np.uint32).view(np.float32)
         has_image[:] = (length_word >> _LENGTH_BITS != _WHOLE) | (length > _IR_HEADER.size + 4 * flag.astype(np.int64))
-
-
-class MXNetReader:
-    """The same records through the mxnet package, for whoever wants its reader in the path. Needs PATH.idx; one read at a time."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        recordio = _mxnet_recordio()
-        if not os.path.exists(index_path(path)):
-            raise ValueError(f"reader='mxnet' needs {index_path(path)}, which does not exist and cannot be written; use reader='native'.")
-        self._records = recordio.MXIndexedRecordIO(index_path(path), path, "r")
-
-    def read(self, key: int) -> bytes:
-        with self._lock:
-            return self._records.read_idx(key)
-
-    def __reduce__(self) -> tuple:
-        return MXNetReader, (self.path,)
-
-
-def _mxnet_recordio() -> Any:
-    had_bool = "bool" in vars(np)
-    vars(np).setdefault("bool", bool)  # mxnet 1.9.1 uses the name that numpy 1.24 removed
-    try:
-        from mxnet import recordio
-    except Exception as error:
-        raise ValueError(
-            f"reader='mxnet' needs the mxnet package, which cannot be imported here ({error}); "
-            "install the extra with pip install 'protoshard[mxnet]', or use reader='native'."
-        ) from error
-    finally:
-        if not had_bool:
-            del vars(np)["bool"]
-    return recordio
 
 
 def _read_index(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from dali_loaders.mxnet_records import MXNetReader
 from dali_loaders.packing import identities_path, read_identities
-from dali_loaders.records import IndexedRecordReader, MXNetReader, RandomAccessFile, unpack_record
+from dali_loaders.records import IndexedRecordReader, RandomAccessFile, unpack_record
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "IDENTITY/IMAGE.jpg (one folder per identity)"
@@ -134,14 +135,6 @@ class RecordSource:
 
     def name(self, index: int) -> str:
         return f"{os.path.basename(self.path)}:record {self._keys[index]}"
-
-
-def read_or_nothing(source: Source, index: int) -> bytes:
-    """The encoded bytes of image `index`; none where it cannot be read, so that it is dealt with like any other unreadable image."""
-    try:
-        return source.read(index)
-    except (OSError, ValueError):
-        return b""
 
 
 def single_image_identities(source: Source) -> list[str]:

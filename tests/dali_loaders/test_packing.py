@@ -5,6 +5,7 @@ import pytest
 from pictures import picture
 
 from dali_loaders import open_source, pack, records
+from dali_loaders.mxnet_records import import_recordio
 from dali_loaders.packing import identities_path
 
 
@@ -17,7 +18,7 @@ def packed(folder):
 
 def test_layout_is_that_of_insightface(packed):
     try:
-        recordio = records._mxnet_recordio()
+        recordio = import_recordio()
     except ValueError as error:
         pytest.skip(f"the layout is not read through MXNet: {error}")
     file = recordio.MXIndexedRecordIO(records.index_path(packed), packed, "r")
@@ -38,7 +39,7 @@ def test_layout_is_that_of_insightface(packed):
 def test_read_back(packed, reader, with_names, tmp_path):
     if reader == "mxnet":
         try:
-            records._mxnet_recordio()
+            import_recordio()
         except ValueError as error:
             pytest.skip(str(error))
     if not with_names:

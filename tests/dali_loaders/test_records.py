@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dali_loaders import records
-from dali_loaders.records import MAGIC, IndexedRecordReader, IRHeader, MXNetReader, RecordWriter, index_path, pack_record, unpack_record
+from dali_loaders.mxnet_records import MXNetReader, import_recordio
+from dali_loaders.records import MAGIC, IndexedRecordReader, IRHeader, RecordWriter, index_path, pack_record, unpack_record
 
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 # Pieces that put the magic number at every place, aligned or not, alone, at the ends and in a row.
@@ -23,7 +24,7 @@ some = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 @pytest.fixture(scope="module")
 def recordio():
     try:
-        return records._mxnet_recordio()
+        return import_recordio()
     except ValueError as error:
         pytest.skip(f"byte equality with MXNet is not tested: {error}")
 
