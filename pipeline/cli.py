@@ -147,7 +147,9 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Command, purp
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from pipeline/recipes, or a Python file with a function recipe()")
-    parser.add_argument("--set", action="append", default=[], metavar="section.field=value", help="override a field; may be repeated")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="section.field=value", help="override fields; may be repeated"
+    )
 
 
 if __name__ == "__main__":

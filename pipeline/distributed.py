@@ -36,8 +36,10 @@ def join() -> Place:
     NCCL with one GPU per local rank where there are enough of them, else gloo on CPU with an equal share of the cores per rank.
     """
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    on_gpu = torch.cuda.device_count() >= local_ranks and torch.cuda.is_available()
-    # Ray shows each worker its own GPU only, which is then number 0.
+    on_gpu = (
+        "nccl" in dist.get_backend() if dist.is_initialized() else torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
+    )
+    # Modulo, because a launcher may show each process its own GPU only, which is then number 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -54,7 +56,10 @@ def join() -> Place:
 
 
 def describe(error: ValueError) -> str | None:
-    """The sentence of a ValueError raised by this project's own code; None for a library's, which deserves its traceback."""
+    """The sentence of a ValueError raised by this project's own code; None for a library's, which deserves its traceback, and for all
+    of them where PROTOSHARD_TRACEBACK is set."""
+    if os.environ.get("PROTOSHARD_TRACEBACK"):
+        return None
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

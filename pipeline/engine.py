@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -93,6 +94,8 @@ class DDPEngine:
         self.parallel: nn.Module = module
         if place.world_size > 1:
             devices = [place.device] if place.device.type == "cuda" else None
+            # torch 2.13 calls this argument forward_sync_buffers and warns, 2.11 knows the old name only.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self.parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False)
         self.optimizer = build_optimizer(optimizer, module)
         self.clip = optimizer.clip or float("inf")
@@ -146,7 +149,8 @@ class DeepSpeedEngine:
 
         # Otherwise the first collective on CPU compiles an extension for half a minute and needs g++.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
+        warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its own calls
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.module, self.device = module, place.device
         self.engine, *_ = deepspeed.initialize(

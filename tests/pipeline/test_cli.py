@@ -1,0 +1,159 @@
+"""The command line: what it prints, and that bad input ends in one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dali_loaders.faces import FacesConfig, write_faces
+from pipeline.cli import main
+
+COMMANDS = ["train", "eval", "data faces", "data pack", "data check", "config", "import insightface"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_one_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.count("example:") == 1 and f"protoshard {command}" in text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with faces.tar (9 identities), and run, trained for one epoch on one rank."""
+    folder = tmp_path_factory.mktemp("cli")
+    assert main(["data", "faces", str(folder / "faces.tar"), "--identities", "9", "--images", "6", "--size", "32"]) == 0
+    assert main(train(folder)) == 0
+    return folder
+
+
+def train(folder, *more, data="faces.tar", run="run"):
+    settings = [
+        f"data.train={folder / data}",
+        f"evaluation.data={folder / 'faces.tar'}",
+        f"run.folder={folder / run}",
+        "data.image_size=32",
+        "run.batch=18",
+        "run.epochs=1",
+        "run.log_every=1",
+        "backbone.width=16",
+        "engine.name=ddp",
+        "checkpoint.keep=9",
+        *[item for item in more if not item.startswith("--")],
+    ]
+    flags = [part for item in more if item.startswith("--") for part in item.split("=", 1)]
+    return ["train", "faces_small", *flags, *[part for setting in settings for part in ("--set", setting)]]
+
+
+def refused(arguments, capsys, *words):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("protoshard: ") or "\nprotoshard: " in error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_train_ends_with_a_summary_and_leaves_its_files(trained, capsys):
+    assert main(train(trained)) == 0  # nothing left to train: evaluates again
+    out = capsys.readouterr().out
+    for word in ("EER", "TAR@FAR=1e-2", "checkpoint", "tensorboard --logdir"):
+        assert word in out
+    names = os.listdir(trained / "run")
+    assert {"metrics.jsonl", "tensorboard", "checkpoints"} <= set(names) and any(name.startswith("roc-") for name in names)
+
+
+def test_eval_prints_one_json_object(trained, capsys, tmp_path):
+    figure = str(tmp_path / "roc.png")
+    assert main(["eval", str(trained / "run"), "--data", str(trained / "faces.tar"), "--json", "--figure", figure]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"eer", "tar_at_far", "rank1", "images", "identities"} <= set(report)
+    assert report["images"] == 54 and report["identities"] == 9 and os.path.getsize(figure) > 1000
+
+
+def test_pack_check_and_train_on_the_packed_set(trained, capsys):
+    assert main(["data", "pack", str(trained / "faces.tar"), str(trained / "faces.rec")]) == 0
+    assert main(["data", "check", str(trained / "faces.rec")]) == 0
+    assert "54 images of 9 identities" in capsys.readouterr().out
+    assert main(train(trained, data="faces.rec", run="packed")) == 0
+    losses = [
+        [row["loss"] for row in map(json.loads, (trained / run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+        for run in ("run", "packed")
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_resume_none_keeps_the_earlier_run(trained, capsys):
+    assert main(train(trained, run="again")) == 0
+    assert main(train(trained, "--resume=none", run="again")) == 0
+    assert os.path.isdir(trained / "again.1") and "kept the earlier run" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys, caplog):
+    assert main(train(trained, "checkpoint.every_steps=1", run="damaged")) == 0
+    folder = trained / "damaged" / "checkpoints"
+    newest, before = sorted(os.listdir(folder))[:-3:-1]
+    os.remove(folder / newest / ".metadata")
+    assert main(train(trained, run="damaged")) == 0
+    assert f"{newest} cannot be used (.metadata is missing)" in caplog.text
+    assert before in capsys.readouterr().err  # "resumed from"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["backbone.width=8"], ["has width 16, but this run has 8"]),
+        (["data.train={folder}/others.tar"], ["has num_classes 9, but this run has 4"]),
+        (["backbone.name=small_nobn"], ["has backbone small, but this run has small_nobn"]),
+        (["--resume={folder}/nowhere"], ["no complete checkpoint", "nowhere"]),
+        (["run.folder={folder}/new", "data.train={folder}/missing"], ["missing", "not exist"]),
+        (["run.folder={folder}/new", "data.train={folder}/empty"], ["empty"]),
+        (["run.folder={folder}/new", "data.train="], ["data.train is empty"]),
+        (["run.folder={folder}/new", "data.train={folder}/lonely"], ["identity 'b' has 1 image", "data.min_images=1"]),
+        (["run.folder={folder}/new", "run.accumulation=3", "run.batch=20"], ["run.accumulation = 3 does not divide"]),
+        (["run.folder={folder}/new", "data.train={folder}/broken"], ["more than 1%", "skipped.txt"]),
+        (["--ranks=0"], ["--ranks is 0"]),
+    ],
+)
+def test_bad_input_to_train(trained, capsys, settings, words):
+    if not (trained / "lonely").exists():
+        write_faces(str(trained / "others.tar"), FacesConfig(identities=4, images_per_identity=6, size=32), workers=1)
+        write_faces(str(trained / "lonely"), FacesConfig(identities=1, images_per_identity=6, size=32), workers=1)
+        os.rename(next((trained / "lonely").iterdir()), trained / "lonely" / "a")
+        (trained / "lonely" / "b").mkdir()
+        (trained / "lonely" / "b" / "0.jpg").write_bytes(next((trained / "lonely" / "a").iterdir()).read_bytes())
+        (trained / "empty").mkdir()
+        write_faces(str(trained / "broken"), FacesConfig(identities=6, images_per_identity=6, size=32), workers=1)
+        for identity in sorted((trained / "broken").iterdir())[:3]:
+            next(identity.iterdir()).write_bytes(b"this is not an image")
+    refused(train(trained, *[item.format(folder=trained) for item in settings]), capsys, *words)
+
+
+def test_more_ranks_than_classes(trained):
+    """Several processes: the sentence comes once, from the command itself."""
+    write_faces(str(trained / "two.tar"), FacesConfig(identities=2, images_per_identity=6, size=32), workers=1)
+    command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", data="two.tar", run="three")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("3 ranks cannot share 2 classes") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["eval", "{folder}/run", "--data", "{folder}/missing.tar"], "missing.tar"),
+        (["eval", "{folder}/nothing", "--data", "{folder}/faces.tar"], "no complete checkpoint"),
+        (["data", "check", "{folder}/missing.rec"], "missing.rec"),
+        (["data", "pack", "{folder}/missing", "{folder}/x.rec"], "missing"),
+        (["data", "faces", "{folder}/x.tar", "--identities", "0"], "identities"),
+        (["config", "dogs_smal"], "did you mean 'dogs_small'"),
+        (["import", "insightface", "{folder}/config.py"], "config.py"),
+    ],
+)
+def test_bad_input_to_the_other_commands(trained, capsys, arguments, word):
+    refused([argument.format(folder=trained) for argument in arguments], capsys, word)
