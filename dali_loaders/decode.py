@@ -131,6 +131,15 @@ class Decoder:
                 raise
             raise UnreadableImagesError(places) from error
 
+    def to_device(self, labels: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor brought to the device on the decoder's own stream, so that it does not queue behind the training step."""
+        if self._stream is None:
+            return labels
+        with torch.cuda.stream(self._stream):
+            moved = labels.pin_memory().to(self._device, non_blocking=True)
+        self._stream.synchronize()
+        return moved
+
     def _run(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> Any:
         self._pipeline = self._pipeline or self._build(set(arguments))
         self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])

@@ -114,7 +114,7 @@ class _Feed:
         skipped: list[str],
         skipped_path: str | None,
     ) -> None:
-        self._source, self._config, self._batch_size, self._device = source, config, batch_size, device
+        self._source, self._config, self._batch_size = source, config, batch_size
         self._threads = config.thread_count()
         self._decoder = Decoder(config.image_size, batch_size, self._threads, device)
         self._labels = torch.from_numpy(source.labels)
@@ -167,7 +167,7 @@ class _Feed:
                 yield indices, arguments, [data for read in reads for data in read.result()]
 
     def _read(self, indices: np.ndarray) -> list[bytes]:
-        return [read_image(self._source, index) for index in indices.tolist()]
+        return [b"" if index in self._bad else read_image(self._source, index) for index in indices.tolist()]
 
     def _decode(self, encoded: list[bytes], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
         """The images of a batch, or None after naming those of it that cannot be decoded."""
@@ -190,10 +190,11 @@ class _Feed:
                 file.write(name + "\n")
 
     def _stop_above(self, skipped_reads: int, reads_so_far: int) -> None:
-        if skipped_reads > MAX_SKIPPED * max(reads_so_far, min(len(self._source), _JUDGED)):
+        images = len(self._source)
+        if skipped_reads > MAX_SKIPPED * max(reads_so_far, min(images, _JUDGED)) or len(self._bad) > MAX_SKIPPED * images:
             where = f"listed in {self._skipped_path}" if self._skipped_path else f"the first are {', '.join(self._skipped[:3])}"
             raise ValueError(
-                f"{skipped_reads} unreadable images among the first {reads_so_far} of {self._source.path} are more than "
+                f"{max(skipped_reads, len(self._bad))} unreadable images among the first {reads_so_far} of {self._source.path} are more than "
                 f"{MAX_SKIPPED:.0%} ({where}); repair or remove them."
             )
 
@@ -203,10 +204,7 @@ class _Feed:
         return index
 
     def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
-        labels = self._labels[torch.from_numpy(indices)]
-        if self._device.type == "cuda":
-            labels = labels.pin_memory().to(self._device, non_blocking=True)
-        return Batch(images, labels, indices)
+        return Batch(images, self._decoder.to_device(self._labels[torch.from_numpy(indices)]), indices)
 
 
 def _on_current_stream(batch: Batch) -> Batch:
