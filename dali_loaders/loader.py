@@ -193,8 +193,9 @@ class _Feed:
         images = len(self._source)
         if skipped_reads > MAX_SKIPPED * max(reads_so_far, min(images, _JUDGED)) or len(self._bad) > MAX_SKIPPED * images:
             where = f"listed in {self._skipped_path}" if self._skipped_path else f"the first are {', '.join(self._skipped[:3])}"
+            count = max(skipped_reads, len(self._bad))
             raise ValueError(
-                f"{max(skipped_reads, len(self._bad))} unreadable images among the first {reads_so_far} of {self._source.path} are more than "
+                f"{count} unreadable images among the first {reads_so_far} of {self._source.path} are more than "
                 f"{MAX_SKIPPED:.0%} ({where}); repair or remove them."
             )
 
