@@ -254,21 +254,28 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
     from pipeline.config import as_dict, resolve
 
     imported = import_config(config, gpus)
+    lines = [f"not taken over: {line}" for line in imported.unmapped]
+    state: dict[str, torch.Tensor] = {}
+    info: dict[str, Any] = {"consumed": 0, "num_classes": None}
+    if models:
+        if "backbone.name" not in imported.fields:
+            raise ValueError(f"{config} trains a network that does not exist here, so that the weights in {models[0]} have no place")
+        network, width = imported.fields["backbone.name"], imported.fields["backbone.width"]
+        state = {f"backbone.{name}": value for name, value in load_backbone(models[0], network, width).items()}
+        if len(models) > 1 or "state_dict_softmax_fc" in _load(models[0]):
+            state["prototypes"] = merge_classifier(models, read_config(config).get("num_classes"))
+            info["num_classes"] = len(state["prototypes"])
+        info |= {"width": width, "backbone": network}
+
     os.makedirs(out, exist_ok=True)
     recipe = os.path.join(out, "recipe.py")
     Path(recipe).write_text(recipe_source(imported, config))
-    lines = [f"recipe: {recipe}", *(f"not taken over: {line}" for line in imported.unmapped)]
+    lines.insert(0, f"recipe: {recipe}")
     command = f"protoshard train {recipe}"
     if models:
-        resolved = resolve(recipe)
-        width = resolved.backbone.width
-        state = {f"backbone.{name}": value for name, value in load_backbone(models[0], resolved.backbone.name, width).items()}
-        classes = None
-        if "state_dict_softmax_fc" in _load(models[0]):
-            state["prototypes"] = merge_classifier(models)
-            classes = len(state["prototypes"])
-        info = {"consumed": 0, "num_classes": classes, "width": width, "backbone": resolved.backbone.name, "config": as_dict(resolved)}
+        info["config"] = as_dict(resolve(recipe))
         path = checkpoint.save(os.path.join(out, "checkpoints"), 0, state, info, keep=1)
-        lines.append(f"start checkpoint: {path} (backbone{f' and {classes} prototypes' if classes else ''}, no optimizer state)")
+        parts = f"backbone and {info['num_classes']} prototypes" if info["num_classes"] else "backbone alone"
+        lines.append(f"start checkpoint: {path} ({parts}, no optimizer state)")
         command += f" --resume {path}"
     return "\n".join([*lines, f"start with: {command}"])

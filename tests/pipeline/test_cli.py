@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dali_loaders.faces import FacesConfig, write_faces
+from pipeline import checkpoint
+from pipeline.backbones import BackboneConfig, build
 from pipeline.cli import main
 
 COMMANDS = ["train", "eval", "data faces", "data pack", "data check", "config", "import insightface"]
@@ -157,3 +160,26 @@ def test_more_ranks_than_classes(trained):
 )
 def test_bad_input_to_the_other_commands(trained, capsys, arguments, word):
     refused([argument.format(folder=trained) for argument in arguments], capsys, word)
+
+
+def test_import_gives_a_recipe_and_a_checkpoint_that_training_starts_from(trained, capsys):
+    torch.manual_seed(1)
+    backbone = build(BackboneConfig("iresnet18", width=8), 112).state_dict()
+    prototypes = torch.randn(9, 8)
+    for rank, rows in enumerate(prototypes.split([5, 4])):
+        part = {"state_dict_backbone": backbone, "state_dict_softmax_fc": {"weight": rows}}
+        torch.save(part, trained / f"checkpoint_gpu_{rank}.pt")
+    (trained / "r18.py").write_text(
+        "from easydict import EasyDict as edict\nconfig = edict()\nconfig.network = 'r18'\nconfig.embedding_size = 8\n"
+        "config.num_classes = 9\nconfig.batch_size = 9\nconfig.margin_list = (1.0, 0.0, 0.4)\nconfig.fp16 = False\n"
+    )
+    models = [str(trained / f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]
+    arguments = ["import", "insightface", str(trained / "r18.py"), *models, "--out", str(trained / "imported"), "--gpus", "2"]
+    assert main(arguments) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("start with: protoshard ").split()
+    settings = [f"data.train={trained / 'faces.tar'}", f"run.folder={trained / 'continued'}", "engine.name=ddp", "run.epochs=0.3"]
+    assert main([*command, "--set", *settings, "optimizer.lr=0", "optimizer.classifier_lr=0"]) == 0
+    saved = checkpoint.locate(str(trained / "continued"))
+    assert torch.equal(checkpoint.load_replicated(saved, "prototypes")["prototypes"], prototypes)
+    assert torch.equal(checkpoint.load_replicated(saved, "backbone.fc")["backbone.fc.weight"], backbone["fc.weight"])
+    refused([*arguments[:3], models[0], *arguments[5:]], capsys, "is a rank missing")
