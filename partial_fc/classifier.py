@@ -72,12 +72,10 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
-        """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs about a forward pass."""
+        """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass."""
         features_BD = collectives.gather_constant(features_bD.float(), self.group)
         labels_B = collectives.gather_constant(labels_b, self.group)
-        first, group = self.shard.first, self.group
-        statistics = similarity_statistics(features_BD, self.prototypes, labels_B, scale=1.0, first_class=first, group=group)
-        return statistics.target_B, hardest_non_target(features_BD, self.prototypes, labels_B, first_class=first, group=group)
+        return hardest_non_target(features_BD, self.prototypes, labels_B, first_class=self.shard.first, group=self.group)
 
     def extra_repr(self) -> str:
         first, stop = self.shard.first, self.shard.first + self.shard.rows

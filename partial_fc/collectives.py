@@ -50,6 +50,23 @@ def gather_rows(x_bD: Tensor, group: Group = None, gradient_factor: float = 1.0)
     return _GatherRows.apply(x_bD, group, gradient_factor)
 
 
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / ctx.ranks, None
+
+
+def replicated(x: Tensor, group: Group = None) -> Tensor:
+    """x itself, for a value that every rank computes alike from gathered rows. Each rank's loss sends it the whole gradient, and the
+    reduce-scatter behind `gather_rows` adds N of them, so backward passes on a share of 1/N."""
+    return _Replicated.apply(x, world_size(group))
+
+
 def gather_constant(x_b: Tensor, group: Group = None) -> Tensor:
     """All ranks' rows [B, ...] in rank order, without gradient. 1 all-gather, (N-1)/N of B elements."""
     ranks = world_size(group)

@@ -22,6 +22,8 @@ class RowSGD(torch.optim.Optimizer):
     def __init__(self, classifier: PartialFC, lr: float, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = False) -> None:
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0:
             raise ValueError(f"RowSGD needs lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, but got {lr}, {momentum} and {weight_decay}")
+        if nesterov and not momentum:
+            raise ValueError("RowSGD with nesterov needs a momentum above 0")
         super().__init__(classifier.parameters(), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
         for parameter in classifier.parameters():
             # From the start, so that a checkpoint always has one; zeros give torch's first step too: momentum x 0 + gradient.

@@ -33,10 +33,6 @@ class ClassShard:
         first = min(rank * per_rank, num_classes)
         return cls(num_classes, first, min(per_rank, num_classes - first))
 
-    def local_rows(self, labels_B: Tensor) -> Tensor:
-        """Row of each global label in this shard, int64 [B]; outside [0, rows) where another rank owns the class."""
-        return labels_B - self.first
-
 
 def initial_prototypes(shard: ClassShard, width: int, seed: int, std: float = 0.01) -> Tensor:
     """Normal prototypes [rows, width] (float32, CPU) of one shard, the same for a class however the classes are shared out.

@@ -83,6 +83,9 @@ def similarity_statistics(
     scale_B1 = scale[:, None] if isinstance(scale, Tensor) else scale
     queries_BD = features_BD / norms_B.clamp(min=chunked.EPSILON)[:, None] * scale_B1
     bounded = not isinstance(scale, Tensor) and abs(scale) <= LARGEST_UNSHIFTED and column_bias_S is None
+    # The rest depends on the rows alone, not on this rank's classes.
+    norms_B = collectives.replicated(norms_B, group)
+    scale = collectives.replicated(scale, group) if isinstance(scale, Tensor) else scale
     target_logit_B, non_target_B = _RowStatistics.apply(
         queries_BD, prototypes_SD, column_bias_S, labels_B - first_class, bounded, kernel, group
     )
@@ -92,13 +95,11 @@ def similarity_statistics(
 @torch.no_grad()
 def hardest_non_target(
     features_BD: Tensor, prototypes_SD: Tensor, labels_B: Tensor, *, first_class: int = 0, group: Group = None
-) -> Tensor:
-    """Largest non-target cosine of each row over all ranks, [B], without gradient: what monitoring shows.
+) -> tuple[Tensor, Tensor]:
+    """(target cosine [B], largest non-target cosine [B]) over all ranks, without gradient: what monitoring shows.
 
-    One extra product and 1 all-gather of B floats; -inf where there is no other class."""
-    norms_B1 = torch.linalg.vector_norm(features_BD, dim=1, keepdim=True).clamp(min=chunked.EPSILON)
-    hardest_B = features_BD.new_full((len(features_BD),), -torch.inf)
-    if len(prototypes_SD):
-        for *_, cosines_Bn in chunked.Tiles(features_BD / norms_B1, prototypes_SD, labels_B - first_class, None):
-            hardest_B = torch.maximum(hardest_B, cosines_Bn.amax(dim=1))
-    return collectives.gather_packed([hardest_B], group)[0].amax(dim=0)
+    One product with every class and 1 all-gather of 2 B floats; -inf where there is no other class."""
+    units_BD = features_BD / torch.linalg.vector_norm(features_BD, dim=1, keepdim=True).clamp(min=chunked.EPSILON)
+    target_B, hardest_B, _ = chunked.forward(units_BD, prototypes_SD, labels_B - first_class, None, bounded=False)
+    target_NB, hardest_NB = collectives.gather_packed([target_B, hardest_B], group)
+    return target_NB.sum(dim=0), hardest_NB.amax(dim=0)

@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INFO = "protoshard.json"  # what the checkpoint is of, and the size and CRC-32 of every other file in it; written last
 NAME = "step-{:08d}"
 PARTIAL = ".partial"
+SUPERSEDED = ".superseded"
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,14 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
     partial = path + PARTIAL
     first = _rank() == 0
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if name.endswith(PARTIAL):  # of a save that was broken off
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         os.makedirs(partial)
     _barrier()
     dcp.save(state, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
-    written = _merge([{name: _fingerprint(os.path.join(partial, name)) for name in _share(_files(partial))}])
+    files = _as_first_rank_sees(lambda: sorted(os.listdir(partial)))
+    written = _merge({name: _fingerprint(os.path.join(partial, name)) for name in _share(files)})
     if first:
         with open(os.path.join(partial, INFO), "w") as file:
             json.dump({"format": 1, "step": step, **info, "files": written}, file, indent=1)
@@ -70,16 +76,21 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
             os.fsync(file.fileno())
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
-        for number, name in list(reversed(_complete(folder)))[keep:]:
-            assert number != step or keep < 1
+        for name in list(reversed(complete(folder)))[keep:]:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     _barrier()
     return path
 
 
+def complete(folder: str) -> list[str]:
+    """Names of the checkpoints in FOLDER that were renamed when complete, oldest first; not verified."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), key=lambda name: int(name.removeprefix("step-")))
+
+
 def newest(folder: str) -> str | None:
     """The newest checkpoint in FOLDER that is whole, or None. One that is damaged or was cut off is named in the log and passed over."""
-    for _, name in reversed(_complete(folder)):
+    for name in reversed(_as_first_rank_sees(lambda: complete(folder))):
         path = os.path.join(folder, name)
         fault = verify(path)
         if fault is None:
@@ -87,6 +98,18 @@ def newest(folder: str) -> str | None:
         if _rank() == 0:
             log.warning("checkpoint %s cannot be used (%s): looking for the one before it", path, fault)
     return None
+
+
+def supersede(folder: str, step: int) -> None:
+    """Renames the checkpoints in FOLDER that are newer than `step`, from which a run goes on: they belong to a future that was given up,
+    and would be taken for the newest. Every rank calls it."""
+    if _rank() == 0:
+        for name in complete(folder):
+            if int(name.removeprefix("step-")) > step:
+                log.warning("keeping %s as %s%s: the run goes on from step %d", os.path.join(folder, name), name, SUPERSEDED, step)
+                shutil.rmtree(os.path.join(folder, name + SUPERSEDED), ignore_errors=True)
+                os.rename(os.path.join(folder, name), os.path.join(folder, name + SUPERSEDED))
+    _barrier()
 
 
 def verify(path: str) -> str | None:
@@ -104,12 +127,12 @@ def verify(path: str) -> str | None:
                 faults[name] = f"the contents of {name} have changed since it was written"
     except ValueError as error:
         faults[INFO] = str(error)
-    return next(iter(_merge([faults]).values()), None)
+    return next(iter(_merge(faults).values()), None)
 
 
 def locate(path: str) -> str:
     """The checkpoint that a user's PATH means: a checkpoint, or the newest whole one in a folder of them or in a run's folder."""
-    if os.path.isfile(os.path.join(path, INFO)):
+    if _as_first_rank_sees(lambda: os.path.isfile(os.path.join(path, INFO))):
         fault = verify(path)
         if fault is not None:
             raise ValueError(f"checkpoint {path} cannot be used: {fault}")
@@ -157,14 +180,12 @@ def load_replicated(path: str, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def _complete(folder: str) -> list[tuple[int, str]]:
-    """(step, name) of the checkpoints that were renamed when complete, oldest first."""
-    found = [re.fullmatch(r"step-(\d+)", name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])]
-    return sorted((int(match[1]), match[0]) for match in found if match)
-
-
-def _files(path: str) -> list[str]:
-    return sorted(name for name in os.listdir(path) if name != INFO)
+def _as_first_rank_sees(look: Callable[[], T]) -> T:
+    """What rank 0 sees: with a network file system, machines may list a folder differently for a while."""
+    seen = [look() if _rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(seen)
+    return cast(T, seen[0])
 
 
 def _fingerprint(path: str) -> list[int]:
@@ -189,10 +210,10 @@ def _share(names: list[str]) -> list[str]:
     return names[_rank() :: dist.get_world_size()] if dist.is_initialized() else names
 
 
-def _merge(mine: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge(mine: dict[str, Any]) -> dict[str, Any]:
     """The union of every rank's dictionary, on every rank."""
-    parts = mine
+    parts = [mine]
     if dist.is_initialized():
         parts = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, mine[0])
+        dist.all_gather_object(parts, mine)
     return {name: value for part in parts for name, value in sorted(part.items())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -30,9 +31,9 @@ class RunConfig:
     log_every: int = 20  # steps between lines of metrics
 
     def __post_init__(self) -> None:
-        for name in ("batch", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        for name, least in (("batch", 1), ("accumulation", 1), ("log_every", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least {least}")
         if self.batch % self.accumulation:
             raise ValueError(f"run.batch is {self.batch}, which run.accumulation = {self.accumulation} does not divide")
         if self.epochs <= 0 or not 0 <= self.margin_warmup <= 1:
@@ -59,7 +60,7 @@ def resolve(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
     if not config.run.folder:
         name = os.path.splitext(os.path.basename(recipe))[0]
         config = replace(config, run=replace(config.run, folder=os.path.join("runs", name)))
-    return config
+    return replace(config, run=replace(config.run, folder=os.path.normpath(config.run.folder)))
 
 
 def as_text(config: TrainConfig) -> str:
@@ -161,7 +162,10 @@ def _parse(path: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise ValueError(f"--set {path}={text}: expected {expected}") from None

@@ -43,7 +43,6 @@ def join() -> Place:
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // local_ranks))
     if not dist.is_initialized():
@@ -81,9 +80,12 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
         sentences = mp.get_context("spawn").SimpleQueue()
         try:
             mp.spawn(_local_rank, (ranks, os.path.join(folder, "store"), sentences, function, arguments), nprocs=ranks)
-        except mp.ProcessExitedException as error:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            # A rank that only lost its peer may be noticed before the one that said why.
             if not sentences.empty():
                 raise ValueError(sentences.get()) from None
+            if isinstance(error, mp.ProcessRaisedException):
+                raise
             sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
 
 

@@ -33,7 +33,12 @@ class EngineConfig:
             raise ValueError(f"engine.precision is {self.precision!r}, but must be auto, float32 or bfloat16")
 
     def autocasts(self, device: torch.device) -> bool:
-        return self.precision == "bfloat16" or (self.precision == "auto" and _has_bfloat16(device))
+        """Whether the backbone runs in bfloat16; "auto" is decided by all ranks together, so every rank must call it. 1 all-reduce."""
+        if self.precision != "auto":
+            return self.precision == "bfloat16"
+        everywhere = torch.tensor(int(_has_bfloat16(device)), device=device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return bool(everywhere)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -73,6 +78,7 @@ class Engine(Protocol):
 
 
 def build_engine(config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> Engine:
+    torch.backends.cudnn.allow_tf32 = config.precision != "float32"
     kind = DeepSpeedEngine if config.name == "deepspeed" else DDPEngine
     return kind(config, optimizer, module.to(place.device), place, accumulation)
 
@@ -96,6 +102,7 @@ class DDPEngine:
             devices = [place.device] if place.device.type == "cuda" else None
             # torch 2.13 calls this argument forward_sync_buffers and warns, 2.11 knows the old name only.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # 1x1 kernels, channels last
             self.parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False)
         self.optimizer = build_optimizer(optimizer, module)
         self.clip = optimizer.clip or float("inf")
@@ -153,6 +160,7 @@ class DeepSpeedEngine:
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its own calls
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self.module, self.device = module, place.device
+        os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # it insists on one, and takes it for the device
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(optimizer, module),
@@ -161,8 +169,10 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": accumulation,
                 "gradient_clipping": optimizer.clip,  # its own default is 1.0
                 "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": config.zero_stage},
+                # One bucket of the network's size, where its default takes 2 GB per dtype.
+                "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": sum(p.numel() for p in module.parameters())},
                 "torch_autocast": {"enabled": config.autocasts(place.device), "dtype": "bfloat16"},
+                "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward pass
                 "steps_per_print": 10**9,
             },
         )

@@ -265,10 +265,12 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
         if len(models) > 1 or "state_dict_softmax_fc" in _load(models[0]):
             state["prototypes"] = merge_classifier(models, read_config(config).get("num_classes"))
             info["num_classes"] = len(state["prototypes"])
-        info |= {"width": width, "backbone": network}
+        info |= {"width": width, "backbone": network, "image_size": 112}
 
     os.makedirs(out, exist_ok=True)
     recipe = os.path.join(out, "recipe.py")
+    # The run goes on in OUT, so that --resume auto finds the start checkpoint first and the run's own ones later.
+    imported.fields["run.folder"] = out
     Path(recipe).write_text(recipe_source(imported, config))
     lines.insert(0, f"recipe: {recipe}")
     command = f"protoshard train {recipe}"
@@ -277,5 +279,4 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
         path = checkpoint.save(os.path.join(out, "checkpoints"), 0, state, info, keep=1)
         parts = f"backbone and {info['num_classes']} prototypes" if info["num_classes"] else "backbone alone"
         lines.append(f"start checkpoint: {path} ({parts}, no optimizer state)")
-        command += f" --resume {path}"
     return "\n".join([*lines, f"start with: {command}"])

@@ -31,6 +31,8 @@ class OptimizerConfig:
         for name in ("lr", "classifier_lr", "weight_decay", "warmup_epochs", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but must not be negative")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum is {self.momentum}, but must be at least 0 and below 1")
 
 
 def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:

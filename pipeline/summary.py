@@ -26,8 +26,8 @@ def summary(folder: str) -> str:
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     if speeds:
         lines.append(f"{'images/s':28}{median(speeds):.0f} (median)")
-    newest = checkpoint.newest(os.path.join(folder, "checkpoints"))
-    lines.append(f"{'checkpoint':28}{newest or 'none'}")
+    checkpoints = os.path.join(folder, "checkpoints")
+    lines += [f"{'checkpoint':28}{os.path.join(checkpoints, name)}" for name in checkpoint.complete(checkpoints)[-1:]]
     lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in sorted(os.listdir(folder)) if name.startswith("roc-")][-1:]
     lines.append(f"{'curves':28}tensorboard --logdir {os.path.join(folder, 'tensorboard')}")
     return "\n".join(lines)

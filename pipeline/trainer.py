@@ -1,5 +1,5 @@
 """The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
-boundaries. Between two lines of metrics nothing waits for the device."""
+boundaries. Between two lines of metrics nothing waits for the device, but for DeepSpeed's own look at the gradient norm."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dali_loaders import TrainLoader, open_source
 from partial_fc import PartialFC, RowSGD
 from pipeline import backbones, checkpoint
-from pipeline.config import TrainConfig, as_dict
+from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
 from pipeline.engine import average_buffers, build_engine
 from pipeline.evaluation import BinReport, PairReport, evaluate
@@ -28,6 +30,8 @@ from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
 from pipeline.evaluation.figures import roc_figure, save_png
 from pipeline.monitor import Monitor
 from pipeline.schedule import rate_factor
+
+LABELS = {"identities": "identity names with the checksum"}  # what a checkpoint calls shortly, for sentences
 
 
 class Trainer:
@@ -55,11 +59,21 @@ class Trainer:
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
 
+        if run.batch == run.accumulation * place.world_size and any(isinstance(part, nn.BatchNorm1d) for part in backbone.modules()):
+            raise ValueError(
+                f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
+                f"statistics: use at least {2 * run.batch}"
+            )
+        for name, path in [("data", config.evaluation.data), *(("pairs", path) for path in config.evaluation.pairs)]:
+            if path and not os.path.exists(path):
+                raise ValueError(f"evaluation.{name}: {path} does not exist; name another set, or none with --set evaluation.{name}=")
         self.consumed = 0
         self.steps_per_epoch = len(self.source) / run.batch
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         resumed = self._resume(resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
+        self.first_reports: dict[str, dict[str, PairReport]] = {}  # by name of the set, for before and after in one figure
+        self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, {place.world_size} ranks on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
@@ -90,12 +104,17 @@ class Trainer:
             self.losses.append(self._train_step())
             if self.step % config.run.log_every == 0 or self.step == self.total_steps:
                 self._log()
-            pause = time.perf_counter()
-            if self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch):
-                self.save()
-            if self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch):
-                figures = self.evaluate()
-            self.window_start += time.perf_counter() - pause
+            saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
+            evaluates = self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch)
+            if saves or evaluates:
+                if self.place.device.type == "cuda":
+                    torch.cuda.synchronize()  # so that the pause does not swallow the time of steps still under way
+                pause = time.perf_counter()
+                if saves:
+                    self.save()
+                if evaluates:
+                    figures = self.evaluate()
+                self.window_start += time.perf_counter() - pause
         return figures or self.evaluate()
 
     def _train_step(self) -> Tensor:
@@ -137,14 +156,15 @@ class Trainer:
         self.window_start, self.waited_before = time.perf_counter(), self.loader.wait_seconds
 
     def _log(self) -> None:
-        """One line of metrics; the only place on the way of a batch that waits for the device."""
+        """One line of metrics; waits for the device."""
         target_B, hardest_B = self.classifier.cosines(self.leaf_bD, self.labels_b)
         loss = float(torch.stack(self.losses).mean())
         seconds = time.perf_counter() - self.window_start
-        waited = torch.tensor((self.loader.wait_seconds - self.waited_before) / seconds, device=self.place.device)
-        dist.all_reduce(waited)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {self.step}: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
+        waited = (self.loader.wait_seconds - self.waited_before) / seconds
+        sums = torch.tensor([waited, len(self.loader.skipped)], device=self.place.device)
+        dist.all_reduce(sums)
+        waited, skipped = sums.tolist()
+        self._check_finite([torch.tensor(loss)])
         values = {
             "loss": loss,
             "target_cosine": float(target_B.mean()),
@@ -152,7 +172,8 @@ class Trainer:
             "learning_rate": self.rate,
             "gradient_norm": self.engine.gradient_norm(),
             "images_per_second": len(self.losses) * self.config.run.batch / seconds,
-            "wait_share": float(waited) / self.place.world_size,
+            "wait_share": waited / self.place.world_size,
+            "skipped_images": skipped,
             "epoch": self.consumed / len(self.source),
         }
         self.monitor.scalars(self.step, values)
@@ -189,7 +210,8 @@ class Trainer:
             if isinstance(report, PairReport):
                 self.monitor.histogram(self.step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
                 self.monitor.histogram(self.step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
-                figure = roc_figure({f"step {self.step}": report}, name)
+                before = self.first_reports.setdefault(name, {f"step {self.step}": report})
+                figure = roc_figure({**before, f"step {self.step}": report}, name)
                 self.monitor.figure(self.step, f"{name}/roc", figure)
                 save_png(figure, os.path.join(self.config.run.folder, f"roc-{name}-{self.step:08d}.png"))
         return figures
@@ -198,27 +220,50 @@ class Trainer:
     def _checkpoints(self) -> str:
         return os.path.join(self.config.run.folder, "checkpoints")
 
-    def _state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds besides numbers, under names and shapes that do not depend on the ranks."""
+    def _check_finite(self, tensors: Iterable[Tensor]) -> None:
+        """ValueError on every rank if a number anywhere is NaN or infinite."""
+        finite = torch.stack([tensor.isfinite().all().to(self.place.device) for tensor in tensors]).all().int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite:
+            raise ValueError(
+                f"the loss or a weight is not finite at step {self.step}: lower optimizer.lr or lengthen optimizer.warmup_epochs; "
+                f"the newest good checkpoint is {checkpoint.newest(self._checkpoints)}"
+            )
+
+    def _classifier_state(self) -> dict[str, Tensor]:
+        """The sharded part of a checkpoint: matrices of all classes, of which this rank has its rows."""
         prototypes = self.classifier.prototypes
         momentum = self.classifier_optimizer.state[prototypes]["momentum_buffer"]
         return {
-            **self.engine.state(),
             "prototypes": checkpoint.sharded(prototypes.data, self.num_classes),
             "prototypes.momentum_buffer": checkpoint.sharded(momentum, self.num_classes),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that loads it must agree on."""
+        config = self.config
+        return {
+            "num_classes": self.num_classes,
+            "identities": f"{zlib.crc32(chr(10).join(self.source.identities).encode()):08x}",
+            "width": config.backbone.width,
+            "backbone": config.backbone.name,
+            "image_size": config.data.image_size,
+            "optimizer": config.optimizer.name,
         }
 
     def save(self) -> str:
         """Writes a checkpoint of this step. Every rank calls it."""
         info = {
+            **self._identity(),
             "consumed": self.consumed,
-            "num_classes": self.num_classes,
-            "width": self.config.backbone.width,
-            "backbone": self.config.backbone.name,
             "world_size": self.place.world_size,
             "config": as_dict(self.config),
         }
-        return checkpoint.save(self._checkpoints, self.step, self._state(), info, self.config.checkpoint.keep)
+        state = {**self.engine.state(), **self._classifier_state()}
+        # A checkpoint that cannot be continued must not push out one that can.
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state.values())
+        self._check_finite(tensor for tensor in local if tensor.is_floating_point())
+        return checkpoint.save(self._checkpoints, self.step, state, info, self.config.checkpoint.keep)
 
     def _resume(self, resume: str) -> str | None:
         """Loads what `resume` (auto, none, or a path) means and returns its path."""
@@ -229,23 +274,18 @@ class Trainer:
         if path is None:
             return None
         info = checkpoint.read_info(path)
-        for key, ours in (
-            ("num_classes", self.num_classes),
-            ("width", self.config.backbone.width),
-            ("backbone", self.config.backbone.name),
-        ):
-            if info[key] != ours and not (key == "num_classes" and info[key] is None):
+        for key, ours in self._identity().items():
+            # An imported checkpoint may lack a classifier, and so its class count, or an optimizer.
+            if info.get(key) not in (None, ours):
                 raise ValueError(
-                    f"checkpoint {path} has {key} {info[key]}, but this run has {ours}: use the recipe and data it was trained with, "
-                    "or start anew with --resume none"
+                    f"checkpoint {path} has {LABELS.get(key, key)} {info[key]}, but this run has {ours}: use the recipe and data it was "
+                    "trained with, or start anew with --resume none"
                 )
         known = checkpoint.tensors(path)
-        state = {
-            name: tensor for name, tensor in self._state().items() if name in known and not name.startswith(("backbone.", "optimizer."))
-        }
-        checkpoint.load(path, state)
+        checkpoint.load(path, {name: tensor for name, tensor in self._classifier_state().items() if name in known})
         self.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
         self.consumed = info["consumed"]
+        checkpoint.supersede(self._checkpoints, self.step)
         return path
 
     def close(self) -> None:

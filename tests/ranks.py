@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -51,17 +51,22 @@ class Ranks:
         for connection in self.connections:
             connection.send((function, arguments))
         deadline = time.monotonic() + timeout
-        results = []
-        for rank, connection in enumerate(self.connections):
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
+        results: dict[int, Any] = {}
+        while len(results) < self.size:
+            waiting = [connection for rank, connection in enumerate(self.connections) if rank not in results]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
                 self.close(kill=True)
-                raise TimeoutError(f"rank {rank} of {self.size} gave no result within {timeout} s in {function.__name__}")
-            ok, value = connection.recv()
-            if not ok:
-                self.close(kill=True)  # the other ranks may be waiting for this one in a collective
-                raise AssertionError(f"rank {rank} of {self.size} failed:\n{value}")
-            results.append(value)
-        return results
+                raise TimeoutError(
+                    f"ranks {sorted(set(range(self.size)) - set(results))} gave no result of {function.__name__} in {timeout} s"
+                )
+            for connection in ready:
+                rank = self.connections.index(connection)
+                ok, results[rank] = connection.recv()
+                if not ok:
+                    self.close(kill=True)  # the other ranks may be waiting for this one in a collective
+                    raise AssertionError(f"rank {rank} of {self.size} failed:\n{results[rank]}")
+        return [results[rank] for rank in range(self.size)]
 
     @property
     def alive(self) -> bool:

@@ -133,8 +133,10 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
     log = (tmp_path / "log.txt").read_text()
     assert code == 0 and "Failure 1, 3 allowed" in log and "resumed from killed/checkpoints/step-" in log, log
     assert not list(tmp_path.glob("*.ray"))
-    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "quiet"), rel=1e-4)
-    assert len(losses(tmp_path / "quiet")) == 72
+    killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")
+    assert len(undisturbed) == 72
+    print(f"largest relative deviation of 72 losses: {max(abs(killed.get(step, 0) / loss - 1) for step, loss in undisturbed.items()):.1e}")
+    assert killed == pytest.approx(undisturbed, rel=1e-4)
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from partial_fc import PartialFC, RowSGD, collectives, losses
+from partial_fc import PartialFC, RowSGD, collectives, losses, similarity_statistics
 from partial_fc.shards import INIT_BLOCK, ClassShard, initial_prototypes
 from tests.partial_fc.oracle import loss_and_gradients, relative_error
 
@@ -63,6 +63,42 @@ def test_averaged_feature_gradient_is_the_world_size_times_the_global_one(ranks)
         torch.testing.assert_close(other[2], one[2])
 
 
+def norms_step(classes, width, rows):
+    """Runs on every rank: a loss that uses the norms as its scale and by themselves; (loss, gradient of this rank's features)."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    features, labels = batch(classes, width, rows * size)
+    prototypes = initial_prototypes(ClassShard.of_rank(classes, 0, 1), width, seed=3)
+    shard = ClassShard.of_rank(classes, rank, size)
+    mine = slice(rank * rows, (rank + 1) * rows)
+    features_bD = features[mine].double().requires_grad_()
+    features_BD = collectives.gather_rows(features_bD)
+    statistics = similarity_statistics(
+        features_BD,
+        prototypes[shard.first : shard.first + shard.rows].double(),
+        labels,
+        scale=features_BD.norm(dim=1),
+        first_class=shard.first,
+    )
+    loss = (statistics.non_target_B - statistics.target_B + 0.1 * statistics.norms_B).mean()
+    loss.backward()
+    return loss.detach(), features_bD.grad
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_through_norms_and_a_vector_scale_are_counted_once(ranks, size):
+    results = ranks(size).run(norms_step, 101, 16, 6)
+    features, labels = batch(101, 16, 6 * size)
+    features = features.double().requires_grad_()
+    prototypes = initial_prototypes(ClassShard.of_rank(101, 0, 1), 16, seed=3).double()
+    norms = features.norm(dim=1)
+    cosines = features @ torch.nn.functional.normalize(prototypes).T / norms[:, None]
+    others = (norms[:, None] * cosines).scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
+    loss = (others - cosines.gather(1, labels[:, None])[:, 0] + 0.1 * norms).mean()
+    loss.backward()
+    assert all(relative_error(result[0], loss.detach()) < 1e-12 for result in results)
+    assert relative_error(torch.cat([result[1] for result in results]), features.grad) < 1e-12
+
+
 def count_collectives():
     """Runs on every rank: the calls of one step, with the number of elements that this rank puts into each."""
     calls = Counter()
@@ -107,11 +143,8 @@ def test_prototypes_differ_between_classes_blocks_and_seeds():
     assert not torch.equal(drawn, initial_prototypes(whole, 8, seed=1))
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_row_sgd_equals_torch_sgd(nesterov, momentum, monkeypatch):
-    if nesterov and not momentum:
-        return
     monkeypatch.setattr("partial_fc.optimizers.CHUNK_ELEMENTS", 100)  # several chunks, the last one short
     ours, theirs = (PartialFC(57, 8, losses.build("cosface", scale=16.0)) for _ in range(2))
     options = {"lr": 0.3, "momentum": momentum, "weight_decay": 1e-2, "nesterov": nesterov}
@@ -146,6 +179,7 @@ def test_cosines_for_monitoring():
         (lambda: losses.build("arcface", scale=0.0), "scale is 0.0"),
         (lambda: PartialFC(4, 2, losses.build("cosface"), feature_gradient="summed"), "'averaged' or 'global'"),
         (lambda: RowSGD(PartialFC(4, 2, losses.build("cosface")), lr=0.1, momentum=1.5), "momentum < 1"),
+        (lambda: RowSGD(PartialFC(4, 2, losses.build("cosface")), lr=0.1, momentum=0.0, nesterov=True), "momentum above 0"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(call, sentence):

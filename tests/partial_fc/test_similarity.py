@@ -124,7 +124,9 @@ def test_hardest_non_target():
     features, prototypes, labels = make(9, 700, 6)
     cosines = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(prototypes).T
     exact = cosines.scatter(1, labels[:, None], -2).amax(dim=1)
-    torch.testing.assert_close(hardest_non_target(features, prototypes, labels), exact)
+    target, hardest = hardest_non_target(features, prototypes, labels)
+    torch.testing.assert_close(hardest, exact)
+    torch.testing.assert_close(target, cosines.gather(1, labels[:, None])[:, 0])
 
 
 class LargestTensor(TorchDispatchMode):

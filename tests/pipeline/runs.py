@@ -41,7 +41,7 @@ def configuration(data: str, folder: str, steps: int, engine: str = "ddp", **cha
         backbone=BackboneConfig(changes.pop("backbone", "small_nobn"), width=16, dropout=0.0),
         loss=losses.build("cosface", scale=16.0, margin=0.2),
         optimizer=OptimizerConfig(lr=0.05, schedule="cosine", warmup_epochs=1, **changes.pop("optimizer", {})),
-        engine=EngineConfig(engine, precision="float32"),
+        engine=EngineConfig(engine, **{"precision": "float32", **changes.pop("engine_options", {})}),
         checkpoint=CheckpointConfig(every_steps=changes.pop("save_every", 10**6), keep=9),
         evaluation=changes.pop("evaluation", EvaluationConfig()),
     )
@@ -59,7 +59,7 @@ class InterruptionError(Exception):
     """Stands for whatever ends a run in the middle of nowhere."""
 
 
-def train_until(config: TrainConfig, step: int) -> None:
+def train_until(config: TrainConfig, step: int, resume: str = "auto") -> None:
     """Trains on every rank that calls it and breaks off before step `step` is done."""
     train_step = Trainer._train_step
 
@@ -69,4 +69,4 @@ def train_until(config: TrainConfig, step: int) -> None:
         return train_step(self)
 
     with mock.patch.object(Trainer, "_train_step", limited), contextlib.suppress(InterruptionError):
-        train(config)
+        train(config, resume)

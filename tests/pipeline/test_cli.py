@@ -71,6 +71,19 @@ def test_train_ends_with_a_summary_and_leaves_its_files(trained, capsys):
     assert {"metrics.jsonl", "tensorboard", "checkpoints"} <= set(names) and any(name.startswith("roc-") for name in names)
 
 
+def test_one_rank_with_the_default_engine(trained, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(train(trained, "engine.name=deepspeed", run="alone")) == 0
+
+
+def test_torchrun(trained):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli"]
+    done = subprocess.run([*command, *train(trained, run="torchrun")], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensorboard --logdir") == 1
+
+
 def test_eval_prints_one_json_object(trained, capsys, tmp_path):
     figure = str(tmp_path / "roc.png")
     assert main(["eval", str(trained / "run"), "--data", str(trained / "faces.tar"), "--json", "--figure", figure]) == 0
@@ -93,7 +106,7 @@ def test_pack_check_and_train_on_the_packed_set(trained, capsys):
 
 def test_resume_none_keeps_the_earlier_run(trained, capsys):
     assert main(train(trained, run="again")) == 0
-    assert main(train(trained, "--resume=none", run="again")) == 0
+    assert main(train(trained, "--resume=none", run="again/")) == 0
     assert os.path.isdir(trained / "again.1") and "kept the earlier run" in capsys.readouterr().err
 
 
@@ -113,6 +126,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["backbone.width=8"], ["has width 16, but this run has 8"]),
         (["data.train={folder}/others.tar"], ["has num_classes 9, but this run has 4"]),
         (["backbone.name=small_nobn"], ["has backbone small, but this run has small_nobn"]),
+        (["optimizer.name=adamw"], ["has optimizer sgd, but this run has adamw"]),
+        (["data.image_size=48"], ["has image_size 32, but this run has 48"]),
         (["--resume={folder}/nowhere"], ["no complete checkpoint", "nowhere"]),
         (["run.folder={folder}/new", "data.train={folder}/missing"], ["missing", "not exist"]),
         (["run.folder={folder}/new", "data.train={folder}/empty"], ["empty"]),
@@ -120,6 +135,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["run.folder={folder}/new", "data.train={folder}/lonely"], ["identity 'b' has 1 image", "data.min_images=1"]),
         (["run.folder={folder}/new", "run.accumulation=3", "run.batch=20"], ["run.accumulation = 3 does not divide"]),
         (["run.folder={folder}/new", "data.train={folder}/broken"], ["more than 1%", "skipped.txt"]),
+        (["run.folder={folder}/new", "run.batch=1"], ["one image per rank", "small"]),
+        (["run.folder={folder}/new", "evaluation.data={folder}/gone.tar"], ["evaluation.data", "gone.tar does not exist"]),
         (["--ranks=0"], ["--ranks is 0"]),
     ],
 )
@@ -177,9 +194,10 @@ def test_import_gives_a_recipe_and_a_checkpoint_that_training_starts_from(traine
     arguments = ["import", "insightface", str(trained / "r18.py"), *models, "--out", str(trained / "imported"), "--gpus", "2"]
     assert main(arguments) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("start with: protoshard ").split()
-    settings = [f"data.train={trained / 'faces.tar'}", f"run.folder={trained / 'continued'}", "engine.name=ddp", "run.epochs=0.3"]
+    settings = [f"data.train={trained / 'faces.tar'}", "engine.name=ddp", "run.epochs=0.3"]
     assert main([*command, "--set", *settings, "optimizer.lr=0", "optimizer.classifier_lr=0"]) == 0
-    saved = checkpoint.locate(str(trained / "continued"))
+    saved = checkpoint.locate(str(trained / "imported"))
+    assert checkpoint.read_info(saved)["consumed"] > 0
     assert torch.equal(checkpoint.load_replicated(saved, "prototypes")["prototypes"], prototypes)
     assert torch.equal(checkpoint.load_replicated(saved, "backbone.fc")["backbone.fc.weight"], backbone["fc.weight"])
     refused([*arguments[:3], models[0], *arguments[5:]], capsys, "is a rank missing")
