@@ -16,7 +16,7 @@ from partial_fc.losses import Loss
 from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig
-from pipeline.evaluation.config import EvaluationConfig
+from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.schedule import OptimizerConfig
 
 

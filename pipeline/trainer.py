@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +25,7 @@ from pipeline import backbones, checkpoint
 from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
 from pipeline.engine import average_buffers, build_engine
-from pipeline.evaluation import BinReport, PairReport, evaluate
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
-from pipeline.evaluation.figures import roc_figure, save_png
+from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
 from pipeline.schedule import rate_factor
 
@@ -51,6 +49,7 @@ class Trainer:
         self.source = open_source(config.data.train, config.data.reader)
         _check_images_per_identity(self.source.labels, self.source.identities, config.data.train, config.data.min_images)
         self.num_classes = len(self.source.identities)
+        self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
@@ -64,15 +63,11 @@ class Trainer:
                 f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
                 f"statistics: use at least {2 * run.batch}"
             )
-        for name, path in [("data", config.evaluation.data), *(("pairs", path) for path in config.evaluation.pairs)]:
-            if path and not os.path.exists(path):
-                raise ValueError(f"evaluation.{name}: {path} does not exist; name another set, or none with --set evaluation.{name}=")
         self.consumed = 0
         self.steps_per_epoch = len(self.source) / run.batch
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         resumed = self._resume(resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
-        self.first_reports: dict[str, dict[str, PairReport]] = {}  # by name of the set, for before and after in one figure
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, {place.world_size} ranks on {place.device.type}, "
@@ -180,41 +175,9 @@ class Trainer:
         self._open_window()
 
     def evaluate(self) -> dict[str, float]:
-        """Runs the configured evaluations over all ranks and reports them; returns the figures of the first, or nothing."""
-        evaluation = self.config.evaluation
-        first: dict[str, float] = {}
+        """Runs the configured evaluations over all ranks; returns the figures of the first, or nothing."""
         average_buffers(self.engine.module)
-        for path in filter(None, (evaluation.data, *evaluation.pairs)):
-            report = evaluate(
-                self.engine.module,
-                path,
-                self.config.data,
-                batch_size=evaluation.batch_size,
-                flip=evaluation.flip,
-                device=self.place.device,
-                rank=self.place.rank,
-                world_size=self.place.world_size,
-            )
-            figures = self._report(os.path.splitext(os.path.basename(path))[0], report)
-            first = first or figures
-        return first
-
-    def _report(self, name: str, report: PairReport | BinReport) -> dict[str, float]:
-        figures = {key: value for key, value in flat(report.as_dict()).items() if value is not None}
-        if self.place.is_first:
-            self.monitor.scalars(self.step, {f"{name}/{key}": value for key, value in figures.items()})
-            shown = [
-                f"{key} {figures[key]:.4f}" for key in ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1") if key in figures
-            ]
-            self.monitor.say(f"{name} at step {self.step}: {', '.join(shown)}")
-            if isinstance(report, PairReport):
-                self.monitor.histogram(self.step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
-                self.monitor.histogram(self.step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
-                before = self.first_reports.setdefault(name, {f"step {self.step}": report})
-                figure = roc_figure({**before, f"step {self.step}": report}, name)
-                self.monitor.figure(self.step, f"{name}/roc", figure)
-                save_png(figure, os.path.join(self.config.run.folder, f"roc-{name}-{self.step:08d}.png"))
-        return figures
+        return self.evaluator.run(self.engine.module, self.step, self.monitor)
 
     @property
     def _checkpoints(self) -> str:
@@ -291,14 +254,6 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
         self.monitor.close()
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with "/" between the keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result.update(flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})
-    return result
 
 
 def _check_images_per_identity(labels: np.ndarray, identities: list[str], path: str, least: int) -> None:

@@ -6,7 +6,7 @@ from dali_loaders.decode import AugmentConfig, DataConfig
 from partial_fc import losses
 from pipeline.backbones import BackboneConfig
 from pipeline.config import RunConfig, TrainConfig
-from pipeline.evaluation.config import EvaluationConfig
+from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.recipes import find_data
 from pipeline.schedule import OptimizerConfig
 

@@ -16,7 +16,7 @@ from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.engine import EngineConfig
-from pipeline.evaluation.config import EvaluationConfig
+from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.schedule import OptimizerConfig
 from pipeline.train import train
 from pipeline.trainer import Trainer

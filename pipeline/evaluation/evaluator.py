@@ -1,0 +1,87 @@
+"""The evaluations of a run: which sets, how often, and where their figures go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dali_loaders.decode import DataConfig
+from pipeline.distributed import Place
+from pipeline.evaluation import PairReport, evaluate
+from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation.figures import roc_figure, save_png
+from pipeline.monitor import Monitor
+
+SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    data: str = ""  # labelled folder, .tar or .rec of identities that are not trained on: all pairs, at the end of the run; "" for none
+    pairs: tuple[str, ...] = ()  # InsightFace .bin pair sets, at the same times
+    every_epochs: float = 0.0  # evaluate also during training; 0: only at the end
+    at_start: bool = False  # also the untrained network, for comparison
+    flip: bool = True  # add the features of the mirror image
+    batch_size: int = 64  # images per forward pass on each rank
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"evaluation.every_epochs is {self.every_epochs} (must not be negative), "
+                f"evaluation.batch_size is {self.batch_size} (must be at least 1)"
+            )
+
+
+class Evaluator:
+    """Evaluates a network on every configured set, over all ranks, and reports to the monitor and as PNG files in `folder`."""
+
+    def __init__(self, config: EvaluationConfig, data: DataConfig, place: Place, folder: str) -> None:
+        for name, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
+            if path and not os.path.exists(path):
+                raise ValueError(f"evaluation.{name}: {path} does not exist; name another set, or none with --set evaluation.{name}=")
+        self.config, self.data, self.place, self.folder = config, data, place, folder
+        self.first: dict[str, dict[str, PairReport]] = {}  # by name of the set: its first report, drawn beside the newest
+
+    def run(self, module: nn.Module, step: int, monitor: Monitor) -> dict[str, float]:
+        """The figures of the first set, or nothing where there is none. Every rank calls it."""
+        results = []
+        for path in filter(None, (self.config.data, *self.config.pairs)):
+            report = evaluate(
+                module,
+                path,
+                self.data,
+                batch_size=self.config.batch_size,
+                flip=self.config.flip,
+                device=self.place.device,
+                rank=self.place.rank,
+                world_size=self.place.world_size,
+            )
+            name = os.path.splitext(os.path.basename(path))[0]
+            results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
+            if self.place.is_first:
+                monitor.scalars(step, {f"{name}/{key}": value for key, value in results[-1].items()})
+                said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
+                monitor.say(f"{name} at step {step}: {', '.join(said)}")
+                if isinstance(report, PairReport):
+                    self._draw(name, report, step, monitor)
+        return results[0] if results else {}
+
+    def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
+        monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
+        monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
+        first = self.first.setdefault(name, {f"step {step}": report})
+        figure = roc_figure({**first, f"step {step}": report}, name)
+        monitor.figure(step, f"{name}/roc", figure)
+        save_png(figure, os.path.join(self.folder, f"roc-{name}-{step:08d}.png"))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with "/" between the keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})
+    return result
