@@ -10,6 +10,8 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
 fi
 cd "$(dirname "$0")/.."
 source launch/environment.sh
+# No extras: this is not about the arguments of this script.
+# shellcheck disable=SC2119
 install_into_venv
 
 make_faces() { # NAME FIRST_IDENTITY IDENTITIES
