@@ -14,7 +14,7 @@ from launch.hosts import Host, read_hosts
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
   launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt --set run.folder=/shared/runs/r100 run.batch=2048"""
-PASSED_ON = ("OMP_NUM_THREADS", "NCCL_", "GLOO_", "TORCH_", "RAY_TRAIN_", "CUDA_DEVICE_ORDER", "PYTHONUNBUFFERED")
+PASSED_ON = ("OMP_NUM_THREADS", "NCCL_", "GLOO_", "TORCH_", "RAY_TRAIN_", "CUDA_DEVICE_ORDER", "PYTHONUNBUFFERED", "PROTOSHARD_")
 JOB_SERVER_SECONDS = 60
 
 

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"protoshard: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("protoshard: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        print("protoshard: interrupted; --resume auto, the default, continues from the newest checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -117,8 +117,8 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
         fields["evaluation.pairs"] = tuple(f"{folder.rstrip('/')}/{name}.bin" for name in options.get("val_targets", ()))
     if options.get("num_image"):  # it evaluates every so many micro-batches, we every so many epochs
         fields["evaluation.every_epochs"] = round(options["verbose"] * options["batch_size"] * ranks / options["num_image"], 3)
+    fields["engine.precision"] = "bfloat16" if options.get("fp16") else "float32"
     if options.get("fp16"):
-        fields["engine.precision"] = "bfloat16"
         unmapped.append("fp16: bfloat16 takes its place, which needs no loss scaling")
     return ImportedConfig(fields, unmapped)
 

@@ -97,7 +97,7 @@ class Trainer:
         self._open_window()
         while self.step < self.total_steps:
             self.losses.append(self._train_step())
-            if self.step % config.run.log_every == 0 or self.step == self.total_steps:
+            if self._logs(self.step):
                 self._log()
             saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
             evaluates = self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch)
@@ -125,12 +125,14 @@ class Trainer:
             batch = next(self.loader)
             features_bD = self.engine.forward(batch.images, is_last)
             # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
-            self.leaf_bD, self.labels_b = features_bD.detach().requires_grad_(), batch.labels
-            loss = self.classifier(self.leaf_bD, batch.labels) / run.accumulation
+            leaf_bD = features_bD.detach().requires_grad_()
+            loss = self.classifier(leaf_bD, batch.labels) / run.accumulation
             loss.backward()
-            assert self.leaf_bD.grad is not None
-            self.engine.backward(features_bD, self.leaf_bD.grad, is_last)
+            assert leaf_bD.grad is not None
+            self.engine.backward(features_bD, leaf_bD.grad, is_last)
             total += loss.detach()
+        if self._logs(self.step + 1):  # before prototypes move away from the features they are compared with
+            self.cosines = self.classifier.cosines(leaf_bD, batch.labels)
         factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
         self.rate = optimizer.lr * factor
         self.engine.step(self.rate)
@@ -140,6 +142,9 @@ class Trainer:
         self.classifier_optimizer.zero_grad()
         self.consumed += run.batch
         return total
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.run.log_every == 0 or step == self.total_steps
 
     def _is_due(self, every_steps: float) -> bool:
         """True at the first step at or past each multiple of `every_steps` and at the last step; never for 0."""
@@ -152,7 +157,7 @@ class Trainer:
 
     def _log(self) -> None:
         """One line of metrics; waits for the device."""
-        target_B, hardest_B = self.classifier.cosines(self.leaf_bD, self.labels_b)
+        target_B, hardest_B = self.cosines
         loss = float(torch.stack(self.losses).mean())
         seconds = time.perf_counter() - self.window_start
         waited = (self.loader.wait_seconds - self.waited_before) / seconds

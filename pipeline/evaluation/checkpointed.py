@@ -44,6 +44,6 @@ def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str
         print(json.dumps(figures))
         return
     for name, value in figures.items():
-        for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+        for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
             shown = "unreached: too few impostor pairs" if number is None else f"{number:.4f}" if isinstance(number, float) else str(number)
             print(f"{name + ('=' + key if key else ''):28}{shown}")
