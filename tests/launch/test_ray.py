@@ -76,6 +76,8 @@ def launch(folder: Path, *arguments: str, recipe: str = "stub", env: dict[str, s
         stdout=open(folder / "log.txt", "w"),
         stderr=subprocess.STDOUT,
         text=True,
+        # A test run in the background of a shell inherits "ignore Ctrl-C", and would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
