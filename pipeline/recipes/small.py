@@ -33,7 +33,7 @@ def dogs_small() -> TrainConfig:
 def omniglot_small() -> TrainConfig:
     """protoshard train omniglot_small --ranks 2"""
     return TrainConfig(
-        run=RunConfig(batch=128, epochs=8),
+        run=RunConfig(batch=128, epochs=20),
         # A mirrored character is another character.
         data=DataConfig(
             train=find_data("omniglot/train.tar"), image_size=64, augment=AugmentConfig(flip=False, rotate=12, zoom=0.15, shift=0.08)
