@@ -60,6 +60,7 @@ def similarity_statistics(
     scale: float | Tensor,
     first_class: int = 0,
     column_bias_S: Tensor | None = None,
+    bias_is_bounded: bool = False,
     kernel: str = "chunked",
     group: Group = None,
 ) -> Statistics:
@@ -69,7 +70,8 @@ def similarity_statistics(
     prototypes_SD  this rank's classes [first_class, first_class + S), any norm, normalised here; S = 0 is allowed
     labels_B       int64 global class ids
     scale          a number, or a vector [B] with gradient (feature norms)
-    column_bias_S  added to the non-target logits of this rank's classes, with gradient; never to the target
+    column_bias_S  added to the non-target logits of this rank's classes, with gradient; never to the target. -inf leaves a class out
+    bias_is_bounded  promises that exp(bias), summed over the classes of all ranks, stays below 1e8, so that no maximum is needed
     kernel         "chunked", or "reference" (stores B x S; float64 oracle)
 
     Communicates one packed all-reduce of 2 B floats; if logits may exceed 64 (larger or vector scale, a bias), one all-gather of
@@ -82,7 +84,7 @@ def similarity_statistics(
     norms_B = torch.linalg.vector_norm(features_BD, dim=1)
     scale_B1 = scale[:, None] if isinstance(scale, Tensor) else scale
     queries_BD = features_BD / norms_B.clamp(min=chunked.EPSILON)[:, None] * scale_B1
-    bounded = not isinstance(scale, Tensor) and abs(scale) <= LARGEST_UNSHIFTED and column_bias_S is None
+    bounded = not isinstance(scale, Tensor) and abs(scale) <= LARGEST_UNSHIFTED and (column_bias_S is None or bias_is_bounded)
     # The rest depends on the rows alone, not on this rank's classes.
     norms_B = collectives.replicated(norms_B, group)
     scale = collectives.replicated(scale, group) if isinstance(scale, Tensor) else scale

@@ -1,0 +1,78 @@
+"""Partial-FC: the classes of one step, all positives and a random share of the others (An et al., CVPR 2022). Decided class by class
+with counter-based random numbers keyed (seed, step, class id), so that the sample does not depend on the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partial_fc.shards import ClassShard
+
+
+class Sample(NamedTuple):
+    """This rank's classes of one step, packed into a fixed number K of columns, so that no step waits for a count from the device."""
+
+    rows_K: Tensor  # int64, distinct rows of the shard; the first ones are the sample, ascending, the rest is padding
+    is_real_K: Tensor  # bool: sampled, not padding
+    is_positive_K: Tensor  # bool: class of a label
+    column_S: Tensor  # int64: column of each row of the shard, -1 for what is not in the sample
+
+    def columns_of(self, rows_B: Tensor) -> Tensor:
+        """Column of each row, -1 for rows outside the shard."""
+        if not len(self.column_S):
+            return torch.full_like(rows_B, -1)
+        return torch.where((rows_B >= 0) & (rows_B < len(self.column_S)), self.column_S[rows_B.clamp(0, len(self.column_S) - 1)], -1)
+
+
+def capacity(rows: int, rate: float, batch: int) -> int:
+    """Columns that hold every sample: expected number of negatives + six standard deviations + as many positives as there can be."""
+    return min(rows, math.ceil(rows * rate + 6 * math.sqrt(rows * rate * (1 - rate))) + min(batch, rows))
+
+
+def draw(shard: ClassShard, labels_B: Tensor, rate: float, seed: int, step: int) -> Sample:
+    """The sample of `step`: every class of `labels_B` (global ids; others' are ignored), and each other class with probability `rate`.
+
+    Should more classes be drawn than `capacity` holds (probability 1e-9), the last ones by class id are left out, positives never.
+    """
+    ids_S = torch.arange(shard.first, shard.first + shard.rows, device=labels_B.device)
+    wanted_B = labels_B - shard.first
+    is_here_B = (wanted_B >= 0) & (wanted_B < shard.rows)
+    # One row more takes the labels of other ranks, which would otherwise have to be picked out.
+    is_positive_S = torch.zeros(shard.rows + 1, dtype=torch.bool, device=labels_B.device)
+    is_positive_S[torch.where(is_here_B, wanted_B, shard.rows)] = True
+    is_positive_S = is_positive_S[:-1]
+    is_wanted_S = is_positive_S | (uniform(ids_S, seed, step) < rate)
+
+    size = capacity(shard.rows, rate, len(labels_B))
+    room = size - is_positive_S.sum()  # for negatives
+    negatives_S = is_wanted_S & ~is_positive_S
+    is_wanted_S = is_positive_S | (negatives_S & (negatives_S.cumsum(0) <= room))
+    # Sampled rows go to the front and the others behind them, both in order; what lies within the first K columns is kept.
+    place_S = torch.where(is_wanted_S, is_wanted_S.cumsum(0), is_wanted_S.sum() + (~is_wanted_S).cumsum(0)) - 1
+    rows = torch.empty_like(place_S)
+    rows[place_S] = torch.arange(shard.rows, device=labels_B.device)
+    rows_K = rows[:size]
+    return Sample(rows_K, is_wanted_S[rows_K], is_positive_S[rows_K], torch.where(is_wanted_S, place_S, -1))
+
+
+def uniform(ids: Tensor, seed: int, step: int) -> Tensor:
+    """Numbers in [0, 1), float64, a function of (seed, step, id) alone: splitmix64's finalizer over id, with a key from seed and step."""
+    key = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+    x = ids * _signed(0x9E3779B97F4A7C15) + _signed(key)  # int64 arithmetic wraps around, on CPU and GPU alike
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x ^ _shifted(x, 31)
+    return _shifted(x, 11).double() * 2.0**-53
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; int64's own repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
