@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dali_loaders.decode import DataConfig
 from partial_fc import losses
+from partial_fc.classifier import ClassifierConfig
 from partial_fc.losses import Loss
 from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
@@ -45,6 +46,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     loss: Loss = field(default_factory=lambda: losses.build("cosface"))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

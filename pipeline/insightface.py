@@ -38,6 +38,7 @@ BASE: dict[str, Any] = {
 # Options that keep their value under another name.
 RENAMED = {
     "embedding_size": "backbone.width",
+    "sample_rate": "classifier.sample_rate",
     "optimizer": "optimizer.name",
     "lr": "optimizer.lr",
     "momentum": "optimizer.momentum",
@@ -50,7 +51,7 @@ RENAMED = {
     "output": "run.folder",
 }
 
-CHANGED = ("margin_list", "loss", "network", "sample_rate", "batch_size", "rec", "val_targets", "verbose", "fp16")  # by import_config
+CHANGED = ("margin_list", "loss", "network", "batch_size", "rec", "val_targets", "verbose", "fp16")  # by import_config
 
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("batch_size", "gradient_acc", "embedding_size", "verbose", "frequent", "seed", "num_image"), (int, "a whole number")),
@@ -101,9 +102,6 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
         fields["backbone.name"] = NETWORKS[options["network"]]
     else:
         unmapped.append(f"network: {options['network']!r} does not exist here; the choice is {', '.join(NETWORKS)}")
-
-    if options["sample_rate"] < 1:
-        unmapped.append(f"sample_rate: {options['sample_rate']} is not available, every class takes part in every step")
 
     fields["loss.scale"] = SCALE
     fields["loss.name"], fields["loss.margin"], remark = _margin(options)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dali_loaders import TrainLoader, open_source
+from dali_loaders import Batch, TrainLoader, open_source
 from partial_fc import PartialFC, RowSGD
 from pipeline import backbones, checkpoint
 from pipeline.config import TrainConfig, as_dict, as_text
@@ -54,7 +54,15 @@ class Trainer:
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
         self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
-        self.classifier = PartialFC(self.num_classes, config.backbone.width, config.loss, seed=run.seed, device=place.device)
+        self.classifier = PartialFC(
+            self.num_classes,
+            config.backbone.width,
+            config.loss,
+            config.classifier.sample_rate,
+            correct_rate=config.classifier.correct_rate,
+            seed=run.seed,
+            device=place.device,
+        )
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
 
@@ -119,10 +127,14 @@ class Trainer:
         if run.margin_warmup and hasattr(self.config.loss, "margin"):
             share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
             self.classifier.loss = replace(self.config.loss, margin=self.config.loss.margin * share)  # type: ignore[type-var]
+        self.classifier.step = self.step
+        batches: Iterable[Batch] = itertools.islice(self.loader, run.accumulation)
+        if run.accumulation > 1 and self.config.classifier.sample_rate < 1:
+            batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
+            self.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
         total = torch.zeros((), device=self.place.device)
-        for micro in range(run.accumulation):
-            is_last = micro == run.accumulation - 1
-            batch = next(self.loader)
+        for micro, batch in enumerate(batches, start=1):
+            is_last = micro == run.accumulation
             features_bD = self.engine.forward(batch.images, is_last)
             # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
             leaf_bD = features_bD.detach().requires_grad_()

@@ -12,6 +12,7 @@ from torch import Tensor
 from dali_loaders.decode import AugmentConfig, DataConfig
 from dali_loaders.faces import FacesConfig, write_faces
 from partial_fc import losses
+from partial_fc.classifier import ClassifierConfig
 from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.config import RunConfig, TrainConfig
@@ -39,6 +40,7 @@ def configuration(data: str, folder: str, steps: int, engine: str = "ddp", **cha
         run=RunConfig(**run),
         data=DataConfig(train=data, image_size=32, threads=1, augment=AugmentConfig(rotate=10, brightness=0.2)),
         backbone=BackboneConfig(changes.pop("backbone", "small_nobn"), width=16, dropout=0.0),
+        classifier=ClassifierConfig(changes.pop("sample_rate", 1.0)),
         loss=losses.build("cosface", scale=16.0, margin=0.2),
         optimizer=OptimizerConfig(lr=0.05, schedule="cosine", warmup_epochs=1, **changes.pop("optimizer", {})),
         engine=EngineConfig(engine, **{"precision": "float32", **changes.pop("engine_options", {})}),

@@ -50,6 +50,16 @@ def test_deepspeed_equals_ddp(ranks, data, optimizer, tmp_path):
     assert_equal(losses[1], losses[0], 1e-5)
 
 
+def test_sampled_classes_do_not_depend_on_ranks_micro_batches_or_interruptions(ranks, data, tmp_path):
+    def config(folder, accumulation=1):
+        options = {"sample_rate": 0.3, "save_every": 5, "run": {"accumulation": accumulation}}
+        return configuration(data, str(tmp_path / folder), STEPS, **options)
+
+    whole = ranks(1).run(train_losses, config("whole"))[0]
+    ranks(2).run(train_until, config("broken", accumulation=3), 12)
+    assert_equal(ranks(4).run(train_losses, config("broken"))[0], whole, 1e-4)
+
+
 def test_zero_2_and_a_clip_that_binds(ranks, data, tmp_path):
     options = {"optimizer": {"clip": 0.05}, "run": {"accumulation": 3}}
     losses = [
