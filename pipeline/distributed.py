@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -90,6 +91,8 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
 
 
 def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    # If the command itself is ended, so are its ranks. torch asks for SIGINT here, which a process started in the background ignores.
+    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     logging.basicConfig(format="%(message)s")
     backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"

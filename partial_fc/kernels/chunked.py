@@ -20,8 +20,10 @@ class Tiles:
     def __init__(self, queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bias_S: Tensor | None) -> None:
         self.queries_BD, self.prototypes_SD, self.target_rows_B, self.bias_S = queries_BD, prototypes_SD, target_rows_B, bias_S
         batch, width = queries_BD.shape
-        self.size = max(256, TILE_BYTES // (max(batch, 1) * queries_BD.element_size()) // 256 * 256)
-        self.size = min(self.size, max(len(prototypes_SD), 1))
+        classes = max(len(prototypes_SD), 1)
+        largest = max(256, TILE_BYTES // (max(batch, 1) * queries_BD.element_size()))
+        tiles = -(-classes // largest)
+        self.size = min(classes, -(-classes // tiles // 64) * 64)  # equal tiles: a short last one would waste cores
         self.units = queries_BD.new_empty(self.size, width)
         self.logits = queries_BD.new_empty(batch * self.size)
 

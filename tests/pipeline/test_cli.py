@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -75,6 +78,33 @@ def test_one_rank_with_the_default_engine(trained, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert main(train(trained, "engine.name=deepspeed", run="alone")) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_command_ends_its_ranks(trained, number):
+    settings = ["run.epochs=1000", "evaluation.at_start=false"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=2", *settings, run=f"ended{number}")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a shell
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while (
+            not (trained / f"ended{number}" / "metrics.jsonl").exists() or not (trained / f"ended{number}" / "metrics.jsonl").stat().st_size
+        ):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = psutil.Process(job.pid).children(recursive=True)
+        assert len(ranks) >= 2
+    finally:
+        job.send_signal(number)
+        job.wait(30)
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_torchrun(trained):
