@@ -31,7 +31,7 @@ class _RowStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, queries_BD: Tensor, prototypes_SD: Tensor, bias_S: Tensor | None, rows_B: Tensor, bounded: bool, kernel: str, group: Group
     ) -> tuple[Tensor, Tensor]:
-        target_B, shift_B, sum_exp_B = KERNELS[kernel].forward(queries_BD, prototypes_SD, rows_B, bias_S, bounded)
+        target_B, shift_B, sum_exp_B, ctx.kept = KERNELS[kernel].forward(queries_BD, prototypes_SD, rows_B, bias_S, bounded)
         if bounded:
             target_B, sum_exp_B = collectives.sum_packed([target_B, sum_exp_B], group)
             log_sum_B = sum_exp_B.log()
@@ -48,7 +48,9 @@ class _RowStatistics(torch.autograd.Function):
         # Every rank computes the same loss from the same vectors, so the all-reduce's backward is the identity: each rank
         # continues with its own classes, and the sum over ranks happens where the features are reduce-scattered.
         queries_BD, prototypes_SD, bias_S, rows_B, log_sum_B = ctx.saved_tensors
-        queries, prototypes, bias = KERNELS[ctx.kernel].backward(queries_BD, prototypes_SD, rows_B, bias_S, ctx.bounded, log_sum_B, *grads)
+        queries, prototypes, bias = KERNELS[ctx.kernel].backward(
+            queries_BD, prototypes_SD, rows_B, bias_S, ctx.bounded, log_sum_B, ctx.kept, *grads
+        )
         return queries, prototypes, bias, None, None, None, None
 
 
@@ -75,7 +77,7 @@ def similarity_statistics(
     kernel         "chunked", or "reference" (stores B x S; float64 oracle)
 
     Communicates one packed all-reduce of 2 B floats; if logits may exceed 64 (larger or vector scale, a bias), one all-gather of
-    3 B floats instead. Memory beyond inputs and gradients: one tile of B x chunk. Nothing of size B x S is kept for backward.
+    3 B floats instead. Memory beyond inputs and gradients: one tile of B x chunk (8 MB). Nothing of size B x S is kept for backward.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel {kernel!r} is unknown: choose one of {', '.join(KERNELS)}")
@@ -102,6 +104,6 @@ def hardest_non_target(
 
     One product with every class and 1 all-gather of 2 B floats; -inf where there is no other class."""
     units_BD = features_BD / torch.linalg.vector_norm(features_BD, dim=1, keepdim=True).clamp(min=chunked.EPSILON)
-    target_B, hardest_B, _ = chunked.forward(units_BD, prototypes_SD, labels_B - first_class, None, bounded=False)
+    target_B, hardest_B, *_ = chunked.forward(units_BD, prototypes_SD, labels_B - first_class, None, bounded=False)
     target_NB, hardest_NB = collectives.gather_packed([target_B, hardest_B], group)
     return target_NB.sum(dim=0), hardest_NB.amax(dim=0)

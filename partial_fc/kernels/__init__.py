@@ -3,7 +3,7 @@ A kernel sees one rank's classes and never communicates."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ class Rows(NamedTuple):
     target_B: Tensor  # <query_i, w_y / |w_y|>, without bias; 0 where another rank owns class y_i
     shift_B: Tensor  # what was taken from the logits before the exponential: 0 (bounded) or the largest z_ij, j != y_i (-inf: no such j)
     sum_exp_B: Tensor  # sum over j != y_i of exp(z_ij - shift_i)
+    kept: Any = None  # what backward may use instead of computing it again; of bounded size
 
 
 class Gradients(NamedTuple):
@@ -36,6 +37,7 @@ class Kernel(Protocol):
         bias_S: Tensor | None,
         bounded: bool,
         log_sum_B: Tensor,
+        kept: Any,
         grad_target_B: Tensor,
         grad_log_sum_B: Tensor,
     ) -> Gradients:

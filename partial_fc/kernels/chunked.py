@@ -3,7 +3,9 @@ Backward recomputes the tile: at d = 512 a second product costs less than writin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,36 +16,40 @@ TILE_BYTES = 8 << 20  # of one logits tile: fits the last-level cache of a CPU s
 EPSILON = 1e-12  # smallest norm divided by, as in torch.nn.functional.normalize
 
 
-class Tiles:
-    """Yields (first, stop, unit prototypes [n, D], inverse norms [n, 1], logits [B, n] with -inf at the targets), in reused memory."""
+class Tile(NamedTuple):
+    """Classes [first, stop) of the shard, n of them."""
 
-    def __init__(self, queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bias_S: Tensor | None) -> None:
-        self.queries_BD, self.prototypes_SD, self.target_rows_B, self.bias_S = queries_BD, prototypes_SD, target_rows_B, bias_S
-        batch, width = queries_BD.shape
-        classes = max(len(prototypes_SD), 1)
-        largest = max(256, TILE_BYTES // (max(batch, 1) * queries_BD.element_size()))
-        tiles = -(-classes // largest)
-        self.size = min(classes, -(-classes // tiles // 64) * 64)  # equal tiles: a short last one would waste cores
-        self.units = queries_BD.new_empty(self.size, width)
-        self.logits = queries_BD.new_empty(batch * self.size)
+    first: int
+    stop: int
+    units_nD: Tensor  # unit prototypes
+    inverse_n1: Tensor  # 1 / |w|
+    logits_Bn: Tensor  # -inf at the targets
 
-    def __iter__(self) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-        batch, classes = len(self.queries_BD), len(self.prototypes_SD)
-        for first in range(0, classes, self.size):
-            stop = min(first + self.size, classes)
-            prototypes_nD = self.prototypes_SD[first:stop]
-            inverse_n1 = torch.linalg.vector_norm(prototypes_nD, dim=1, keepdim=True).clamp_(min=EPSILON).reciprocal_()
-            units_nD = torch.mul(prototypes_nD, inverse_n1, out=self.units[: stop - first])
-            logits_Bn = self.logits[: batch * (stop - first)].view(batch, stop - first)
-            torch.mm(self.queries_BD, units_nD.T, out=logits_Bn)
-            if self.bias_S is not None:
-                logits_Bn += self.bias_S[first:stop]
-            # Targets are masked before the exponential, never subtracted after it. Rows without a target here rewrite their own entry:
-            # picking the others out would need the host to wait for the device.
-            column_B1 = (self.target_rows_B - first).clamp(0, stop - first - 1)[:, None]
-            is_here_B1 = ((self.target_rows_B >= first) & (self.target_rows_B < stop))[:, None]
-            logits_Bn.scatter_(1, column_B1, logits_Bn.gather(1, column_B1).masked_fill_(is_here_B1, -torch.inf))
-            yield first, stop, units_nD, inverse_n1, logits_Bn
+
+def _tiles(
+    queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bias_S: Tensor | None, until: int | None = None
+) -> Iterator[Tile]:
+    """The tiles of all classes, or of those before row `until`, a tile's first; each in the memory of the one before it."""
+    (batch, width), classes = queries_BD.shape, len(prototypes_SD)
+    largest = max(256, TILE_BYTES // (max(batch, 1) * queries_BD.element_size()))
+    tiles = max(1, -(-classes // largest))
+    size = min(classes, -(-classes // tiles // 64) * 64)  # equal tiles: a short last one would waste cores
+    units, logits = queries_BD.new_empty(size, width), queries_BD.new_empty(batch * size)
+    for first in range(0, classes if until is None else until, max(1, size)):
+        stop = min(first + size, classes)
+        prototypes_nD = prototypes_SD[first:stop]
+        inverse_n1 = torch.linalg.vector_norm(prototypes_nD, dim=1, keepdim=True).clamp_(min=EPSILON).reciprocal_()
+        units_nD = torch.mul(prototypes_nD, inverse_n1, out=units[: stop - first])
+        logits_Bn = logits[: batch * (stop - first)].view(batch, stop - first)
+        torch.mm(queries_BD, units_nD.T, out=logits_Bn)
+        if bias_S is not None:
+            logits_Bn += bias_S[first:stop]
+        # Targets are masked before the exponential, never subtracted after it. Rows without a target here rewrite their own entry:
+        # picking the others out would need the host to wait for the device.
+        column_B1 = (target_rows_B - first).clamp(0, stop - first - 1)[:, None]
+        is_here_B1 = ((target_rows_B >= first) & (target_rows_B < stop))[:, None]
+        logits_Bn.scatter_(1, column_B1, logits_Bn.gather(1, column_B1).masked_fill_(is_here_B1, -torch.inf))
+        yield Tile(first, stop, units_nD, inverse_n1, logits_Bn)
 
 
 def _targets(queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -62,15 +68,17 @@ def forward(queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bi
     shift_B = sum_exp_B.clone() if bounded else sum_exp_B - torch.inf
     if not len(prototypes_SD):
         return Rows(sum_exp_B.clone(), shift_B, sum_exp_B)
-    for *_, logits_Bn in Tiles(queries_BD, prototypes_SD, target_rows_B, bias_S):
+    for tile in _tiles(queries_BD, prototypes_SD, target_rows_B, bias_S):
         if not bounded:
-            larger_B = torch.maximum(shift_B, logits_Bn.amax(dim=1))
+            larger_B = torch.maximum(shift_B, tile.logits_Bn.amax(dim=1))
             finite_B = larger_B.clamp(min=torch.finfo(larger_B.dtype).min)  # -inf minus -inf would be NaN
             sum_exp_B *= torch.exp(shift_B - finite_B)
-            logits_Bn -= finite_B[:, None]
+            tile.logits_Bn.sub_(finite_B[:, None])
             shift_B = larger_B
-        sum_exp_B += logits_Bn.exp_().sum(dim=1)
-    return Rows(_targets(queries_BD, prototypes_SD, target_rows_B)[-1], shift_B, sum_exp_B)
+        sum_exp_B += tile.logits_Bn.exp_().sum(dim=1)
+    # The last tile still holds its exponentials: with few classes that spares backward much of its work.
+    target_B = _targets(queries_BD, prototypes_SD, target_rows_B)[-1]
+    return Rows(target_B, shift_B, sum_exp_B, tile if bounded else None)
 
 
 def backward(
@@ -80,6 +88,7 @@ def backward(
     bias_S: Tensor | None,
     bounded: bool,
     log_sum_B: Tensor,
+    kept: Tile | None,
     grad_target_B: Tensor,
     grad_log_sum_B: Tensor,
 ) -> Gradients:
@@ -94,8 +103,9 @@ def backward(
     factor_B = (grad_log_sum_B * torch.exp(-log_sum_B) if bounded else grad_log_sum_B).where(has_others_B, 0)
     finite_B1 = log_sum_B.where(has_others_B, 0)[:, None]
     weighted_BD = queries_BD * factor_B[:, None]
-    for first, stop, units_nD, inverse_n1, logits_Bn in Tiles(queries_BD, prototypes_SD, target_rows_B, bias_S):
-        exp_Bn = (logits_Bn if bounded else logits_Bn.sub_(finite_B1)).exp_()
+    tiles = _tiles(queries_BD, prototypes_SD, target_rows_B, bias_S, until=kept.first if kept else None)
+    exponentiated = ((tile, (tile.logits_Bn if bounded else tile.logits_Bn.sub_(finite_B1)).exp_()) for tile in tiles)
+    for (first, stop, units_nD, inverse_n1, _), exp_Bn in itertools.chain([(kept, kept.logits_Bn)] if kept else [], exponentiated):
         grad_queries_BD.addmm_(exp_Bn, units_nD)
         grad_nD = torch.mm(exp_Bn.T, weighted_BD, out=grad_prototypes_SD[first:stop])
         # Through w -> w / |w|: the part along w goes, the rest is divided by |w|.

@@ -34,6 +34,7 @@ def backward(
     bias_S: Tensor | None,
     bounded: bool,
     log_sum_B: Tensor,
+    kept: None,
     grad_target_B: Tensor,
     grad_log_sum_B: Tensor,
 ) -> Gradients:
