@@ -105,14 +105,20 @@ class RecordWriter:
     def __enter__(self) -> "RecordWriter":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        for file in (self._record, self._index):
-            file.close()
-        for temporary, path in zip(self._temporary, self._paths, strict=True):
+    def __exit__(self, kind: object, cause: object, _: object) -> None:
+        try:
+            for file in (self._record, self._index):
+                file.close()  # writes what is buffered, so that a full disk may show here
             if kind is None:
-                os.replace(temporary, path)
-            else:
+                for temporary, path in zip(self._temporary, self._paths, strict=True):
+                    os.replace(temporary, path)
+        except OSError as error:
+            cause = error
+        for temporary in self._temporary:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+        if isinstance(cause, OSError):
+            raise ValueError(f"cannot write {self._paths[0]}: {cause.strerror}; choose a folder with room that may be written.") from cause
 
 
 def encode_record(record: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -42,7 +42,9 @@ def open_source(path: str, reader: str = "native") -> Source:
         raise ValueError("no data given: name a folder, a .tar or a .rec file.")
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist; expected a folder, a .tar or a .rec file.")
-    if path.endswith(".rec"):
+    if path.lower().endswith(".rec"):
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder; a name that ends in .rec is expected to be a RecordIO file.")
         return RecordSource(path, reader)
     if reader == "mxnet":
         raise ValueError(f"reader='mxnet' reads .rec files only, but the data is {path}; use reader='native'.")
@@ -55,7 +57,7 @@ class FolderSource:
     def __init__(self, path: str) -> None:
         self.path = path
         root = path.rstrip("/") + "/"
-        files = (f"{folder}/{name}"[len(root) :] for folder, _, names in os.walk(root.rstrip("/") or "/") for name in names)
+        files = (f"{folder}/{name}"[len(root) :] for folder, names in _walk(root.rstrip("/") or "/") for name in names)
         self._names = sorted(name for name in files if _is_image(name))
         self.labels, self.identities = _labels(path, self._names)
 
@@ -143,8 +145,19 @@ def single_image_identities(source: Source) -> list[str]:
     return [source.identities[label] for label in np.flatnonzero(counts == 1)]
 
 
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of all folders below `root`, through symbolic links too, but never into a folder that leads there."""
+    above: dict[str, frozenset[str]] = {root: frozenset()}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        inside = above.pop(folder) | {os.path.realpath(folder)}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in inside]
+        above.update((os.path.join(folder, name), inside) for name in folders)
+        yield folder, names
+
+
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not os.path.basename(name).startswith(".")
+    """Whether a path has an image's extension; hidden files and what lies in hidden folders are passed over."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _labels(path: str, names: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -166,5 +179,15 @@ def _tar_members(path: str) -> Iterable[tuple[str, int, int]]:
                 name = os.path.normpath(member.name)
                 if member.isreg() and _is_image(name):
                     yield name, member.offset_data, member.size
+        # tarfile takes a cut at a header for the end, but a whole archive ends with blocks of zeros.
+        with open(path, "rb") as file:
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError(f"{path} is cut off; copy it again from its source.")
     except (tarfile.TarError, OSError, EOFError) as error:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                raise ValueError(
+                    f"{path} is compressed with gzip; unpack it with gunzip, so that images can be read at their places."
+                ) from error
         raise ValueError(f"{path} is not a readable uncompressed .tar ({error}); expected a folder, a .tar or a .rec file.") from error

@@ -38,11 +38,11 @@ class CheckpointConfig:
     keep: int = 3  # newest ones kept
 
     def __post_init__(self) -> None:
-        if self.every_epochs <= 0 or self.every_steps < 0 or self.keep < 1:
-            raise ValueError(
-                f"checkpoint.every_epochs is {self.every_epochs} (must be positive), checkpoint.every_steps {self.every_steps} "
-                f"(must not be negative), checkpoint.keep {self.keep} (must be at least 1)"
-            )
+        if self.every_epochs <= 0:
+            raise ValueError(f"checkpoint.every_epochs is {self.every_epochs}, but must be positive")
+        for name, least in (("every_steps", 0), ("keep", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}, but must be at least {least}")
 
 
 def sharded(local_SD: Tensor, rows: int) -> Tensor:
@@ -66,7 +66,11 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         os.makedirs(partial)
     _barrier()
-    dcp.save(state, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
+    try:
+        dcp.save(state, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:  # on every rank; a BaseException, which `except Exception` would miss
+        cause = next(iter(error.failures.values()), (error,))[0]
+        raise ValueError(f"checkpoint {path} could not be written ({cause}): is there room? The ones before it are untouched") from None
     files = _as_first_rank_sees(lambda: sorted(os.listdir(partial)))
     written = _merge({name: _fingerprint(os.path.join(partial, name)) for name in _share(files)})
     if first:

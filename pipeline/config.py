@@ -33,12 +33,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("accumulation", 1), ("log_every", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least {least}")
+            if not least <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least {least} and below 2**31")
         if self.batch % self.accumulation:
             raise ValueError(f"run.batch is {self.batch}, which run.accumulation = {self.accumulation} does not divide")
-        if self.epochs <= 0 or not 0 <= self.margin_warmup <= 1:
-            raise ValueError(f"run.epochs is {self.epochs} (must be positive), run.margin_warmup {self.margin_warmup} (must be in [0, 1])")
+        if not 0 < self.epochs < 1e9:
+            raise ValueError(f"run.epochs is {self.epochs}, but must be positive and below 1e9")
+        if not 0 <= self.margin_warmup <= 1:
+            raise ValueError(f"run.margin_warmup is {self.margin_warmup}, but must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class TrainConfig:
 
 def resolve(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a recipe (a name, or a Python file with a function `recipe`) with `section.field=value` overrides applied."""
-    config = _find_recipe(recipe)()
+    config = _call(recipe, _find_recipe(recipe))
     for override in overrides or []:
         config = _override(config, override)
     if not config.run.folder:
@@ -106,6 +108,16 @@ def _from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
     return kind(**parts)
 
 
+def _call(name: str, recipe: Callable[[], TrainConfig]) -> TrainConfig:
+    try:
+        config = recipe()
+    except Exception as error:
+        raise ValueError(f"recipe {name} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"recipe {name} returns {type(config).__name__}, but must return a TrainConfig")
+    return config
+
+
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"
@@ -120,7 +132,7 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"recipe file {recipe} cannot be run: {type(error).__name__}: {error}") from error
         if not callable(getattr(module, "recipe", None)):
             raise ValueError(f"recipe file {recipe} has no function recipe() that returns a TrainConfig")

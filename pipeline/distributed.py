@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -9,11 +10,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,36 @@ def join() -> Place:
     return Place(dist.get_rank(), dist.get_world_size(), device)
 
 
+class FolderLock:
+    """Keeps a second run out of a run's folder, which it makes where it is missing. Every rank calls it; rank 0 holds it, on a hidden
+    file beside the folder, which may itself be renamed meanwhile."""
+
+    def __init__(self, folder: str, place: Place) -> None:
+        fault: list[str | None] = [None]
+        self.file: TextIO | None = None
+        if place.is_first:
+            try:
+                os.makedirs(folder, exist_ok=True)
+                place_of_lock = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock")
+                self.file = open(place_of_lock, "w")  # noqa: SIM115 (held until release)
+            except OSError as error:
+                fault = [f"run.folder={folder} cannot be written ({error.strerror}): choose another folder"]
+        if self.file:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fault = [f"another run is writing to {folder}: wait for its end, or choose another run.folder"]
+            except OSError as error:  # file systems without locks
+                log.warning("%s cannot be locked (%s): take care that no other run writes there", folder, error.strerror)
+        dist.broadcast_object_list(fault)
+        if fault[0]:
+            raise ValueError(fault[0])
+
+    def release(self) -> None:
+        if self.file:
+            self.file.close()
+
+
 def describe(error: ValueError) -> str | None:
     """The sentence of a ValueError raised by this project's own code; None for a library's, which deserves its traceback, and for all
     of them where PROTOSHARD_TRACEBACK is set."""
@@ -79,15 +112,28 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
         return
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         sentences = mp.get_context("spawn").SimpleQueue()
+        processes = mp.spawn(_local_rank, (ranks, os.path.join(folder, "store"), sentences, function, arguments), nprocs=ranks, join=False)
         try:
-            mp.spawn(_local_rank, (ranks, os.path.join(folder, "store"), sentences, function, arguments), nprocs=ranks)
+            while not processes.join():
+                pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             # A rank that only lost its peer may be noticed before the one that said why.
             if not sentences.empty():
                 raise ValueError(sentences.get()) from None
             if isinstance(error, mp.ProcessRaisedException):
                 raise
-            sys.exit(error.exit_code if error.exit_code and error.exit_code > 0 else 1)
+            if error.signal_name:
+                print(
+                    f"protoshard: rank {error.error_index} was ended by {error.signal_name} (out of memory?); the same command continues "
+                    "from the newest checkpoint",
+                    file=sys.stderr,
+                )
+            sys.exit(error.exit_code if error.exit_code > 0 else 1)
+        finally:  # an interruption of this process alone does not reach the ranks
+            for process in processes.processes:
+                process.terminate()
+            for process in processes.processes:
+                process.join()
 
 
 def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

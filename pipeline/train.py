@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from pipeline.config import TrainConfig
-from pipeline.distributed import join
+from pipeline.distributed import FolderLock, join
 from pipeline.trainer import Trainer
 
 
@@ -17,8 +17,12 @@ def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
     """
     logging.basicConfig(format="%(message)s")
     place = join()
-    trainer = Trainer(config, place, resume)
+    lock = FolderLock(config.run.folder, place)
     try:
-        return trainer.fit()
+        trainer = Trainer(config, place, resume)
+        try:
+            return trainer.fit()
+        finally:
+            trainer.close()
     finally:
-        trainer.close()
+        lock.release()

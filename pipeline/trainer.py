@@ -78,7 +78,7 @@ class Trainer:
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
-            f"{len(self.source)} images of {self.num_classes} identities, {place.world_size} ranks on {place.device.type}, "
+            f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
         )
         self.loader = TrainLoader(
@@ -229,6 +229,7 @@ class Trainer:
             "backbone": config.backbone.name,
             "image_size": config.data.image_size,
             "optimizer": config.optimizer.name,
+            "batch": config.run.batch,
         }
 
     def save(self) -> str:

@@ -29,11 +29,9 @@ class EvaluationConfig:
     batch_size: int = 64  # images per forward pass on each rank
 
     def __post_init__(self) -> None:
-        if self.every_epochs < 0 or self.batch_size < 1:
-            raise ValueError(
-                f"evaluation.every_epochs is {self.every_epochs} (must not be negative), "
-                f"evaluation.batch_size is {self.batch_size} (must be at least 1)"
-            )
+        for name, least in (("every_epochs", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name} is {getattr(self, name)}, but must be at least {least}")
 
 
 class Evaluator:

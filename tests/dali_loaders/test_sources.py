@@ -125,3 +125,15 @@ def test_reader_names(folder):
         open_source(str(folder), "mx")
     with pytest.raises(ValueError, match=r"reads \.rec files only"):
         open_source(str(folder), "mxnet")
+
+
+def test_links_are_followed_but_not_in_circles_and_hidden_folders_are_passed_over(tmp_path):
+    (tmp_path / "set" / "anna").mkdir(parents=True)
+    (tmp_path / "set" / ".cache").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for folder in ("set/anna", "set/.cache", "elsewhere"):
+        (tmp_path / folder / "0.jpg").write_bytes(b"x")
+    (tmp_path / "set" / "berta").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "anna" / "circle").symlink_to(tmp_path / "set")
+    source = open_source(str(tmp_path / "set"))
+    assert source.identities == ["anna", "berta"] and len(source) == 2

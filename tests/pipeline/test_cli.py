@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -80,14 +81,15 @@ def test_one_rank_with_the_default_engine(trained, monkeypatch):
     assert main(train(trained, "engine.name=deepspeed", run="alone")) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_command_ends_its_ranks(trained, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_ending_the_command_ends_its_ranks(trained, number, capsys):
     settings = ["run.epochs=1000", "evaluation.at_start=false"]
     job = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=2", *settings, run=f"ended{number}")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a shell
+        # In the background of a shell SIGINT is ignored; at a terminal it is not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN),
     )
     try:
         deadline = time.monotonic() + 60
@@ -98,6 +100,8 @@ def test_ending_the_command_ends_its_ranks(trained, number):
             time.sleep(0.1)
         ranks = psutil.Process(job.pid).children(recursive=True)
         assert len(ranks) >= 2
+        second = train(trained, "--ranks=1", *settings, run=f"ended{number}")
+        assert main(second) == 2 and "another run is writing to" in capsys.readouterr().err
     finally:
         job.send_signal(number)
         job.wait(30)
@@ -156,6 +160,11 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["backbone.width=8"], ["has width 16, but this run has 8"]),
         (["data.train={folder}/others.tar"], ["has num_classes 9, but this run has 4"]),
         (["backbone.name=small_nobn"], ["has backbone small, but this run has small_nobn"]),
+        (["run.batch=9"], ["has batch 18, but this run has 9"]),
+        (["run.folder={folder}/faces.tar"], ["faces.tar cannot be written"]),
+        (["run.folder={folder}/new", "data.train={folder}/cut.tar"], ["cut.tar is cut off"]),
+        (["run.folder={folder}/new", "data.train={folder}/faces.tgz"], ["compressed with gzip"]),
+        (["run.folder={folder}/new", "run.epochs=1e300"], ["run.epochs is 1e+300"]),
         (["optimizer.name=adamw"], ["has optimizer sgd, but this run has adamw"]),
         (["data.image_size=48"], ["has image_size 32, but this run has 48"]),
         (["--resume={folder}/nowhere"], ["no complete checkpoint", "nowhere"]),
@@ -178,6 +187,9 @@ def test_bad_input_to_train(trained, capsys, settings, words):
         (trained / "lonely" / "b").mkdir()
         (trained / "lonely" / "b" / "0.jpg").write_bytes(next((trained / "lonely" / "a").iterdir()).read_bytes())
         (trained / "empty").mkdir()
+        whole = (trained / "faces.tar").read_bytes()
+        (trained / "cut.tar").write_bytes(whole[: whole.find(b"000004/000") + 50])
+        (trained / "faces.tgz").write_bytes(gzip.compress(whole))
         write_faces(str(trained / "broken"), FacesConfig(identities=6, images_per_identity=6, size=32), workers=1)
         for identity in sorted((trained / "broken").iterdir())[:3]:
             next(identity.iterdir()).write_bytes(b"this is not an image")

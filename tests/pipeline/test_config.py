@@ -50,7 +50,7 @@ def test_a_python_file_is_a_recipe(tmp_path):
         ("dogs_small", "engine.name=fsdp", "must be deepspeed or ddp"),
         ("dogs_small", "engine.zero_stage=3", "must be 1 or 2"),
         ("dogs_small", "optimizer.schedule=step", "must be one of polynomial, cosine"),
-        ("dogs_small", "checkpoint.keep=0", "checkpoint.keep 0"),
+        ("dogs_small", "checkpoint.keep=0", "checkpoint.keep is 0"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(recipe, override, sentence):
