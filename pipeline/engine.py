@@ -159,7 +159,7 @@ class DeepSpeedEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its own calls
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self.module, self.device = module, place.device
+        self.module = module
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # it insists on one, and takes it for the device
         self.engine, *_ = deepspeed.initialize(
             model=module,

@@ -13,7 +13,7 @@ from dali_loaders.decode import DataConfig
 from pipeline.distributed import Place
 from pipeline.evaluation import PairReport, evaluate
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
-from pipeline.evaluation.figures import roc_figure, save_png
+from pipeline.evaluation.figures import roc_figure, save_png, score_figure
 from pipeline.monitor import Monitor
 
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
@@ -71,6 +71,7 @@ class Evaluator:
     def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
         monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
         monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
+        monitor.figure(step, f"{name}/cosines", score_figure(report, name))
         first = self.first.setdefault(name, {f"step {step}": report})
         figure = roc_figure({**first, f"step {step}": report}, name)
         monitor.figure(step, f"{name}/roc", figure)
