@@ -1,13 +1,16 @@
-"""One CSV row per measurement, with what is needed to judge it: commit, date, hardware, command."""
+"""Shows and keeps measurements: one CSV row each, with what is needed to judge it: commit, date, hardware, command."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -42,22 +45,43 @@ def commit() -> str:
     return head + ("+" if changed.strip() else "")
 
 
-def append(name: str, row: dict[str, object]) -> None:
-    """Adds a row to results/NAME.csv and prints it."""
-    full = {
+def origin() -> dict[str, str]:
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "hardware": hardware(),
         "torch": torch.__version__,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        **row,
+        "command": " ".join(["protoshard", *sys.argv[1:]]),
     }
-    path = os.path.join(FOLDER, f"{name}.csv")
-    os.makedirs(FOLDER, exist_ok=True)
-    is_new = not os.path.exists(path)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(full))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(full)
-    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def append(path: str, row: dict[str, Any]) -> None:
+    """Adds `origin` and `row` to the CSV file. ValueError where it has other columns, or cannot be written."""
+    full = {**origin(), **{key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}}
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path, "a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), None)
+            if header is not None and header != list(full):
+                raise ValueError(f"{path} has other columns than this benchmark: rename it, or name another file with --csv")
+            writer = csv.DictWriter(file, list(full))
+            if header is None:
+                writer.writeheader()
+            writer.writerow(full)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another file with --csv") from None
+
+
+def report(rows: Iterable[dict[str, Any]], as_text: Callable[[dict[str, Any]], str], as_json: bool, path: str) -> None:
+    """Prints rows as they come, or all of them as one JSON object, and appends them to the CSV file."""
+    kept = []
+    for row in rows:
+        kept.append(row)
+        if not as_json:
+            print(as_text(row), flush=True)
+            append(path, row)
+    if as_json:
+        print(json.dumps({**origin(), "rows": kept}, indent=1))
+        for row in kept:
+            append(path, row)

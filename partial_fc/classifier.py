@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from partial_fc import collectives, sampling
 from partial_fc.collectives import Group
+from partial_fc.inputs import Check, check_labels, check_shapes
 from partial_fc.losses import Loss
 from partial_fc.sampling import Sample
 from partial_fc.shards import ClassShard, initial_prototypes
-from partial_fc.similarity import hardest_non_target, similarity_statistics
+from partial_fc.similarity import Statistics, hardest_non_target, similarity_statistics
+from partial_fc.sources import Consumer, Matrix, SampledRows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_CHECKS = 64  # kept unread, if no optimizer asks for them
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
     sample_rate: float = 1.0  # share of the classes without a sample in the batch that take part in a step; 0.1 is usual above a million
     correct_rate: bool = False  # weigh each sampled negative by 1 / sample_rate, so that log-sum-exps estimate those over all classes
+    hard_negatives: int = 0  # so many nearest classes of each class of the batch are always in the sample; costs a product with all classes
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products with prototypes; sums are float32
+    storage_dtype: Literal["float32", "bfloat16"] = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # in which features travel, rounded once; their gradient travels as float32
+    non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features: end the run, or leave the step out
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate is {self.sample_rate}, but must be above 0 and at most 1")
+        if self.hard_negatives < 0 or (self.hard_negatives and self.sample_rate == 1):
+            raise ValueError(
+                f"hard_negatives is {self.hard_negatives}, but must be 0 or more, and above 0 only with a sample_rate below 1: at rate 1 "
+                "all classes are in"
+            )
+        for name in ("dtype", "storage_dtype", "gather_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be 'float32' or 'bfloat16'")
+        if self.non_finite not in ("raise", "skip"):
+            raise ValueError(f"non_finite is {self.non_finite!r}, but must be 'raise' or 'skip'")
 
 
 class PartialFC(nn.Module):
@@ -35,14 +56,17 @@ class PartialFC(nn.Module):
     loss               from `losses.build`; may be replaced between steps (margin warm-up)
     sample_rate        below 1: a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then
                        a sparse tensor of the sampled rows, which RowSGD alone updates
-    correct_rate       see ClassifierConfig
+    dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype  see ClassifierConfig
+    uneven_batches     ranks may bring different numbers of rows, none included, in any step; costs one more all-gather, of one number per
+                       rank, for which the host waits. Without it every rank must bring equally many rows
     seed               of first prototypes and samples, which depend on the class id (and step) alone and not on the number of ranks
     group              process group; without an initialised one this is an ordinary single-process module
-    kernel             "auto" (chunked) or a name in similarity.KERNELS
+    kernel             "auto" or a name in similarity.KERNELS; see similarity_statistics
     feature_gradient   "averaged": multiplied by the world size, because a data-parallel engine (DDP, DeepSpeed) then averages over
                        ranks; "global": the gradient of the returned loss itself. Nowhere else does this factor appear.
 
-    `prototypes` is this rank's [S, D] parameter, float32, kept out of the data-parallel engine (which would average it over ranks).
+    `prototypes` is this rank's [S, D] parameter, kept out of the data-parallel engine (which would average it over ranks). Ranks beyond
+    the number of classes have none.
     """
 
     def __init__(
@@ -52,7 +76,13 @@ class PartialFC(nn.Module):
         loss: Loss,
         sample_rate: float = 1.0,
         *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        storage_dtype: Literal["float32", "bfloat16"] = "float32",
         correct_rate: bool = False,
+        hard_negatives: int = 0,
+        non_finite: Literal["raise", "skip"] = "raise",
+        uneven_batches: bool = False,
+        gather_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
         group: Group = None,
         kernel: str = "auto",
@@ -64,73 +94,163 @@ class PartialFC(nn.Module):
             raise ValueError(f"feature_gradient is {feature_gradient!r}, but must be 'averaged' or 'global'")
         ranks = collectives.world_size(group)
         self.shard = ClassShard.of_rank(num_classes, collectives.rank(group), ranks)
-        self.config = ClassifierConfig(sample_rate, correct_rate)
-        self.width, self.loss, self.seed, self.group = width, loss, seed, group
-        self.step = 0  # numbers the samples; counts calls, unless the caller sets it
+        self.config = ClassifierConfig(sample_rate, correct_rate, hard_negatives, dtype, storage_dtype, gather_dtype, non_finite)
+        self.width, self.loss, self.seed, self.group, self.uneven_batches = width, loss, seed, group, uneven_batches
+        self.step = 0  # counts samples, or at rate 1 the optimizer's steps; a caller who resumes sets it
         self.sample: Sample | None = None  # of the newest step
         self.is_step_begun = False
-        self.draws = 0  # samples since RowSGD's last step
-        self.kernel = "chunked" if kernel == "auto" else kernel
+        self.step_labels_B: Tensor | None = None  # what `begin_step` was given, of all ranks
+        self.draws = 0  # samples since the optimizer's last step
+        self.before_use: Callable[[Tensor], None] | None = None  # called with the rows of a new sample: a lazy optimizer's
+        self.consumer: Consumer | None = None  # takes the gradient of prototypes chunk by chunk during backward
+        self.skipped_steps = 0
+        self._checks: list[Check] = []  # of this step, not yet read
+        self._is_finite = True  # as far as they are
+        self.kernel = kernel
         self.gradient_factor = float(ranks) if feature_gradient == "averaged" else 1.0
-        self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device))
+        self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[storage_dtype]))
 
     def begin_step(self, labels_b: Tensor) -> None:
-        """Fixes one sample for all micro-batches of a step, whose labels on this rank are `labels_b`, until RowSGD's `step`.
+        """Opens a step of several micro-batches, whose labels on this rank are `labels_b`: all of them see one sample of classes. The
+        optimizer's `step` closes it. Without it every call of `forward` is a step of its own.
 
-        1 all-gather of labels. Without it every call of `forward` is a step of its own."""
+        If classes are sampled, communicates 1 all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts before it, and
+        what `_nearest` says."""
+        check_labels(labels_b)
         if self.config.sample_rate < 1:
-            self._draw(collectives.gather_constant(labels_b, self.group))
+            self.step_labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
+            self._draw(self.step_labels_B)
             self.is_step_begun = True
 
     def end_step(self) -> None:
-        """What RowSGD does after its update: the next call of `forward` or `begin_step` draws anew."""
-        self.is_step_begun, self.draws = False, 0
+        """What the optimizer does after its update: the next call of `forward` or `begin_step` is a new step. Call it yourself if the
+        prototypes' optimizer is neither RowSGD nor RowAdamW."""
+        self.is_finite()
+        self.step += self.config.sample_rate == 1
+        self.is_step_begun, self.step_labels_B, self.draws, self._is_finite = False, None, 0, True
+
+    def is_finite(self) -> bool:
+        """Whether an optimizer may use this step; on False no optimizer must, the backbone's included. The same on every rank.
+
+        Waits until the device has checked this step's input, which it does before the first product: call it after `backward`, which
+        keeps the device busy meanwhile. Raises ValueError for a label that is no class and, with non_finite="raise", for NaN or infinity
+        in features; with "skip" these make the step False. A step is bad if one of its micro-batches is. On CPU `forward` raises already.
+        """
+        checks, self._checks = self._checks, []
+        for check in checks:
+            if not self._judge(check) and self._is_finite:
+                self._is_finite = False
+                self.skipped_steps += 1
+        return self._is_finite
+
+    def _judge(self, check: Check) -> bool:
+        labels, features = check.faults()
+        if labels or (features and self.config.non_finite == "raise"):
+            raise ValueError(labels or features)
+        return not features
+
+    def _check(self, features_BD: Tensor, labels_B: Tensor, counts: list[int]) -> None:
+        step = self.step - self.is_step_begun  # `begin_step` has counted it already
+        check = Check(features_BD, labels_B, self.shard.num_classes, counts, step, self.step_labels_B)
+        if not torch.is_grad_enabled():
+            self._judge(check)  # no optimizer will ask
+            return
+        self._checks.append(check)
+        if check.is_ready or len(self._checks) == MOST_CHECKS:
+            self.is_finite()
+
+    def _counts(self, rows_b: Tensor) -> list[int]:
+        """Rows of each rank."""
+        if self.uneven_batches:
+            counts = collectives.gather_counts(len(rows_b), rows_b.device, self.group)
+        else:
+            counts = [len(rows_b)] * collectives.world_size(self.group)
+        if not any(counts):
+            raise ValueError("the batch is empty on every rank: a step needs at least one sample")
+        return counts
 
     def _draw(self, labels_B: Tensor) -> None:
-        self.sample = sampling.draw(self.shard, labels_B, self.config.sample_rate, self.seed, self.step)
+        certain_n = torch.cat([labels_B, self._nearest(labels_B)])
+        self.sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.step)
         self.step += 1
         self.draws += 1
+        if self.before_use is not None:
+            self.before_use(self.sample.rows_K)
+
+    @torch.no_grad()
+    def _nearest(self, labels_B: Tensor) -> Tensor:
+        """The classes [B hard_negatives] whose prototypes are nearest to those of the labels; -1 where there are too few.
+
+        2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 hard_negatives + 1) B."""
+        k, first = self.config.hard_negatives, self.shard.first
+        if not k:
+            return labels_B[:0]
+        rows_B = labels_B - first
+        is_here_B1 = ((rows_B >= 0) & (rows_B < self.shard.rows))[:, None]
+        own_BD = self.prototypes.new_zeros(len(labels_B), self.width, dtype=torch.float32)
+        if self.shard.rows:
+            own_BD = self.prototypes[rows_B.clamp(0, self.shard.rows - 1)].float().where(is_here_B1, 0)
+        (prototypes_BD,) = collectives.sum_packed([own_BD], self.group)
+        asked: dict[str, Any] = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group, "first_class": first}
+        found = similarity_statistics(prototypes_BD, Matrix(self.prototypes), labels_B, scale=1.0, reduction="top_k", k=k, **asked)
+        assert found.classes_Bk is not None
+        return found.classes_Bk.flatten()
 
     def forward(self, features_bD: Tensor, labels_b: Tensor) -> Tensor:
-        """Mean loss over the global batch, equal on every rank. Every rank calls it with its own, equally many, rows.
+        """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
 
         features_bD  float [b, D], with gradient     labels_b  int64 [b], global class ids
-        Communicates 1 all-gather of B D floats, 1 of B labels, 1 all-reduce of 2 B floats; backward 1 reduce-scatter of B D floats.
+        Communicates 1 all-gather of B D floats (2 or 4 bytes each: gather_dtype), 1 of B labels (8 bytes) and what `_loss_of` says;
+        backward 1 reduce-scatter of B D floats of 4 bytes. uneven_batches: 1 all-gather of N counts (8 bytes) before them, and rows
+        travel padded to the largest local batch m: N m rows instead of B.
+        NaN or infinity, and labels that are no class, end in a ValueError or a skipped step: see `is_finite`.
         """
-        features_BD = collectives.gather_rows(features_bD.float(), self.group, self.gradient_factor)
-        labels_B = collectives.gather_constant(labels_b, self.group)
-        scale, kernel, group = self.loss.scale, self.kernel, self.group
+        check_shapes(features_bD, labels_b, self.width)
+        counts = self._counts(labels_b)
+        gather_dtype = DTYPES[self.config.gather_dtype]
+        features_BD = collectives.gather_rows(features_bD.float(), self.group, self.gradient_factor, counts, gather_dtype)
+        labels_B = collectives.gather_constant(labels_b, self.group, counts)
+        self._check(features_BD, labels_B, counts)
+        return self._loss_of(features_BD, labels_B)
+
+    def _loss_of(self, features_BD: Tensor, labels_B: Tensor) -> Tensor:
+        """Mean loss over the gathered batch. Communicates what `similarity_statistics` says."""
+        return self.loss(self._statistics(features_BD, labels_B, scale=self.loss.scale))
+
+    def _statistics(self, features_BD: Tensor, labels_B: Tensor, **asked: Any) -> Statistics:
+        """Of the gathered batch against all prototypes, or the step's sample of them."""
+        asked |= {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
+        first = self.shard.first
         if self.config.sample_rate == 1:
-            first = self.shard.first
-            return self.loss(
-                similarity_statistics(features_BD, self.prototypes, labels_B, scale=scale, first_class=first, kernel=kernel, group=group)
-            )
+            return similarity_statistics(features_BD, Matrix(self.prototypes, self.consumer), labels_B, first_class=first, **asked)
         if not self.is_step_begun:
             self._draw(labels_B)
         assert self.sample is not None
-        statistics = similarity_statistics(
+        correction_K = None
+        if self.config.correct_rate:
+            correction_K = torch.where(self.sample.is_certain_K, 0.0, -math.log(self.config.sample_rate))
+        return similarity_statistics(
             features_BD,
-            nn.functional.embedding(self.sample.rows_K, self.prototypes, sparse=True),
-            self.sample.columns_of(labels_B - self.shard.first),
-            scale=scale,
-            column_bias_S=self._bias(self.sample),
+            SampledRows(self.prototypes, self.sample.rows_K, self.sample.is_real_K, self.consumer),
+            labels_B,
+            classes_S=self.sample.rows_K + first,
+            target_columns_B=self.sample.columns_of(labels_B - first),
+            included_S=self.sample.is_real_K,
+            column_bias_S=correction_K,
             bias_is_bounded=True,  # at most C sample_rate classes, each weighed by at most 1 / sample_rate
-            kernel=kernel,
-            group=group,
+            **asked,
         )
-        return self.loss(statistics)
-
-    def _bias(self, sample: Sample) -> Tensor:
-        """0 for positives, which are always in; the correction for the others; -inf for padding."""
-        correction = -math.log(self.config.sample_rate) if self.config.correct_rate else 0.0
-        bias_K = torch.where(sample.is_positive_K, 0.0, correction).to(self.prototypes)
-        return bias_K.masked_fill_(~sample.is_real_K, -torch.inf)
 
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
-        """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass."""
-        features_BD = collectives.gather_constant(features_bD.float(), self.group)
-        labels_B = collectives.gather_constant(labels_b, self.group)
+        """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass.
+
+        Communicates 1 all-gather of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`. Values are not
+        checked: of a row with NaN or a label that is no class the cosines mean nothing."""
+        check_shapes(features_bD, labels_b, self.width)
+        counts = self._counts(labels_b)
+        features_BD = collectives.gather_constant(features_bD.float(), self.group, counts)
+        labels_B = collectives.gather_constant(labels_b, self.group, counts)
         return hardest_non_target(features_BD, self.prototypes, labels_B, first_class=self.shard.first, group=self.group)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@ Without an initialised process group every one of them is the identity."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,30 +25,63 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
+def gather_counts(rows: int, device: torch.device, group: Group = None) -> list[int]:
+    """The number of rows that each rank brings, for the host, which waits for it. 1 all-gather of N integers, (N-1)/N of 8 N bytes."""
+    if world_size(group) == 1:
+        return [rows]
+    return gather_constant(torch.tensor([rows], device=device), group).tolist()
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_bD: Tensor, group: Group, gradient_factor: float) -> Tensor:
-        ctx.group, ctx.gradient_factor = group, gradient_factor
-        return x_bD.view_as(x_bD) if world_size(group) == 1 else gather_constant(x_bD, group)
+    def forward(
+        ctx: Any, x_bD: Tensor, group: Group, gradient_factor: float, counts: list[int] | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.group, ctx.gradient_factor, ctx.counts, ctx.rows = group, gradient_factor, counts, len(x_bD)
+        # A single process rounds too: results must not depend on the number of ranks.
+        gathered_BD = gather_constant(x_bD.to(dtype or x_bD.dtype), group, counts).to(x_bD.dtype)
+        return gathered_BD.view_as(gathered_BD)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BD,) = grads
         ranks = world_size(ctx.group)
         if ranks == 1:
-            return grad_BD * ctx.gradient_factor, None, None
+            return grad_BD * ctx.gradient_factor, None, None, None, None
+        if _differ(ctx.counts):
+            grad_BD = _padded(grad_BD.split(ctx.counts), max(ctx.counts))
         grad_bD = grad_BD.new_empty(grad_BD.shape[0] // ranks, *grad_BD.shape[1:])
         _reduce_scatter(grad_bD, grad_BD.contiguous(), group=ctx.group)
-        return grad_bD.mul_(ctx.gradient_factor), None, None
+        return grad_bD[: ctx.rows].mul_(ctx.gradient_factor), None, None, None, None
 
 
-def gather_rows(x_bD: Tensor, group: Group = None, gradient_factor: float = 1.0) -> Tensor:
-    """All ranks' rows [B, D] in rank order, B = N b; every rank must bring the same b.
+def gather_rows(
+    x_bD: Tensor,
+    group: Group = None,
+    gradient_factor: float = 1.0,
+    counts: list[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """All ranks' rows [B, D] in rank order. Every rank brings the same b, or as many as `counts` says (from `gather_counts`; 0 is allowed).
 
-    Backward gives each rank the *sum over ranks* of its rows' gradients, times `gradient_factor`.
-    Forward: 1 all-gather, (N-1)/N of B D elements. Backward: 1 reduce-scatter, the same.
+    Values travel as `dtype` and come back in their own, rounded once. Backward gives each rank the *sum over ranks* of its rows'
+    gradients, times `gradient_factor`; they travel in x's own dtype, because a sum over ranks in bfloat16 would round at every addition.
+    Forward: 1 all-gather, (N-1)/N of B D elements of `dtype`. Backward: 1 reduce-scatter of the same number of x's.
+    Rows travel padded to the largest count, m, so where counts differ B is N m here.
     """
-    return _GatherRows.apply(x_bD, group, gradient_factor)
+    return _GatherRows.apply(x_bD, group, gradient_factor, counts, dtype)
+
+
+def _differ(counts: list[int] | None) -> bool:
+    return counts is not None and min(counts) < max(counts)
+
+
+def _padded(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """The parts behind each other, each with zeros up to so many rows."""
+    padded = parts[0].new_zeros(len(parts), rows, *parts[0].shape[1:])
+    for place, part in zip(padded, parts, strict=True):
+        place[: len(part)] = part
+    return padded.flatten(0, 1)
 
 
 class _Replicated(torch.autograd.Function):
@@ -67,13 +101,35 @@ def replicated(x: Tensor, group: Group = None) -> Tensor:
     return _Replicated.apply(x, world_size(group))
 
 
-def gather_constant(x_b: Tensor, group: Group = None) -> Tensor:
-    """All ranks' rows [B, ...] in rank order, without gradient. 1 all-gather, (N-1)/N of B elements."""
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum_packed([grads[0].contiguous()], ctx.group)[0], None
+
+
+def shared(x: Tensor, group: Group = None) -> Tensor:
+    """x itself, for a parameter that every rank holds alike and applies to its own classes: each rank's part of the gradient becomes
+    the sum over ranks. Backward: 1 all-reduce, 2 (N-1)/N of its elements."""
+    return _Shared.apply(x, group)
+
+
+def gather_constant(x_b: Tensor, group: Group = None, counts: list[int] | None = None) -> Tensor:
+    """All ranks' rows [B, ...] in rank order, without gradient; `counts` as in `gather_rows`. 1 all-gather, (N-1)/N of B elements."""
     ranks = world_size(group)
+    mine_b = x_b.detach()
     if ranks == 1:
-        return x_b.detach()
-    gathered_B = x_b.new_empty(x_b.shape[0] * ranks, *x_b.shape[1:])
-    _all_gather(gathered_B, x_b.detach().contiguous(), group=group)
+        return mine_b
+    if counts is not None and _differ(counts):
+        mine_b = _padded([mine_b], max(counts))
+    gathered_B = mine_b.new_empty(len(mine_b) * ranks, *mine_b.shape[1:])
+    _all_gather(gathered_B, mine_b.contiguous(), group=group)
+    if counts is not None and _differ(counts):
+        return torch.cat([part[:rows] for part, rows in zip(gathered_B.split(len(mine_b)), counts, strict=True)])
     return gathered_B
 
 
@@ -90,3 +146,13 @@ def gather_packed(vectors: list[Tensor], group: Group = None) -> list[Tensor]:
     """Every rank's version of several equally shaped tensors: each [...] becomes [N, ...]. 1 all-gather, N-1 times their elements."""
     packed = torch.stack(vectors)[None]
     return list(gather_constant(packed, group).unbind(dim=1))
+
+
+def exchange(x: Tensor, sent: list[int], received: list[int], group: Group = None) -> Tensor:
+    """Gives the first sent[0] rows to rank 0, the next sent[1] to rank 1 ...; returns what came, in rank order, received[r] rows
+    from rank r. 1 all-to-all; a rank sends the rows that are for others."""
+    if world_size(group) == 1:
+        return x
+    arrived = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(arrived, x.contiguous(), received, sent, group=group)
+    return arrived

@@ -18,7 +18,7 @@ class Sample(NamedTuple):
 
     rows_K: Tensor  # int64, distinct rows of the shard; the first ones are the sample, ascending, the rest is padding
     is_real_K: Tensor  # bool: sampled, not padding
-    is_positive_K: Tensor  # bool: class of a label
+    is_certain_K: Tensor  # bool: class of a label, or always in for another reason; the others are in by chance
     column_S: Tensor  # int64: column of each row of the shard, -1 for what is not in the sample
 
     def columns_of(self, rows_B: Tensor) -> Tensor:
@@ -28,35 +28,36 @@ class Sample(NamedTuple):
         return torch.where((rows_B >= 0) & (rows_B < len(self.column_S)), self.column_S[rows_B.clamp(0, len(self.column_S) - 1)], -1)
 
 
-def capacity(rows: int, rate: float, batch: int) -> int:
-    """Columns that hold every sample: expected number of negatives + six standard deviations + as many positives as there can be."""
-    return min(rows, math.ceil(rows * rate + 6 * math.sqrt(rows * rate * (1 - rate))) + min(batch, rows))
+def capacity(rows: int, rate: float, certain: int) -> int:
+    """Columns that hold every sample: mean number of chance's choices + six standard deviations + as many certain ones as there can be."""
+    return min(rows, math.ceil(rows * rate + 6 * math.sqrt(rows * rate * (1 - rate))) + min(certain, rows))
 
 
-def draw(shard: ClassShard, labels_B: Tensor, rate: float, seed: int, step: int) -> Sample:
-    """The sample of `step`: every class of `labels_B` (global ids; others' are ignored), and each other class with probability `rate`.
+def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int) -> Sample:
+    """The sample of `step`: every class of `certain_n` (global ids, repeated or not: the labels; other ranks' classes and -1 are ignored),
+    and each other class with probability `rate`.
 
-    Should more classes be drawn than `capacity` holds (probability 1e-9), the last ones by class id are left out, positives never.
+    Should more classes be drawn than `capacity` holds (probability 1e-9), the last ones by class id are left out, certain ones never.
     """
-    ids_S = torch.arange(shard.first, shard.first + shard.rows, device=labels_B.device)
-    wanted_B = labels_B - shard.first
-    is_here_B = (wanted_B >= 0) & (wanted_B < shard.rows)
-    # One row more takes the labels of other ranks, which would otherwise have to be picked out.
-    is_positive_S = torch.zeros(shard.rows + 1, dtype=torch.bool, device=labels_B.device)
-    is_positive_S[torch.where(is_here_B, wanted_B, shard.rows)] = True
-    is_positive_S = is_positive_S[:-1]
-    is_wanted_S = is_positive_S | (uniform(ids_S, seed, step) < rate)
+    ids_S = torch.arange(shard.first, shard.first + shard.rows, device=certain_n.device)
+    wanted_n = certain_n - shard.first
+    is_here_n = (wanted_n >= 0) & (wanted_n < shard.rows)
+    # One row more takes the classes of other ranks, which would otherwise have to be picked out.
+    is_certain_S = torch.zeros(shard.rows + 1, dtype=torch.bool, device=certain_n.device)
+    is_certain_S[torch.where(is_here_n, wanted_n, shard.rows)] = True
+    is_certain_S = is_certain_S[:-1]
+    is_wanted_S = is_certain_S | (uniform(ids_S, seed, step) < rate)
 
-    size = capacity(shard.rows, rate, len(labels_B))
-    room = size - is_positive_S.sum()  # for negatives
-    negatives_S = is_wanted_S & ~is_positive_S
-    is_wanted_S = is_positive_S | (negatives_S & (negatives_S.cumsum(0) <= room))
+    size = capacity(shard.rows, rate, len(certain_n))
+    room = size - is_certain_S.sum()  # for the others
+    by_chance_S = is_wanted_S & ~is_certain_S
+    is_wanted_S = is_certain_S | (by_chance_S & (by_chance_S.cumsum(0) <= room))
     # Sampled rows go to the front and the others behind them, both in order; what lies within the first K columns is kept.
     place_S = torch.where(is_wanted_S, is_wanted_S.cumsum(0), is_wanted_S.sum() + (~is_wanted_S).cumsum(0)) - 1
     rows = torch.empty_like(place_S)
-    rows[place_S] = torch.arange(shard.rows, device=labels_B.device)
+    rows[place_S] = torch.arange(shard.rows, device=certain_n.device)
     rows_K = rows[:size]
-    return Sample(rows_K, is_wanted_S[rows_K], is_positive_S[rows_K], torch.where(is_wanted_S, place_S, -1))
+    return Sample(rows_K, is_wanted_S[rows_K], is_certain_S[rows_K], torch.where(is_wanted_S, place_S, -1))
 
 
 def uniform(ids: Tensor, seed: int, step: int) -> Tensor:

@@ -15,8 +15,8 @@ INIT_BLOCK = 1024  # classes drawn from one generator: large enough to be fast, 
 class ClassShard:
     """The classes [first, first + rows) of `num_classes`, owned by one rank.
 
-    The split is torch.chunk's (ceil division; the last ranks may be short or empty), which torch.distributed.checkpoint
-    requires of a row-sharded matrix: any other split loses rows silently at load.
+    The split is torch.chunk's (ceil division; the last ranks may be short or empty, so there may be more ranks than classes), which
+    torch.distributed.checkpoint requires of a row-sharded matrix: any other split loses rows silently at load.
     """
 
     num_classes: int
@@ -27,8 +27,6 @@ class ClassShard:
     def of_rank(cls, num_classes: int, rank: int, world_size: int) -> ClassShard:
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, but a classifier needs at least 1 class")
-        if world_size > num_classes:
-            raise ValueError(f"{world_size} ranks cannot share {num_classes} classes: use at most {num_classes} ranks")
         per_rank = -(-num_classes // world_size)
         first = min(rank * per_rank, num_classes)
         return cls(num_classes, first, min(per_rank, num_classes - first))

@@ -3,11 +3,13 @@ The prototypes and their momentum are one [C, D] matrix each, sharded by rows; e
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +115,15 @@ def supersede(folder: str, step: int) -> None:
                 log.warning("keeping %s as %s%s: the run goes on from step %d", os.path.join(folder, name), name, SUPERSEDED, step)
                 shutil.rmtree(os.path.join(folder, name + SUPERSEDED), ignore_errors=True)
                 os.rename(os.path.join(folder, name), os.path.join(folder, name + SUPERSEDED))
+    _barrier()
+
+
+def set_aside(folder: str) -> None:
+    """Renames an earlier run's folder, so that starting anew loses nothing. Every rank calls it."""
+    if _rank() == 0 and os.path.isdir(folder) and os.listdir(folder):
+        number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
+        os.rename(folder, f"{folder}.{number}")
+        print(f"kept the earlier run as {folder}.{number}", file=sys.stderr)
     _barrier()
 
 

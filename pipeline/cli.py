@@ -83,6 +83,39 @@ def _import_insightface(options: argparse.Namespace) -> None:
     print(import_run(options.config, options.models, options.out, options.gpus))
 
 
+def _bench_classifier(options: argparse.Namespace) -> None:
+    from benchmarks import classifier, record
+    from pipeline.distributed import cores
+
+    step = options.step if options.step is not None else options.rate < 1 or options.in_backward
+    names = ("batch", "width", "rate", "dtype", "ranks", "pairs", "in_backward", "skip_eager")
+    shared = {name: getattr(options, name) for name in names}
+    threads = options.threads if options.threads is not None else max(1, cores() // max(1, options.ranks))
+    settings = [classifier.Setting(classes, threads=threads, step=step, **shared) for classes in options.classes]
+    record.report(
+        classifier.rows(settings, classifier.ALLOCATORS if options.allocator == "both" else [options.allocator]),
+        classifier.as_text,
+        options.json,
+        options.csv,
+    )
+
+
+def _bench_accuracy(options: argparse.Namespace) -> None:
+    from benchmarks import accuracy, record
+
+    record.report(accuracy.rows(options.classes, options.batch, options.width), accuracy.as_text, options.json, options.csv)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from pipeline import plan
+
+    names = ("identities", "width", "batch", "ranks", "rate", "optimizer", "dtype", "storage_dtype", "in_backward")
+    job = plan.Job(**{name: getattr(options, name) for name in names})
+    network = None if options.network is None else 1e9 * options.network
+    made = plan.plan(job, plan.find_hardware(options.hardware, job, network))
+    print(plan.as_json(made) if options.json else plan.as_text(made))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="protoshard", description="Trains open-set recognition models with up to 100 million identities.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -136,7 +169,78 @@ def _parser() -> argparse.ArgumentParser:
     )
     insightface.add_argument("--out", default="imported", metavar="FOLDER", help="(imported)")
     insightface.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")
+
+    plan = _command(
+        commands,
+        "plan",
+        _plan,
+        "predict memory and step time of the classifier, and what will not fit",
+        "protoshard plan --identities 10000000 --ranks 8 --batch 1024 --rate 0.1 --hardware h100-80gb",
+    )
+    _add_plan(plan)
+
+    bench = commands.add_parser("bench", help="measure this version on this machine").add_subparsers(metavar="COMMAND", required=True)
+    classifier = _command(
+        bench,
+        "classifier",
+        _bench_classifier,
+        "time, memory and traffic of a classifier step, against an eager baseline in turn",
+        "protoshard bench classifier --classes 200000 --dtype bfloat16",
+    )
+    _add_bench_classifier(classifier)
+    accuracy = _command(
+        bench,
+        "accuracy",
+        _bench_accuracy,
+        "error of the classifier's gradients against float64, from the first steps to convergence",
+        "protoshard bench accuracy --classes 10000 --batch 256",
+    )
+    accuracy.add_argument("--classes", type=int, default=10_000, metavar="N", help="(10000)")
+    accuracy.add_argument("--batch", type=int, default=256, metavar="N", help="(256)")
+    accuracy.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    _add_report(accuracy, "accuracy")
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--identities", type=int, required=True, metavar="N", help="classes of the whole job")
+    plan.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    plan.add_argument("--batch", type=int, default=1024, metavar="N", help="samples per step, over all ranks (1024)")
+    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="(1)")
+    plan.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
+    plan.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
+    plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products (bfloat16)")
+    plan.add_argument("--storage-dtype", default="float32", choices=("float32", "bfloat16"), help="of the prototypes (float32)")
+    plan.add_argument("--in-backward", action="store_true", help="prototypes are updated during backward: no gradient of all of them")
+    plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in some seconds, or a preset (here)")
+    plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def _add_bench_classifier(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--classes", type=int, nargs="+", default=[200_000], metavar="N", help="one measurement each (200000)")
+    bench.add_argument("--batch", type=int, default=512, metavar="N", help="of all ranks (512)")
+    bench.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    bench.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
+    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of PartialFC; eager is float32 (float32)")
+    bench.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are N (1)")
+    bench.add_argument("--threads", type=int, metavar="N", help="of each rank (its share of the cores)")
+    bench.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
+    bench.add_argument(
+        "--step", action=argparse.BooleanOptionalAction, help="include an SGD step on both sides (with --rate below 1 or --in-backward)"
+    )
+    bench.add_argument("--in-backward", action="store_true", help="PartialFC's prototypes are updated during backward")
+    bench.add_argument("--skip-eager", action="store_true", help="PartialFC alone, where the eager side would not fit")
+    bench.add_argument(
+        "--allocator", default="both", choices=("default", "keeping", "both"), help="malloc as it is, or keeping memory (both)"
+    )
+    _add_report(bench, "classifier")
+
+
+def _add_report(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks", "results", f"{name}.csv")
+    command.add_argument("--csv", default=path, metavar="FILE", help=f"append rows to this file (benchmarks/results/{name}.csv)")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, run: Command, purpose: str, example: str) -> argparse.ArgumentParser:

@@ -97,7 +97,7 @@ def describe(error: ValueError) -> str | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return str(error) if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "__main__") else None
+    return str(error) if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__") else None
 
 
 def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:

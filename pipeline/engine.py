@@ -63,6 +63,10 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> None: ...
 
+    def skip(self) -> None:
+        """Instead of `step`: forgets the gradients, leaves weights and optimizer state as they are, and goes on to the next step."""
+        ...
+
     def gradient_norm(self) -> float:
         """2-norm of the last step's averaged gradient before clipping. Waits for the device."""
         ...
@@ -124,6 +128,10 @@ class DDPEngine:
             group["lr"] = lr
         self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skip(self) -> None:
+        self.norm = torch.tensor(torch.inf)
         self.optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
@@ -189,6 +197,13 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        self.engine.step()
+
+    def skip(self) -> None:
+        # It leaves out, on all ranks alike, a step whose gradient is not finite. One that is would have passed; this makes sure of it.
+        for gradients in self.engine.optimizer.averaged_gradients.values():
+            for gradient in gradients or []:
+                gradient.fill_(torch.nan)
         self.engine.step()
 
     def gradient_norm(self) -> float:

@@ -1,16 +1,16 @@
 """The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
-boundaries. Between two lines of metrics nothing waits for the device, but for DeepSpeed's own look at the gradient norm."""
+boundaries. Between two lines of metrics the host waits for the device only to know that features were finite, while backward is under
+way, and for DeepSpeed's own look at the gradient norm."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from pipeline.monitor import Monitor
 from pipeline.schedule import rate_factor
 
 LABELS = {"identities": "identity names with the checksum"}  # what a checkpoint calls shortly, for sentences
+MOST_SKIPPED = 100  # steps in a row
 
 
 class Trainer:
@@ -54,15 +55,8 @@ class Trainer:
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
         self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
-        self.classifier = PartialFC(
-            self.num_classes,
-            config.backbone.width,
-            config.loss,
-            config.classifier.sample_rate,
-            correct_rate=config.classifier.correct_rate,
-            seed=run.seed,
-            device=place.device,
-        )
+        width, options = config.backbone.width, asdict(config.classifier)
+        self.classifier = PartialFC(self.num_classes, width, config.loss, seed=run.seed, device=place.device, **options)
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
 
@@ -71,7 +65,7 @@ class Trainer:
                 f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
                 f"statistics: use at least {2 * run.batch}"
             )
-        self.consumed = 0
+        self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
         self.steps_per_epoch = len(self.source) / run.batch
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         resumed = self._resume(resume)
@@ -120,7 +114,8 @@ class Trainer:
                 self.window_start += time.perf_counter() - pause
         return figures or self.evaluate()
 
-    def _train_step(self) -> Tensor:
+    def _train_step(self) -> Tensor | None:
+        """The loss of one step; None if it was left out."""
         run, optimizer = self.config.run, self.config.optimizer
         # Dropout depends on (seed, step, rank) only, so a resumed run repeats what an uninterrupted one does.
         torch.manual_seed(int(np.random.SeedSequence((run.seed, self.step, self.place.rank)).generate_state(1)[0]))
@@ -133,6 +128,8 @@ class Trainer:
             batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
             self.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
         total = torch.zeros((), device=self.place.device)
+        # Batch statistics of features that are not finite would stay so for ever.
+        buffers = [(buffer, buffer.clone()) for buffer in self.engine.module.buffers() if self.config.classifier.non_finite == "skip"]
         for micro, batch in enumerate(batches, start=1):
             is_last = micro == run.accumulation
             features_bD = self.engine.forward(batch.images, is_last)
@@ -147,13 +144,25 @@ class Trainer:
             self.cosines = self.classifier.cosines(leaf_bD, batch.labels)
         factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
         self.rate = optimizer.lr * factor
-        self.engine.step(self.rate)
+        is_finite = self.classifier.is_finite()
+        if is_finite:
+            self.engine.step(self.rate)
+        else:
+            self.engine.skip()
+            for buffer, before in buffers:
+                buffer.copy_(before)
         for group in self.classifier_optimizer.param_groups:
             group["lr"] = self.classifier_lr * factor
         self.classifier_optimizer.step()
         self.classifier_optimizer.zero_grad()
         self.consumed += run.batch
-        return total
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MOST_SKIPPED:
+            raise ValueError(
+                f"{MOST_SKIPPED} steps in a row, up to step {self.step}, were skipped because their features held NaN or infinity: lower "
+                f"optimizer.lr or lengthen optimizer.warmup_epochs; the newest checkpoint is {checkpoint.newest(self._checkpoints)}"
+            )
+        return total if is_finite else None
 
     def _logs(self, step: int) -> bool:
         return step % self.config.run.log_every == 0 or step == self.total_steps
@@ -164,19 +173,21 @@ class Trainer:
 
     def _open_window(self) -> None:
         """Metrics are means over the steps since the last line of them."""
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor | None] = []
         self.window_start, self.waited_before = time.perf_counter(), self.loader.wait_seconds
 
     def _log(self) -> None:
         """One line of metrics; waits for the device."""
         target_B, hardest_B = self.cosines
-        loss = float(torch.stack(self.losses).mean())
+        losses = [loss for loss in self.losses if loss is not None]
+        loss = float(torch.stack(losses).mean()) if losses else math.nan
         seconds = time.perf_counter() - self.window_start
         waited = (self.loader.wait_seconds - self.waited_before) / seconds
         sums = torch.tensor([waited, len(self.loader.skipped)], device=self.place.device)
         dist.all_reduce(sums)
         waited, skipped = sums.tolist()
-        self._check_finite([torch.tensor(loss)])
+        if losses:
+            self._check_finite([torch.tensor(loss)])
         values = {
             "loss": loss,
             "target_cosine": float(target_B.mean()),
@@ -186,6 +197,7 @@ class Trainer:
             "images_per_second": len(self.losses) * self.config.run.batch / seconds,
             "wait_share": waited / self.place.world_size,
             "skipped_images": skipped,
+            "skipped_steps": self.classifier.skipped_steps,
             "epoch": self.consumed / len(self.source),
         }
         self.monitor.scalars(self.step, values)
@@ -213,10 +225,11 @@ class Trainer:
     def _classifier_state(self) -> dict[str, Tensor]:
         """The sharded part of a checkpoint: matrices of all classes, of which this rank has its rows."""
         prototypes = self.classifier.prototypes
-        momentum = self.classifier_optimizer.state[prototypes]["momentum_buffer"]
+        state = self.classifier_optimizer.state[prototypes]
         return {
             "prototypes": checkpoint.sharded(prototypes.data, self.num_classes),
-            "prototypes.momentum_buffer": checkpoint.sharded(momentum, self.num_classes),
+            "prototypes.momentum_buffer": checkpoint.sharded(state["momentum_buffer"], self.num_classes),
+            "prototypes.step": state["step"],
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -237,6 +250,7 @@ class Trainer:
         info = {
             **self._identity(),
             "consumed": self.consumed,
+            "skipped_steps": self.classifier.skipped_steps,
             "world_size": self.place.world_size,
             "config": as_dict(self.config),
         }
@@ -249,7 +263,7 @@ class Trainer:
     def _resume(self, resume: str) -> str | None:
         """Loads what `resume` (auto, none, or a path) means and returns its path."""
         if resume == "none":
-            _set_aside(self.config.run.folder, self.place)
+            checkpoint.set_aside(self.config.run.folder)
             return None
         path = checkpoint.newest(self._checkpoints) if resume == "auto" else checkpoint.locate(resume)
         if path is None:
@@ -266,6 +280,7 @@ class Trainer:
         checkpoint.load(path, {name: tensor for name, tensor in self._classifier_state().items() if name in known})
         self.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
         self.consumed = info["consumed"]
+        self.classifier.skipped_steps = info.get("skipped_steps", 0)
         checkpoint.supersede(self._checkpoints, self.step)
         return path
 
@@ -282,12 +297,3 @@ def _check_images_per_identity(labels: np.ndarray, identities: list[str], path: 
             f"{path}: identity {identities[few[0]]!r} has {counts[few[0]]} image(s), but data.min_images is {least} ({len(few)} such "
             "identities): remove them, or train on them too with --set data.min_images=1"
         )
-
-
-def _set_aside(folder: str, place: Place) -> None:
-    """Renames an earlier run's folder, so that starting anew loses nothing."""
-    if place.is_first and os.path.isdir(folder) and os.listdir(folder):
-        number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
-        os.rename(folder, f"{folder}.{number}")
-        print(f"kept the earlier run as {folder}.{number}", file=sys.stderr)
-    dist.barrier()

@@ -1,46 +1,90 @@
-"""Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x S matrix (`chunked`).
+"""Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x S matrix (`chunked`, `triton`).
 A kernel sees one rank's classes and never communicates."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from partial_fc.maps import Map
+from partial_fc.sources import Source
+
+Reduction = Literal["log_sum_exp", "softplus_sum"]
+
+
+class Question(NamedTuple):
+    """What is asked about B rows and the S classes of one rank. The logit of row i and class j is
+
+    z_ij = <query_i, unit_j> + bias_j                   unit_j = prototype_j / |prototype_j|, or prototype_j itself
+    z_ij = scale_i map(<query_i, unit_j>, parameter_i) + bias_j             under a map
+    """
+
+    queries_BD: Tensor  # scale x unit features; unit features under a map
+    target_rows_B: Tensor  # int64: the target as a row of this shard, outside [0, S) where another rank has it
+    reduction: Reduction = "log_sum_exp"
+    bounded: bool = True  # promises |z_ij - bias_j| <= 64 and sum_j exp(bias_j) < 1e8 over all ranks: float32 then needs no shift
+    bias_S: Tensor | None = None
+    included_S: Tensor | None = None  # bool: classes that take part as non-targets; all if None
+    masks: tuple[Tensor, Tensor] | None = None  # (row labels [B], column labels [S]): equal ones are no non-targets; else the target alone
+    map: Map | None = None
+    scale_B1: Tensor | None = None  # under a map
+    parameter_B1: Tensor | None = None  # of a map
+    normalizes: bool = True
+    columns: bool = False  # column statistics are wanted
+    dtype: torch.dtype = torch.float32  # of the operands of products with chunks of classes
 
 
 class Rows(NamedTuple):
-    """Row statistics [B] over the classes of one rank. The logit of row i and class j is z_ij = <query_i, w_j / |w_j|> + bias_j."""
+    """Statistics over the classes of one rank."""
 
-    target_B: Tensor  # <query_i, w_y / |w_y|>, without bias; 0 where another rank owns class y_i
-    shift_B: Tensor  # what was taken from the logits before the exponential: 0 (bounded) or the largest z_ij, j != y_i (-inf: no such j)
-    sum_exp_B: Tensor  # sum over j != y_i of exp(z_ij - shift_i)
-    kept: Any = None  # what backward may use instead of computing it again; of bounded size
+    target_B: Tensor  # <query_i, unit_target>; 0 where another rank owns the target
+    sum_B: Tensor  # sum over non-targets j of exp(z_ij - shift_i), or of softplus(z_ij)
+    shift_B: Tensor  # 0 (bounded, softplus), or the largest non-target z_ij, about (-inf where there is none)
+    column_S: Tensor | None = None  # log sum over rows i, of which j is no target, of exp(z_ij)
+    apart_B: Tensor | None = None  # int64: non-targets (one per row of this shard, or -1) that backward must compute apart from the others
+    kept: Any = None  # what backward may use, once, instead of computing it again; in the room for the gradient
+
+
+class Known(NamedTuple):
+    """What backward knows from forward."""
+
+    log_sum_B: Tensor  # log sum_j exp(z_ij) over the non-targets of *all* ranks; unused for softplus
+    column_S: Tensor | None
+    apart_B: Tensor | None
+    kept: Any
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the loss by a kernel's statistics, once these are summed over all ranks."""
+
+    target_B: Tensor
+    sum_B: Tensor  # by log sum_j exp(z_ij), or by sum_j softplus(z_ij)
+    column_S: Tensor | None  # by column_S
 
 
 class Gradients(NamedTuple):
     queries_BD: Tensor  # this rank's part of the sum over classes
-    prototypes_SD: Tensor
+    source: tuple[Tensor | None, ...]  # of the source's tensors
     bias_S: Tensor | None
+    scale_B1: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients somebody needs; those of bias and scale are cheap and always computed."""
+
+    queries: bool
+    source: bool
 
 
 class Kernel(Protocol):
-    def forward(self, queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bias_S: Tensor | None, bounded: bool) -> Rows:
-        """Row statistics. `target_rows_B` is y_i as a row of this shard, outside [0, S) where it belongs to another rank.
-        `bounded` promises |z_ij| <= 64, where float32 needs no shift: e^64 x 1e8 classes < 3e38, and e^-64 is a normal number."""
+    def forward(self, question: Question, source: Source, room: Tensor | None = None) -> Rows:
+        """`room` is the source's, in which a kernel may keep something for its backward, which then passes it to `source.collect`."""
         ...
 
-    def backward(
-        self,
-        queries_BD: Tensor,
-        prototypes_SD: Tensor,
-        target_rows_B: Tensor,
-        bias_S: Tensor | None,
-        bounded: bool,
-        log_sum_B: Tensor,
-        kept: Any,
-        grad_target_B: Tensor,
-        grad_log_sum_B: Tensor,
-    ) -> Gradients:
-        """Gradients of sum_i (grad_target_i target_i + grad_log_sum_i log_sum_i), where log_sum_i is the log of the sum of
-        exp(z_ij) over the non-target classes of *all* ranks: d log_sum_i / d z_ij = exp(z_ij - log_sum_i)."""
+    def backward(self, question: Question, source: Source, known: Known, slopes: Slopes, wanted: Wanted) -> Gradients: ...
+
+    def top(self, question: Question, source: Source, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(target [B], the k largest non-target z_ij [B, k] descending, their rows int64 [B, k]); -inf and row 0 where there are fewer."""
         ...

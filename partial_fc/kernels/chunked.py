@@ -1,120 +1,136 @@
-"""The kernel in plain torch that walks over the classes in chunks, on CPU and GPU: one B x chunk tile exists at a time.
-Backward recomputes the tile: at d = 512 a second product costs less than writing and reading B x S numbers."""
+"""The kernel that walks over the classes in chunks, on CPU and GPU: one B x chunk tile exists at a time. Backward computes the tile again,
+or on a CPU finds its weights in the memory that the gradient of prototypes is about to fill."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from partial_fc.kernels import Gradients, Rows
-
-TILE_BYTES = 8 << 20  # of one logits tile: fits the last-level cache of a CPU socket and the L2 of a GPU beside its operands
-EPSILON = 1e-12  # smallest norm divided by, as in torch.nn.functional.normalize
-
-
-class Tile(NamedTuple):
-    """Classes [first, stop) of the shard, n of them."""
-
-    first: int
-    stop: int
-    units_nD: Tensor  # unit prototypes
-    inverse_n1: Tensor  # 1 / |w|
-    logits_Bn: Tensor  # -inf at the targets
+from partial_fc.kernels import Gradients, Known, Question, Rows, Slopes, Wanted
+from partial_fc.kernels.entries import Apart, Entries, entry_logits
+from partial_fc.kernels.walk import LN_2, Kept, Walk, Weights, multiply
+from partial_fc.sources import Source
 
 
-def _tiles(
-    queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bias_S: Tensor | None, until: int | None = None
-) -> Iterator[Tile]:
-    """The tiles of all classes, or of those before row `until`, a tile's first; each in the memory of the one before it."""
-    (batch, width), classes = queries_BD.shape, len(prototypes_SD)
-    largest = max(256, TILE_BYTES // (max(batch, 1) * queries_BD.element_size()))
-    tiles = max(1, -(-classes // largest))
-    size = min(classes, -(-classes // tiles // 64) * 64)  # equal tiles: a short last one would waste cores
-    units, logits = queries_BD.new_empty(size, width), queries_BD.new_empty(batch * size)
-    for first in range(0, classes if until is None else until, max(1, size)):
-        stop = min(first + size, classes)
-        prototypes_nD = prototypes_SD[first:stop]
-        inverse_n1 = torch.linalg.vector_norm(prototypes_nD, dim=1, keepdim=True).clamp_(min=EPSILON).reciprocal_()
-        units_nD = torch.mul(prototypes_nD, inverse_n1, out=units[: stop - first])
-        logits_Bn = logits[: batch * (stop - first)].view(batch, stop - first)
-        torch.mm(queries_BD, units_nD.T, out=logits_Bn)
-        if bias_S is not None:
-            logits_Bn += bias_S[first:stop]
-        # Targets are masked before the exponential, never subtracted after it. Rows without a target here rewrite their own entry:
-        # picking the others out would need the host to wait for the device.
-        column_B1 = (target_rows_B - first).clamp(0, stop - first - 1)[:, None]
-        is_here_B1 = ((target_rows_B >= first) & (target_rows_B < stop))[:, None]
-        logits_Bn.scatter_(1, column_B1, logits_Bn.gather(1, column_B1).masked_fill_(is_here_B1, -torch.inf))
-        yield Tile(first, stop, units_nD, inverse_n1, logits_Bn)
-
-
-def _targets(queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row clamped into the shard, is it ours, unit prototype [B, D], inverse norm [B], <query, unit prototype> or 0) per sample."""
-    is_ours_B = (target_rows_B >= 0) & (target_rows_B < len(prototypes_SD))
-    rows_B = target_rows_B.clamp(0, len(prototypes_SD) - 1)
-    prototypes_BD = prototypes_SD[rows_B]
-    inverse_B = torch.linalg.vector_norm(prototypes_BD, dim=1).clamp_(min=EPSILON).reciprocal_()
-    units_BD = prototypes_BD * inverse_B[:, None]
-    target_B = (queries_BD * units_BD).sum(dim=1).masked_fill_(~is_ours_B, 0)
-    return rows_B, is_ours_B, units_BD, inverse_B, target_B
-
-
-def forward(queries_BD: Tensor, prototypes_SD: Tensor, target_rows_B: Tensor, bias_S: Tensor | None, bounded: bool) -> Rows:
-    sum_exp_B = queries_BD.new_zeros(len(queries_BD))
-    shift_B = sum_exp_B.clone() if bounded else sum_exp_B - torch.inf
-    if not len(prototypes_SD):
-        return Rows(sum_exp_B.clone(), shift_B, sum_exp_B)
-    for tile in _tiles(queries_BD, prototypes_SD, target_rows_B, bias_S):
-        if not bounded:
-            larger_B = torch.maximum(shift_B, tile.logits_Bn.amax(dim=1))
-            finite_B = larger_B.clamp(min=torch.finfo(larger_B.dtype).min)  # -inf minus -inf would be NaN
-            sum_exp_B *= torch.exp(shift_B - finite_B)
-            tile.logits_Bn.sub_(finite_B[:, None])
+def forward(question: Question, source: Source, room: Tensor | None = None) -> Rows:
+    shifts = question.reduction == "log_sum_exp" and not question.bounded
+    sum_B = question.queries_BD.new_zeros(len(question.queries_BD))
+    shift_B = torch.full_like(sum_B, -torch.inf) if shifts else torch.zeros_like(sum_B)
+    column_S = sum_B.new_empty(source.shape[0]) if question.columns else None
+    if not source.shape[0]:
+        return Rows(sum_B.clone(), sum_B, shift_B, column_S)
+    walk = Walk(question, source)
+    # A GPU computes weights again faster than it writes and reads them; other weights need what forward has not got yet.
+    keeps = question.reduction == "log_sum_exp" and question.bounded and question.map is None and column_S is None
+    if room is not None and room.device.type == "cpu" and keeps:
+        walk.kept = Kept(room, len(sum_B), question.dtype)
+    hardest_B, apart_B = torch.full_like(sum_B, -torch.inf), torch.full_like(question.target_rows_B, -1)
+    for chunk in walk.chunks():
+        logits_Bn = walk.tile_of(chunk).logits_Bn
+        if column_S is not None:
+            column_S[chunk.rows] = torch.logsumexp(logits_Bn.to(sum_B.dtype) / walk.base, dim=0)
+        if shifts:
+            larger_B = torch.maximum(shift_B, logits_Bn.amax(dim=1))
+            finite_B = larger_B.clamp(min=-1e30)  # -inf minus -inf would be NaN
+            sum_B *= torch.exp2(shift_B - finite_B)
             shift_B = larger_B
-        sum_exp_B += tile.logits_Bn.exp_().sum(dim=1)
-    # The last tile still holds its exponentials: with few classes that spares backward much of its work.
-    target_B = _targets(queries_BD, prototypes_SD, target_rows_B)[-1]
-    return Rows(target_B, shift_B, sum_exp_B, tile if bounded else None)
+        if walk.is_rounded:
+            column_B, plain_B = walk.take_hardest(chunk, logits_Bn)
+            if walk.kept is not None:
+                walk.kept.hardest[chunk.rows.start] = column_B, plain_B
+            found_B = plain_B if question.bias_S is None else plain_B + question.bias_S[chunk.rows].index_select(0, column_B)
+            is_larger_B = found_B > hardest_B
+            hardest_B, apart_B = torch.maximum(found_B, hardest_B), (column_B + chunk.rows.start).where(is_larger_B, apart_B)
+        if question.reduction == "softplus_sum":
+            sum_B += softplus(logits_Bn).sum(dim=1, dtype=sum_B.dtype)
+            if walk.is_rounded:
+                sum_B += softplus(found_B)
+            continue
+        if shifts:
+            logits_Bn -= finite_B[:, None]  # a largest logit is a number of their dtype
+        sum_B += walk.row_sums(logits_Bn.exp2_(), chunk.rows)
+        if walk.is_rounded:
+            sum_B += torch.exp(found_B - finite_B * LN_2 if shifts else found_B)
+    target_B = Entries.of(question, source, question.target_rows_B).product_B
+    return Rows(target_B, sum_B, shift_B * LN_2, column_S, apart_B if walk.is_rounded else None, walk if walk.kept is not None else None)
 
 
-def backward(
-    queries_BD: Tensor,
-    prototypes_SD: Tensor,
-    target_rows_B: Tensor,
-    bias_S: Tensor | None,
-    bounded: bool,
-    log_sum_B: Tensor,
-    kept: Tile | None,
-    grad_target_B: Tensor,
-    grad_log_sum_B: Tensor,
-) -> Gradients:
+def backward(question: Question, source: Source, known: Known, slopes: Slopes, wanted: Wanted, walk_type: type[Walk] = Walk) -> Gradients:
+    queries_BD = question.queries_BD
     grad_queries_BD = torch.zeros_like(queries_BD)
-    grad_prototypes_SD = torch.empty_like(prototypes_SD)
-    grad_bias_S = None if bias_S is None else torch.empty_like(bias_S)
-    if not len(prototypes_SD):
-        return Gradients(grad_queries_BD, grad_prototypes_SD, grad_bias_S)
-    # d loss / d z_ij = factor_i exp(z_ij [- log_sum_i]). The factor goes into the operands of the products, so that the exponential
-    # is the only full pass over a tile. A row without non-targets has log_sum = -inf and no gradient, rather than exp(inf) 0.
-    has_others_B = torch.isfinite(log_sum_B)
-    factor_B = (grad_log_sum_B * torch.exp(-log_sum_B) if bounded else grad_log_sum_B).where(has_others_B, 0)
-    finite_B1 = log_sum_B.where(has_others_B, 0)[:, None]
-    weighted_BD = queries_BD * factor_B[:, None]
-    tiles = _tiles(queries_BD, prototypes_SD, target_rows_B, bias_S, until=kept.first if kept else None)
-    exponentiated = ((tile, (tile.logits_Bn if bounded else tile.logits_Bn.sub_(finite_B1)).exp_()) for tile in tiles)
-    for (first, stop, units_nD, inverse_n1, _), exp_Bn in itertools.chain([(kept, kept.logits_Bn)] if kept else [], exponentiated):
-        grad_queries_BD.addmm_(exp_Bn, units_nD)
-        grad_nD = torch.mm(exp_Bn.T, weighted_BD, out=grad_prototypes_SD[first:stop])
-        # Through w -> w / |w|: the part along w goes, the rest is divided by |w|.
-        grad_nD.sub_(units_nD * (grad_nD * units_nD).sum(dim=1, keepdim=True)).mul_(inverse_n1)
+    grad_bias_S = None if question.bias_S is None else torch.zeros_like(question.bias_S)
+    grad_scale_B1 = None if question.scale_B1 is None else torch.zeros_like(question.scale_B1)
+    if not source.shape[0]:
+        return Gradients(grad_queries_BD, source.collect().gradients() if wanted.source else (), grad_bias_S, grad_scale_B1)
+    walk = walk_type(question, source) if known.kept is None else known.kept  # forward's, with its memory
+    weights = Weights(walk, known, slopes)
+    # Entries computed apart, from rows that are read before a collector can change them.
+    targets = Entries.of(question, source, question.target_rows_B)
+    apart_BD, apart_grads_BD = targets.gradients(question, slopes.target_B)
+    apart = Apart(question.target_rows_B, apart_grads_BD)
+    if known.apart_B is not None:
+        walk.apart_rows_B = known.apart_B
+        hardest = Entries.of(question, source, known.apart_B)
+        logit_B, mapped_B, slope_B = entry_logits(question, hardest.product_B)
+        biased_B = logit_B if question.bias_S is None else logit_B + question.bias_S[hardest.rows_B]
+        weight_B = weights.of_entries(biased_B, hardest.rows_B).where(hardest.is_ours_B, 0)
+        by_query_BD, by_row_BD = hardest.gradients(question, weight_B if slope_B is None else weight_B * slope_B)
+        apart_BD = apart_BD + by_query_BD
+        apart = Apart(torch.cat([apart.rows_n, known.apart_B]), torch.cat([apart_grads_BD, by_row_BD]))
+
+    collector = source.collect(walk.kept.room if walk.kept is not None else None) if wanted.source else None
+    factor_B1 = weights.factor_B[:, None] if question.scale_B1 is None else weights.factor_B[:, None] * question.scale_B1
+    weighted_BD = (queries_BD * factor_B1).to(question.dtype)
+    for chunk in walk.chunks():
+        weights_Bn, tile = walk.weigh(chunk, weights)
         if grad_bias_S is not None:
-            torch.mv(exp_Bn.T, factor_B, out=grad_bias_S[first:stop])
-    grad_queries_BD *= factor_B[:, None]
-    rows_B, is_ours_B, units_BD, inverse_B, target_B = _targets(queries_BD, prototypes_SD, target_rows_B)
-    weight_B1 = (grad_target_B * is_ours_B)[:, None]
-    grad_queries_BD += weight_B1 * units_BD
-    grad_prototypes_SD.index_add_(0, rows_B, weight_B1 * inverse_B[:, None] * (queries_BD - target_B[:, None] * units_BD))
-    return Gradients(grad_queries_BD, grad_prototypes_SD, grad_bias_S)
+            grad_bias_S[chunk.rows] = torch.mv(weights_Bn.T, weights.factor_B.to(weights_Bn.dtype))
+        if grad_scale_B1 is not None and tile.mapped_Bn is not None:
+            grad_scale_B1 += (weights_Bn * tile.mapped_Bn).sum(dim=1, keepdim=True)
+        if tile.slope_Bn is not None:
+            weights_Bn = weights_Bn * tile.slope_Bn
+        weights_Bn = weights_Bn.to(question.dtype)
+        if wanted.queries:
+            _add_product(grad_queries_BD, weights_Bn, walk.operand(chunk))
+        if collector is not None:
+            collector.store(chunk.rows, walk.prototype_gradient(chunk, weights_Bn, weighted_BD, apart))
+    if grad_bias_S is not None and walk.weights_S is not None:
+        grad_bias_S *= walk.weights_S
+    if grad_scale_B1 is not None:
+        grad_scale_B1 *= weights.factor_B[:, None]
+    if known.apart_B is not None:
+        if grad_bias_S is not None:
+            grad_bias_S.index_add_(0, hardest.rows_B, weight_B)
+        if grad_scale_B1 is not None:
+            grad_scale_B1 += (weight_B * mapped_B)[:, None]
+    grad_queries_BD *= factor_B1
+    grad_queries_BD += apart_BD
+    return Gradients(grad_queries_BD, collector.gradients() if collector else (), grad_bias_S, grad_scale_B1)
+
+
+def _add_product(sum_BD: Tensor, left_Bn: Tensor, right_nD: Tensor) -> None:
+    if left_Bn.dtype is sum_BD.dtype:
+        sum_BD.addmm_(left_Bn, right_nD)
+    else:
+        sum_BD += multiply(left_Bn, right_nD, torch.empty_like(sum_BD)) if sum_BD.is_cuda else left_Bn @ right_nD
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(x, threshold=40.0)  # torch's 20 drops e^-20 = 2e-9, which float64 tests see
+
+
+def top(question: Question, source: Source, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = len(question.queries_BD)
+    best_Bk = question.queries_BD.new_full((batch, k), -torch.inf)
+    rows_Bk = torch.zeros(batch, k, dtype=torch.int64, device=best_Bk.device)
+    if not source.shape[0]:
+        return best_Bk.new_zeros(batch), best_Bk, rows_Bk
+    walk = Walk(question._replace(bounded=False), source)
+    for chunk in walk.chunks():
+        logits_Bn = walk.tile_of(chunk).logits_Bn
+        values_Bk, columns_Bk = logits_Bn.topk(min(k, logits_Bn.shape[1]), dim=1)
+        candidates = torch.cat([best_Bk, values_Bk], dim=1)
+        best_Bk, places_Bk = candidates.topk(k, dim=1)
+        rows_Bk = torch.cat([rows_Bk, columns_Bk + chunk.rows.start], dim=1).gather(1, places_Bk)
+    target_B = Entries.of(question, source, question.target_rows_B).product_B
+    return target_B, best_Bk / walk.base, rows_Bk.where(best_Bk > -torch.inf, 0)

@@ -36,7 +36,7 @@ def test_the_sample_does_not_depend_on_the_ranks(classes, ranks, size, rate, see
         real = sample.rows_K[sample.is_real_K]
         assert torch.equal(sample.column_S[real], torch.arange(len(real)))
         assert int((sample.column_S >= 0).sum()) == len(real)
-        positive = set((sample.rows_K[sample.is_positive_K & sample.is_real_K] + shard.first).tolist())
+        positive = set((sample.rows_K[sample.is_certain_K & sample.is_real_K] + shard.first).tolist())
         assert positive == {label for label in labels.tolist() if shard.first <= label < shard.first + shard.rows}
         found += sampled_ids(shard, sample)
     assert found == expected
@@ -153,3 +153,34 @@ def test_two_samples_in_one_step_end_in_a_sentence():
 def test_bad_rate(rate):
     with pytest.raises(ValueError, match="sample_rate is"):
         PartialFC(10, 4, losses.build("cosface"), rate)
+
+
+def nearest_in_sample(k):
+    classifier = PartialFC(CLASSES, WIDTH, losses.build("cosface", scale=32.0), 0.05, hard_negatives=k, correct_rate=True, seed=3)
+    labels = torch.tensor([5, 17, 17, CLASSES - 1])
+    mine = labels[dist.get_rank() :: dist.get_world_size()]
+    loss = classifier(torch.randn(len(mine), WIDTH), mine) if len(labels) % dist.get_world_size() == 0 else None
+    if loss is not None:
+        loss.backward()
+    sample = classifier.sample
+    return [] if sample is None else sampled_ids(classifier.shard, sample), [] if sample is None else sample.is_certain_K.sum().item()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_hard_negatives_are_always_in(ranks, k):
+    whole = ClassShard.of_rank(CLASSES, 0, 1)
+    units = torch.nn.functional.normalize(initial_prototypes(whole, WIDTH, 3))
+    labels = torch.tensor([5, 17, CLASSES - 1])
+    cosines = (units[labels] @ units.T).scatter(1, labels[:, None], -2)
+    certain = {*labels.tolist(), *cosines.topk(k, dim=1).indices.flatten().tolist()}
+    by_size = [ranks(size).run(nearest_in_sample, k) for size in (1, 2, 4)]
+    for found in by_size:
+        ids = [identity for sampled, _ in found for identity in sampled]
+        assert certain <= set(ids)
+        assert ids == by_size[0][0][0]
+        assert sum(count for _, count in found) == len(certain)
+
+
+def test_hard_negatives_need_sampling():
+    with pytest.raises(ValueError, match="hard_negatives is 2, but must be 0 or more, and above 0 only with a sample_rate below 1"):
+        PartialFC(9, 4, losses.build("cosface"), hard_negatives=2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from partial_fc import similarity_statistics
-from partial_fc.kernels import chunked
+from partial_fc.kernels import walk
 from partial_fc.similarity import hardest_non_target
 
 
@@ -43,7 +43,7 @@ def gradients(function, inputs, weights):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("batch", "classes", "width"), [(1, 2, 1), (7, 13, 5), (33, 1001, 17), (64, 256, 32), (5, 257, 8)])
 def test_values_and_gradients_equal_dense_float64(kernel, scale, with_bias, batch, classes, width, monkeypatch):
-    monkeypatch.setattr(chunked, "TILE_BYTES", 1)  # tiles of 256 classes
+    monkeypatch.setattr(walk, "TILE_BYTES", 1)  # tiles of 256 classes
     features, prototypes, labels = make(batch, classes, width)
     inputs = [features, prototypes]
     if scale == "vector":
@@ -75,17 +75,17 @@ def test_chunked_equals_reference_at_any_size(batch, classes, width, seed, scale
     features, prototypes, labels = make(batch, classes, width, seed=seed)
     weights = [torch.randn(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)] * 2
     results = []
-    original, chunked.TILE_BYTES = chunked.TILE_BYTES, 1
+    original, walk.TILE_BYTES = walk.TILE_BYTES, 1
     try:
         for kernel in ("reference", "chunked"):
 
             def statistics(x, w, kernel=kernel):
-                target, non_target, _ = similarity_statistics(x, w, labels, scale=scale, kernel=kernel)
+                target, non_target = similarity_statistics(x, w, labels, scale=scale, kernel=kernel)[:2]
                 return target, non_target.clamp(min=-1e6)  # one class alone has -inf
 
             results.append(gradients(statistics, [features, prototypes], weights))
     finally:
-        chunked.TILE_BYTES = original
+        walk.TILE_BYTES = original
     for value, exact in zip([*results[1][0], *results[1][1]], [*results[0][0], *results[0][1]], strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-10)
 
@@ -130,24 +130,24 @@ def test_hardest_non_target():
 
 
 class LargestTensor(TorchDispatchMode):
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
         return result
 
 
 def test_no_tensor_of_size_batch_by_classes_is_ever_made(monkeypatch):
-    monkeypatch.setattr(chunked, "TILE_BYTES", 64 * 512 * 4)
+    monkeypatch.setattr(walk, "TILE_BYTES", 64 * 512 * 4)
     features, prototypes, labels = make(64, 20_000, 16, dtype=torch.float32)
     features.requires_grad_(), prototypes.requires_grad_()
     with LargestTensor() as seen:
         statistics = similarity_statistics(features, prototypes, labels, scale=64.0)
         (statistics.non_target_B - statistics.target_B).mean().backward()
-    assert seen.elements == prototypes.numel()  # the gradient of the prototypes; B x C would be four times as large
+    assert seen.bytes == 4 * prototypes.numel()  # the gradient of the prototypes; B x C would be four times as large
 
 
 @pytest.mark.parametrize(

@@ -12,35 +12,33 @@ import torch.distributed as dist
 from partial_fc.shards import ClassShard
 from pipeline import checkpoint
 
-ROWS, WIDTH = 10, 3  # over 4 ranks: 3, 3, 3, 1; over 6: two of them empty
+ROWS, WIDTH = 10, 3  # over 4 ranks: 3, 3, 3, 1
 
 
-def matrix():
-    return torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
-
-
-def part():
+def local_part(rows):
+    """This rank's rows of a matrix of so many."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    shard = ClassShard.of_rank(ROWS, rank, size)
-    return slice(shard.first, shard.first + shard.rows)
+    shard = ClassShard.of_rank(rows, rank, size)
+    return torch.arange(rows * WIDTH, dtype=torch.float32).view(rows, WIDTH)[shard.first : shard.first + shard.rows].clone()
 
 
-def save(folder, step=1, keep=3):
-    state = {"prototypes": checkpoint.sharded(matrix()[part()].clone(), ROWS), "backbone.weight": torch.ones(4) * step}
-    return checkpoint.save(folder, step, state, {"consumed": step, "num_classes": ROWS}, keep)
+def save(folder, step=1, keep=3, rows=ROWS):
+    state = {"prototypes": checkpoint.sharded(local_part(rows), rows), "backbone.weight": torch.ones(4) * step}
+    return checkpoint.save(folder, step, state, {"consumed": step, "num_classes": rows}, keep)
 
 
-def load(folder):
-    local = torch.zeros(matrix()[part()].shape)
+def load(folder, rows=ROWS):
+    local = torch.zeros_like(local_part(rows))
     path = checkpoint.locate(folder)
-    checkpoint.load(path, {"prototypes": checkpoint.sharded(local, ROWS)})
-    return bool(torch.equal(local, matrix()[part()])), checkpoint.load_replicated(path, "backbone.")["backbone.weight"].tolist()
+    checkpoint.load(path, {"prototypes": checkpoint.sharded(local, rows)})
+    return bool(torch.equal(local, local_part(rows))), checkpoint.load_replicated(path, "backbone.")["backbone.weight"].tolist()
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 3), (4, 1), (3, 2), (4, 2)])
-def test_saved_on_some_ranks_loads_on_others(ranks, tmp_path, before, after):
-    ranks(before).run(save, str(tmp_path))
-    assert ranks(after).run(load, str(tmp_path)) == [(True, [1.0] * 4)] * after
+@pytest.mark.parametrize("rows", [1, 2, ROWS])  # also where ranks are empty
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 3), (4, 1), (3, 2), (4, 2), (4, 3)])
+def test_saved_on_some_ranks_loads_on_others(ranks, tmp_path, before, after, rows):
+    ranks(before).run(save, str(tmp_path), 1, 3, rows)
+    assert ranks(after).run(load, str(tmp_path), rows) == [(True, [1.0] * 4)] * after
 
 
 def test_the_newest_are_kept(tmp_path):

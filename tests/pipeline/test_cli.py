@@ -196,13 +196,19 @@ def test_bad_input_to_train(trained, capsys, settings, words):
     refused(train(trained, *[item.format(folder=trained) for item in settings]), capsys, *words)
 
 
+def test_bad_input_to_several_processes(trained):
+    """The sentence comes once, from the command itself."""
+    command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", "backbone.width=8")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("has width 16, but this run has 8") == 1 and "Traceback" not in done.stderr
+
+
 def test_more_ranks_than_classes(trained):
-    """Several processes: the sentence comes once, from the command itself."""
     write_faces(str(trained / "two.tar"), FacesConfig(identities=2, images_per_identity=6, size=32), workers=1)
     command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", data="two.tar", run="three")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("3 ranks cannot share 2 classes") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 0 and "12 images of 2 identities, ranks: 3" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dali_loaders import TrainLoader
 from pipeline.distributed import join
 from pipeline.train import train
 from pipeline.trainer import Trainer
@@ -72,7 +76,9 @@ def test_zero_2_and_a_clip_that_binds(ranks, data, tmp_path):
 def test_bfloat16_and_batch_statistics_resume_on_the_same_ranks(ranks, data, tmp_path):
     def config(folder):
         options = {"backbone": "small", "engine_options": {"precision": "bfloat16"}, "save_every": 5}
-        return configuration(data, str(tmp_path / folder), STEPS, "deepspeed", **options)
+        made = configuration(data, str(tmp_path / folder), STEPS, "deepspeed", **options)
+        narrow = dict.fromkeys(("dtype", "storage_dtype", "gather_dtype"), "bfloat16")
+        return replace(made, classifier=replace(made.classifier, **narrow))
 
     ranks(2).run(train_until, config("broken"), 12)
     losses = [ranks(2).run(train_losses, config(folder))[0] for folder in ("broken", "whole")]
@@ -154,3 +160,75 @@ def test_resume_on_other_numbers_of_ranks(ranks, data, one_rank, engines, optimi
         assert_equal(losses, one_rank, 1e-4)
     else:
         assert_equal(losses, ranks(1).run(train_losses, config("ddp", "undisturbed"))[0], 1e-4)
+
+
+def with_bad_images(config, bad_steps, is_expected):
+    """Runs on every rank: a run in which one image of these steps is not a number on the last rank; or what should come of it, a run in
+    which they are read but not trained on. Returns its metrics; and its weights, batch statistics and optimizer state."""
+    trainer = Trainer(config, join())
+    next_batch, train_step, done = TrainLoader.__next__, Trainer._train_step, set()
+
+    def poisoned(loader):
+        batch = next_batch(loader)
+        if trainer.step in bad_steps - done and trainer.place.rank == trainer.place.world_size - 1:
+            done.add(trainer.step)  # one micro-batch of a step is enough
+            batch.images[0, :, 3, 3] = float("nan")
+        return batch
+
+    def left_out(self):
+        if self.step not in bad_steps:
+            return train_step(self)
+        list(itertools.islice(self.loader, config.run.accumulation))
+        self.cosines, self.rate = (torch.zeros(1), torch.zeros(1)), 0.0
+        self.consumed += config.run.batch
+        return None
+
+    with mock.patch.object(*((Trainer, "_train_step", left_out) if is_expected else (TrainLoader, "__next__", poisoned))):
+        try:
+            trainer.fit()
+            state = {**trainer.engine.state(), "prototypes": trainer.classifier.prototypes.detach().clone()}
+        finally:
+            trainer.close()
+    with open(os.path.join(config.run.folder, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file], {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("ddp", {"run": {"accumulation": 2}, "sample_rate": 0.5}),
+        ("deepspeed", {"optimizer": {"name": "adamw"}}),
+        ("deepspeed", {"run": {"accumulation": 2}, "engine_options": {"zero_stage": 2}, "optimizer": {"clip": 0.0}}),
+    ],
+)
+def test_steps_with_bad_images_are_skipped(ranks, data, engine, options, tmp_path):
+    def config(folder):
+        made = configuration(data, str(tmp_path / folder), 8, engine, backbone="small", **dict(options))
+        return replace(made, classifier=replace(made.classifier, non_finite="skip"))
+
+    (rows, state), *_ = ranks(2).run(with_bad_images, config("skip"), {2, 3, 6}, False)
+    (expected_rows, expected), *_ = ranks(2).run(with_bad_images, config("expected"), {2, 3, 6}, True)
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 2, 3, 3]
+    losses, expected_losses = ({row["step"]: row["loss"] for row in each if row["loss"]} for each in (rows, expected_rows))
+    assert losses == pytest.approx(expected_losses, rel=1e-5) and list(losses) == [1, 2, 5, 6, 8]
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def ends_in(config, sentence):
+    """Runs on every rank."""
+    with mock.patch("pipeline.trainer.MOST_SKIPPED", 3), pytest.raises(ValueError, match=sentence):
+        with_bad_images(config, {1, 2, 3, 4}, False)
+
+
+@pytest.mark.parametrize(
+    ("non_finite", "sentence"),
+    [
+        ("raise", r"features of rank 1 at step 1 \(row 0 of its batch\) hold NaN or infinity"),
+        ("skip", "3 steps in a row, up to step 4, were skipped because their features held NaN"),
+    ],
+)
+def test_bad_images_end_a_run_in_a_sentence(ranks, data, non_finite, sentence, tmp_path):
+    config = configuration(data, str(tmp_path), STEPS)
+    ranks(2).run(ends_in, replace(config, classifier=replace(config.classifier, non_finite=non_finite)), sentence)

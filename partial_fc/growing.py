@@ -1,0 +1,140 @@
+"""A classifier for more identities than before: some added to its own, or several sets merged. Prototypes learned so far are kept."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from partial_fc import collectives
+from partial_fc.classifier import PartialFC
+from partial_fc.collectives import Group
+from partial_fc.optimizers import RowOptimizer
+from partial_fc.shards import ClassShard, initial_prototypes
+
+BLOCK_ELEMENTS = 1 << 24  # a rank sends this much of a matrix at a time (64 MB in float32), and receives up to N times as much
+
+
+def merge_identities(sets: Sequence[Sequence[str]], same_name: bool = True) -> tuple[list[str], list[np.ndarray]]:
+    """(names of the merged set, for each set an int64 array that maps its labels to labels of the merged set), in order of appearance.
+
+    same_name: a name that occurs in several sets is one identity. False: it is another person in every set, and all names get their
+    set's number as prefix, "1/anna".
+    """
+    label_of: dict[str, int] = {}
+    maps = []
+    for number, names in enumerate(sets):
+        if len(set(names)) < len(names):
+            name, times = Counter(names).most_common(1)[0]
+            raise ValueError(f"set {number} has {times} identities called {name!r}: give every identity of a set a name of its own")
+        keys = names if same_name else [f"{number}/{name}" for name in names]
+        maps.append(np.array([label_of.setdefault(key, len(label_of)) for key in keys], np.int64))
+    return list(label_of), maps
+
+
+@torch.no_grad()
+def grow(classifier: PartialFC, optimizer: torch.optim.Optimizer | None, num_classes: int, new_labels: np.ndarray | None = None) -> None:
+    """Gives a classifier `num_classes` classes, between two steps. Every rank calls it.
+
+    Old prototypes, and their rows of the optimizer's state, are kept to the bit, whichever rank owns them now; the others are what
+    a new classifier of that size would begin with, their state zero. `classifier.prototypes` is another tensor afterwards, which the
+    optimizer knows.
+
+    new_labels  int64, label of each old class among the new ones. Without it the new classes stand behind the old ones.
+
+    For the prototypes and each tensor of the state as many rounds of 1 all-to-all as `move_rows` says; at its peak memory holds the
+    old and the new copy of one of them.
+    """
+    old, new = classifier.shard, _shard(classifier, num_classes)
+    _check_labels(new_labels, old.num_classes, num_classes)
+    if classifier.is_step_begun or classifier.draws:
+        raise ValueError("a classifier grows between two steps: call the optimizer's step() and zero_grad() before")
+    before = classifier.prototypes
+    if isinstance(optimizer, RowOptimizer):
+        optimizer.flush()
+
+    def moved(old_S: Tensor, new_S: Tensor) -> Tensor:
+        move_rows(old_S, old, new_S, new, new_labels, classifier.group)
+        return new_S
+
+    after = nn.Parameter(moved(before.data, initial_prototypes(new, classifier.width, classifier.seed).to(before)))
+    classifier.prototypes, classifier.shard, classifier.sample = after, new, None
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
+        state = optimizer.state.pop(before, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim:  # one row per class
+                state[name] = moved(value, value.new_zeros(new.rows, *value.shape[1:]))
+        optimizer.state[after] = state
+    if isinstance(optimizer, RowOptimizer) and optimizer.is_lazy:
+        optimizer._made_S = optimizer._made_S.new_zeros(new.rows)  # all rows are up to date
+
+
+@torch.no_grad()
+def copy_prototypes(source: PartialFC, target: PartialFC, new_labels: np.ndarray) -> None:
+    """Prototype c of `source` becomes prototype new_labels[c] of `target`, on whichever ranks of their common group they are.
+
+    So the classifier of a merged set starts from those of its parts, where they share an identity from the one copied last:
+
+        names, maps = merge_identities([names_a, names_b])
+        merged = PartialFC(len(names), ...)
+        copy_prototypes(b, merged, maps[1])
+        copy_prototypes(a, merged, maps[0])
+    """
+    if source.width != target.width:
+        raise ValueError(f"prototypes of width {source.width} cannot be copied into a classifier of width {target.width}")
+    _check_labels(new_labels, source.shard.num_classes, target.shard.num_classes)
+    move_rows(source.prototypes.data, source.shard, target.prototypes.data, target.shard, new_labels, target.group)
+
+
+def move_rows(old_S: Tensor, old: ClassShard, new_S: Tensor, new: ClassShard, new_labels: np.ndarray | None, group: Group) -> None:
+    """Writes row c of a matrix [old.num_classes, ...] into row new_labels[c] of one of [new.num_classes, ...], both sharded over `group`.
+
+    In rounds of at most BLOCK_ELEMENTS from each rank. A round is 1 all-to-all, in which each row travels once. Every rank knows
+    who sends what, so nothing else is exchanged."""
+    ranks, rank = collectives.world_size(group), collectives.rank(group)
+    rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(old_S.shape[1:])))
+    rows_per_rank = ClassShard.of_rank(new.num_classes, 0, ranks).rows
+
+    def parcel(sender: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row at the sender, new label, receiver) of all that a rank sends in the round from row `first` on, by receiver."""
+        shard = ClassShard.of_rank(old.num_classes, sender, ranks)
+        sent = np.arange(first, max(first, min(first + rows, shard.rows)))
+        labels = sent + shard.first if new_labels is None else new_labels[sent + shard.first]
+        order = np.argsort(labels // rows_per_rank, kind="stable")
+        return sent[order], labels[order], labels[order] // rows_per_rank
+
+    for first in range(0, ClassShard.of_rank(old.num_classes, 0, ranks).rows, rows):
+        parcels = [parcel(sender, first) for sender in range(ranks)]
+        sent, _, receivers = parcels[rank]
+        arriving = [labels[receivers == rank] for _, labels, receivers in parcels]
+        received = collectives.exchange(
+            old_S[torch.from_numpy(sent).to(old_S.device)],
+            np.bincount(receivers, minlength=ranks).tolist(),
+            [len(labels) for labels in arriving],
+            group,
+        )
+        new_S[torch.from_numpy(np.concatenate(arriving) - new.first).to(new_S.device)] = received.to(new_S.dtype)
+
+
+def _shard(classifier: PartialFC, num_classes: int) -> ClassShard:
+    return ClassShard.of_rank(num_classes, collectives.rank(classifier.group), collectives.world_size(classifier.group))
+
+
+def _check_labels(new_labels: np.ndarray | None, old_classes: int, new_classes: int) -> None:
+    """Every old class needs a place of its own."""
+    if new_classes < old_classes:
+        raise ValueError(f"{old_classes} classes cannot become {new_classes}: a classifier keeps all its old ones")
+    if new_labels is None:
+        return
+    if new_labels.shape != (old_classes,) or new_labels.dtype != np.int64:
+        raise ValueError(
+            f"new_labels is {new_labels.dtype} of shape {new_labels.shape}, but must be int64 of shape ({old_classes},), one per old class"
+        )
+    if new_labels.min() < 0 or new_labels.max() >= new_classes or len(np.unique(new_labels)) < old_classes:
+        raise ValueError(f"new_labels must give every old class a label of its own in [0, {new_classes})")

@@ -1,0 +1,84 @@
+"""What a classifier requires of its input. Shapes are checked at once; values on the device, from the gathered batch, so that every
+rank finds the same and says the same, and the host reads the finding when the optimizer is about to use the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(features_bD: Tensor, labels_b: Tensor, width: int) -> None:
+    if features_bD.ndim != 2 or features_bD.shape[1] != width:
+        raise ValueError(f"features have shape {tuple(features_bD.shape)}, but must be [samples, {width}], the width of the prototypes")
+    if not features_bD.is_floating_point():
+        raise ValueError(f"features are {features_bD.dtype}, but must be floating-point numbers")
+    check_labels(labels_b)
+    if len(labels_b) != len(features_bD):
+        raise ValueError(f"there are {len(features_bD)} rows of features, but {len(labels_b)} labels: bring one label per row")
+
+
+def check_labels(labels_b: Tensor) -> None:
+    if labels_b.dtype != torch.int64 or labels_b.ndim != 1:
+        raise ValueError(
+            f"labels are {labels_b.dtype} of shape {tuple(labels_b.shape)}, but must be torch.int64 of shape [samples]: "
+            "convert them with labels.long()"
+        )
+
+
+class Check:
+    """The values of one global batch: are labels classes, and features finite? Made without waiting for the device; see `faults`.
+
+    counts           rows per rank, for naming the rank of a row
+    step_labels_B    the only labels that may occur, where `begin_step` has fixed the classes of a step
+    """
+
+    def __init__(
+        self, features_BD: Tensor, labels_B: Tensor, num_classes: int, counts: list[int], step: int, step_labels_B: Tensor | None = None
+    ) -> None:
+        self.num_classes, self.counts, self.step = num_classes, counts, step
+        is_wrong_B = (labels_B < 0) | (labels_B >= num_classes)
+        is_unknown_B = torch.zeros_like(is_wrong_B) if step_labels_B is None else ~torch.isin(labels_B, step_labels_B)
+        smallest_B, largest_B = features_BD.detach().amin(dim=1), features_BD.detach().amax(dim=1)  # both pass NaN on; isfinite is slow
+        is_infinite_B = ~(smallest_B.isfinite() & largest_B.isfinite())
+        bad_3B = torch.stack([is_wrong_B, is_unknown_B, is_infinite_B])
+        row_3 = bad_3B.byte().argmax(dim=1)  # the first of several
+        found = torch.stack([bad_3B.sum(dim=1), row_3, labels_B[row_3]])
+        self.found = found.to("cpu", non_blocking=True)  # into pinned memory
+        self.copied = torch.cuda.Event() if found.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `faults` will surely not wait."""
+        return self.copied is None
+
+    def faults(self) -> tuple[str | None, str | None]:
+        """(what is wrong with labels, what is wrong with features), in a sentence each. Waits for the device."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        (wrong, unknown, infinite), (wrong_row, unknown_row, infinite_row), (wrong_label, unknown_label, _) = self.found.tolist()
+        labels = features = None
+        if wrong:
+            labels = (
+                f"label {wrong_label} of {self._place(wrong_row)} is not a class: labels must lie in [0, {self.num_classes}), and {wrong} "
+                f"of {sum(self.counts)} in this batch do not; compare the labels of the data with num_classes"
+            )
+        elif unknown:
+            labels = (
+                f"label {unknown_label} of {self._place(unknown_row)} was not given to begin_step, which must see the labels of all "
+                "micro-batches of a step"
+            )
+        if infinite:
+            features = (
+                f"features of {self._place(infinite_row)} hold NaN or infinity, as do {infinite} of {sum(self.counts)} rows in this batch: "
+                "lower the learning rate or look for broken input, or leave such steps out with non_finite=skip"
+            )
+        return labels, features
+
+    def _place(self, row: int) -> str:
+        for rank, rows in enumerate(self.counts):
+            if row < rows:
+                return f"rank {rank} at step {self.step} (row {row} of its batch)"
+            row -= rows
+        raise AssertionError(f"row {row} lies behind the last rank's")

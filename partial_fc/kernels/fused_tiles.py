@@ -1,0 +1,163 @@
+"""The Triton programs of the fused kernel (fused.py calls them): a product with prototypes whose logits stay in registers.
+Imports triton, which a machine without a GPU need not have. Tensors are contiguous; offsets of elements are int64."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+GROUP = tl.constexpr(8)  # blocks of classes that are worked on together with all rows, so that prototypes are read from memory once
+
+
+@triton.jit(do_not_specialize=["count"])
+def unit_rows(units, prototypes, inverse, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """inverse [n] = 1 / |w|, 0 where w has no direction; units [n, D] = w / |w|, rounded. One read, one write."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inner = tl.arange(0, PADDED)
+    places = rows.to(tl.int64)[:, None] * WIDTH + inner[None, :]
+    is_inside = (rows < count)[:, None] & (inner < WIDTH)[None, :]
+    w = tl.load(prototypes + places, mask=is_inside, other=0.0)
+    norms = tl.sqrt(tl.sum(w * w, axis=1))
+    factors = tl.where(norms < 1e-12, 0.0, 1.0 / tl.maximum(norms, 1e-12))
+    tl.store(inverse + rows, factors, mask=rows < count)
+    tl.store(units + places, (w * factors[:, None]).to(units.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def prototype_gradients(gradient, prototypes, inverse, starts, extra, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """In place: from the gradient of w / |w| to that of w, plus the rows starts[r] to starts[r + 1] of `extra`, in this order."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inner = tl.arange(0, PADDED)
+    places = rows.to(tl.int64)[:, None] * WIDTH + inner[None, :]
+    is_inside = (rows < count)[:, None] & (inner < WIDTH)[None, :]
+    value = tl.load(gradient + places, mask=is_inside, other=0.0)
+    if inverse is not None:
+        w = tl.load(prototypes + places, mask=is_inside, other=0.0)
+        factors = tl.load(inverse + rows, mask=rows < count, other=0.0)
+        along = tl.sum(value * w, axis=1) * factors * factors
+        value = (value - w * along[:, None]) * factors[:, None]
+    start = tl.load(starts + rows, mask=rows < count, other=0)
+    stop = tl.load(starts + rows + 1, mask=rows < count, other=0)
+    for step in range(0, tl.max(stop - start, axis=0)):
+        at = start + step
+        from_extra = at.to(tl.int64)[:, None] * WIDTH + inner[None, :]
+        value += tl.load(extra + from_extra, mask=is_inside & (at < stop)[:, None], other=0.0)
+    tl.store(gradient + places, value, mask=is_inside)
+
+
+@triton.jit
+def _block(batch, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(block of rows, block of columns) of this program: all rows meet GROUP blocks of columns before the next ones."""
+    blocks_m, blocks_n = tl.cdiv(batch, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    program = tl.program_id(0)
+    first_n = program // (blocks_m * GROUP) * GROUP
+    wide = tl.minimum(blocks_n - first_n, GROUP)
+    inside = program % (blocks_m * GROUP)
+    return inside // wide, first_n + inside % wide
+
+
+@triton.jit
+def _local(place, first, columns):
+    """Column in this chunk, or -1: comparing 32 bits with every entry costs half of 64."""
+    local = place - first
+    return tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
+
+
+@triton.jit
+def _logits(
+    queries, units, bias, targets, labels, column_labels, apart, first, rows, cols, batch, columns,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Logits [BLOCK_M, BLOCK_N] of these rows and columns in float32, -inf where there are no non-targets."""
+    inner = tl.arange(0, BLOCK_K)
+    # Beyond the edges the last row or column is read again.
+    query = queries + tl.minimum(rows, batch - 1).to(tl.int64)[:, None] * WIDTH + inner[None, :]
+    unit = units + tl.minimum(cols, columns - 1).to(tl.int64)[None, :] * WIDTH + inner[:, None]
+    logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            left, right = tl.load(query), tl.load(unit)
+        else:
+            is_inside = inner < WIDTH - k
+            left = tl.load(query, mask=is_inside[None, :], other=0.0)
+            right = tl.load(unit, mask=is_inside[:, None], other=0.0)
+        logits = tl.dot(left, right, logits, input_precision="ieee")
+        query += BLOCK_K
+        unit += BLOCK_K
+    # One addition for the bias, classes left out and columns beyond the edge.
+    if bias is None:
+        logits += tl.where(cols < columns, 0.0, float("-inf"))[None, :]
+    else:
+        logits += tl.load(bias + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)[None, :]
+    if labels is None:
+        target = _local(tl.load(targets + rows, mask=rows < batch, other=-1), first, columns)
+        logits = tl.where(cols[None, :] == target[:, None], float("-inf"), logits)
+    else:
+        label = tl.load(labels + rows, mask=rows < batch, other=0)
+        column_label = tl.load(column_labels + cols, mask=cols < columns, other=0)
+        logits = tl.where(column_label[None, :] == label[:, None], float("-inf"), logits)
+    if apart is not None:
+        place = _local(tl.load(apart + rows, mask=rows < batch, other=-1), first, columns)
+        logits = tl.where(cols[None, :] == place[:, None], float("-inf"), logits)
+    return logits
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), down to e^x: a sum over a million classes needs the small ones, which 1 + e^x rounds away."""
+    t = tl.exp2(-tl.abs(x) * LOG2_E)
+    small = t * (1.0 - t * (0.5 - t * (0.33333333 - t * (0.25 - t * 0.2))))
+    return tl.maximum(x, 0.0) + tl.where(t < 0.0625, small, tl.log2(1.0 + t) * LN_2)
+
+
+@triton.jit(do_not_specialize=["offset", "first", "batch", "columns"])
+def row_sums(
+    sums, largest, places, offset,
+    queries, units, bias, targets, labels, column_labels, apart, first, batch, columns,
+    WIDTH: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Of every row and block of columns, each [blocks, B] from block `offset` on: the sum, the largest logit and its class (row of the
+    shard). REDUCTION "exp2" sums 2^z, "shifted" 2^(z - largest), "softplus" log(1 + e^z)."""
+    block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits = _logits(
+        queries, units, bias, targets, labels, column_labels, apart, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    top = tl.max(logits, axis=1)
+    place = tl.max(tl.where(logits == top[:, None], cols[None, :], -1), axis=1)
+    if REDUCTION == "softplus":
+        values = softplus(logits)
+    elif REDUCTION == "shifted":
+        values = tl.exp2(logits - tl.maximum(top, -1e30)[:, None])  # -inf minus -inf would be NaN
+    else:
+        values = tl.exp2(logits)
+    at = (offset + block_n).to(tl.int64) * batch + rows
+    tl.store(sums + at, tl.sum(values, axis=1), mask=rows < batch)
+    tl.store(largest + at, top, mask=rows < batch)
+    tl.store(places + at, (first + place).to(tl.int32), mask=rows < batch)
+
+
+@triton.jit(do_not_specialize=["first", "batch", "columns"])
+def weights(
+    out, shift, stride,
+    queries, units, bias, targets, labels, column_labels, apart, first, batch, columns,
+    WIDTH: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B, stride] = 2^z, 2^(z - shift) or sigmoid(z), rounded; 0 where there are no non-targets, and up to the edge of the block."""
+    block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits = _logits(
+        queries, units, bias, targets, labels, column_labels, apart, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if REDUCTION == "softplus":
+        values = 1.0 / (1.0 + tl.exp2(-logits * LOG2_E))
+    elif REDUCTION == "shifted":
+        values = tl.exp2(logits - tl.load(shift + rows, mask=rows < batch, other=0.0).to(tl.float32)[:, None])
+    else:
+        values = tl.exp2(logits)
+    # Rows of `out` hold whole blocks: without a mask for columns, which would be one per entry, stores are wide.
+    tl.store(out + rows.to(tl.int64)[:, None] * stride + cols[None, :], values.to(out.dtype.element_ty), mask=(rows < batch)[:, None])

@@ -1,0 +1,287 @@
+"""What the row optimizers share: which rows move, when and in what precision. Rows move chunk by chunk, in cache; with a sample rate
+below 1 only sampled rows and their state are read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partial_fc import collectives
+from partial_fc.classifier import PartialFC
+from partial_fc.optimizers.rounding import round_to_bfloat16
+
+CHUNK_ELEMENTS = 1 << 18  # of one matrix on CPU: weights, gradient and state of a chunk (1 MB each) stay in cache; on a GPU 32 times that
+
+Rows = slice | Tensor  # a range of this rank's rows, or distinct int64 row numbers
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """How a row moves is RowSGD's and RowAdamW's; this is what they share:
+
+    unsampled    "frozen": rows outside a step's sample keep weight and state, without decay and momentum.
+                 "lazy": they move exactly as a dense optimizer moves them with a gradient of 0, but only when they are sampled next (or
+                 at `flush`), through all the steps that they missed in one go, each at its own learning rate. Costs another read and
+                 write of the sampled rows each step, int32 [S], and a pass over all rows after at most `most_missed` steps.
+    in_backward  prototypes move during backward, as soon as the gradient of a chunk of them exists; an [S, D] gradient never does. Set
+                 the learning rate before backward. A second backward before `step`, a GradScaler and `clip` are refused; torch's
+                 clip_grad_norm_ would find no gradient and do nothing.
+
+    Prototypes in bfloat16 are moved in float32, in which their state is kept, and rounded stochastically.
+    A step that classifier.is_finite() calls bad, or a GradScaler skips, changes nothing.
+    """
+
+    state_names: tuple[str, ...]
+    most_missed: int  # steps that "lazy" keeps in mind
+
+    def __init__(
+        self, classifier: PartialFC, defaults: dict[str, Any], unsampled: Literal["frozen", "lazy"] = "frozen", in_backward: bool = False
+    ) -> None:
+        if unsampled not in ("frozen", "lazy"):
+            raise ValueError(f"unsampled is {unsampled!r}, but must be 'frozen' or 'lazy'")
+        super().__init__(classifier.parameters(), defaults)
+        self.classifier, self.in_backward = classifier, in_backward
+        for parameter in self._parameters():
+            # From the start, so that a checkpoint always has them; zeros give torch's first step too.
+            matrices = {name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name in self.state_names}
+            self.state[parameter] = {"step": torch.zeros(()), **matrices}
+        self.is_lazy = unsampled == "lazy" and classifier.config.sample_rate < 1
+        self._missed: list[tuple[float, ...]] = []  # what the rows outside the sample missed, step by step since the last flush
+        if self.is_lazy:  # a row has made as many of these steps, the first ones, as its number here says
+            self._made_S = torch.zeros(len(classifier.prototypes), dtype=torch.int32, device=classifier.prototypes.device)
+        self._is_moving = False  # backward has moved rows, `step` is to come
+        self._step_supports_amp_scaling = True  # so that GradScaler calls `step` also to skip it, with its findings in `found_inf`
+        classifier.before_use = self._catch_up_sample if self.is_lazy else None
+        classifier.consumer = self if in_backward else None
+
+    def _move(self, group: dict[str, Any], step: int, grad_nD: Tensor, weight_nD: Tensor, *state_nD: Tensor) -> None:
+        """Makes a step of rows, in place; `step` counts from 0."""
+        raise NotImplementedError
+
+    def _missed_step(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """What will be needed to make this step later, without gradient."""
+        raise NotImplementedError
+
+    def _coefficients(self) -> np.ndarray:
+        """float64 [T + 1, k]: what takes a row through steps s, ..., T - 1 of the T in `_missed`, for each s."""
+        raise NotImplementedError
+
+    def _make_up(self, coefficients_n1: list[Tensor], weight_nD: Tensor, *state_nD: Tensor) -> None:
+        """Makes all steps that rows missed, in place."""
+        raise NotImplementedError
+
+    def _must_flush(self) -> bool:
+        return len(self._missed) == self.most_missed
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _steps(self, parameter: Tensor) -> int:
+        return int(self.state[parameter]["step"].numpy())  # on the CPU: nobody waits
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Moves the rows, unless backward has done so, and ends the classifier's step. With a GradScaler 1 all-reduce of a number."""
+        assert closure is None, f"{type(self).__name__} takes no closure"
+        if self.classifier.is_finite() and not self._is_skipped_by_scaler():
+            if self.in_backward:
+                self._refuse_gradient()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    is_prototypes = parameter is self.classifier.prototypes
+                    if parameter.grad is not None:
+                        self._move_by_grad(parameter, group)
+                    elif not (is_prototypes and self._is_moving):
+                        continue
+                    if is_prototypes and self.is_lazy:
+                        self._missed.append(self._missed_step(group, self._steps(parameter)))
+                    self.state[parameter]["step"] += 1
+        self._is_moving = False
+        if self._missed and self._must_flush():
+            self.flush()
+        self.classifier.end_step()
+
+    def _is_skipped_by_scaler(self) -> bool:
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return False
+        if self.in_backward:
+            raise ValueError("a GradScaler judges gradients after backward, in which in_backward=True has used them: use in_backward=False")
+        device = self.classifier.prototypes.device
+        (found,) = collectives.sum_packed([torch.as_tensor(found_inf, dtype=torch.float32, device=device)], self.classifier.group)
+        for parameter in self._parameters():
+            if parameter.grad is not None and scale is not None:
+                (parameter.grad._values() if parameter.grad.is_sparse else parameter.grad).div_(scale)
+        return bool(found)
+
+    def _move_by_grad(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        grad, sample = parameter.grad, self.classifier.sample
+        assert grad is not None
+        if not grad.is_sparse:
+            assert not self._missed or parameter is not self.classifier.prototypes, "a gradient of all rows after one of a sample"
+            self._move_rows(parameter, group, slice(0, len(_matrix(grad))), _matrix(grad))
+        else:
+            assert sample is not None
+            self._move_rows(parameter, group, sample.rows_K, self._sampled_gradient(parameter), sample.is_real_K)
+
+    def _sampled_gradient(self, parameter: Tensor) -> Tensor:
+        """[K, D]. Micro-batches of one step share their sample, and autograd appends their gradients to each other: here they are added."""
+        self._refuse_several_samples()
+        grad, sample = parameter.grad, self.classifier.sample
+        assert grad is not None and sample is not None
+        values, columns = grad._values(), len(sample.rows_K)
+        if len(values) > columns:
+            values = values.view(-1, columns, values.shape[1]).sum(dim=0)
+            parameter.grad = torch.sparse_coo_tensor(sample.rows_K[None], values, grad.shape, check_invariants=False)
+        return values
+
+    def _move_rows(self, parameter: Tensor, group: dict[str, Any], rows: Rows, grad_nD: Tensor, is_real_n: Tensor | None = None) -> None:
+        step = self._steps(parameter)
+        for part, (weight_nD, *state_nD) in self._chunks(parameter, rows, is_real_n):
+            self._move(group, step, grad_nD[part].to(weight_nD.dtype), weight_nD, *state_nD)
+        if self.is_lazy and isinstance(rows, Tensor):
+            self._count_made(rows, is_real_n, len(self._missed) + 1)
+
+    def _chunks(
+        self, parameter: Tensor, rows: Rows, is_real_n: Tensor | None = None, stream: int = 0
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Yields (slice of `rows`, [weight, *state] of them) for the loop's body to change in place, and writes them back after it: padding
+        (is_real_n False) as it was. `stream` keeps the random numbers of several roundings within one step apart."""
+        matrices = [_matrix(parameter.detach()), *(_matrix(self.state[parameter][name]) for name in self.state_names)]
+        count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+        size = max(1, CHUNK_ELEMENTS * (1 if parameter.device.type == "cpu" else 32) // max(1, matrices[0].shape[1]))
+        for first in range(0, count, size):
+            part = slice(first, min(first + size, count))
+            if isinstance(rows, Tensor):
+                rows_n = rows[part]
+                found = [matrix.index_select(0, rows_n) for matrix in matrices]
+            else:
+                span = rows.start + part.start, rows.start + part.stop
+                found = [matrix[slice(*span)] for matrix in matrices]
+            moved = [found[0].to(_wide(parameter)), *found[1:]]
+            yield part, moved
+            if parameter.dtype == torch.bfloat16:
+                ids_n = self.classifier.shard.first + (rows_n if isinstance(rows, Tensor) else torch.arange(*span, device=parameter.device))
+                moved[0] = round_to_bfloat16(moved[0], ids_n, (self.classifier.seed, self._steps(parameter), stream))
+            if not isinstance(rows, Tensor):
+                found[0].copy_(moved[0])  # the same tensor, unless rounded
+                continue
+            is_real_n1 = None if is_real_n is None else is_real_n[part, None]
+            if is_real_n1 is not None and is_real_n1.device.type == "cpu" and is_real_n1.numpy().all():
+                is_real_n1 = None  # most chunks have no padding; on a GPU the host would have to wait to know
+            for matrix, moved_nD in zip(matrices, moved, strict=True):
+                kept_nD = moved_nD if is_real_n1 is None else torch.where(is_real_n1, moved_nD, matrix.index_select(0, rows_n))
+                matrix.index_copy_(0, rows_n, kept_nD)
+
+    def _catch_up_sample(self, rows_K: Tensor) -> None:
+        """What the classifier calls with the rows of each new sample. Padding, which depends on the number of ranks, stays behind."""
+        assert self.classifier.sample is not None
+        self._catch_up(rows_K, self.classifier.sample.is_real_K)
+
+    @torch.no_grad()
+    def _catch_up(self, rows: Rows, is_real_n: Tensor | None = None) -> None:
+        """These rows make the steps that they missed."""
+        if self._missed:
+            prototypes = self.classifier.prototypes
+            table = torch.from_numpy(self._coefficients()).to(prototypes.device, _wide(prototypes), non_blocking=True)
+            made_n = self._made_S[rows]
+            for part, (weight_nD, *state_nD) in self._chunks(prototypes, rows, is_real_n, stream=1):
+                coefficients_kn = table.index_select(0, made_n[part]).T
+                self._make_up(list(coefficients_kn[..., None]), weight_nD, *state_nD)
+            self._count_made(rows, is_real_n, len(self._missed))
+
+    def _count_made(self, rows: Rows, is_real_n: Tensor | None, count: int) -> None:
+        self._made_S[rows] = count if is_real_n is None else torch.where(is_real_n, count, self._made_S[rows])
+
+    def flush(self) -> None:
+        """Lets all rows make the steps that they missed: before anything reads prototypes or state of classes that were not sampled, such
+        as an evaluation or a checkpoint of one's own (`state_dict` flushes by itself). Nothing to do but for "lazy"."""
+        if self._is_moving:
+            raise ValueError("the step is half done, as in_backward=True moved rows during backward: call step() first")
+        if self._missed:
+            self._catch_up(slice(0, len(self._made_S)))
+            self._missed.clear()
+            self._made_S.zero_()
+
+    def begin_update(self) -> None:
+        """The classifier's backward calls it once before `consume`, if in_backward."""
+        if self._is_moving:
+            raise ValueError(
+                f"a second backward before {type(self).__name__}.step(), but in_backward=True has moved prototypes by the first gradient: "
+                "call step() after every backward, or accumulate gradients with in_backward=False"
+            )
+        self._refuse_gradient()
+        self._refuse_several_samples()
+        self._is_moving = self.classifier.is_finite()
+
+    @torch.no_grad()
+    def consume(self, rows: Rows, gradient_nD: Tensor, is_real_n: Tensor | None = None) -> None:
+        """Moves rows by their gradient (float32; read only). No row comes twice in one backward; padding (is_real_n False) stays."""
+        if self._is_moving:
+            self._move_rows(self.classifier.prototypes, self.param_groups[0], rows, gradient_nD, is_real_n)
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales the gradient of prototypes to max_norm if its norm is larger, and returns the norm that it had, over the classes of all
+        ranks. Call it between backward and `step`, on every rank. 1 all-reduce of a number."""
+        if self.in_backward:
+            raise ValueError(
+                "in_backward=True has moved prototypes before the norm of their gradient is known: clip with in_backward=False"
+            )
+        prototypes = self.classifier.prototypes
+        values = prototypes.new_zeros(0) if prototypes.grad is None else prototypes.grad
+        if values.is_sparse:
+            values = self._sampled_gradient(prototypes)
+        square = torch.linalg.vector_norm(values, dtype=_wide(prototypes)).square()
+        (square,) = collectives.sum_packed([square], self.classifier.group)
+        norm = square.sqrt()
+        values.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+        return norm
+
+    def _refuse_gradient(self) -> None:
+        if self.classifier.prototypes.grad is not None:
+            raise ValueError("prototypes.grad is set, but in_backward=True would never use it: call zero_grad() before backward")
+
+    def _refuse_several_samples(self) -> None:
+        if self.classifier.draws > 1:
+            raise ValueError(
+                f"{self.classifier.draws} samples of classes were drawn since the last step, so that their gradients do not add up: "
+                "call classifier.begin_step(labels of all micro-batches) first"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of this rank's rows, all up to date."""
+        self.flush()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state stays float32 whatever the prototypes are kept in. A torch.optim optimizer's of the same rows will do."""
+        self.flush()
+        saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
+        for parameter, values in zip(self._parameters(), saved, strict=False):
+            for name in self.state_names:
+                shape = parameter.shape if values.get(name) is None else values[name].shape
+                if shape != parameter.shape:
+                    raise ValueError(
+                        f"the saved {name} has shape {list(shape)}, but this rank's parameter has {list(parameter.shape)}: "
+                        "load it on as many ranks as it was saved on"
+                    )
+        ours = dict(self.state)
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(ours)
+        for parameter, values in zip(self._parameters(), saved, strict=True):
+            for name, tensor in self.state[parameter].items():
+                tensor.zero_() if values.get(name) is None else tensor.copy_(values[name])
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Losses may have parameters that are no matrices."""
+    return tensor if tensor.ndim == 2 else tensor.view(-1, 1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype

@@ -1,0 +1,356 @@
+"""One parity suite for all kernels and options of the primitive: values and gradients against a dense float64 computation written here
+with the B x C matrix, in one process; sharded over ranks in test_sharded.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from partial_fc import similarity_statistics
+from partial_fc.kernels import chunked, walk
+from partial_fc.maps import Map
+from partial_fc.sources import Matrix
+
+KERNELS = ["reference", "chunked"]
+SHAPES = [(1, 1, 1), (1, 7, 3), (6, 1, 4), (7, 13, 5), (33, 700, 17), (16, 256, 32), (5, 257, 8)]  # batch, classes, width
+HARD_TWICE = Map(lambda n, f: torch.where(n > f, 1.5 * n + 0.2, n), bound=1.7)
+SQUARED = Map(lambda n, _: 2 * ((n + 1) / 2).pow(3) - 1)
+SQUARED_THROUGH = Map(SQUARED.function, slope="straight_through")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(walk, "TILE_BYTES", 1)  # 256 classes
+
+
+def make(batch, classes, width, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "features": randn(batch, width) * 3,
+        "prototypes": randn(classes, width) * 0.1,
+        "labels": torch.randint(0, classes, (batch,), generator=generator),
+        "bias": randn(classes),
+        "scale": randn(batch).abs() * 10 + 0.5,
+        "threshold": torch.tensor(1.7, dtype=dtype),
+        "parameter": randn(batch) * 0.3,
+        "included": torch.rand(classes, generator=generator) < 0.7,
+        "column_labels": torch.randint(0, max(1, classes // 2), (classes,), generator=generator),
+        "weights": [randn(batch), randn(batch), randn(classes)],
+    }
+
+
+def unit(x):
+    """x / |x|, and 0 for a row of zeros."""
+    return torch.where(x.norm(dim=1, keepdim=True) > 0, functional.normalize(x), 0 * x)
+
+
+def dense(case, x, w, scale, bias, threshold, *, reduction, map, masks, included, normalize, columns):
+    """(target cosine, non-target statistic, column statistic) from the whole matrix."""
+    labels = case["labels"]
+    cosines = unit(x) @ (unit(w) if normalize else w).T
+    target = cosines.gather(1, labels[:, None])[:, 0]
+    mapped = cosines
+    if map is not None:
+        mapped = map.function(cosines, case["parameter"][:, None])
+        if map.slope == "straight_through":
+            mapped = cosines + (mapped - cosines).detach()
+    logits = mapped * (scale[:, None] if isinstance(scale, torch.Tensor) else scale)
+    if bias is not None:
+        logits = logits + bias
+    if threshold is not None:
+        logits = logits - threshold
+    mask = labels[:, None] == torch.arange(len(w))
+    if masks:
+        mask = case["column_labels"][labels][:, None] == case["column_labels"]
+    if included:
+        mask = mask | ~case["included"]
+    logits = logits.masked_fill(mask, -math.inf)
+    softplus = torch.logaddexp(logits, torch.zeros_like(logits))
+    value = softplus.sum(dim=1) if reduction == "softplus_sum" else torch.logsumexp(logits, dim=1)
+    return target, value, torch.logsumexp(logits, dim=0) if columns else None
+
+
+def gradients(case, function, scale_is_vector, with_bias, with_threshold):
+    """Outputs and gradients of a weighted sum of them; a log-sum-exp of nothing has no gradient."""
+    inputs = [case["features"], case["prototypes"]]
+    inputs += [case["scale"]] * scale_is_vector + [case["bias"]] * with_bias + [case["threshold"]] * with_threshold
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    rest = inputs[2:]
+    scale = rest.pop(0) if scale_is_vector else 20.0
+    bias = rest.pop(0) if with_bias else None
+    outputs = function(inputs[0], inputs[1], scale, bias, rest.pop(0) if with_threshold else None)
+    value = sum(
+        (weight * output.where(torch.isfinite(output), 0)).sum()
+        for weight, output in zip(case["weights"], outputs, strict=True)
+        if output is not None
+    )
+    return [output for output in outputs if output is not None], torch.autograd.grad(value, inputs)
+
+
+OPTIONS = {
+    "plain": {},
+    "vector scale": {"vector": True},
+    "bias": {"bias": True},
+    "included": {"included": True},
+    "included and bounded bias": {"included": True, "bias": True, "bounded": True},
+    "columns": {"columns": True},
+    "columns, bias, vector scale": {"columns": True, "bias": True, "vector": True},
+    "several columns of a label": {"masks": True},
+    "unnormalised prototypes": {"normalize": False},
+    "map": {"map": SQUARED},
+    "map, straight-through": {"map": SQUARED_THROUGH},
+    "map with parameter, vector scale, bias": {"map": HARD_TWICE, "vector": True, "bias": True},
+    "softplus": {"reduction": "softplus_sum"},
+    "softplus, threshold": {"reduction": "softplus_sum", "threshold": True},
+    "softplus, threshold, bias, vector scale": {"reduction": "softplus_sum", "threshold": True, "bias": True, "vector": True},
+    "softplus, map, included": {"reduction": "softplus_sum", "map": SQUARED_THROUGH, "included": True},
+}
+
+
+def both(case, kernel, option, dtype="float32"):
+    """((outputs, gradients) of the primitive, the same of the dense computation)."""
+    flags = {"reduction": "log_sum_exp", "map": None, "masks": False, "included": False, "normalize": True, "columns": False}
+    flags |= {key: value for key, value in option.items() if key in flags}
+    chosen = [option.get("vector", False), option.get("bias", False), option.get("threshold", False)]
+
+    def ours(x, w, scale, bias, threshold):
+        statistics = similarity_statistics(
+            x,
+            w,
+            case["column_labels"][case["labels"]] if flags["masks"] else case["labels"],
+            scale=scale,
+            reduction=flags["reduction"],
+            threshold=threshold,
+            column_bias_S=bias,
+            bias_is_bounded=option.get("bounded", False),
+            included_S=case["included"] if flags["included"] else None,
+            map=flags["map"],
+            map_parameter_B=case["parameter"] if flags["map"] is not None else None,
+            column_labels_S=case["column_labels"] if flags["masks"] else None,
+            target_columns_B=case["labels"],
+            normalize_prototypes=flags["normalize"],
+            column_statistics=flags["columns"],
+            dtype=dtype,
+            kernel=kernel,
+        )
+        return statistics.target_B, statistics.non_target_B, statistics.column_S
+
+    def oracle(x, w, scale, bias, threshold):
+        return dense(case, x, w, scale, bias, threshold, **flags)
+
+    return gradients(case, ours, *chosen), gradients(case, oracle, *chosen)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float64(kernel, option, shape):
+    ours, exact = both(make(*shape), kernel, OPTIONS[option])
+    for value, expected in zip([*ours[0], *ours[1]], [*exact[0], *exact[1]], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 600), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from(sorted(OPTIONS)))
+def test_float64_at_any_size(batch, classes, width, seed, option):
+    ours, exact = both(make(batch, classes, width, seed=seed), "chunked", OPTIONS[option])
+    for value, expected in zip([*ours[0], *ours[1]], [*exact[0], *exact[1]], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
+
+
+def errors(found, exact):
+    """Of outputs (absolute) and gradients (relative, over the whole tensor)."""
+    outputs = [float((a - b).detach().abs().nan_to_num().max()) for a, b in zip(found[0], exact[0], strict=True)]
+    return outputs, [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in zip(found[1], exact[1], strict=True)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_low_precision_is_as_good_as_the_dense_computation_in_it(option, dtype):
+    """Allowance: twice the error of the dense computation in the same dtype (bfloat16: operands and logits rounded, the rest float32)."""
+    case = make(64, 900, 48)
+    exact = both(case, "reference", OPTIONS[option])[1]
+    single = {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for key, value in case.items()}
+    single["weights"] = [weight.float() for weight in case["weights"]]
+    ours, dense_single = both(single, "chunked", OPTIONS[option], dtype)
+    if dtype == "bfloat16":
+
+        class Rounded(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.bfloat16().to(x.dtype)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad.bfloat16().to(grad.dtype)
+
+        round_off = Rounded.apply
+        original, functional_matmul = torch.Tensor.__matmul__, torch.Tensor.__matmul__
+        try:
+            torch.Tensor.__matmul__ = lambda a, b: round_off(functional_matmul(round_off(a), round_off(b)))
+            dense_single = both(single, "reference", OPTIONS[option])[1]
+        finally:
+            torch.Tensor.__matmul__ = original
+    allowed = errors(dense_single, exact)
+    found = errors(ours, exact)
+    floor = 2e-6 if dtype == "float32" else 4e-3
+    for ours_error, dense_error in zip(found[0] + found[1], allowed[0] + allowed[1], strict=True):
+        assert ours_error <= 2 * dense_error + floor, (found, allowed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 3, 2)])
+@pytest.mark.parametrize("k", [1, 4])
+def test_top_k(kernel, shape, k):
+    case = make(*shape)
+    inputs = [case[name].clone().requires_grad_() for name in ("features", "prototypes")]
+    found = similarity_statistics(*inputs, case["labels"], scale=1.0, reduction="top_k", k=k, kernel=kernel, first_class=0)
+    exact_inputs = [case[name].clone().requires_grad_() for name in ("features", "prototypes")]
+    cosines = unit(exact_inputs[0]) @ unit(exact_inputs[1]).T
+    others = cosines.scatter(1, case["labels"][:, None], -2.0)
+    padded = torch.cat([others, others.new_full((len(others), k), -2.0)], dim=1)
+    values, columns = padded.topk(k, dim=1)
+    torch.testing.assert_close(found.non_target_B, values)
+    torch.testing.assert_close(found.target_B, cosines.gather(1, case["labels"][:, None])[:, 0])
+    there = values > -2
+    if min(shape[1], 300) > 2 and shape[2] > 1:  # no ties
+        assert torch.equal(found.classes_Bk, columns.where(there, -1))
+    weights = torch.linspace(-1, 2, values.numel(), dtype=torch.float64).view_as(values)
+    slopes = torch.autograd.grad(((weights * found.non_target_B).where(there, 0)).sum() + (found.target_B**2).sum(), inputs)
+    target = cosines.gather(1, case["labels"][:, None])[:, 0]
+    expected = torch.autograd.grad(((weights * values).where(there, 0)).sum() + (target**2).sum(), exact_inputs)
+    if shape[2] > 1:
+        for slope, exact in zip(slopes, expected, strict=True):
+            torch.testing.assert_close(slope, exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("option", ["plain", "bias", "map", "softplus, threshold", "columns, bias, vector scale"])
+def test_finite_differences(option):
+    case, flags = make(3, 7, 4), OPTIONS[option]
+    inputs = [case[name].clone().requires_grad_() for name in ("features", "prototypes", "bias", "scale", "threshold")]
+
+    def value(x, w, bias, scale, threshold):
+        statistics = similarity_statistics(
+            x,
+            w,
+            case["labels"],
+            scale=scale if flags.get("vector") else 20.0,
+            reduction=flags.get("reduction", "log_sum_exp"),
+            threshold=threshold if flags.get("threshold") else None,
+            column_bias_S=bias if flags.get("bias") else None,
+            map=flags.get("map"),
+            column_statistics=flags.get("columns", False),
+        )
+        return [output for output in (statistics.target_B, statistics.non_target_B, statistics.column_S) if output is not None]
+
+    assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("reduction", ["log_sum_exp", "softplus_sum", "top_k"])
+def test_rows_without_direction_have_cosine_0_and_no_gradient(kernel, reduction):
+    features, prototypes = torch.randn(4, 8), torch.randn(9, 8)
+    features[1] = prototypes[2] = prototypes[5] = 0
+    labels = torch.tensor([0, 1, 2, 3])
+    inputs = [features.requires_grad_(), prototypes.requires_grad_()]
+    statistics = similarity_statistics(*inputs, labels, scale=64.0, reduction=reduction, k=8, kernel=kernel)
+    assert statistics.target_B[1] == 0 and statistics.target_B[2] == 0
+    (statistics.non_target_B.sum() - statistics.target_B.sum() + statistics.norms_B.sum()).backward()
+    assert features.grad[1].abs().max() == 0 and prototypes.grad[[2, 5]].abs().max() == 0
+    assert torch.isfinite(features.grad).all() and torch.isfinite(prototypes.grad).all()
+    assert features.grad[0].abs().max() > 0 and prototypes.grad[0].abs().max() > 0
+
+
+class Mixture(Matrix):
+    """What another source looks like: every prototype is mixed with a constant direction."""
+
+    def __init__(self, prototypes, memory):
+        super().__init__(prototypes)
+        self.memory = memory
+
+    def load(self, rows):
+        return 0.8 * super().load(rows) + 0.2 * self.memory[rows]
+
+    def collect(self, room=None):
+        inner = super().collect(room)
+
+        class Scaled:
+            def store(self, rows, gradient):
+                inner.store(rows, 0.8 * gradient)
+
+            def gradients(self):
+                return inner.gradients()
+
+        return Scaled()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("reduction", ["log_sum_exp", "softplus_sum", "top_k"])
+def test_prototypes_from_another_source(kernel, reduction):
+    case = make(9, 600, 6)
+    memory = torch.randn(600, 6, dtype=torch.float64)
+    prototypes = [case["prototypes"].clone().requires_grad_() for _ in range(2)]
+    for source, leaf in ((Mixture(prototypes[0], memory), prototypes[0]), (0.8 * prototypes[1] + 0.2 * memory, prototypes[1])):
+        statistics = similarity_statistics(case["features"], source, case["labels"], scale=9.0, reduction=reduction, k=3, kernel=kernel)
+        (statistics.non_target_B.sum() - 3 * statistics.target_B.sum()).backward()
+        assert leaf.grad is not None
+    torch.testing.assert_close(prototypes[0].grad, prototypes[1].grad)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("own", "wrong"), [(0.25, 0.0), (0.55, 0.0), (0.68, 0.0), (0.93, 0.0), (0.75, 0.3), (0.85, 0.45)])
+def test_bfloat16_gradients_are_within_a_percent_from_first_to_last_step(dtype, own, wrong):
+    """Samples made of their own prototype, a wrong one and noise. A dense bfloat16 softmax is 30 to 90 % wrong near convergence."""
+    generator = torch.Generator().manual_seed(1)
+    prototypes = torch.randn(4000, 256, generator=generator) * 0.01
+    labels = torch.randint(0, 4000, (96,), generator=generator)
+    units, noise = functional.normalize(prototypes), functional.normalize(torch.randn(96, 256, generator=generator))
+    features = own * units[labels] + wrong * units[(labels + 7) % 4000] + math.sqrt(1 - own**2 - wrong**2) * noise
+    found = []
+    for kind, kernel, number in ((dtype, "chunked", torch.float32), ("float32", "reference", torch.float64)):
+        inputs = [features.to(number).requires_grad_(), prototypes.to(number).requires_grad_()]
+        statistics = similarity_statistics(*inputs, labels, scale=64.0, dtype=kind, kernel=kernel)
+        loss = chunked.softplus(statistics.non_target_B - 64 * (statistics.target_B - 0.4)).mean()
+        found.append([slope.double() for slope in torch.autograd.grad(loss, inputs)])
+    for slope, exact in zip(*found, strict=True):
+        assert float((slope - exact).norm() / exact.norm()) < (0.01 if dtype == "bfloat16" else 1e-4)
+
+
+def test_an_empty_shard_has_no_part():
+    case = make(5, 3, 4)
+    prototypes = case["prototypes"][:0].clone().requires_grad_()
+    features = case["features"].clone().requires_grad_()
+    for reduction in ("log_sum_exp", "softplus_sum", "top_k"):
+        statistics = similarity_statistics(features, prototypes, case["labels"], scale=4.0, reduction=reduction)
+        (statistics.target_B.sum() + statistics.non_target_B.clamp(min=-9).sum()).backward()
+        assert prototypes.grad.shape == (0, 4) and features.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kernel": "cuda"}, "kernel 'cuda' is unknown: choose one of"),
+        ({"reduction": "mean"}, "reduction 'mean' is unknown"),
+        ({"dtype": "float16"}, "dtype 'float16' is unknown"),
+        ({"reduction": "top_k", "k": 0}, "top_k takes k >= 1"),
+        ({"reduction": "top_k", "map": SQUARED}, "neither map nor column_statistics"),
+        ({"threshold": torch.tensor(1.0)}, "a threshold belongs to softplus_sum"),
+    ],
+)
+def test_bad_options_end_in_a_sentence(options, sentence):
+    case = make(3, 4, 2)
+    with pytest.raises(ValueError, match=sentence):
+        similarity_statistics(case["features"], case["prototypes"], case["labels"], scale=1.0, **options)
+    with pytest.raises(ValueError, match="slope of a map is 'none'"):
+        Map(torch.neg, slope="none")
+    with pytest.raises(ValueError, match="features have width 2, but the prototypes have width 3"):
+        similarity_statistics(case["features"], torch.ones(4, 3), case["labels"], scale=1.0)
