@@ -177,8 +177,7 @@ class _Sums(torch.autograd.Function):
             bias_S=None if bias_S is None else bias_S.detach(),
             scale_B1=None if scale_B1 is None else scale_B1.detach(),
         )
-        # What nobody will differentiate needs no room for a gradient.
-        rows = kernel.forward(question, source, source.room() if keeps else None)
+        rows = kernel.forward(question, source, keeps)
         if question.bounded or question.reduction == "softplus_sum":
             target_B, sum_B = collectives.sum_packed([rows.target_B, rows.sum_B], group)
             log_sum_B = sum_B.log()

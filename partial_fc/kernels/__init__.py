@@ -79,8 +79,9 @@ class Wanted(NamedTuple):
 
 
 class Kernel(Protocol):
-    def forward(self, question: Question, source: Source, room: Tensor | None = None) -> Rows:
-        """`room` is the source's, in which a kernel may keep something for its backward, which then passes it to `source.collect`."""
+    def forward(self, question: Question, source: Source, keeps: bool = False) -> Rows:
+        """`keeps` tells that backward will follow: what it can use may be kept in `source.room()`, which backward passes to
+        `source.collect`."""
         ...
 
     def backward(self, question: Question, source: Source, known: Known, slopes: Slopes, wanted: Wanted) -> Gradients: ...

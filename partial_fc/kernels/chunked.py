@@ -12,7 +12,7 @@ from partial_fc.kernels.walk import LN_2, Kept, Walk, Weights, multiply
 from partial_fc.sources import Source
 
 
-def forward(question: Question, source: Source, room: Tensor | None = None) -> Rows:
+def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
     shifts = question.reduction == "log_sum_exp" and not question.bounded
     sum_B = question.queries_BD.new_zeros(len(question.queries_BD))
     shift_B = torch.full_like(sum_B, -torch.inf) if shifts else torch.zeros_like(sum_B)
@@ -21,9 +21,9 @@ def forward(question: Question, source: Source, room: Tensor | None = None) -> R
         return Rows(sum_B.clone(), sum_B, shift_B, column_S)
     walk = Walk(question, source)
     # A GPU computes weights again faster than it writes and reads them; other weights need what forward has not got yet.
-    keeps = question.reduction == "log_sum_exp" and question.bounded and question.map is None and column_S is None
-    if room is not None and room.device.type == "cpu" and keeps:
-        walk.kept = Kept(room, len(sum_B), question.dtype)
+    if keeps and sum_B.device.type == "cpu" and not shifts and question.reduction == "log_sum_exp" and question.map is None:
+        room = source.room() if column_S is None else None
+        walk.kept = None if room is None else Kept(room, len(sum_B), question.dtype)
     hardest_B, apart_B = torch.full_like(sum_B, -torch.inf), torch.full_like(question.target_rows_B, -1)
     for chunk in walk.chunks():
         logits_Bn = walk.tile_of(chunk).logits_Bn

@@ -174,7 +174,7 @@ def _added(total: Total, blocks: Total, reduction: str) -> Total:
     return Total(sum_B, largest_B, rows_B)
 
 
-def forward(question: Question, source: Source, room: Tensor | None = None) -> Rows:
+def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
     if not source.shape[0] or not len(question.queries_BD):
         return chunked.forward(question, source)
     with torch.cuda.device_of(question.queries_BD):

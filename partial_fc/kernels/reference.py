@@ -34,7 +34,7 @@ def _logits(question: Question, prototypes_SD: Tensor) -> tuple[Tensor, Tensor]:
     return target_B, logits_BS.masked_fill(masked_BS, -torch.inf)
 
 
-def forward(question: Question, source: Source, room: Tensor | None = None) -> Rows:
+def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
     target_B, logits_BS = _logits(question, source.load(slice(0, source.shape[0])))
     shift_B = torch.zeros_like(target_B)
     column_S = torch.logsumexp(logits_BS, dim=0) if question.columns else None
