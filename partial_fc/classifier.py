@@ -14,6 +14,7 @@ from partial_fc import collectives, sampling
 from partial_fc.collectives import Group
 from partial_fc.inputs import Check, check_labels, check_shapes
 from partial_fc.losses import Loss
+from partial_fc.memory import Memory
 from partial_fc.sampling import Sample
 from partial_fc.shards import ClassShard, initial_prototypes
 from partial_fc.similarity import Statistics, hardest_non_target, similarity_statistics
@@ -107,6 +108,7 @@ class PartialFC(nn.Module):
         self._checks: list[Check] = []  # of this step, not yet read
         self._is_finite = True  # as far as they are
         self.kernel = kernel
+        self.memory = Memory()
         self.gradient_factor = float(ranks) if feature_gradient == "averaged" else 1.0
         self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[storage_dtype]))
 
@@ -222,7 +224,9 @@ class PartialFC(nn.Module):
         asked |= {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
         first = self.shard.first
         if self.config.sample_rate == 1:
-            return similarity_statistics(features_BD, Matrix(self.prototypes, self.consumer), labels_B, first_class=first, **asked)
+            return similarity_statistics(
+                features_BD, Matrix(self.prototypes, self.consumer, self.memory), labels_B, first_class=first, **asked
+            )
         if not self.is_step_begun:
             self._draw(labels_B)
         assert self.sample is not None
@@ -231,7 +235,7 @@ class PartialFC(nn.Module):
             correction_K = torch.where(self.sample.is_certain_K, 0.0, -math.log(self.config.sample_rate))
         return similarity_statistics(
             features_BD,
-            SampledRows(self.prototypes, self.sample.rows_K, self.sample.is_real_K, self.consumer),
+            SampledRows(self.prototypes, self.sample.rows_K, self.sample.is_real_K, self.consumer, self.memory),
             labels_B,
             classes_S=self.sample.rows_K + first,
             target_columns_B=self.sample.columns_of(labels_B - first),

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from partial_fc.memory import Memory
+
 
 class Collector(Protocol):
     """Takes the gradient of one backward pass."""
@@ -22,6 +24,7 @@ class Collector(Protocol):
 
 
 class Source(Protocol):
+    memory: Memory  # for what a step needs
     tensors: tuple[Tensor, ...]  # what the prototypes are made of, for autograd
     shape: tuple[int, int]  # rows, width
 
@@ -48,47 +51,53 @@ class Consumer(Protocol):
 class Matrix:
     """All rows of a matrix [S, D]. Its gradient is dense."""
 
-    def __init__(self, prototypes_SD: Tensor, consumer: Consumer | None = None) -> None:
+    def __init__(self, prototypes_SD: Tensor, consumer: Consumer | None = None, memory: Memory | None = None) -> None:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
         self.shape = (prototypes_SD.shape[0], prototypes_SD.shape[1])
-        self.consumer = consumer
+        self.consumer, self.memory = consumer, memory or Memory()
 
     def load(self, rows: slice | Tensor) -> Tensor:
         return _widened(self.tensors[0].detach()[rows])
 
     def room(self) -> Tensor | None:
-        return torch.empty_like(self.tensors[0]) if self.consumer is None else None
+        return _empty(self, self.shape) if self.consumer is None else None
 
     def collect(self, room: Tensor | None = None) -> Collector:
         if self.consumer is not None:
             return _Consumed(self.consumer, None, None)
-        return _Dense(torch.empty_like(self.tensors[0]) if room is None else room)
+        return _Dense(_empty(self, self.shape) if room is None else room)
 
 
 class SampledRows:
     """Rows `rows_K` of a matrix [S, D], distinct. Its gradient is a sparse tensor of these rows. `is_real_K` is False for padding."""
 
-    def __init__(self, prototypes_SD: Tensor, rows_K: Tensor, is_real_K: Tensor, consumer: Consumer | None = None) -> None:
+    def __init__(
+        self, prototypes_SD: Tensor, rows_K: Tensor, is_real_K: Tensor, consumer: Consumer | None = None, memory: Memory | None = None
+    ) -> None:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
         self.shape = (len(rows_K), prototypes_SD.shape[1])
-        self.rows_K, self.is_real_K, self.consumer = rows_K, is_real_K, consumer
-        self.memory = prototypes_SD.new_empty(0)
+        self.rows_K, self.is_real_K, self.consumer, self.memory = rows_K, is_real_K, consumer, memory or Memory()
+        self.loaded = prototypes_SD.new_empty(0)
 
     def load(self, rows: slice | Tensor) -> Tensor:
         prototypes_SD = self.tensors[0].detach()
         if isinstance(rows, Tensor):
             return _widened(prototypes_SD.index_select(0, self.rows_K[rows]))
-        if len(self.memory) < rows.stop - rows.start:
-            self.memory = prototypes_SD.new_empty(rows.stop - rows.start, self.shape[1])
-        return _widened(torch.index_select(prototypes_SD, 0, self.rows_K[rows], out=self.memory[: rows.stop - rows.start]))
+        if len(self.loaded) < rows.stop - rows.start:
+            self.loaded = _empty(self, (rows.stop - rows.start, self.shape[1]))
+        return _widened(torch.index_select(prototypes_SD, 0, self.rows_K[rows], out=self.loaded[: rows.stop - rows.start]))
 
     def room(self) -> Tensor | None:
-        return self.tensors[0].new_empty(self.shape) if self.consumer is None else None
+        return _empty(self, self.shape) if self.consumer is None else None
 
     def collect(self, room: Tensor | None = None) -> Collector:
         if self.consumer is not None:
             return _Consumed(self.consumer, self.rows_K, self.is_real_K)
-        return _Sparse(self.tensors[0].new_empty(self.shape) if room is None else room, self.rows_K, self.tensors[0].shape)
+        return _Sparse(_empty(self, self.shape) if room is None else room, self.rows_K, self.tensors[0].shape)
+
+
+def _empty(source: Matrix | SampledRows, shape: tuple[int, int]) -> Tensor:
+    return source.memory.empty(shape, source.tensors[0].dtype, source.tensors[0].device)
 
 
 def _widened(prototypes_nD: Tensor) -> Tensor:

@@ -88,10 +88,13 @@ class Walk:
         return max(256, TILE_BYTES // (batch * self.question.dtype.itemsize))
 
     def allocate(self, batch: int, width: int) -> None:
-        self.tile = self.queries_BD.new_empty(batch * self.size)
+        self.tile = self.empty(self.question.dtype, batch * self.size)
         self.wide_tile: Tensor | None = None
-        self.units, self.weighted_units = (self.queries_BD.new_empty(self.size, width) for _ in range(2))
-        self.wide, self.spare = (self.question.queries_BD.new_empty(self.size + 1, width) for _ in range(2))
+        self.units, self.weighted_units = (self.empty(self.question.dtype, self.size, width) for _ in range(2))
+        self.wide, self.spare = (self.empty(self.question.queries_BD.dtype, self.size + 1, width) for _ in range(2))
+
+    def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return self.source.memory.empty(shape, dtype, self.queries_BD.device)
 
     def chunks(self) -> Iterator[Chunk]:
         for first in range(0, self.classes, self.size):
@@ -132,7 +135,7 @@ class Walk:
 
     def _wide_tile(self, batch: int, columns: int) -> Tensor:
         if self.wide_tile is None:
-            self.wide_tile = self.wide.new_empty(batch * self.size)
+            self.wide_tile = self.empty(self.wide.dtype, batch * self.size)
         return self.wide_tile[: batch * columns].view(batch, columns)
 
     def weigh(self, chunk: Chunk, weights: Weights) -> tuple[Tensor, Tile]:
