@@ -275,10 +275,10 @@ class Mixture(Matrix):
 
     def __init__(self, prototypes, memory):
         super().__init__(prototypes)
-        self.memory = memory
+        self.constant = memory
 
     def load(self, rows):
-        return 0.8 * super().load(rows) + 0.2 * self.memory[rows]
+        return 0.8 * super().load(rows) + 0.2 * self.constant[rows]
 
     def collect(self, room=None):
         inner = super().collect(room)
