@@ -59,6 +59,8 @@ class Setting:
 def rows(settings: list[Setting], allocators: Sequence[Allocator]) -> Iterator[dict[str, Any]]:
     """One row of figures per setting and allocator, each measured in new processes."""
     if torch.cuda.is_available():
+        if any(setting.ranks > torch.cuda.device_count() for setting in settings):
+            raise ValueError(f"--ranks asks for one GPU each, but there are {torch.cuda.device_count()}: use at most so many")
         allocators = ["default"]  # torch's own allocator on a GPU
     for setting in settings:
         for allocator in allocators:
@@ -86,12 +88,13 @@ def measure(setting: Setting) -> dict[str, Any]:
 def _rank(rank: int, setting: Setting, store: str, results: Any) -> None:
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     torch.set_num_threads(setting.threads)
-    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= setting.ranks
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if setting.ranks > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=setting.ranks)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store}", rank=rank, world_size=setting.ranks
+        )
     figures = _figures(setting, rank, device)
     if rank == 0:
         results.put(figures)

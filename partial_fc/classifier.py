@@ -148,6 +148,7 @@ class PartialFC(nn.Module):
     def _judge(self, check: Check) -> bool:
         labels, features = check.faults()
         if labels or (features and self.config.non_finite == "raise"):
+            self._is_finite = False  # for whoever goes on
             raise ValueError(labels or features)
         return not features
 
@@ -171,13 +172,17 @@ class PartialFC(nn.Module):
             raise ValueError("the batch is empty on every rank: a step needs at least one sample")
         return counts
 
-    def _draw(self, labels_B: Tensor) -> None:
+    def _draw(self, labels_B: Tensor) -> Sample:
+        """A new sample for this step; without gradient (a validation loss) one that leaves no trace."""
         certain_n = torch.cat([labels_B, self._nearest(labels_B)])
-        self.sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.step)
-        self.step += 1
-        self.draws += 1
-        if self.before_use is not None:
-            self.before_use(self.sample.rows_K)
+        sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.step)
+        if torch.is_grad_enabled():
+            self.sample = sample
+            self.step += 1
+            self.draws += 1
+            if self.before_use is not None:
+                self.before_use(sample.rows_K)
+        return sample
 
     @torch.no_grad()
     def _nearest(self, labels_B: Tensor) -> Tensor:
@@ -194,7 +199,9 @@ class PartialFC(nn.Module):
             own_BD = self.prototypes[rows_B.clamp(0, self.shard.rows - 1)].float().where(is_here_B1, 0)
         (prototypes_BD,) = collectives.sum_packed([own_BD], self.group)
         asked: dict[str, Any] = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group, "first_class": first}
-        found = similarity_statistics(prototypes_BD, Matrix(self.prototypes), labels_B, scale=1.0, reduction="top_k", k=k, **asked)
+        found = similarity_statistics(
+            prototypes_BD, Matrix(self.prototypes, memory=self.memory), labels_B, scale=1.0, reduction="top_k", k=k, **asked
+        )
         assert found.classes_Bk is not None
         return found.classes_Bk.flatten()
 
@@ -210,6 +217,8 @@ class PartialFC(nn.Module):
         check_shapes(features_bD, labels_b, self.width)
         counts = self._counts(labels_b)
         gather_dtype = DTYPES[self.config.gather_dtype]
+        if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
+            features_bD = features_bD.detach().requires_grad_()  # a rank without rows has a part in the reduce-scatter too
         features_BD = collectives.gather_rows(features_bD.float(), self.group, self.gradient_factor, counts, gather_dtype)
         labels_B = collectives.gather_constant(labels_b, self.group, counts)
         self._check(features_BD, labels_B, counts)
@@ -227,19 +236,18 @@ class PartialFC(nn.Module):
             return similarity_statistics(
                 features_BD, Matrix(self.prototypes, self.consumer, self.memory), labels_B, first_class=first, **asked
             )
-        if not self.is_step_begun:
-            self._draw(labels_B)
-        assert self.sample is not None
+        sample = self.sample if self.is_step_begun else self._draw(labels_B)
+        assert sample is not None
         correction_K = None
         if self.config.correct_rate:
-            correction_K = torch.where(self.sample.is_certain_K, 0.0, -math.log(self.config.sample_rate))
+            correction_K = torch.where(sample.is_certain_K, 0.0, -math.log(self.config.sample_rate))
         return similarity_statistics(
             features_BD,
-            SampledRows(self.prototypes, self.sample.rows_K, self.sample.is_real_K, self.consumer, self.memory),
+            SampledRows(self.prototypes, sample.rows_K, sample.is_real_K, self.consumer, self.memory),
             labels_B,
-            classes_S=self.sample.rows_K + first,
-            target_columns_B=self.sample.columns_of(labels_B - first),
-            included_S=self.sample.is_real_K,
+            classes_S=sample.rows_K + first,
+            target_columns_B=sample.columns_of(labels_B - first),
+            included_S=sample.is_real_K,
             column_bias_S=correction_K,
             bias_is_bounded=True,  # at most C sample_rate classes, each weighed by at most 1 / sample_rate
             **asked,
@@ -256,6 +264,10 @@ class PartialFC(nn.Module):
         features_BD = collectives.gather_constant(features_bD.float(), self.group, counts)
         labels_B = collectives.gather_constant(labels_b, self.group, counts)
         return hardest_non_target(features_BD, self.prototypes, labels_B, first_class=self.shard.first, group=self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no optimizer."""
+        return {**self.__dict__, "before_use": None, "consumer": None}
 
     def extra_repr(self) -> str:
         first, stop = self.shard.first, self.shard.first + self.shard.rows

@@ -37,7 +37,10 @@ class Check:
     ) -> None:
         self.num_classes, self.counts, self.step = num_classes, counts, step
         is_wrong_B = (labels_B < 0) | (labels_B >= num_classes)
-        is_unknown_B = torch.zeros_like(is_wrong_B) if step_labels_B is None else ~torch.isin(labels_B, step_labels_B)
+        is_unknown_B = torch.full_like(is_wrong_B, step_labels_B is not None)
+        if step_labels_B is not None and len(step_labels_B):
+            sorted_B = step_labels_B.sort().values  # torch.isin would wait for the device
+            is_unknown_B = sorted_B[torch.searchsorted(sorted_B, labels_B).clamp_(max=len(sorted_B) - 1)] != labels_B
         smallest_B, largest_B = features_BD.detach().amin(dim=1), features_BD.detach().amax(dim=1)  # both pass NaN on; isfinite is slow
         is_infinite_B = ~(smallest_B.isfinite() & largest_B.isfinite())
         bad_3B = torch.stack([is_wrong_B, is_unknown_B, is_infinite_B])

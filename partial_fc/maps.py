@@ -23,9 +23,9 @@ class Map:
         if self.slope not in ("exact", "straight_through"):
             raise ValueError(f"the slope of a map is {self.slope!r}, but must be 'exact' or 'straight_through'")
 
-    def with_slope(self, cosines_Bn: Tensor, parameter_B1: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(mapped, slope) of a tile; None stands for a slope of 1."""
-        if self.slope == "straight_through":
+    def with_slope(self, cosines_Bn: Tensor, parameter_B1: Tensor | None, wants_slope: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(mapped, slope) of a tile; None stands for a slope of 1, or for one that is not wanted."""
+        if self.slope == "straight_through" or not wants_slope:
             return self.function(cosines_Bn, parameter_B1), None
         with torch.enable_grad():
             cosines_Bn = cosines_Bn.detach().requires_grad_()

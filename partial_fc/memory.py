@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,31 +13,37 @@ from torch import Tensor
 
 LEAST_BYTES = 1 << 20  # less than this malloc keeps by itself
 ALIGNMENT = 64
+IDLE_CALLS = 64  # some steps: memory that nobody wanted for so long goes back to the system
+
+
+class Block(NamedTuple):
+    memory: np.ndarray
+    user: weakref.ref[np.ndarray]  # to the part that a tensor lies in
+    call: int  # that gave it out
 
 
 class Memory:
     """Gives out tensors, and the same memory again once nobody refers to a tensor in it. On a GPU torch's own allocator does that."""
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []  # memory, and what is used of it
+        self.blocks: list[Block] = []
+        self.calls = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
-        free = [place for place, (block, _) in enumerate(self.blocks) if self._is_free(place) and len(block) == size + ALIGNMENT]
-        if free:
-            block, _ = self.blocks.pop(free[0])
-        else:  # sizes have changed, or this is the first step: what is not in use may never be again
-            self.blocks = [block for place, block in enumerate(self.blocks) if not self._is_free(place)]
-            block = np.empty(size + ALIGNMENT, np.uint8)
-        start = -block.ctypes.data % ALIGNMENT
-        used = block[start : start + size]  # lives as long as the tensor's storage, whoever holds that
-        self.blocks.append((block, weakref.ref(used)))
+        self.calls += 1
+        fitting = [block.memory for block in self.blocks if block.user() is None and size <= len(block.memory) - ALIGNMENT <= 2 * size]
+        memory = min(fitting, key=len) if fitting else np.empty(size + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        used = memory[start : start + size]  # lives as long as the tensor's storage, whoever holds that
+        others = [block for block in self.blocks if block.memory is not memory and not self._is_idle(block)]
+        self.blocks = [*others, Block(memory, weakref.ref(used), self.calls)]
         return torch.from_numpy(used).view(dtype).view(shape)
 
-    def _is_free(self, place: int) -> bool:
-        return self.blocks[place][1]() is None
+    def _is_idle(self, block: Block) -> bool:
+        return block.user() is None and self.calls - block.call > IDLE_CALLS
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, ()  # a copy has memory of its own

@@ -28,8 +28,8 @@ def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction 
 
     features_BD  global batch (the same rows on every rank), any norm; the gradient is this rank's part, as in similarity_statistics
     labels_B     int64 global class ids
-    reduction    maps (cosines [n, B], is_positive [n, B], is_negative [n, B]) of a block of n samples to tensors [n] or [n, k], in torch
-                 operations, row by row; it is called again in backward. A sample is neither its own positive nor its negative
+    reduction    maps (cosines [n, B], is_positive [n, B], is_negative [n, B]) of a block of n samples to float tensors [n] or [n, k], in
+                 torch operations, row by row; it is called again in backward. A sample is neither its own positive nor its negative
 
     A rank computes B / N rows: 2 B^2 D / N operations, 6 more in backward. Communicates 1 all-gather of all results; backward 1
     reduce-scatter of the same. Memory beyond inputs: a block of 16 MB, a few times.
@@ -44,7 +44,9 @@ def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction 
     def block(units_BD: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         is_same_nB = labels_B[start:stop, None] == labels_B
         is_self_nB = torch.arange(start, stop, device=labels_B.device)[:, None] == torch.arange(batch, device=labels_B.device)
-        return reduction(units_BD[start:stop] @ units_BD.T, is_same_nB & ~is_self_nB, ~is_same_nB)
+        with torch.autocast(units_BD.device.type, enabled=False):
+            cosines_nB = units_BD[start:stop] @ units_BD.T
+        return reduction(cosines_nB, is_same_nB & ~is_self_nB, ~is_same_nB)
 
     # A rank without rows reduces none of them, for the shapes.
     starts = range(first, first + counts[collectives.rank(group)], size) or [first]

@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
     """What a loss sees, for all B samples of the global batch, equal on every rank."""
 
     target_B: Tensor  # cos(x_i, w_{y_i})
-    non_target_B: Tensor  # the reduction over all j != y_i; -inf for a log-sum-exp of nothing. [B, k] descending for top_k
+    non_target_B: Tensor  # the reduction over all j != y_i; -inf for a log-sum-exp of nothing. [B, k] for top_k, as ranked
     norms_B: Tensor  # |x_i|, with gradient
     classes_Bk: Tensor | None = None  # of top_k: int64 global class ids (-1 where there are fewer classes)
     column_S: Tensor | None = None  # log-sum-exp over the samples of other classes, for each class of this rank
@@ -70,7 +70,7 @@ def similarity_statistics(
                                    to these alone
     threshold      scalar with gradient, complete on every rank
     column_bias_S  added to the non-target logits of this rank's classes, with gradient; never to the target
-    bias_is_bounded  promises that exp(bias), summed over the classes of all ranks, stays below 1e8, so that no maximum is needed
+    bias_is_bounded  promises that exp(bias), summed over all classes, lies between 1e-8 and 1e8, so that no maximum is needed
     included_S     bool: False leaves a class out of all rows' non-targets
     map            replaces non-target cosines element by element (partial_fc.maps), with a parameter per row, [B], without gradient
     classes_S, target_columns_B  where columns are not the classes from first_class on: the class of each column, and the column of each
@@ -84,7 +84,8 @@ def similarity_statistics(
 
     Communicates 1 packed all-reduce of 2 B floats. If logits may exceed 64 (larger or vector scale, bias, map), 1 all-gather of 3 B
     floats instead; for top_k 1 of (3 k + 1) B; backward 1 all-reduce of a scalar for a threshold. Memory beyond inputs and
-    gradients: one tile of B x chunk (8 MB) and chunks of prototypes. Nothing of size B x S is kept for backward.
+    gradients: one tile of B x chunk (8 MB) and chunks of prototypes. On a CPU forward already takes the memory of the
+    prototypes' gradient, and keeps in it what it can of what backward would compute again.
     """
     source: Source = Matrix(prototypes) if isinstance(prototypes, Tensor) else prototypes
     _check(features_BD, source, reduction, k, map, column_statistics, dtype, threshold)
@@ -155,6 +156,11 @@ def _choose(kernel: str, question: Question) -> Kernel:
     return KERNELS[kernel]
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Products here have the precision that was asked for, also inside a region of mixed precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class _Sums(torch.autograd.Function):
     """(target product [B], log-sum-exp or softplus sum over all ranks' non-targets [B], column log-sum-exp [S] or None)."""
 
@@ -177,7 +183,8 @@ class _Sums(torch.autograd.Function):
             bias_S=None if bias_S is None else bias_S.detach(),
             scale_B1=None if scale_B1 is None else scale_B1.detach(),
         )
-        rows = kernel.forward(question, source, keeps)
+        with _no_autocast(queries_BD):
+            rows = kernel.forward(question, source, keeps)
         if question.bounded or question.reduction == "softplus_sum":
             target_B, sum_B = collectives.sum_packed([rows.target_B, rows.sum_B], group)
             log_sum_B = sum_B.log()
@@ -186,6 +193,7 @@ class _Sums(torch.autograd.Function):
             target_B = target_NB.sum(dim=0)
             log_sum_B = torch.logsumexp(shift_NB + sum_NB.log(), dim=0)
         reduced_B, column_S = (sum_B if question.reduction == "softplus_sum" else log_sum_B), rows.column_S
+        ctx.save_for_backward(*tensors)  # for torch to notice if they change before backward
         ctx.question, ctx.source, ctx.kernel, ctx.log_sum_B = question, source, kernel, log_sum_B.detach()
         # An output kept as it is would keep this node, and itself, alive.
         ctx.column_S, ctx.apart_B, ctx.kept = None if column_S is None else column_S.detach(), rows.apart_B, rows.kept
@@ -198,7 +206,9 @@ class _Sums(torch.autograd.Function):
         queries, _, _, _, _, _, _, _, *tensors = ctx.needs_input_grad
         wanted = Wanted(queries, any(tensors))
         known, ctx.kept = Known(ctx.log_sum_B, ctx.column_S, ctx.apart_B, ctx.kept), None  # to be used once
-        gradients = ctx.kernel.backward(ctx.question, ctx.source, known, Slopes(*grads), wanted)
+        assert len(ctx.saved_tensors) == len(tensors)
+        with _no_autocast(ctx.log_sum_B):
+            gradients = ctx.kernel.backward(ctx.question, ctx.source, known, Slopes(*grads), wanted)
         of_source = gradients.source if wanted.source else (None,) * len(tensors)
         return gradients.queries_BD, gradients.bias_S, gradients.scale_B1, None, None, None, None, None, *of_source
 
@@ -216,10 +226,11 @@ class _Top(torch.autograd.Function):
         classes_S: Tensor,
         kernel: Kernel,
         group: Group,
-        *_: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         question = question._replace(queries_BD=queries_BD.detach())
-        target_B, ranking_Bk, rows_Bk = kernel.top(question, source, k)
+        with _no_autocast(queries_BD):
+            target_B, ranking_Bk, rows_Bk = kernel.top(question, source, k)
         cosines_Bk, ids_Bk = torch.zeros_like(ranking_Bk), torch.zeros_like(rows_Bk)
         if source.shape[0]:
             ids_Bk = classes_S[rows_Bk]
@@ -236,11 +247,12 @@ class _Top(torch.autograd.Function):
         is_ours_Bk = is_there_Bk & (places_Bk // k == collectives.rank(group))
         ctx.question, ctx.source, ctx.rows_Bk = question, source, rows_Bk.gather(1, places_Bk % k).where(is_ours_Bk, -1)
         ctx.mark_non_differentiable(chosen_Bk)
+        ctx.save_for_backward(*tensors)
         return target_NB1[..., 0].sum(dim=0), cosines_BK.gather(1, places_Bk).where(is_there_Bk, -2.0), chosen_Bk
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        question, source = ctx.question, ctx.source
+        question, source, _ = ctx.question, ctx.source, ctx.saved_tensors
         rows_BK = torch.cat([question.target_rows_B[:, None], ctx.rows_Bk], dim=1)
         slopes_BK = torch.cat([grads[0][:, None], grads[1]], dim=1)
         grad_queries_BD = torch.zeros_like(question.queries_BD)

@@ -223,7 +223,7 @@ def _add_bench_classifier(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
     bench.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
     bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of PartialFC; eager is float32 (float32)")
-    bench.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are N (1)")
+    bench.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are GPUs (1)")
     bench.add_argument("--threads", type=int, metavar="N", help="of each rank (its share of the cores)")
     bench.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
     bench.add_argument(

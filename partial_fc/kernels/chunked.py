@@ -36,7 +36,7 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
             shift_B = larger_B
         if walk.is_rounded:
             column_B, plain_B = walk.take_hardest(chunk, logits_Bn)
-            if walk.kept is not None:
+            if walk.kept is not None and walk.kept.weights(chunk.rows) is not None:
                 walk.kept.hardest[chunk.rows.start] = column_B, plain_B
             found_B = plain_B if question.bias_S is None else plain_B + question.bias_S[chunk.rows].index_select(0, column_B)
             is_larger_B = found_B > hardest_B

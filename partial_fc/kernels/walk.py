@@ -41,7 +41,7 @@ class Kept:
         """Memory [B, n] of a chunk; None where the room ends."""
         first, size = rows.start * self.stride, (rows.stop - rows.start) * self.batch * self.dtype.itemsize
         memory = self.room.view(-1).view(torch.uint8)[first : first + size]
-        return memory.view(self.dtype).view(self.batch, -1) if len(memory) == size else None
+        return memory.view(self.dtype).view(self.batch, rows.stop - rows.start) if len(memory) == size else None
 
 
 class Tile(NamedTuple):
@@ -104,7 +104,7 @@ class Walk:
     def chunk(self, rows: slice, prototypes_nD: Tensor) -> Chunk:
         inverse_n1 = inverse_norms(prototypes_nD) if self.question.normalizes else None
         if inverse_n1 is not None and self.question.included_S is not None:
-            inverse_n1.masked_fill_(~self.question.included_S[rows, None], 0)  # a class left out is nobody's hardest
+            inverse_n1.masked_fill_(~self.question.included_S[rows, None], 0)  # weighed by 0, but here without a product either
         return Chunk(rows, prototypes_nD, inverse_n1, self._scaled(prototypes_nD, inverse_n1, self.units))
 
     def _scaled(self, x_nD: Tensor, factor_n1: Tensor | None, to: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Walk:
             return torch.mul(x_nD, factor_n1, out=out_nD)
         return out_nD.copy_(torch.mul(x_nD, factor_n1, out=self.wide[: len(x_nD)]))
 
-    def tile_of(self, chunk: Chunk) -> Tile:
+    def tile_of(self, chunk: Chunk, wants_slope: bool = False) -> Tile:
         question, (batch, columns) = self.question, (len(self.queries_BD), len(chunk.units_nD))
         kept_Bn = self.kept.weights(chunk.rows) if self.kept is not None else None
         logits_Bn = self.tile[: batch * columns].view(batch, columns) if kept_Bn is None else kept_Bn
@@ -124,14 +124,21 @@ class Walk:
         mapped_Bn = slope_Bn = None
         if question.map is not None and question.scale_B1 is not None:
             # In the precision of the inputs, lest what bfloat16 left of the product is rounded several times more.
-            mapped_Bn, slope_Bn = question.map.with_slope(logits_Bn.to(question.queries_BD.dtype), question.parameter_B1)
+            mapped_Bn, slope_Bn = question.map.with_slope(logits_Bn.to(question.queries_BD.dtype), question.parameter_B1, wants_slope)
             logits_Bn = mapped_Bn * (question.scale_B1 * self.base)
         if self.bias_S is not None:
             # In float32: rounded a second time, logits would lose what the subtraction of a threshold leaves.
             memory = logits_Bn if logits_Bn.dtype is self.bias_S.dtype else self._wide_tile(batch, columns)
             logits_Bn = torch.add(logits_Bn, self.bias_S[chunk.rows], out=memory)
         self._mask(logits_Bn, chunk.rows)
+        if self.is_rounded and self.weights_S is not None and question.included_S is not None:
+            self._leave_out(logits_Bn, ~question.included_S[chunk.rows])
         return Tile(logits_Bn, mapped_Bn, slope_Bn)
+
+    def _leave_out(self, logits_Bn: Tensor, is_out_n: Tensor) -> None:
+        """Lest a class that weighs nothing is a row's hardest. Most chunks of a sample have none, which a GPU's host would wait to know."""
+        if is_out_n.device.type != "cpu" or is_out_n.numpy().any():
+            logits_Bn.masked_fill_(is_out_n, -torch.inf)
 
     def _wide_tile(self, batch: int, columns: int) -> Tensor:
         if self.wide_tile is None:
@@ -147,7 +154,7 @@ class Walk:
                 is_apart_B = column_B + chunk.rows.start == self.apart_rows_B
                 self.put(kept_Bn, column_B.masked_fill(is_apart_B, -1), logit_B.exp().to(kept_Bn.dtype))
             return kept_Bn, Tile(kept_Bn)
-        tile = self.tile_of(chunk)
+        tile = self.tile_of(chunk, wants_slope=True)
         return weights.of(chunk, tile.logits_Bn), tile
 
     def _mask(self, logits_Bn: Tensor, rows: slice) -> None:
@@ -200,15 +207,13 @@ class Walk:
         return grad_nD
 
     def row_sums(self, exp_Bn: Tensor, rows: slice) -> Tensor:
-        if self.weights_S is None:
-            return exp_Bn.sum(dim=1)
-        weights_n1 = self.weights_S[rows, None]
-        high_n1 = weights_n1.to(exp_Bn.dtype)
-        sums_B = (exp_Bn @ high_n1)[:, 0].to(weights_n1.dtype)
-        if high_n1.dtype is weights_n1.dtype:
-            return sums_B
-        # Two bfloat16 numbers hold 16 bits of a weight; one alone would put the same error into every sum.
-        return sums_B + (exp_Bn @ (weights_n1 - high_n1).to(exp_Bn.dtype))[:, 0]
+        """[B], in the precision of the inputs."""
+        wide = self.question.queries_BD.dtype
+        if self.weights_S is None or (self.is_rounded and self.factor_S is None):  # what is left out is 0 already
+            return exp_Bn.sum(dim=1, dtype=wide)
+        if exp_Bn.dtype is wide:
+            return exp_Bn @ self.weights_S[rows]
+        return torch.mul(exp_Bn, self.weights_S[rows], out=self._wide_tile(*exp_Bn.shape)).sum(dim=1)
 
 
 class Weights:
@@ -260,7 +265,7 @@ def _largest(x_Bn: Tensor) -> tuple[Tensor, Tensor]:
     batch, columns = x_Bn.shape
     if x_Bn.dtype is not torch.bfloat16 or columns % 64:
         return x_Bn.max(dim=1)
-    blocks_Bx64 = x_Bn.view(torch.int16).view(batch, -1, 64)
+    blocks_Bx64 = x_Bn.view(torch.int16).view(batch, columns // 64, 64)
     block_B = blocks_Bx64.amax(dim=2).argmax(dim=1)
     largest_B, place_B = blocks_Bx64.gather(1, block_B[:, None, None].expand(batch, 1, 64))[:, 0].max(dim=1)
     return largest_B.view(torch.bfloat16), block_B * 64 + place_B

@@ -27,8 +27,8 @@ class RowOptimizer(torch.optim.Optimizer):
                  at `flush`), through all the steps that they missed in one go, each at its own learning rate. Costs another read and
                  write of the sampled rows each step, int32 [S], and a pass over all rows after at most `most_missed` steps.
     in_backward  prototypes move during backward, as soon as the gradient of a chunk of them exists; an [S, D] gradient never does. Set
-                 the learning rate before backward. A second backward before `step`, a GradScaler and `clip` are refused; torch's
-                 clip_grad_norm_ would find no gradient and do nothing.
+                 the learning rate before backward; a backward pass for features alone moves prototypes too. A second backward before
+                 `step`, a GradScaler and `clip` are refused; torch's clip_grad_norm_ would find no gradient and do nothing.
 
     Prototypes in bfloat16 are moved in float32, in which their state is kept, and rounded stochastically.
     A step that classifier.is_finite() calls bad, or a GradScaler skips, changes nothing.
@@ -195,6 +195,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _count_made(self, rows: Rows, is_real_n: Tensor | None, count: int) -> None:
         self._made_S[rows] = count if is_real_n is None else torch.where(is_real_n, count, self._made_S[rows])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__}  # torch's would leave out what is not its own
 
     def flush(self) -> None:
         """Lets all rows make the steps that they missed: before anything reads prototypes or state of classes that were not sampled, such

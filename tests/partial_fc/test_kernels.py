@@ -354,3 +354,61 @@ def test_bad_options_end_in_a_sentence(options, sentence):
         Map(torch.neg, slope="none")
     with pytest.raises(ValueError, match="features have width 2, but the prototypes have width 3"):
         similarity_statistics(case["features"], torch.ones(4, 3), case["labels"], scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_class_left_out_is_nobodys_hardest(dtype):
+    """With all other logits negative, where a product of 0 would be the largest."""
+    features = torch.full((6, 8), 1.0).requires_grad_()
+    prototypes = torch.cat([torch.ones(6, 8), -torch.ones(250, 8) + 0.1 * torch.randn(250, 8)]).requires_grad_()
+    included = torch.ones(256, dtype=torch.bool)
+    included[[1, 200]] = False
+    labels = torch.zeros(6, dtype=torch.int64)
+    included[:6] = False
+    found = []
+    for kind, kernel in ((dtype, "chunked"), ("float32", "reference")):
+        statistics = similarity_statistics(features, prototypes, labels, scale=4.0, included_S=included, dtype=kind, kernel=kernel)
+        found.append([statistics.non_target_B, *torch.autograd.grad(statistics.non_target_B.sum(), [features, prototypes])])
+    for value, exact in zip(*found, strict=True):
+        torch.testing.assert_close(value, exact, rtol=3e-2, atol=1e-2 if dtype == "bfloat16" else 1e-5)
+    assert found[0][2][~included].abs().max() == 0
+
+
+@pytest.mark.parametrize("option", ["plain", "included and bounded bias", "softplus, threshold"])
+def test_a_region_of_mixed_precision_changes_nothing(option):
+    case = {key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value for key, value in make(9, 700, 6).items()}
+    case["weights"] = [weight.float() for weight in case["weights"]]
+    plain = both(case, "chunked", OPTIONS[option])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = both(case, "chunked", OPTIONS[option])[0]
+    for value, exact in zip([*mixed[0], *mixed[1]], [*plain[0], *plain[1]], strict=True):
+        assert torch.equal(value, exact)
+
+
+def test_no_rows_at_all():
+    features, prototypes = torch.randn(0, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+    for dtype in ("float32", "bfloat16"):
+        statistics = similarity_statistics(features, prototypes, torch.zeros(0, dtype=torch.int64), scale=4.0, dtype=dtype)
+        statistics.non_target_B.sum().backward()
+        assert prototypes.grad.abs().max() == 0
+
+
+def test_prototypes_that_change_between_forward_and_backward_are_noticed():
+    features, prototypes = torch.randn(3, 8), torch.randn(9, 8, requires_grad=True)
+    for reduction in ("log_sum_exp", "top_k"):
+        statistics = similarity_statistics(features, prototypes, torch.arange(3), scale=4.0, reduction=reduction)
+        with torch.no_grad():
+            prototypes += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            statistics.non_target_B.sum().backward()
+
+
+def test_two_backward_passes_and_two_forwards_before_them():
+    case = make(12, 700, 8)
+    leaf = case["prototypes"].clone().requires_grad_()
+    losses = [similarity_statistics(case["features"] + shift, leaf, case["labels"], scale=9.0).non_target_B.sum() for shift in (0, 1)]
+    found = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (*losses, *losses)]
+    for first, second in ((0, 2), (1, 3)):
+        torch.testing.assert_close(found[first], found[second], rtol=1e-12, atol=1e-14)
+    exact = similarity_statistics(case["features"], leaf, case["labels"], scale=9.0, kernel="reference").non_target_B.sum()
+    torch.testing.assert_close(found[0], torch.autograd.grad(exact, leaf)[0])

@@ -38,7 +38,7 @@ def test_living_tensors_never_share_memory(calls):
         living[slot] = (number, memory.empty((size * SIZE,), torch.float32, CPU).fill_(number))
         for expected, tensor in living.values():
             assert float(tensor[0]) == float(tensor[-1]) == expected
-    assert len(memory.blocks) <= 7
+    assert len(memory.blocks) <= 18  # of three sizes six at once
 
 
 def test_a_gradient_that_somebody_keeps_is_not_overwritten():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -184,3 +185,32 @@ def test_hard_negatives_are_always_in(ranks, k):
 def test_hard_negatives_need_sampling():
     with pytest.raises(ValueError, match="hard_negatives is 2, but must be 0 or more, and above 0 only with a sample_rate below 1"):
         PartialFC(9, 4, losses.build("cosface"), hard_negatives=2)
+
+
+def test_a_validation_loss_leaves_no_trace():
+    torch.manual_seed(0)
+    results = []
+    for validates in (False, True):
+        classifier = PartialFC(CLASSES, WIDTH, losses.build("cosface", scale=32.0), RATE, seed=3)
+        optimizer = RowSGD(classifier, lr=0.1)
+        for step in range(3):
+            features, labels = batch(CLASSES, WIDTH, 8, seed=step)
+            if validates:
+                with torch.no_grad():
+                    assert torch.isfinite(classifier(features, labels))
+            classifier(features, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(classifier.prototypes.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("options", [{"unsampled": "lazy"}, {"in_backward": True}])
+def test_a_copy_has_no_optimizer(options):
+    classifier = PartialFC(CLASSES, WIDTH, losses.build("cosface", scale=32.0), RATE, seed=3)
+    optimizer = RowSGD(classifier, lr=0.1, **options)
+    twin, optimizer_twin = copy.deepcopy(classifier), copy.deepcopy(optimizer)
+    for other in (twin, optimizer_twin.classifier):
+        features, labels = batch(CLASSES, WIDTH, 8)
+        other(features, labels).backward()
+    assert torch.equal(twin.prototypes, classifier.prototypes) and twin.prototypes.grad is not None
