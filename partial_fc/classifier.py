@@ -17,10 +17,9 @@ from partial_fc.losses import Loss
 from partial_fc.memory import Memory
 from partial_fc.sampling import Sample
 from partial_fc.shards import ClassShard, initial_prototypes
-from partial_fc.similarity import Statistics, hardest_non_target, similarity_statistics
+from partial_fc.similarity import DTYPES, Statistics, hardest_non_target, similarity_statistics
 from partial_fc.sources import Consumer, Matrix, SampledRows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_CHECKS = 64  # kept unread, if no optimizer asks for them
 
 

@@ -1,5 +1,5 @@
-"""Memory that is used again from step to step. On a CPU what the system hands out anew costs several times a pass over it: at 200,000
-classes the page faults of one gradient take as long as a product with all of them."""
+"""Memory that is used again from step to step. On a CPU every page that the system hands out anew costs a fault,
+which takes longer than filling it."""
 
 from __future__ import annotations
 

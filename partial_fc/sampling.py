@@ -12,6 +12,9 @@ from torch import Tensor
 
 from partial_fc.shards import ClassShard
 
+# splitmix64 (Steele, Lea & Flood, OOPSLA 2014) as signed numbers: int64 arithmetic wraps around, on CPU and GPU alike.
+GOLDEN, FIRST, SECOND = (int(np.int64(np.uint64(x))) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
 
 class Sample(NamedTuple):
     """This rank's classes of one step, packed into a fixed number K of columns, so that no step waits for a count from the device."""
@@ -62,18 +65,20 @@ def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int
 
 def uniform(ids: Tensor, seed: int, step: int) -> Tensor:
     """Numbers in [0, 1), float64, a function of (seed, step, id) alone: splitmix64's finalizer over id, with a key from seed and step."""
-    key = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-    x = ids * _signed(0x9E3779B97F4A7C15) + _signed(key)  # int64 arithmetic wraps around, on CPU and GPU alike
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    x = x ^ _shifted(x, 31)
-    return _shifted(x, 11).double() * 2.0**-53
+    x = mix_(ids * GOLDEN + key_of((seed, step)))
+    return (x >> 11).bitwise_and_((1 << 53) - 1).double() * 2.0**-53
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+def key_of(numbers: tuple[int, ...]) -> int:
+    """A signed 64-bit key from non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0].view(np.int64))
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; int64's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def mix_(x: Tensor) -> Tensor:
+    """splitmix64's finalizer, in place."""
+    for bits, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+        # The mask makes the shift a logical one; int64's own repeats the sign.
+        x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+        if factor != 1:
+            x.mul_(factor)
+    return x

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from partial_fc.kernels import Gradients, Known, Question, Rows, Slopes, Wanted
+from partial_fc.kernels.entries import EPSILON
 from partial_fc.sources import Source
-
-EPSILON = 1e-12
 
 
 def _logits(question: Question, prototypes_SD: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from partial_fc.kernels.entries import Apart, add_rows, entry_logits, inverse_no
 from partial_fc.sources import Source
 
 TILE_BYTES = 8 << 20  # of one logits tile: fits the last-level cache of a CPU socket and the L2 of a GPU beside its operands
-LOG2_E = math.log2(math.e)  # exponentials are powers of 2 here: on CPU torch's exp2 takes a third of the time of exp
+LOG2_E = math.log2(math.e)  # exponentials are powers of 2 here: on CPU torch's exp2 is faster than its exp
 LN_2 = math.log(2.0)
 
 
@@ -261,7 +261,7 @@ class Weights:
 
 def _largest(x_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """(value [B], column [B]) of a large entry of each row: the largest, where that is positive. bfloat16 numbers above 0 are ordered
-    like their bits, and torch compares integers several times as fast."""
+    like their bits, and torch compares integers faster."""
     batch, columns = x_Bn.shape
     if x_Bn.dtype is not torch.bfloat16 or columns % 64:
         return x_Bn.max(dim=1)
