@@ -56,9 +56,10 @@ def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int
     by_chance_S = is_wanted_S & ~is_certain_S
     is_wanted_S = is_certain_S | (by_chance_S & (by_chance_S.cumsum(0) <= room))
     # Sampled rows go to the front and the others behind them, both in order; what lies within the first K columns is kept.
-    place_S = torch.where(is_wanted_S, is_wanted_S.cumsum(0), is_wanted_S.sum() + (~is_wanted_S).cumsum(0)) - 1
+    wanted_S, row_S = is_wanted_S.cumsum(0), ids_S - shard.first
+    place_S = torch.where(is_wanted_S, wanted_S - 1, row_S - wanted_S + is_wanted_S.sum())
     rows = torch.empty_like(place_S)
-    rows[place_S] = torch.arange(shard.rows, device=certain_n.device)
+    rows[place_S] = row_S
     rows_K = rows[:size]
     return Sample(rows_K, is_wanted_S[rows_K], is_certain_S[rows_K], torch.where(is_wanted_S, place_S, -1))
 

@@ -277,7 +277,7 @@ def _store_entries(source: Source, rows_n: Tensor, gradient_nD: Tensor) -> tuple
     for first in range(0, classes, size):
         rows = slice(first, min(first + size, classes))
         chunk_nD = gradient_nD.new_zeros(rows.stop - first + 1, width)
-        add_rows(chunk_nD, rows_n - first, gradient_nD)
+        add_rows(chunk_nD, len(chunk_nD) - 1, rows_n - first, gradient_nD)
         collector.store(rows, chunk_nD[:-1])
     return collector.gradients()
 

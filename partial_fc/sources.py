@@ -34,7 +34,7 @@ class Source(Protocol):
 
     def room(self) -> Tensor | None:
         """New memory [rows, width] for the gradient of one backward pass, to pass to `collect`; None where no such memory is needed.
-        Until the gradient of a row is stored there, others may use it."""
+        Until the gradient of a row is stored there, others may use it, and compute that gradient there."""
         ...
 
     def collect(self, room: Tensor | None = None) -> Collector: ...
@@ -105,12 +105,17 @@ def _widened(prototypes_nD: Tensor) -> Tensor:
     return prototypes_nD.float() if prototypes_nD.dtype is torch.bfloat16 else prototypes_nD
 
 
+def _put(gradient_nD: Tensor, place_nD: Tensor) -> None:
+    if gradient_nD.data_ptr() != place_nD.data_ptr():  # else it was computed there
+        place_nD.copy_(gradient_nD)
+
+
 class _Dense:
     def __init__(self, gradient_SD: Tensor) -> None:
         self.gradient_SD = gradient_SD
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
-        self.gradient_SD[rows] = gradient_nD
+        _put(gradient_nD, self.gradient_SD[rows])
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (self.gradient_SD,)
@@ -121,7 +126,7 @@ class _Sparse:
         self.values_KD, self.rows_K, self.size = values_KD, rows_K, size
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
-        self.values_KD[rows] = gradient_nD
+        _put(gradient_nD, self.values_KD[rows])
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (torch.sparse_coo_tensor(self.rows_K[None], self.values_KD, self.size, check_invariants=False),)

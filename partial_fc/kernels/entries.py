@@ -84,8 +84,11 @@ def entry_logits(question: Question, product_B: Tensor) -> tuple[Tensor, Tensor,
     return (question.scale_B1 * mapped_B1)[:, 0], mapped_B1[:, 0], scaled_B1[:, 0]
 
 
-def add_rows(sum_nD: Tensor, place_B: Tensor, rows_BD: Tensor) -> None:
-    """Adds each row at its place, which may repeat. The last row of the sum takes those whose place is not before it: picking them out
-    would need the host to wait for the device."""
-    spare = len(sum_nD) - 1
-    sum_nD.index_add_(0, place_B.where((place_B >= 0) & (place_B < spare), spare), rows_BD)
+def add_rows(sum_nD: Tensor, count: int, place_B: Tensor, rows_BD: Tensor) -> None:
+    """Adds each row at its place among the first `count`, which may repeat; rows with another place are left out. On a GPU one row more
+    takes those: picking them out would need the host to wait for the device."""
+    is_here_B = (place_B >= 0) & (place_B < count)
+    if sum_nD.device.type == "cpu":
+        sum_nD.index_add_(0, place_B[is_here_B], rows_BD[is_here_B].to(sum_nD.dtype))
+    else:
+        sum_nD.index_add_(0, place_B.where(is_here_B, count), rows_BD)

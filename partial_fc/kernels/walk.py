@@ -29,19 +29,32 @@ class Chunk(NamedTuple):
 
 class Kept:
     """Weights of as many chunks as fit into the room for the gradient of prototypes: it would lie idle until backward, and a batch no
-    larger than the width needs no more. A chunk's gradient is stored over weights that have been used."""
+    larger than the width needs no more. Behind a chunk's weights its unit prototypes, if they fit: in bfloat16 a batch no larger than
+    the width leaves the room for them. A chunk's gradient is stored over what has been used."""
 
     def __init__(self, room: Tensor, batch: int, dtype: torch.dtype) -> None:
         self.room, self.batch, self.dtype = room, batch, dtype
         of_class = room.shape[1] * room.element_size()
         self.stride = -(-batch * dtype.itemsize // of_class) * of_class  # bytes of a class
-        self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # by first row: (column, logit without bias) that a chunk's weights leave out
+        self.units_fit = (batch + room.shape[1]) * dtype.itemsize <= self.stride
+        self.inverse: dict[int, Tensor] = {}  # by first row, as what follows: 1 / |w| of a chunk whose unit prototypes are kept
+        self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (column, logit without bias) that a chunk's weights leave out
 
     def weights(self, rows: slice) -> Tensor | None:
         """Memory [B, n] of a chunk; None where the room ends."""
-        first, size = rows.start * self.stride, (rows.stop - rows.start) * self.batch * self.dtype.itemsize
+        count = rows.stop - rows.start
+        return self._memory(rows.start * self.stride, self.batch, count)
+
+    def units(self, rows: slice) -> Tensor | None:
+        """Memory [n, D] of a chunk, of the same."""
+        count = rows.stop - rows.start
+        first = rows.start * self.stride + count * self.batch * self.dtype.itemsize
+        return self._memory(first, count, self.room.shape[1]) if self.units_fit else None
+
+    def _memory(self, first: int, *shape: int) -> Tensor | None:
+        size = shape[0] * shape[1] * self.dtype.itemsize
         memory = self.room.view(-1).view(torch.uint8)[first : first + size]
-        return memory.view(self.dtype).view(self.batch, rows.stop - rows.start) if len(memory) == size else None
+        return memory.view(self.dtype).view(shape) if len(memory) == size else None
 
 
 class Tile(NamedTuple):
@@ -102,19 +115,22 @@ class Walk:
             yield self.chunk(rows, self.source.load(rows))
 
     def chunk(self, rows: slice, prototypes_nD: Tensor) -> Chunk:
+        units_nD = None if self.kept is None else self.kept.units(rows)
+        if self.kept is not None and units_nD is not None and rows.start in self.kept.inverse:
+            return Chunk(rows, prototypes_nD, self.kept.inverse[rows.start], units_nD)
         inverse_n1 = inverse_norms(prototypes_nD) if self.question.normalizes else None
         if inverse_n1 is not None and self.question.included_S is not None:
             inverse_n1.masked_fill_(~self.question.included_S[rows, None], 0)  # weighed by 0, but here without a product either
-        return Chunk(rows, prototypes_nD, inverse_n1, self._scaled(prototypes_nD, inverse_n1, self.units))
+        if self.kept is not None and units_nD is not None and inverse_n1 is not None:
+            self.kept.inverse[rows.start] = inverse_n1
+        return Chunk(rows, prototypes_nD, inverse_n1, self._scaled(prototypes_nD, inverse_n1, self.units if units_nD is None else units_nD))
 
     def _scaled(self, x_nD: Tensor, factor_n1: Tensor | None, to: Tensor) -> Tensor:
         """x times factors of its rows, rounded to the memory `to`."""
         out_nD = to[: len(x_nD)]
         if factor_n1 is None:
             return out_nD.copy_(x_nD)
-        if out_nD.dtype is x_nD.dtype:
-            return torch.mul(x_nD, factor_n1, out=out_nD)
-        return out_nD.copy_(torch.mul(x_nD, factor_n1, out=self.wide[: len(x_nD)]))
+        return torch.mul(x_nD, factor_n1, out=out_nD)
 
     def tile_of(self, chunk: Chunk, wants_slope: bool = False) -> Tile:
         question, (batch, columns) = self.question, (len(self.queries_BD), len(chunk.units_nD))
@@ -196,15 +212,20 @@ class Walk:
     def prototype_gradient(self, chunk: Chunk, weights_Bn: Tensor, weighted_BD: Tensor, apart: Apart) -> Tensor:
         """[n, D], in the precision of the inputs: weights^T x weighted queries, through the norm, and what was computed apart; valid
         until the next chunk."""
-        grad_nD, spare_nD = self.wide[: len(chunk.units_nD)], self.spare[: len(chunk.units_nD)]
-        multiply(weights_Bn.T, weighted_BD, grad_nD, self.weighted_units[: len(grad_nD)])
+        count = len(chunk.units_nD)
+        grad_nD, spare_nD = self.wide[:count], self.spare[:count]
+        multiply(weights_Bn.T, weighted_BD, grad_nD, self.weighted_units[:count])
+        out_nD = self.wide[: count + 1] if self.kept is None else self.kept.room[chunk.rows]
         if chunk.inverse_n1 is not None:
             # From the gradient of w / |w| to that of w: the part along w goes, the rest is divided by |w|.
+            factor_n1 = chunk.inverse_n1 if self.factor_S is None else chunk.inverse_n1 * self.factor_S[chunk.rows, None]
             along_n1 = torch.mul(grad_nD, chunk.prototypes_nD, out=spare_nD).sum(dim=1, keepdim=True)
-            grad_nD.addcmul_(chunk.prototypes_nD, along_n1.mul_(chunk.inverse_n1.square()), value=-1)
-            grad_nD *= chunk.inverse_n1 if self.factor_S is None else chunk.inverse_n1 * self.factor_S[chunk.rows, None]
-        add_rows(self.wide[: len(grad_nD) + 1], apart.rows_n - chunk.rows.start, apart.gradients_nD)
-        return grad_nD
+            along_n1 *= chunk.inverse_n1.square() * factor_n1
+            torch.addcmul(grad_nD.mul_(factor_n1), chunk.prototypes_nD, along_n1, value=-1, out=out_nD[:count])
+        elif self.kept is not None:
+            out_nD.copy_(grad_nD)
+        add_rows(out_nD, count, apart.rows_n - chunk.rows.start, apart.gradients_nD)
+        return out_nD[:count]
 
     def row_sums(self, exp_Bn: Tensor, rows: slice) -> Tensor:
         """[B], in the precision of the inputs."""

@@ -153,11 +153,16 @@ class RowOptimizer(torch.optim.Optimizer):
         matrices = [_matrix(parameter.detach()), *(_matrix(self.state[parameter][name]) for name in self.state_names)]
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
         size = max(1, CHUNK_ELEMENTS * (1 if parameter.device.type == "cpu" else 32) // max(1, matrices[0].shape[1]))
+        # Every chunk of picked rows uses the memory of the one before it.
+        buffers = [matrix.new_empty(min(size, count), matrix.shape[1]) for matrix in matrices] if isinstance(rows, Tensor) else []
         for first in range(0, count, size):
             part = slice(first, min(first + size, count))
             if isinstance(rows, Tensor):
                 rows_n = rows[part]
-                found = [matrix.index_select(0, rows_n) for matrix in matrices]
+                found = [
+                    torch.index_select(matrix, 0, rows_n, out=buffer[: len(rows_n)])
+                    for matrix, buffer in zip(matrices, buffers, strict=True)
+                ]
             else:
                 span = rows.start + part.start, rows.start + part.stop
                 found = [matrix[slice(*span)] for matrix in matrices]
