@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,15 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from partial_fc import collectives, sampling
+from partial_fc import collectives, columns, sampling
 from partial_fc.collectives import Group
+from partial_fc.columns import Columns
+from partial_fc.global_batch import GlobalBatch
 from partial_fc.inputs import Check, check_labels, check_shapes
 from partial_fc.losses import Loss
 from partial_fc.memory import Memory
 from partial_fc.sampling import Sample
 from partial_fc.shards import ClassShard, initial_prototypes
-from partial_fc.similarity import DTYPES, Statistics, hardest_non_target, similarity_statistics
-from partial_fc.sources import Consumer, Matrix, SampledRows
+from partial_fc.similarity import DTYPES, hardest_non_target, similarity_statistics
+from partial_fc.sources import Consumer, Matrix
+from partial_fc.substitution import substitute
 
 MOST_CHECKS = 64  # kept unread, if no optimizer asks for them
 
@@ -31,6 +33,7 @@ class ClassifierConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products with prototypes; sums are float32
     storage_dtype: Literal["float32", "bfloat16"] = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
     gather_dtype: Literal["float32", "bfloat16"] = "float32"  # in which features travel, rounded once; their gradient travels as float32
+    substitution_rate: float = 0.0  # probability with which a class of the batch is stood in for by a sample of it: see substitution.py
     non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features: end the run, or leave the step out
 
     def __post_init__(self) -> None:
@@ -41,6 +44,8 @@ class ClassifierConfig:
                 f"hard_negatives is {self.hard_negatives}, but must be 0 or more, and above 0 only with a sample_rate below 1: at rate 1 "
                 "all classes are in"
             )
+        if not 0 <= self.substitution_rate <= 1:
+            raise ValueError(f"substitution_rate is {self.substitution_rate}, but must lie in [0, 1]: it is a probability")
         for name in ("dtype", "storage_dtype", "gather_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be 'float32' or 'bfloat16'")
@@ -53,15 +58,17 @@ class PartialFC(nn.Module):
 
     num_classes        identities of the whole job
     width              features per sample, D
-    loss               from `losses.build`; may be replaced between steps (margin warm-up)
+    loss               from `losses.build`; may be replaced between steps by one of its kind (margin warm-up). What it learns are
+                       parameters in `learned`, what it tracks buffers `tracked_...`: equal on every rank, but for numbers per class
     sample_rate        below 1: a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then
                        a sparse tensor of the sampled rows, which RowSGD alone updates
-    dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype  see ClassifierConfig
+    dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype, substitution_rate  see ClassifierConfig
     uneven_batches     ranks may bring different numbers of rows, none included, in any step; costs one more all-gather, of one number per
                        rank, for which the host waits. Without it every rank must bring equally many rows
     seed               of first prototypes and samples, which depend on the class id (and step) alone and not on the number of ranks
     group              process group; without an initialised one this is an ordinary single-process module
     kernel             "auto" or a name in similarity.KERNELS; see similarity_statistics
+    class_counts       int64 [num_classes], images of each identity in the training set, for losses that ask for them
     feature_gradient   "averaged": multiplied by the world size, because a data-parallel engine (DDP, DeepSpeed) then averages over
                        ranks; "global": the gradient of the returned loss itself. Nowhere else does this factor appear.
 
@@ -81,12 +88,14 @@ class PartialFC(nn.Module):
         correct_rate: bool = False,
         hard_negatives: int = 0,
         non_finite: Literal["raise", "skip"] = "raise",
+        substitution_rate: float = 0.0,
         uneven_batches: bool = False,
         gather_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
         group: Group = None,
         kernel: str = "auto",
         feature_gradient: Literal["averaged", "global"] = "averaged",
+        class_counts: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -94,7 +103,9 @@ class PartialFC(nn.Module):
             raise ValueError(f"feature_gradient is {feature_gradient!r}, but must be 'averaged' or 'global'")
         ranks = collectives.world_size(group)
         self.shard = ClassShard.of_rank(num_classes, collectives.rank(group), ranks)
-        self.config = ClassifierConfig(sample_rate, correct_rate, hard_negatives, dtype, storage_dtype, gather_dtype, non_finite)
+        self.config = ClassifierConfig(
+            sample_rate, correct_rate, hard_negatives, dtype, storage_dtype, gather_dtype, substitution_rate, non_finite
+        )
         self.width, self.loss, self.seed, self.group, self.uneven_batches = width, loss, seed, group, uneven_batches
         self.step = 0  # counts samples, or at rate 1 the optimizer's steps; a caller who resumes sets it
         self.sample: Sample | None = None  # of the newest step
@@ -110,6 +121,20 @@ class PartialFC(nn.Module):
         self.memory = Memory()
         self.gradient_factor = float(ranks) if feature_gradient == "averaged" else 1.0
         self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[storage_dtype]))
+        # What the loss learns and tracks; of a loss put in its place later, the same.
+        scalars = {name: torch.tensor(value, device=device) for name, value in loss.learned(num_classes).items()}
+        vectors = {name: torch.full((self.shard.rows,), value, device=device) for name, value in loss.learned_by_class(num_classes).items()}
+        self.learned = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in (scalars | vectors).items()})
+        self.tracked_names = list(loss.tracked())
+        for name, value in loss.tracked().items():
+            self.register_buffer(f"tracked_{name}", torch.tensor(float(value), device=device))
+        self.class_counts_S = None if class_counts is None else self._counts_of_shard(class_counts)
+
+    def _counts_of_shard(self, class_counts: Tensor) -> Tensor:
+        if class_counts.shape != (self.shard.num_classes,):
+            raise ValueError(f"class_counts has shape {tuple(class_counts.shape)}, but must be [{self.shard.num_classes}], one per class")
+        mine = slice(self.shard.first, self.shard.first + self.shard.rows)
+        return class_counts[mine].to(self.prototypes.device, torch.float32)
 
     def begin_step(self, labels_b: Tensor) -> None:
         """Opens a step of several micro-batches, whose labels on this rank are `labels_b`: all of them see one sample of classes. The
@@ -218,39 +243,45 @@ class PartialFC(nn.Module):
         gather_dtype = DTYPES[self.config.gather_dtype]
         if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
             features_bD = features_bD.detach().requires_grad_()  # a rank without rows has a part in the reduce-scatter too
-        features_BD = collectives.gather_rows(features_bD.float(), self.group, self.gradient_factor, counts, gather_dtype)
+        features_bD = features_bD.to(torch.promote_types(self.prototypes.dtype, torch.float32))
+        features_BD = collectives.gather_rows(features_bD, self.group, self.gradient_factor, counts, gather_dtype)
         labels_B = collectives.gather_constant(labels_b, self.group, counts)
         self._check(features_BD, labels_B, counts)
         return self._loss_of(features_BD, labels_B)
 
     def _loss_of(self, features_BD: Tensor, labels_B: Tensor) -> Tensor:
-        """Mean loss over the gathered batch. Communicates what `similarity_statistics` says."""
-        return self.loss(self._statistics(features_BD, labels_B, scale=self.loss.scale))
+        """Mean loss over the gathered batch. Communicates what the loss asks for: see GlobalBatch."""
+        return self.loss(self.global_batch(features_BD, labels_B))
 
-    def _statistics(self, features_BD: Tensor, labels_B: Tensor, **asked: Any) -> Statistics:
-        """Of the gathered batch against all prototypes, or the step's sample of them."""
-        asked |= {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
-        first = self.shard.first
+    def global_batch(self, features_BD: Tensor, labels_B: Tensor) -> GlobalBatch:
+        """What a loss sees; draws the step's sample of classes, unless `begin_step` has."""
+        return GlobalBatch(
+            features_BD,
+            labels_B,
+            self.step,
+            self.shard,
+            self._columns(features_BD, labels_B),
+            {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group},
+            dict(self.learned.items()),
+            {name: self.get_buffer(f"tracked_{name}") for name in self.tracked_names},
+            self.class_counts_S,
+        )
+
+    def _columns(self, features_BD: Tensor, labels_B: Tensor) -> Columns:
+        """Classes of the step; some prototypes may be replaced by features."""
+        step = self.step - self.is_step_begun  # `begin_step` has counted it already
+        found = self._of_step(labels_B)
+        if not self.config.substitution_rate:
+            return found
+        return substitute(found, features_BD, labels_B, self.config.substitution_rate, self.seed, step, self.group)
+
+    def _of_step(self, labels_B: Tensor) -> Columns:
         if self.config.sample_rate == 1:
-            return similarity_statistics(
-                features_BD, Matrix(self.prototypes, self.consumer, self.memory), labels_B, first_class=first, **asked
-            )
+            return columns.of_all(self.shard, self.prototypes, labels_B, self.consumer, self.memory)
         sample = self.sample if self.is_step_begun else self._draw(labels_B)
         assert sample is not None
-        correction_K = None
-        if self.config.correct_rate:
-            correction_K = torch.where(sample.is_certain_K, 0.0, -math.log(self.config.sample_rate))
-        return similarity_statistics(
-            features_BD,
-            SampledRows(self.prototypes, sample.rows_K, sample.is_real_K, self.consumer, self.memory),
-            labels_B,
-            classes_S=sample.rows_K + first,
-            target_columns_B=sample.columns_of(labels_B - first),
-            included_S=sample.is_real_K,
-            column_bias_S=correction_K,
-            bias_is_bounded=True,  # at most C sample_rate classes, each weighed by at most 1 / sample_rate
-            **asked,
-        )
+        rate = self.config.sample_rate if self.config.correct_rate else None
+        return columns.of_sample(self.shard, self.prototypes, labels_B, sample, rate, self.consumer, self.memory)
 
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,22 @@ def shared(x: Tensor, group: Group = None) -> Tensor:
     return _Shared.apply(x, group)
 
 
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return sum_packed([x], group)[0].view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def summed(x: Tensor, group: Group = None) -> Tensor:
+    """The sum over ranks. 1 all-reduce, 2 (N-1)/N of its elements. Every rank computes the same loss from the sum, so each rank's part has
+    the gradient of the sum: backward communicates nothing."""
+    return _Summed.apply(x, group)
+
+
 def gather_constant(x_b: Tensor, group: Group = None, counts: list[int] | None = None) -> Tensor:
     """All ranks' rows [B, ...] in rank order, without gradient; `counts` as in `gather_rows`. 1 all-gather, (N-1)/N of B elements."""
     ranks = world_size(group)

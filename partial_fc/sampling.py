@@ -64,9 +64,10 @@ def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int
     return Sample(rows_K, is_wanted_S[rows_K], is_certain_S[rows_K], torch.where(is_wanted_S, place_S, -1))
 
 
-def uniform(ids: Tensor, seed: int, step: int) -> Tensor:
-    """Numbers in [0, 1), float64, a function of (seed, step, id) alone: splitmix64's finalizer over id, with a key from seed and step."""
-    x = mix_(ids * GOLDEN + key_of((seed, step)))
+def uniform(ids: Tensor, seed: int, step: int, *stream: int) -> Tensor:
+    """Numbers in [0, 1), float64, a function of (seed, step, id) alone: splitmix64's finalizer over id, with a key from seed and step.
+    `stream`, a number, keeps different uses apart."""
+    x = mix_(ids * GOLDEN + key_of((seed, step, *stream)))
     return (x >> 11).bitwise_and_((1 << 53) - 1).double() * 2.0**-53
 
 

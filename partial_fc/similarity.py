@@ -49,6 +49,7 @@ def similarity_statistics(
     classes_S: Tensor | None = None,
     column_labels_S: Tensor | None = None,
     target_columns_B: Tensor | None = None,
+    masked_columns_B: Tensor | None = None,
     normalize_prototypes: bool = True,
     column_statistics: bool = False,
     dtype: str = "float32",
@@ -75,6 +76,7 @@ def similarity_statistics(
     map            replaces non-target cosines element by element (partial_fc.maps), with a parameter per row, [B], without gradient
     classes_S, target_columns_B  where columns are not the classes from first_class on: the class of each column, and the column of each
                    row's target on this rank (-1: elsewhere)
+    masked_columns_B  where it is not the target's: the column of each row on this rank that is none of its non-targets (-1: elsewhere)
     column_labels_S  where several columns may have a row's label: the label of each. No column of its label is a row's non-target
     column_statistics  also return log sum_i exp(z_ij) over the samples i of other classes, per class of this rank, with gradient
     dtype          of the products with prototypes: "float32" (float64 for float64 features), or "bfloat16" with sums in float32 and
@@ -100,6 +102,7 @@ def similarity_statistics(
     question = Question(
         queries_BD=features_BD if map is not None or reduction == "top_k" else features_BD * (scale if scale_B1 is None else scale_B1),
         target_rows_B=labels_B - first_class if target_columns_B is None else target_columns_B,
+        masked_rows_B=masked_columns_B,
         reduction="softplus_sum" if reduction == "softplus_sum" else "log_sum_exp",
         bounded=normalize_prototypes and bound <= LARGEST_UNSHIFTED and (column_bias_S is None or bias_is_bounded),
         bias_S=column_bias_S,

@@ -10,7 +10,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dali_loaders import Batch, TrainLoader, open_source
-from partial_fc import PartialFC, RowSGD
+from partial_fc import PartialFC, RowSGD, losses
 from pipeline import backbones, checkpoint
 from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
@@ -119,9 +119,9 @@ class Trainer:
         run, optimizer = self.config.run, self.config.optimizer
         # Dropout depends on (seed, step, rank) only, so a resumed run repeats what an uninterrupted one does.
         torch.manual_seed(int(np.random.SeedSequence((run.seed, self.step, self.place.rank)).generate_state(1)[0]))
-        if run.margin_warmup and hasattr(self.config.loss, "margin"):
+        if run.margin_warmup:
             share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
-            self.classifier.loss = replace(self.config.loss, margin=self.config.loss.margin * share)  # type: ignore[type-var]
+            self.classifier.loss = losses.with_margins(self.config.loss, share)
         self.classifier.step = self.step
         batches: Iterable[Batch] = itertools.islice(self.loader, run.accumulation)
         if run.accumulation > 1 and self.config.classifier.sample_rate < 1:

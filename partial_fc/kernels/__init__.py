@@ -27,13 +27,19 @@ class Question(NamedTuple):
     bounded: bool = True  # promises |z_ij - bias_j| <= 64 and sum_j exp(bias_j) < 1e8 over all ranks: float32 then needs no shift
     bias_S: Tensor | None = None
     included_S: Tensor | None = None  # bool: classes that take part as non-targets; all if None
-    masks: tuple[Tensor, Tensor] | None = None  # (row labels [B], column labels [S]): equal ones are no non-targets; else the target alone
+    masked_rows_B: Tensor | None = None  # int64: the row that is no non-target, where it is not the target
+    masks: tuple[Tensor, Tensor] | None = None  # (row labels [B], column labels [S]): equal ones are no non-targets; else one row alone
     map: Map | None = None
     scale_B1: Tensor | None = None  # under a map
     parameter_B1: Tensor | None = None  # of a map
     normalizes: bool = True
     columns: bool = False  # column statistics are wanted
     dtype: torch.dtype = torch.float32  # of the operands of products with chunks of classes
+
+    @property
+    def own_rows_B(self) -> Tensor:
+        """The row that is no non-target."""
+        return self.target_rows_B if self.masked_rows_B is None else self.masked_rows_B
 
 
 class Rows(NamedTuple):

@@ -17,7 +17,8 @@ def _logits(question: Question, prototypes_SD: Tensor) -> tuple[Tensor, Tensor]:
         norms_S1 = prototypes_SD.norm(dim=1, keepdim=True)
         prototypes_SD = torch.where(norms_S1 < EPSILON, 0, prototypes_SD / norms_S1.clamp(min=EPSILON))
     cosines_BS = question.queries_BD @ prototypes_SD.T
-    is_target_BS = question.target_rows_B[:, None] == torch.arange(len(prototypes_SD), device=cosines_BS.device)
+    rows_S = torch.arange(len(prototypes_SD), device=cosines_BS.device)
+    is_target_BS = question.target_rows_B[:, None] == rows_S
     target_B = torch.where(is_target_BS, cosines_BS, 0).sum(dim=1)
     logits_BS = cosines_BS
     if question.map is not None and question.scale_B1 is not None:
@@ -29,7 +30,10 @@ def _logits(question: Question, prototypes_SD: Tensor) -> tuple[Tensor, Tensor]:
         logits_BS = logits_BS + question.bias_S
     if question.included_S is not None:
         logits_BS = logits_BS.masked_fill(~question.included_S, -torch.inf)
-    masked_BS = is_target_BS if question.masks is None else question.masks[0][:, None] == question.masks[1]
+    if question.masks is None:
+        masked_BS = question.own_rows_B[:, None] == rows_S
+    else:
+        masked_BS = question.masks[0][:, None] == question.masks[1]
     return target_B, logits_BS.masked_fill(masked_BS, -torch.inf)
 
 

@@ -1,26 +1,37 @@
-"""Losses on row statistics: a registry by name. A loss is a frozen dataclass with a `scale` that maps `Statistics` to a scalar."""
+"""Losses: a registry by name. A loss is a frozen dataclass that maps the global batch, of which it asks a few numbers per sample, to a
+scalar."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from partial_fc.similarity import Statistics
+from partial_fc.global_batch import GlobalBatch
 
 
 class Loss(Protocol):
-    @property
-    def scale(self) -> float:
-        """Factor of the cosines inside the exponentials."""
+    """What losses inherit: nothing is learned or tracked."""
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        """Mean loss over the global batch, a scalar, equal on every rank."""
         ...
 
-    def __call__(self, statistics: Statistics) -> Tensor:
-        """Mean loss over the global batch, a scalar."""
-        ...
+    def learned(self, num_classes: int) -> dict[str, float]:
+        """First values of scalars that are trained with the prototypes, by the same optimizer: batch.parameter(name)."""
+        return {}
+
+    def learned_by_class(self, num_classes: int) -> dict[str, float]:
+        """The same, one number per class."""
+        return {}
+
+    def tracked(self) -> dict[str, float]:
+        """First values of running figures: batch.track(name, value, share)."""
+        return {}
 
 
 REGISTRY: dict[str, type] = {}
@@ -50,6 +61,27 @@ def build(name: str, **parameters: Any) -> Loss:
 
 def name_of(loss: Loss) -> str:
     return next(name for name, cls in REGISTRY.items() if type(loss) is cls)
+
+
+def with_margins(loss: Loss, share: float) -> Loss:
+    """The loss with each margin (a field called so, or ending so) multiplied by `share`, for a warm-up."""
+    margins = {item.name: getattr(loss, item.name) for item in fields(loss) if item.name.endswith("margin")}  # type: ignore[arg-type]
+    return replace(loss, **{name: share * margin for name, margin in margins.items()})  # type: ignore[type-var]
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(x, threshold=40.0)  # torch's 20 drops e^-20 = 2e-9, which float64 tests see
+
+
+def check_scale(scale: float) -> None:
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}, but must be positive (64 is usual, 16 to 32 for small sets)")
+
+
+def check_range(name: str, value: float, least: float, most: float, why: str) -> None:
+    """ValueError unless least <= value <= most."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}, but must lie in [{least:g}, {most:g}]: {why}")
 
 
 from partial_fc.losses import margins as margins  # noqa: E402 (fills the registry)

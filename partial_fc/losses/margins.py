@@ -1,61 +1,101 @@
-"""Margins on the target similarity: CosFace and ArcFace.
-Both are softplus(non_target - scale * phi(target)), which is softmax cross-entropy with the target logit replaced."""
+"""Margins on the target similarity: CosFace, ArcFace and the combined margin.
+All are softplus(non_target - scale * phi(target)), which is softmax cross-entropy with the target logit replaced."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from partial_fc.kernels.chunked import softplus
-from partial_fc.losses import register
-from partial_fc.similarity import Statistics
-
-
-def _check(scale: float, margin: float, largest: float, why: str) -> None:
-    if scale <= 0:
-        raise ValueError(f"scale is {scale}, but must be positive (64 is usual, 16 to 32 for small sets)")
-    if not 0 <= margin < largest:
-        raise ValueError(f"margin is {margin}, but must lie in [0, {largest:g}): {why}")
+from partial_fc.global_batch import GlobalBatch
+from partial_fc.losses import Loss, check_range, check_scale, register, softplus
 
 
 @register("cosface")
 @dataclass(frozen=True)
-class CosFace:
+class CosFace(Loss):
     """phi(t) = t - margin. Wang et al., CVPR 2018, eq. 4: scale 64, margin 0.35 (0.4 on Glint360K and WebFace)."""
 
     scale: float = 64.0
     margin: float = 0.4
 
     def __post_init__(self) -> None:
-        _check(self.scale, self.margin, 2.0, "cosines differ by at most 2")
+        check_scale(self.scale)
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
 
-    def __call__(self, statistics: Statistics) -> Tensor:
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        statistics = batch.with_classes(scale=self.scale)
         return softplus(statistics.non_target_B - self.scale * (statistics.target_B - self.margin)).mean()
 
 
 @register("arcface")
 @dataclass(frozen=True)
-class ArcFace:
+class ArcFace(Loss):
     """phi(t) = cos(arccos t + margin), margin in radians. Deng et al., CVPR 2019, eq. 3: scale 64, margin 0.5.
 
-    The slope is the exact one, sin(theta + margin) / sin(theta) per unit of cosine. Past theta = pi - margin, where the cosine would
-    rise again, phi continues as t - margin sin(margin) (the authors' first code), which keeps it decreasing in the angle.
+    slope  "exact": sin(theta + margin) / sin(theta) per unit of cosine. "straight_through": 1, as arcface_torch's code has it
     """
 
     scale: float = 64.0
     margin: float = 0.5
+    slope: Literal["exact", "straight_through"] = "exact"
 
     def __post_init__(self) -> None:
-        _check(self.scale, self.margin, math.pi / 2, "it is an angle in radians")
+        check_angular(self.scale, self.margin, self.slope)
 
-    def __call__(self, statistics: Statistics) -> Tensor:
-        target_B = statistics.target_B
-        # sin(theta) has an infinite slope at |t| = 1; 1e-7 keeps it finite and moves the cosine by less than float32 resolves.
-        sine_B = torch.sqrt((1 - target_B.square()).clamp(min=1e-7))
-        inside_B = target_B * math.cos(self.margin) - sine_B * math.sin(self.margin)
-        beyond_B = target_B - self.margin * math.sin(self.margin)
-        phi_B = torch.where(target_B > -math.cos(self.margin), inside_B, beyond_B)
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        statistics = batch.with_classes(scale=self.scale)
+        return softplus(statistics.non_target_B - self.scale * angular(statistics.target_B, 1.0, self.margin, self.slope)).mean()
+
+
+@register("combined")
+@dataclass(frozen=True)
+class Combined(Loss):
+    """phi(t) = cos(angle_factor arccos t + angle_margin) - margin: (m1, m2, m3) of Deng et al., CVPR 2019, eq. 4. (1, 0.5, 0) is ArcFace,
+    (1, 0, 0.35) CosFace; theirs are (1, 0.3, 0.2) and (0.9, 0.4, 0.15)."""
+
+    scale: float = 64.0
+    angle_factor: float = 1.0
+    angle_margin: float = 0.3
+    margin: float = 0.2
+    slope: Literal["exact", "straight_through"] = "exact"
+
+    def __post_init__(self) -> None:
+        check_angular(self.scale, self.angle_margin, self.slope)
+        check_range("angle_factor", self.angle_factor, 0.1, 8.0, "it multiplies the angle")
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        statistics = batch.with_classes(scale=self.scale)
+        phi_B = angular(statistics.target_B, self.angle_factor, self.angle_margin, self.slope) - self.margin
         return softplus(statistics.non_target_B - self.scale * phi_B).mean()
+
+
+def check_angular(scale: float, margin: float, slope: str) -> None:
+    check_scale(scale)
+    check_range("margin", margin, 0.0, 1.57, "it is an angle in radians, below pi / 2")
+    if slope not in ("exact", "straight_through"):
+        raise ValueError(f"slope is {slope!r}, but must be 'exact' or 'straight_through'")
+
+
+def angular(target_B: Tensor, factor: float, margin: float | Tensor, slope: str = "exact") -> Tensor:
+    """cos(factor theta + margin), theta = arccos(target), margin a number or [B]. Past pi, where the cosine would rise again, it goes on
+    so that it keeps falling with theta: for factor 1 as target - margin sin(margin) (the first code of ArcFace's authors), else as
+    SphereFace does, -2 - cos(factor theta + margin).
+
+    slope  "exact", or "straight_through": 1, for losses whose authors leave the derivative out
+    """
+    # sin(theta) has an infinite slope at |t| = 1; this keeps it finite and moves the cosine by less than the dtype resolves.
+    least = 1e-7 if target_B.dtype is torch.float32 else 1e-15
+    if factor == 1.0:
+        margin = torch.as_tensor(margin, dtype=target_B.dtype, device=target_B.device)
+        sine_B = torch.sqrt((1 - target_B.square()).clamp(min=least))
+        inside_B = target_B * torch.cos(margin) - sine_B * torch.sin(margin)
+        phi_B = torch.where(target_B > -torch.cos(margin), inside_B, target_B - margin * torch.sin(margin))
+    else:
+        angle_B = factor * torch.arccos(target_B.clamp(least - 1, 1 - least)) + margin
+        phi_B = torch.where(angle_B < math.pi, torch.cos(angle_B), -2 - torch.cos(angle_B))
+    return phi_B if slope == "exact" else target_B + (phi_B - target_B).detach()

@@ -1,0 +1,186 @@
+"""The global batch as a loss sees it: what it may ask for (statistics against classes, against samples, of pairs), and what it may keep
+from step to step (learned thresholds, running means). Every answer is equal on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from partial_fc import collectives
+from partial_fc.collectives import Group
+from partial_fc.columns import Columns
+from partial_fc.kernels import Question
+from partial_fc.kernels.entries import Entries, unit_rows
+from partial_fc.maps import Map
+from partial_fc.pairs import Reduction, hardest, pair_statistics
+from partial_fc.shards import ClassShard
+from partial_fc.similarity import Statistics, similarity_statistics
+from partial_fc.sources import Matrix
+from partial_fc.substitution import positives_of, share_of, within
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """features_BD  of all ranks, in rank order, any norm, with gradient        labels_B  int64 global class ids
+    step           of the classifier
+    shard          this rank's classes
+    columns        what there is of them in this step
+    learned        parameters of the loss by name, trained with the prototypes: scalars, or [S] for this rank's classes
+    tracked        running figures of the loss by name; see `track`
+    class_counts_S images of each class of this rank, if the classifier was given them
+    """
+
+    features_BD: Tensor
+    labels_B: Tensor
+    step: int
+    shard: ClassShard
+    columns: Columns
+    options: Mapping[str, Any] = field(default_factory=dict)  # dtype, kernel and group of similarity_statistics
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    tracked: Mapping[str, Tensor] = field(default_factory=dict)
+    class_counts_S: Tensor | None = None
+    prefix: str = ""
+
+    @property
+    def group(self) -> Group:
+        return self.options.get("group")
+
+    @property
+    def num_classes(self) -> int:
+        return self.shard.num_classes
+
+    def norms(self) -> Tensor:
+        """|features| [B], with gradient: a scale for losses that do not normalise them."""
+        return collectives.replicated(unit_rows(self.features_BD)[1], self.group)
+
+    def with_classes(
+        self,
+        *,
+        scale: float | Tensor,
+        reduction: Literal["log_sum_exp", "softplus_sum", "top_k"] = "log_sum_exp",
+        k: int = 1,
+        threshold: Tensor | None = None,
+        map: Map | None = None,
+        map_parameter_B: Tensor | None = None,
+        class_bias_S: Tensor | None = None,
+        **others: Any,
+    ) -> Statistics:
+        """Statistics against the classes of this step: see `similarity_statistics`, which has these options and more.
+
+        class_bias_S  by row of this rank's shard, with gradient: added to logits of non-targets
+        """
+        columns, bias_n = self.columns, self.columns.bias_n
+        if class_bias_S is not None:
+            class_bias_n = class_bias_S if columns.rows_n is None else class_bias_S.index_select(0, columns.rows_n)
+            if columns.samples is not None:
+                class_bias_n = torch.cat([class_bias_n, collectives.shared(self.of_labels(class_bias_S), self.group)[columns.samples]])
+            bias_n = class_bias_n if bias_n is None else bias_n + class_bias_n
+        return similarity_statistics(
+            self.features_BD,
+            columns.source,
+            self.labels_B,
+            scale=scale,
+            reduction=reduction,
+            k=k,
+            threshold=threshold,
+            map=map,
+            map_parameter_B=map_parameter_B,
+            column_bias_S=bias_n,
+            bias_is_bounded=class_bias_S is None,  # the correction of the sample rate alone
+            included_S=columns.included_n,
+            first_class=columns.first_class,
+            classes_S=columns.classes_n,
+            target_columns_B=columns.target_columns_B,
+            masked_columns_B=columns.masked_columns_B,
+            **{**self.options, **others},
+        )
+
+    @torch.no_grad()
+    def targets(self) -> Tensor:
+        """cos(x_i, w_{y_i}) [B] without gradient, for maps that need it before they look at the others. 1 all-reduce of B floats."""
+        question = Question(unit_rows(self.features_BD)[0], self.columns.target_columns_B)
+        target_B = torch.zeros_like(question.queries_BD[:, 0])
+        if self.columns.source.shape[0]:
+            target_B = Entries.of(question, self.columns.source, self.columns.target_columns_B).product_B
+        return collectives.sum_packed([target_B], self.group)[0]
+
+    def with_samples(
+        self,
+        *,
+        scale: float | Tensor,
+        reduction: Literal["log_sum_exp", "softplus_sum", "top_k"] = "log_sum_exp",
+        one_per_identity: bool = True,
+        label_bias_B: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Statistics, Tensor]:
+        """Statistics against the samples of this batch in place of prototypes, and whether a sample has a positive [B]: the target is
+        another sample of the identity (see `positives_of`), non-targets are one sample of every other identity of the batch, or all of
+        them. Gradients flow to both sides. A sample never meets itself; where it has no positive, the target is 0 and means nothing.
+
+        label_bias_B  added to the logits of non-targets, by sample that is one
+
+        Each rank computes B / N columns. Communicates what `similarity_statistics` says.
+        """
+        positives, mine = positives_of(self.labels_B), share_of(len(self.labels_B), self.group)
+        statistics = similarity_statistics(
+            self.features_BD,
+            Matrix(self.features_BD[mine]),
+            self.labels_B,
+            scale=scale,
+            reduction=reduction,
+            target_columns_B=within(positives.rows_B, mine, positives.is_there_B),
+            masked_columns_B=within(positives.first_B, mine),
+            included_S=positives.is_first_B[mine] if one_per_identity else None,
+            column_labels_S=None if one_per_identity else self.labels_B[mine],
+            classes_S=self.labels_B[mine],
+            column_bias_S=None if label_bias_B is None else collectives.shared(label_bias_B, self.group)[mine],
+            **{**self.options, **others},
+        )
+        return statistics, positives.is_there_B
+
+    def pairs(self, reduction: Reduction = hardest) -> tuple[Tensor, ...]:
+        """What `reduction` makes of each sample's cosines with all samples: see `pair_statistics`."""
+        return pair_statistics(self.features_BD, self.labels_B, reduction, group=self.group)
+
+    def of_labels(self, vector_S: Tensor) -> Tensor:
+        """[B]: what belongs to each sample's class, of a vector by row of this rank's shard, with gradient. 1 all-reduce of B numbers."""
+        rows_B = self.labels_B - self.shard.first
+        own_B = vector_S.new_zeros(len(rows_B))
+        if self.shard.rows:
+            is_here_B = (rows_B >= 0) & (rows_B < self.shard.rows)
+            own_B = vector_S.index_select(0, rows_B.clamp(0, self.shard.rows - 1)).where(is_here_B, 0)
+        return collectives.summed(own_B, self.group)
+
+    def class_counts(self) -> Tensor:
+        """Images [B] of each sample's identity in the training set. 1 all-reduce of B numbers."""
+        if self.class_counts_S is None:
+            raise ValueError("this loss needs the number of images of each identity: give PartialFC class_counts=, int64 [num_classes]")
+        return self.of_labels(self.class_counts_S)
+
+    @torch.no_grad()
+    def track(self, name: str, value: Tensor, share: float) -> Tensor:
+        """Moves a running figure this share of the way to a value, and returns it; without gradient (a validation loss) it stays."""
+        tracked = self.tracked[self.prefix + name]
+        return tracked.lerp_(value.to(tracked.dtype), share).clone() if self._trains else tracked
+
+    @torch.no_grad()
+    def start(self, name: str, value: Tensor) -> None:
+        """Gives a learned parameter its first value, where only data can tell it: once, in the first step."""
+        learned, is_started = self.learned[self.prefix + name], self.tracked[f"{self.prefix}{name}_is_started"]
+        learned.copy_(torch.where(is_started > 0, learned, value.to(learned.dtype)))
+        is_started.fill_(1)
+
+    @property
+    def _trains(self) -> bool:
+        return self.features_BD.requires_grad
+
+    def parameter(self, name: str) -> Tensor:
+        return self.learned[self.prefix + name]
+
+    def part(self, name: str) -> GlobalBatch:
+        """The same batch for a loss that is a part of another, with names of its own for what it keeps."""
+        return replace(self, prefix=f"{self.prefix}{name}_")

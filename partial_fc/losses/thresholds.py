@@ -1,0 +1,44 @@
+"""Losses with one learned threshold: every similarity is judged by itself, above it or below."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from partial_fc.global_batch import GlobalBatch
+from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+
+
+@register("uce")
+@dataclass(frozen=True)
+class UCE(Loss):
+    """softplus(b - s (t - margin)) + weight sum_j softplus(s n_j - b), b = s threshold + log(C - 1) learned. Zhou et al., "UniFace: Unified
+    Cross-Entropy Loss", ICCV 2023, eqs. 23, 31 and 32: scale 64, margin 0.4, weight 0.7 (UCE-mb) on WebFace.
+
+    threshold  first value of the learned one, as a cosine; by default the authors' code's, b = log(10 C)
+    weight     of the non-targets; with the classifier's sample_rate the r of eq. 32
+    """
+
+    scale: float = 64.0
+    margin: float = 0.4
+    threshold: float | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_range("weight", self.weight, 0.0, math.inf, "it weighs the non-targets")
+        if self.threshold is not None:
+            check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
+
+    def learned(self, num_classes: int) -> dict[str, float]:
+        if self.threshold is None:
+            return {"threshold": math.log(10 * num_classes)}
+        return {"threshold": self.scale * self.threshold + math.log(max(1, num_classes - 1))}
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        b = batch.parameter("threshold")
+        statistics = batch.with_classes(scale=self.scale, reduction="softplus_sum", threshold=b)
+        return (softplus(b - self.scale * (statistics.target_B - self.margin)) + self.weight * statistics.non_target_B).mean()
