@@ -240,7 +240,7 @@ class PartialFC(nn.Module):
         """
         check_shapes(features_bD, labels_b, self.width)
         counts = self._counts(labels_b)
-        gather_dtype = DTYPES[self.config.gather_dtype]
+        gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
             features_bD = features_bD.detach().requires_grad_()  # a rank without rows has a part in the reduce-scatter too
         features_bD = features_bD.to(torch.promote_types(self.prototypes.dtype, torch.float32))

@@ -1,5 +1,5 @@
-"""Pairwise substitution: for one step, sample features stand in for the prototypes of some classes (GFace's abstract, Zhao et al., TIP 2025;
-the mechanism is named there, the form is ours). Here from the gathered batch, with gradient to both sides."""
+"""Pairwise substitution: for one step, sample features stand in for the prototypes of some classes. The abstract of GFace (Zhao et al.,
+TIP 2025) names the mechanism; the form is ours. Here from the gathered batch, with gradient to both sides."""
 
 from __future__ import annotations
 

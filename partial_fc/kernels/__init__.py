@@ -36,9 +36,8 @@ class Question(NamedTuple):
     columns: bool = False  # column statistics are wanted
     dtype: torch.dtype = torch.float32  # of the operands of products with chunks of classes
 
-    @property
-    def own_rows_B(self) -> Tensor:
-        """The row that is no non-target."""
+    def masked(self) -> Tensor:
+        """int64 [B]: the row that is no non-target."""
         return self.target_rows_B if self.masked_rows_B is None else self.masked_rows_B
 
 

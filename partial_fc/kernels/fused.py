@@ -106,7 +106,7 @@ class Reading(Walk):
         question, batch, (columns, width) = self.question, len(self.queries_BD), chunk.units_nD.shape
         labels_B, labels_n = (None, None) if question.masks is None else (question.masks[0], question.masks[1][chunk.rows])
         bias_n = None if self.bias_S is None else self.bias_S[chunk.rows]
-        inputs = (self.queries_BD, chunk.units_nD, bias_n, question.own_rows_B, labels_B, labels_n, self.apart_rows_B)
+        inputs = (self.queries_BD, chunk.units_nD, bias_n, question.masked(), labels_B, labels_n, self.apart_rows_B)
         operands = [None if x is None else x.contiguous() for x in inputs]
         kernel = getattr(_tiles(), program)
 

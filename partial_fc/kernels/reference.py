@@ -30,10 +30,7 @@ def _logits(question: Question, prototypes_SD: Tensor) -> tuple[Tensor, Tensor]:
         logits_BS = logits_BS + question.bias_S
     if question.included_S is not None:
         logits_BS = logits_BS.masked_fill(~question.included_S, -torch.inf)
-    if question.masks is None:
-        masked_BS = question.own_rows_B[:, None] == rows_S
-    else:
-        masked_BS = question.masks[0][:, None] == question.masks[1]
+    masked_BS = question.masked()[:, None] == rows_S if question.masks is None else question.masks[0][:, None] == question.masks[1]
     return target_B, logits_BS.masked_fill(masked_BS, -torch.inf)
 
 

@@ -176,7 +176,7 @@ class Walk:
     def _mask(self, logits_Bn: Tensor, rows: slice) -> None:
         """Targets are masked before the exponential, never subtracted after it."""
         if self.question.masks is None:
-            self.put(logits_Bn, self.question.own_rows_B - rows.start, -torch.inf)
+            self.put(logits_Bn, self.question.masked() - rows.start, -torch.inf)
         else:
             labels_B, labels_S = self.question.masks
             logits_Bn.masked_fill_(labels_B[:, None] == labels_S[rows], -torch.inf)

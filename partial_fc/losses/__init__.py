@@ -4,6 +4,7 @@ scalar."""
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
@@ -84,4 +85,16 @@ def check_range(name: str, value: float, least: float, most: float, why: str) ->
         raise ValueError(f"{name} is {value}, but must lie in [{least:g}, {most:g}]: {why}")
 
 
-from partial_fc.losses import margins as margins  # noqa: E402 (fills the registry)
+for family in (
+    "banks",
+    "global_thresholds",
+    "margins",
+    "nearest",
+    "norms",
+    "reweighted",
+    "samples",
+    "spherefaces",
+    "sums",
+    "thresholds",
+):
+    importlib.import_module(f"{__name__}.{family}")  # fills the registry

@@ -42,3 +42,40 @@ class UCE(Loss):
         b = batch.parameter("threshold")
         statistics = batch.with_classes(scale=self.scale, reduction="softplus_sum", threshold=b)
         return (softplus(b - self.scale * (statistics.target_B - self.margin)) + self.weight * statistics.non_target_B).mean()
+
+
+@register("uss")
+@dataclass(frozen=True)
+class USS(Loss):
+    """softplus(b - s (p - margin)) + sum_j softplus(s n_j - b): UCE with samples in place of prototypes, p the cosine with another sample
+    of the identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11 and 24: scale 64,
+    margin 0.1. Theirs compares with the last features of all classes, kept without gradient; here with the gathered batch, with
+    gradient to both sides. Needs batches with several images of an identity: anchors without a positive have their second term alone.
+
+    threshold  first value of the learned one, as a cosine; by default their code's, b = mean log-sum-exp of s n_j in the first batch
+    """
+
+    scale: float = 64.0
+    margin: float = 0.1
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        if self.threshold is not None:
+            check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
+
+    def learned(self, num_classes: int) -> dict[str, float]:
+        return {"threshold": 0.0 if self.threshold is None else self.scale * self.threshold}
+
+    def tracked(self) -> dict[str, float]:
+        return {} if self.threshold is not None else {"threshold_is_started": 0.0}
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        if self.threshold is None:
+            others_B = batch.with_samples(scale=self.scale)[0].non_target_B
+            batch.start("threshold", others_B.masked_fill(others_B == -math.inf, 0).mean())
+        b = batch.parameter("threshold")
+        statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", threshold=b)
+        positive_B = softplus(b - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
+        return (positive_B + statistics.non_target_B).mean()

@@ -1,0 +1,1 @@
+"""Losses that keep features or prototypes of earlier steps."""

@@ -1,0 +1,1 @@
+"""GCE and GB-CosFace: thresholds that come from the whole batch."""

@@ -1,0 +1,1 @@
+"""NPT-Loss: the nearest prototypes alone."""

@@ -1,0 +1,1 @@
+"""Margins that depend on the feature norm, or on how rare an identity is."""

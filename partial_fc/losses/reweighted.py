@@ -1,0 +1,1 @@
+"""Losses that weigh hard non-targets, or the whole probability, anew."""

@@ -1,0 +1,1 @@
+"""Losses that compare samples with samples."""

@@ -1,0 +1,1 @@
+"""The SphereFace family and plain softmax."""
