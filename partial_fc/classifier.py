@@ -127,7 +127,8 @@ class PartialFC(nn.Module):
         self.learned = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in (scalars | vectors).items()})
         self.tracked_names = list(loss.tracked())
         for name, value in loss.tracked().items():
-            self.register_buffer(f"tracked_{name}", torch.tensor(float(value), device=device))
+            first = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.register_buffer(f"tracked_{name}", first.to(device))
         self.class_counts_S = None if class_counts is None else self._counts_of_shard(class_counts)
 
     def _counts_of_shard(self, class_counts: Tensor) -> Tensor:

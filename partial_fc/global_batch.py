@@ -167,6 +167,16 @@ class GlobalBatch:
         tracked = self.tracked[self.prefix + name]
         return tracked.lerp_(value.to(tracked.dtype), share).clone() if self._trains else tracked
 
+    def kept(self, name: str) -> Tensor:
+        """What was kept under this name; not to be written to."""
+        return self.tracked[self.prefix + name]
+
+    @torch.no_grad()
+    def keep(self, name: str, value: Tensor) -> None:
+        """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss) nothing changes."""
+        if self._trains:
+            self.tracked[self.prefix + name].copy_(value)
+
     @torch.no_grad()
     def start(self, name: str, value: Tensor) -> None:
         """Gives a learned parameter its first value, where only data can tell it: once, in the first step."""

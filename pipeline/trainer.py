@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dali_loaders import Batch, TrainLoader, open_source
-from partial_fc import PartialFC, RowSGD, losses
+from partial_fc import PartialFC, RowSGD
 from pipeline import backbones, checkpoint
 from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
@@ -121,7 +121,7 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence((run.seed, self.step, self.place.rank)).generate_state(1)[0]))
         if run.margin_warmup:
             share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
-            self.classifier.loss = losses.with_margins(self.config.loss, share)
+            self.classifier.loss = self.config.loss.with_margins(share)
         self.classifier.step = self.step
         batches: Iterable[Batch] = itertools.islice(self.loader, run.accumulation)
         if run.accumulation > 1 and self.config.classifier.sample_rate < 1:

@@ -7,7 +7,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,15 @@ class Loss(Protocol):
         """The same, one number per class."""
         return {}
 
-    def tracked(self) -> dict[str, float]:
-        """First values of running figures: batch.track(name, value, share)."""
+    def tracked(self) -> dict[str, float | Tensor]:
+        """First values of what is kept from step to step: running figures, batch.track(name, value, share), or tensors,
+        batch.kept(name) and batch.keep(name, value)."""
         return {}
+
+    def with_margins(self, share: float) -> Self:
+        """The loss with each margin (a field called so, or ending so) multiplied by `share`, for a warm-up."""
+        margins = {item.name: share * getattr(self, item.name) for item in fields(self) if item.name.endswith("margin")}  # type: ignore
+        return replace(self, **margins)  # type: ignore[type-var]
 
 
 REGISTRY: dict[str, type] = {}
@@ -62,12 +68,6 @@ def build(name: str, **parameters: Any) -> Loss:
 
 def name_of(loss: Loss) -> str:
     return next(name for name, cls in REGISTRY.items() if type(loss) is cls)
-
-
-def with_margins(loss: Loss, share: float) -> Loss:
-    """The loss with each margin (a field called so, or ending so) multiplied by `share`, for a warm-up."""
-    margins = {item.name: getattr(loss, item.name) for item in fields(loss) if item.name.endswith("margin")}  # type: ignore[arg-type]
-    return replace(loss, **{name: share * margin for name, margin in margins.items()})  # type: ignore[type-var]
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -1,1 +1,88 @@
 """Sums of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from partial_fc.global_batch import GlobalBatch
+from partial_fc.losses import Loss, build, name_of, register
+from partial_fc.losses.margins import CosFace
+from partial_fc.losses.thresholds import USS
+
+
+class _Parts(Loss):
+    """A loss made of others, each with names of its own for what it keeps."""
+
+    def weighted(self) -> list[tuple[str, float, Loss]]:
+        """(name, weight, loss) of each part."""
+        raise NotImplementedError
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        return torch.stack([weight * loss(batch.part(name)) for name, weight, loss in self.weighted()]).sum()
+
+    def learned(self, num_classes: int) -> dict[str, float]:
+        return {f"{name}_{key}": value for name, _, loss in self.weighted() for key, value in loss.learned(num_classes).items()}
+
+    def learned_by_class(self, num_classes: int) -> dict[str, float]:
+        return {f"{name}_{key}": value for name, _, loss in self.weighted() for key, value in loss.learned_by_class(num_classes).items()}
+
+    def tracked(self) -> dict[str, float | Tensor]:
+        return {f"{name}_{key}": value for name, _, loss in self.weighted() for key, value in loss.tracked().items()}
+
+
+@register("unitsface")
+@dataclass(frozen=True)
+class UniTSFace(_Parts):
+    """CosFace plus USS. Li et al., NeurIPS 2023: scale 64, margins 0.4 and 0.1. Needs batches with several images of an identity.
+
+    weighting  "sum": weights 1 and 1, as the authors' code has it. "average": one half each, as the paper's text has it
+    """
+
+    scale: float = 64.0
+    margin: float = 0.4
+    sample_margin: float = 0.1
+    threshold: float | None = None
+    weighting: Literal["sum", "average"] = "sum"
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("sum", "average"):
+            raise ValueError(f"weighting is {self.weighting!r}, but must be 'sum' or 'average'")
+        self.weighted()  # checks the rest
+
+    def weighted(self) -> list[tuple[str, float, Loss]]:
+        weight = 1.0 if self.weighting == "sum" else 0.5
+        uss = USS(self.scale, self.sample_margin, self.threshold)
+        return [("cosface", weight, CosFace(self.scale, self.margin)), ("uss", weight, uss)]
+
+
+@register("sum")
+@dataclass(frozen=True)
+class Sum(_Parts):
+    """A weighted sum of any losses.
+
+    parts    each as build() takes it: {"name": "gce", "scale": 32.0}
+    weights  one per part; 1 each by default
+    """
+
+    parts: tuple[Mapping[str, Any], ...] = ({"name": "cosface"}, {"name": "uss"})
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts or any("name" not in part for part in self.parts):
+            raise ValueError("a sum needs at least one part, and each part a 'name': parts=({'name': 'cosface'}, {'name': 'uss'})")
+        if self.weights and len(self.weights) != len(self.parts):
+            raise ValueError(f"a sum of {len(self.parts)} parts got {len(self.weights)} weights: give one per part, or none")
+        self.weighted()  # checks the rest
+
+    def weighted(self) -> list[tuple[str, float, Loss]]:
+        weights = self.weights or (1.0,) * len(self.parts)
+        return [(str(place), weights[place], build(**part)) for place, part in enumerate(self.parts)]
+
+    def with_margins(self, share: float) -> Sum:
+        warmed = [loss.with_margins(share) for _, _, loss in self.weighted()]
+        return replace(self, parts=tuple({"name": name_of(loss), **vars(loss)} for loss in warmed))

@@ -68,7 +68,7 @@ class USS(Loss):
     def learned(self, num_classes: int) -> dict[str, float]:
         return {"threshold": 0.0 if self.threshold is None else self.scale * self.threshold}
 
-    def tracked(self) -> dict[str, float]:
+    def tracked(self) -> dict[str, float | Tensor]:
         return {} if self.threshold is not None else {"threshold_is_started": 0.0}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
