@@ -106,6 +106,13 @@ def _bench_accuracy(options: argparse.Namespace) -> None:
     record.report(accuracy.rows(options.classes, options.batch, options.width), accuracy.as_text, options.json, options.csv)
 
 
+def _bench_training(options: argparse.Namespace) -> None:
+    from benchmarks import record, training
+
+    entries = options.entries or list(training.ENTRIES)
+    record.report(training.rows(entries, options.seeds, options.jobs, options.tune), training.as_text, options.json, options.csv)
+
+
 def _plan(options: argparse.Namespace) -> None:
     from pipeline import plan
 
@@ -199,6 +206,20 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--batch", type=int, default=256, metavar="N", help="(256)")
     accuracy.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
     _add_report(accuracy, "accuracy")
+    training = _command(
+        bench,
+        "training",
+        _bench_training,
+        "train every loss on small data with the same budget, and verify other identities",
+        "protoshard bench training --entries cosface gce --seeds 0 1 2",
+    )
+    training.add_argument("--entries", nargs="+", metavar="NAME", help="of benchmarks/training_entries.py (all)")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training each (0)")
+    training.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time, one core each (1)")
+    training.add_argument(
+        "--tune", action="store_true", help="try the candidates of each entry on identities carved out of the training set"
+    )
+    _add_report(training, "training")
     return parser
 
 
