@@ -61,7 +61,7 @@ def _train(name: str, candidate: tuple[str, ...], seed: int, sets: tuple[str, st
             found |= json.loads(line)
     prefix = os.path.splitext(os.path.basename(sets[1]))[0]
     figures = {key: found.get(f"{prefix}/{figure}") for key, figure in FIGURES.items()}
-    chosen = [part for part in (*ENTRIES[name], *candidate)]
+    chosen = [*ENTRIES[name], *candidate]
     return {
         "entry": name,
         "seed": seed,

@@ -106,6 +106,15 @@ def _bench_accuracy(options: argparse.Namespace) -> None:
     record.report(accuracy.rows(options.classes, options.batch, options.width), accuracy.as_text, options.json, options.csv)
 
 
+def _bench_losses(options: argparse.Namespace) -> None:
+    from benchmarks import loss_cost, record
+    from partial_fc import losses
+
+    names = options.losses or sorted(losses.REGISTRY)
+    found = loss_cost.rows(names, options.classes, options.batch, options.width, options.dtype, options.pairs)
+    record.report(found, loss_cost.as_text, options.json, options.csv)
+
+
 def _bench_training(options: argparse.Namespace) -> None:
     from benchmarks import record, training
 
@@ -206,6 +215,20 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--batch", type=int, default=256, metavar="N", help="(256)")
     accuracy.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
     _add_report(accuracy, "accuracy")
+    cost = _command(
+        bench,
+        "losses",
+        _bench_losses,
+        "time of a classifier step with each loss, against CosFace in turn",
+        "protoshard bench losses --losses gce npt --dtype bfloat16",
+    )
+    cost.add_argument("--losses", nargs="+", metavar="NAME", help="with their defaults (all)")
+    cost.add_argument("--classes", type=int, default=100_000, metavar="N", help="(100000)")
+    cost.add_argument("--batch", type=int, default=512, metavar="N", help="two samples of each identity (512)")
+    cost.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    cost.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products (float32)")
+    cost.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
+    _add_report(cost, "losses")
     training = _command(
         bench,
         "training",
