@@ -41,8 +41,8 @@ def test_the_example_of_an_own_training_loop_gives_the_same_losses_on_1_and_3_ra
 def focal_cosface(dense, scale, margin, focus):
     """Of docs/adding-a-loss.md, dense."""
     target, others = cosines(dense)
-    wrong = torch.exp(scale * others).sum(dim=1) / (torch.exp(scale * (target - margin)) + torch.exp(scale * others).sum(dim=1))
-    return (wrong**focus * -torch.log(1 - wrong)).mean()
+    right, wrong = torch.exp(scale * (target - margin)), torch.exp(scale * others).sum(dim=1)
+    return ((wrong / (right + wrong)) ** focus * torch.log((right + wrong) / right)).mean()
 
 
 def test_the_example_of_adding_a_loss(tmp_path, monkeypatch):
