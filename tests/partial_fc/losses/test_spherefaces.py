@@ -128,6 +128,15 @@ def test_the_margin_comes_in_as_steps_go_by():
     assert at(0) < at(1000) < at(10**6)
 
 
+def test_the_step_of_micro_batches_is_that_of_one_batch():
+    features, labels, _ = data()
+    classifier = PartialFC(CLASSES, WIDTH, losses.build("sphereface", least_lambda=0.0, first_lambda=1.0), 0.4, seed=3).double()
+    right = classifier(features.clone().requires_grad_(), labels)
+    classifier.step = 0
+    classifier.begin_step(labels)
+    torch.testing.assert_close(classifier(features.clone().requires_grad_(), labels), right, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["softmax", "normalized_softmax", "sphereface"])
 def test_a_feature_without_direction_is_no_fault(name):
     features, labels, _ = data()
