@@ -259,7 +259,7 @@ class PartialFC(nn.Module):
         return GlobalBatch(
             features_BD,
             labels_B,
-            self.step,
+            self.step - self.is_step_begun,  # `begin_step` has counted it already
             self.shard,
             self._columns(features_BD, labels_B),
             {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group},

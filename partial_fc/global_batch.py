@@ -71,8 +71,11 @@ class GlobalBatch:
     ) -> Statistics:
         """Statistics against the classes of this step: see `similarity_statistics`, which has these options and more.
 
+        scale         a number, or a vector [B] with gradient, complete on every rank, as `norms` is; backward then 1 all-reduce of B floats
         class_bias_S  by row of this rank's shard, with gradient: added to logits of non-targets
         """
+        if isinstance(scale, Tensor):
+            scale = collectives.shared(scale, self.group)
         columns, bias_n = self.columns, self.columns.bias_n
         if class_bias_S is not None:
             class_bias_n = class_bias_S if columns.rows_n is None else class_bias_S.index_select(0, columns.rows_n)

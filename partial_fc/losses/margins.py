@@ -77,25 +77,46 @@ class Combined(Loss):
 def check_angular(scale: float, margin: float, slope: str) -> None:
     check_scale(scale)
     check_range("margin", margin, 0.0, 1.57, "it is an angle in radians, below pi / 2")
+    check_slope(slope)
+
+
+def check_slope(slope: str) -> None:
     if slope not in ("exact", "straight_through"):
         raise ValueError(f"slope is {slope!r}, but must be 'exact' or 'straight_through'")
+
+
+def sloped(phi_B: Tensor, target_B: Tensor, slope: str) -> Tensor:
+    """phi with its own slope ("exact"), or with the target's ("straight_through")."""
+    return phi_B if slope == "exact" else target_B + (phi_B - target_B).detach()
+
+
+def least_of(dtype: torch.dtype) -> float:
+    """Near |cosine| = 1 slopes by the angle become infinite; this distance keeps them finite and moves the cosine by less than the dtype
+    resolves."""
+    return 1e-7 if dtype is torch.float32 else 1e-15
+
+
+def angles(cosines: Tensor) -> Tensor:
+    """arccos, without slope at -1 and 1."""
+    least = least_of(cosines.dtype)
+    return torch.arccos(cosines.clamp(least - 1, 1 - least))
 
 
 def angular(target_B: Tensor, factor: float, margin: float | Tensor, slope: str = "exact") -> Tensor:
     """cos(factor theta + margin), theta = arccos(target), margin a number or [B]. Past pi, where the cosine would rise again, it goes on
     so that it keeps falling with theta: for factor 1 as target - margin sin(margin) (the first code of ArcFace's authors), else as
-    SphereFace does, -2 - cos(factor theta + margin).
+    SphereFace does, -2 - cos(factor theta + margin). A negative margin, for factor 1 alone, gives 1 below theta = -margin.
 
     slope  "exact", or "straight_through": 1, for losses whose authors leave the derivative out
     """
-    # sin(theta) has an infinite slope at |t| = 1; this keeps it finite and moves the cosine by less than the dtype resolves.
-    least = 1e-7 if target_B.dtype is torch.float32 else 1e-15
     if factor == 1.0:
         margin = torch.as_tensor(margin, dtype=target_B.dtype, device=target_B.device)
-        sine_B = torch.sqrt((1 - target_B.square()).clamp(min=least))
+        sine_B = torch.sqrt((1 - target_B.square()).clamp(min=least_of(target_B.dtype)))
         inside_B = target_B * torch.cos(margin) - sine_B * torch.sin(margin)
-        phi_B = torch.where(target_B > -torch.cos(margin), inside_B, target_B - margin * torch.sin(margin))
+        is_past_B = (margin >= 0) & (target_B <= -torch.cos(margin))
+        is_before_B = (margin < 0) & (target_B >= torch.cos(margin))
+        phi_B = torch.where(is_past_B, target_B - margin * torch.sin(margin), inside_B).masked_fill(is_before_B, 1.0)
     else:
-        angle_B = factor * torch.arccos(target_B.clamp(least - 1, 1 - least)) + margin
+        angle_B = factor * angles(target_B) + margin
         phi_B = torch.where(angle_B < math.pi, torch.cos(angle_B), -2 - torch.cos(angle_B))
-    return phi_B if slope == "exact" else target_B + (phi_B - target_B).detach()
+    return sloped(phi_B, target_B, slope)
