@@ -1,1 +1,183 @@
 """Losses that weigh hard non-targets, or the whole probability, anew."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from partial_fc.global_batch import GlobalBatch
+from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses.margins import angular, check_angular
+from partial_fc.maps import Map
+
+
+@register("sv_softmax")
+@dataclass(frozen=True)
+class SVSoftmax(Loss):
+    """Non-targets nearer than the target, n_j > t, count more: as (1 + hardness) n_j + hardness, that is exp(s n_j) times
+    exp(s hardness (n_j + 1)). Wang et al., "Support Vector Guided Softmax Loss", arXiv 1812.11317: scale 32, hardness 0.2.
+
+    margin    on the target's similarity alone; with one this is the paper's SV-X-Softmax (0.35)
+    hardness  the paper's t - 1; 0 gives softmax with that margin
+    emphasis  "adaptive" as above, or "fixed": n_j + hardness
+    target    what the margin does: "cosine" t - margin, "arc" cos(arccos t + margin)
+    """
+
+    scale: float = 32.0
+    margin: float = 0.0
+    hardness: float = 0.2
+    emphasis: Literal["adaptive", "fixed"] = "adaptive"
+    target: Literal["cosine", "arc"] = "cosine"
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.margin, self.hardness, self.emphasis, self.target)
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        emphasised = emphasis_on_hard(self.hardness, self.emphasis)
+        statistics = batch.with_classes(scale=self.scale, map=emphasised, map_parameter_B=batch.targets())
+        return softplus(statistics.non_target_B - self.scale * _phi(statistics.target_B, self.margin, self.target)).mean()
+
+
+@register("mv_softmax")
+@dataclass(frozen=True)
+class MVSoftmax(Loss):
+    """Non-targets nearer than the target with its margin, n_j > phi(t), count more: as (1 + hardness) n_j + hardness. Wang et al.,
+    "Mis-classified Vector Guided Softmax Loss", AAAI 2020: scale 32, margin 0.35, hardness 0.2 (0.12 in FaceX-Zoo).
+
+    hardness  t - 1 of the paper, t of its code; 0 gives CosFace, or ArcFace
+    emphasis  "adaptive" as above, or "fixed": n_j + hardness
+    target    phi: "cosine" t - margin, "arc" cos(arccos t + margin)
+    easy      the target has its margin only where t > 0, the comparison has it always: the code's default, not in the paper
+    """
+
+    scale: float = 32.0
+    margin: float = 0.35
+    hardness: float = 0.2
+    emphasis: Literal["adaptive", "fixed"] = "adaptive"
+    target: Literal["cosine", "arc"] = "cosine"
+    easy: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.margin, self.hardness, self.emphasis, self.target)
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        emphasised, limit_B = emphasis_on_hard(self.hardness, self.emphasis), _phi(batch.targets(), self.margin, self.target)
+        statistics = batch.with_classes(scale=self.scale, map=emphasised, map_parameter_B=limit_B)
+        phi_B = _phi(statistics.target_B, self.margin, self.target)
+        if self.easy:
+            phi_B = torch.where(statistics.target_B > 0, phi_B, statistics.target_B)
+        return softplus(statistics.non_target_B - self.scale * phi_B).mean()
+
+
+def emphasis_on_hard(hardness: float, emphasis: str) -> Map:
+    """n -> (1 + hardness) n + hardness, or n + hardness, where n is above the row's parameter. Largest at n = 1."""
+    factor = 1 + hardness if emphasis == "adaptive" else 1.0
+
+    def function(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
+        assert limit_B1 is not None
+        return torch.where(cosines_Bn > limit_B1, factor * cosines_Bn + hardness, cosines_Bn)
+
+    return Map(function, bound=factor + hardness)
+
+
+def _phi(target_B: Tensor, margin: float, target: str) -> Tensor:
+    return target_B - margin if target == "cosine" else angular(target_B, 1.0, margin)
+
+
+def _check(scale: float, margin: float, hardness: float, emphasis: str, target: str) -> None:
+    if target not in ("cosine", "arc"):
+        raise ValueError(f"target is {target!r}, but must be 'cosine' or 'arc'")
+    if emphasis not in ("adaptive", "fixed"):
+        raise ValueError(f"emphasis is {emphasis!r}, but must be 'adaptive' or 'fixed'")
+    check_range("hardness", hardness, 0.0, 10.0, "it is added to hard cosines")
+    if target == "arc":
+        check_angular(scale, margin, "exact")
+    else:
+        check_scale(scale)
+        check_range("margin", margin, 0.0, 2.0, "cosines differ by at most 2")
+
+
+@register("curricularface")
+@dataclass(frozen=True)
+class CurricularFace(Loss):
+    """ArcFace with hard non-targets, n_j > cos(arccos t + margin), as n_j (mean + n_j): they count little at first, and more as the mean
+    target cosine grows. Huang et al., CVPR 2020: scale 64, margin 0.5 in radians.
+
+    share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port
+    """
+
+    scale: float = 64.0
+    margin: float = 0.5
+    share: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_angular(self.scale, self.margin, "exact")
+        check_range("share", self.share, 0.0, 1.0, "it is the part of a batch in a running mean")
+
+    def tracked(self) -> dict[str, float]:
+        return {"mean_target": 0.0}
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        target_B = batch.targets()
+        mean = batch.track("mean_target", target_B.mean(), self.share)
+        # As in their code this limit rises again past pi - margin; the target's own phi does not.
+        limit_B = torch.cos(torch.arccos(target_B.clamp(-1, 1)) + self.margin)
+        statistics = batch.with_classes(scale=self.scale, map=curriculum(mean), map_parameter_B=limit_B)
+        return softplus(statistics.non_target_B - self.scale * angular(statistics.target_B, 1.0, self.margin)).mean()
+
+
+def curriculum(mean: Tensor) -> Map:
+    """n -> n (mean + n) where n is above the row's parameter; mean is a scalar without gradient, at most 1."""
+
+    def function(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
+        assert limit_B1 is not None
+        return torch.where(cosines_Bn > limit_B1, cosines_Bn * (mean.to(cosines_Bn.dtype) + cosines_Bn), cosines_Bn)
+
+    return Map(function, bound=2.0)
+
+
+@register("search_softmax")
+@dataclass(frozen=True)
+class SearchSoftmax(Loss):
+    """-log p_m with p_m = p / (a p + 1 - a), p the softmax probability of the target and a <= 0. Wang et al., "Loss Function Search for
+    Face Recognition", ICML 2020: scale 32. The search itself, which draws a anew for each model of a population and keeps
+    the best on a validation set, is not here.
+
+    modulation  a. One number is the margin log(1 - a) / scale of CosFace: 0.28 by default, about what their code draws, -0.2 e^(scale/3).
+                Several are for p in so many equal parts of (0, 1], the first for the smallest p (their local mode has 10)
+    """
+
+    scale: float = 32.0
+    modulation: float | tuple[float, ...] = -8000.0
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        if not self._parts:
+            raise ValueError("modulation is empty, but must be a number, or one for each part of (0, 1]")
+        for a in self._parts:
+            if not -math.inf < a <= 0:
+                raise ValueError(f"modulation is {a}, but must be negative, or 0 for plain softmax")
+
+    @property
+    def _parts(self) -> tuple[float, ...]:
+        return self.modulation if isinstance(self.modulation, tuple) else (self.modulation,)
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        statistics = batch.with_classes(scale=self.scale)
+        loss_B = softplus(statistics.non_target_B - self.scale * statistics.target_B)
+        probability_B, parts = torch.exp(-loss_B.detach()), self._parts
+        a_B = torch.full_like(loss_B, parts[-1])
+        for part in range(len(parts) - 2, -1, -1):
+            a_B = torch.where(probability_B <= (part + 1) / len(parts), parts[part], a_B)
+        return modulated(loss_B, a_B).mean()
+
+
+def modulated(loss_B: Tensor, a: float | Tensor) -> Tensor:
+    """-log p_m [B], p_m = p / (a p + 1 - a), of loss_B = -log p >= 0; a <= 0 is a number or [B], with gradient if it has one.
+    a = 1 - exp(s (t - phi)) gives a target t the margin that phi has."""
+    # The other probability, 1 - p, keeps its digits where p is nearly 1.
+    return loss_B + torch.log1p(a * torch.expm1(-loss_B))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.maps import Map
 
 
 @register("uce")
@@ -79,3 +81,59 @@ class USS(Loss):
         statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", threshold=b)
         positive_B = softplus(b - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
         return (positive_B + statistics.non_target_B).mean()
+
+
+@register("sphereface2")
+@dataclass(frozen=True)
+class SphereFace2(Loss):
+    """(weight / s) (target_weight softplus(-s (g(t) - margin) - b) + (1 - target_weight) sum_j softplus(s (g(n_j) + margin) + b)) with
+    g(z) = 2 ((z + 1) / 2)^power - 1 and one learned bias b. Wen et al., "SphereFace2", ICLR 2022, type C (a margin on both sides), with the
+    constants of the authors' code (opensphere): scale 40, margin 0.4 (64 and 0.5 on MS1M), power 3.
+
+    target_weight  lambda of their eq. 5, alpha of the code: 0.7 (0.8 on MS1M)
+    weight         lw of the code: 50 (10 on VGGFace2)
+    slope          "straight_through": the code's, 1 for g; or "exact"
+    """
+
+    scale: float = 40.0
+    margin: float = 0.4
+    power: float = 3.0
+    target_weight: float = 0.7
+    weight: float = 50.0
+    slope: Literal["straight_through", "exact"] = "straight_through"
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_range("power", self.power, 1.0, 16.0, "1 leaves cosines as they are, 3 is usual")
+        check_range("weight", self.weight, 0.0, math.inf, "it weighs the loss")
+        if not 0 < self.target_weight < 1:
+            raise ValueError(f"target_weight is {self.target_weight}, but must lie between 0 and 1: non-targets have the rest")
+        if self.slope not in ("straight_through", "exact"):
+            raise ValueError(f"slope is {self.slope!r}, but must be 'straight_through' or 'exact'")
+
+    def learned(self, num_classes: int) -> dict[str, float]:
+        """The b at which the loss of orthogonal features and prototypes is smallest."""
+        ratio = self.target_weight / ((1 - self.target_weight) * max(1, num_classes - 1))
+        middle = 2 * 0.5**self.power - 1
+        target, others = self.scale * (middle - self.margin), self.scale * (middle + self.margin)
+        # log(2 z) - log(1 - z + sqrt((1 - z)^2 + 4 z e^(target - others))) - others; for z > 1 without the difference of equal numbers.
+        gap = 4 * ratio * math.exp(target - others)
+        root = math.sqrt((1 - ratio) ** 2 + gap)
+        if ratio <= 1:
+            return {"bias": math.log(2 * ratio) - others - math.log(1 - ratio + root)}
+        return {"bias": math.log(ratio - 1 + root) - math.log(2) - target}
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        bias, shaped = batch.parameter("bias"), Map(self._shape, slope=self.slope)
+        threshold = -(self.scale * self.margin + bias)
+        statistics = batch.with_classes(scale=self.scale, reduction="softplus_sum", threshold=threshold, map=shaped)
+        target_B = self._shape(statistics.target_B)
+        if self.slope == "straight_through":
+            target_B = statistics.target_B + (target_B - statistics.target_B).detach()
+        of_targets_B = softplus(-self.scale * (target_B - self.margin) - bias)
+        loss_B = self.target_weight * of_targets_B + (1 - self.target_weight) * statistics.non_target_B
+        return self.weight / self.scale * loss_B.mean()
+
+    def _shape(self, cosines: Tensor, _: Tensor | None = None) -> Tensor:
+        return 2 * ((cosines + 1) / 2).clamp(min=0).pow(self.power) - 1
