@@ -124,7 +124,7 @@ class GBCosFace(Loss):
         check_range("most", self.most, -1.0, 1.0, "it is a cosine")
         check_range("least", self.least, -1.0, self.most, "it is a cosine, and not above `most`")
 
-    def tracked(self) -> dict[str, float]:
+    def tracked(self) -> dict[str, float | Tensor]:
         return {"boundary": -2.0}  # none yet
 
     def __call__(self, batch: GlobalBatch) -> Tensor:

@@ -79,7 +79,7 @@ class AdaFace(Loss):
         check_range("concentration", self.concentration, 0.0, 1e3, "it multiplies the normalised norm")
         check_range("share", self.share, 0.0, 1.0, "it is the share of the newest batch in running figures")
 
-    def tracked(self) -> dict[str, float]:
+    def tracked(self) -> dict[str, float | Tensor]:
         return {"norm_mean": 20.0, "norm_deviation": 100.0}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:

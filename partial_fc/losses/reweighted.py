@@ -118,7 +118,7 @@ class CurricularFace(Loss):
         check_angular(self.scale, self.margin, "exact")
         check_range("share", self.share, 0.0, 1.0, "it is the part of a batch in a running mean")
 
-    def tracked(self) -> dict[str, float]:
+    def tracked(self) -> dict[str, float | Tensor]:
         return {"mean_target": 0.0}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
