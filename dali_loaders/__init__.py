@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dali_loaders.order import UniformOrder
+from dali_loaders.order import GroupedOrder, UniformOrder
 from dali_loaders.packing import pack
 from dali_loaders.sources import Source, open_source
 
@@ -17,6 +17,7 @@ __all__ = [
     "Batch",
     "CheckReport",
     "DataConfig",
+    "GroupedOrder",
     "Source",
     "TrainLoader",
     "UniformOrder",

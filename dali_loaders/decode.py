@@ -55,13 +55,14 @@ class DataConfig:
     train: str = ""  # folder, .tar or .rec
     reader: str = "native"  # or "mxnet", for .rec only
     min_images: int = 2  # an identity with fewer is refused; 1 admits all
+    images_per_identity: int = 1  # K of P x K batches: so many of one identity stand together; 1 draws images without regard to identity
     image_size: int = 112  # side in pixels; other sizes are stretched to it
     threads: int = 0  # for reading and for decoding; 0 shares the cores among the ranks of this machine
     prefetch: int = 2  # batches kept ready ahead of the training step
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
-        for name, least in (("min_images", 1), ("image_size", 8), ("threads", 0), ("prefetch", 1)):
+        for name, least in (("min_images", 1), ("images_per_identity", 1), ("image_size", 8), ("threads", 0), ("prefetch", 1)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} is {value}; expected at least {least}.")

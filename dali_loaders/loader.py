@@ -17,7 +17,7 @@ import torch
 
 from dali_loaders.background import Background
 from dali_loaders.decode import DataConfig, Decoder, UnreadableImagesError, augment_arguments, read_image
-from dali_loaders.order import UniformOrder
+from dali_loaders.order import Order, build_order
 from dali_loaders.sources import Source
 
 MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
@@ -35,8 +35,9 @@ class Batch(NamedTuple):
 class TrainLoader:
     """Endless iterator over this rank's slice of the global batches; images and labels are on `device`.
 
-    Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of UniformOrder(len(source), seed); rank r takes
-    the r-th of world_size equal contiguous slices. An unreadable image is replaced by the next readable one (dataset index + 1, wrapping),
+    Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of the order (UniformOrder, or GroupedOrder where
+    config.images_per_identity is above 1); rank r takes the r-th of world_size equal contiguous slices, which hold whole groups. An
+    unreadable image is replaced by the next readable one (dataset index + 1, wrapping; with groups, of its own identity if there is one),
     logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a ValueError.
     """
 
@@ -53,9 +54,12 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         skipped_path: str | None = None,
     ) -> None:
-        if global_batch < 1 or global_batch % world_size:
+        group = config.images_per_identity
+        if global_batch < 1 or global_batch % (world_size * group):
+            groups = f" in groups of {group} images" if group > 1 else ""
             raise ValueError(
-                f"the global batch of {global_batch} does not divide among {world_size} ranks; choose a positive multiple of {world_size}."
+                f"the global batch of {global_batch} does not divide among {world_size} ranks{groups}; choose a positive multiple of "
+                f"{world_size * group}."
             )
         assert 0 <= rank < world_size
         assert consumed >= 0
@@ -63,7 +67,7 @@ class TrainLoader:
         size = global_batch // world_size
         starts = itertools.count(consumed + rank * size, global_batch)
         feed = _Feed(source, config, size, torch.device(device), self.skipped, skipped_path)
-        self._batches = Background(feed.train_batches(UniformOrder(len(source), seed), seed, starts), config.prefetch)
+        self._batches = Background(feed.train_batches(build_order(source, group, seed), seed, starts), config.prefetch)
 
     @property
     def wait_seconds(self) -> float:
@@ -121,7 +125,7 @@ class _Feed:
         self._bad: set[int] = set()
         self._skipped, self._skipped_path = skipped, skipped_path
 
-    def train_batches(self, order: UniformOrder, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
+    def train_batches(self, order: Order, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
         config, reads_so_far, skipped_reads = self._config, 0, 0
         with ThreadPoolExecutor(self._threads, "protoshard-read") as pool:
             requests = (
@@ -135,7 +139,7 @@ class _Feed:
                 while images is None:
                     unreadable = sum(int(index) in self._bad for index in wanted)
                     self._stop_above(skipped_reads + unreadable, reads_so_far)
-                    indices = np.array([self._next_readable(int(index)) for index in wanted])
+                    indices = np.array([self._next_readable(order, int(index)) for index in wanted])
                     images = self._decode(self._read(indices), indices, arguments)
                 skipped_reads += int((indices != wanted).sum())
                 yield self._batch(images, indices)
@@ -199,10 +203,8 @@ class _Feed:
                 f"{MAX_SKIPPED:.0%} ({where}); repair or remove them."
             )
 
-    def _next_readable(self, index: int) -> int:
-        while index in self._bad:
-            index = (index + 1) % len(self._source)
-        return index
+    def _next_readable(self, order: Order, index: int) -> int:
+        return next(other for other in order.replacements(index) if other not in self._bad)
 
     def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
         return Batch(images, self._decoder.to_device(self._labels[torch.from_numpy(indices)]), indices)

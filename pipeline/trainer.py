@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dali_loaders import Batch, TrainLoader, open_source
+from dali_loaders.order import build_order
+from dali_loaders.sources import check_images_per_identity
 from partial_fc import PartialFC, RowSGD
 from pipeline import backbones, checkpoint
 from pipeline.config import TrainConfig, as_dict, as_text
@@ -40,15 +42,19 @@ class Trainer:
     def __init__(self, config: TrainConfig, place: Place, resume: str = "auto") -> None:
         self.config, self.place = config, place
         run = config.run
-        if run.batch % (run.accumulation * place.world_size):
+        group = config.data.images_per_identity
+        if run.batch % (run.accumulation * place.world_size * group):
+            groups = f" and data.images_per_identity = {group}" if group > 1 else ""
             raise ValueError(
-                f"run.batch is {run.batch}, which {place.world_size} ranks with run.accumulation = {run.accumulation} do not divide: "
-                f"use a multiple of {run.accumulation * place.world_size}"
+                f"run.batch is {run.batch}, which {place.world_size} ranks with run.accumulation = {run.accumulation}{groups} do not "
+                f"divide: use a multiple of {run.accumulation * place.world_size * group}"
             )
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
         self.source = open_source(config.data.train, config.data.reader)
-        _check_images_per_identity(self.source.labels, self.source.identities, config.data.train, config.data.min_images)
+        self.steps_per_epoch = build_order(self.source, group, run.seed).epoch_length / run.batch
+        least = config.data.min_images
+        check_images_per_identity(self.source, least, f"data.min_images is {least}", "train on them too with --set data.min_images=1")
         self.num_classes = len(self.source.identities)
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
@@ -66,7 +72,6 @@ class Trainer:
                 f"statistics: use at least {2 * run.batch}"
             )
         self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
-        self.steps_per_epoch = len(self.source) / run.batch
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         resumed = self._resume(resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
@@ -198,7 +203,7 @@ class Trainer:
             "wait_share": waited / self.place.world_size,
             "skipped_images": skipped,
             "skipped_steps": self.classifier.skipped_steps,
-            "epoch": self.consumed / len(self.source),
+            "epoch": self.step / self.steps_per_epoch,
         }
         self.monitor.scalars(self.step, values)
         self._open_window()
@@ -243,6 +248,7 @@ class Trainer:
             "image_size": config.data.image_size,
             "optimizer": config.optimizer.name,
             "batch": config.run.batch,
+            "images_per_identity": config.data.images_per_identity,
         }
 
     def save(self) -> str:
@@ -269,6 +275,8 @@ class Trainer:
         if path is None:
             return None
         info = checkpoint.read_info(path)
+        if "batch" in info:  # written by a run, not imported
+            info.setdefault("images_per_identity", 1)  # what versions without groups did
         for key, ours in self._identity().items():
             # An imported checkpoint may lack a classifier, and so its class count, or an optimizer.
             if info.get(key) not in (None, ours):
@@ -287,13 +295,3 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
         self.monitor.close()
-
-
-def _check_images_per_identity(labels: np.ndarray, identities: list[str], path: str, least: int) -> None:
-    counts = np.bincount(labels, minlength=len(identities))
-    few = np.flatnonzero(counts < least)
-    if len(few):
-        raise ValueError(
-            f"{path}: identity {identities[few[0]]!r} has {counts[few[0]]} image(s), but data.min_images is {least} ({len(few)} such "
-            "identities): remove them, or train on them too with --set data.min_images=1"
-        )

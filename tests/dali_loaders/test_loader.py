@@ -1,5 +1,6 @@
 """Batches do not depend on ranks or on where a run was stopped; unreadable images are replaced, named and counted."""
 
+import itertools
 import time
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 import torch
 from pictures import picture, write_folder
 
-from dali_loaders import AugmentConfig, DataConfig, TrainLoader, UniformOrder, evaluation_batches, open_source
+from dali_loaders import AugmentConfig, DataConfig, GroupedOrder, TrainLoader, UniformOrder, evaluation_batches, open_source
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
 ALL = AugmentConfig(rotate=10, zoom=0.1, shift=0.1, brightness=0.2, contrast=0.2)
 CONFIG = DataConfig(image_size=32, threads=2, augment=ALL)
 PLAIN = DataConfig(image_size=32, threads=2, augment=AugmentConfig(flip=False))
+GROUPS = DataConfig(image_size=32, threads=2, augment=ALL, images_per_identity=3)
 
 
 def take(source, count, config=CONFIG, **options):
@@ -63,6 +65,41 @@ def test_resuming_goes_on_where_it_stopped(folder):
     for done in (1, 3, 8):
         rest = joined(take(source, 9 - done, consumed=done * 8))
         assert same([part[done * 8 :] for part in whole], rest)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_groups_are_whole_on_every_rank_and_after_a_stop(folder, world_size):
+    source = open_source(str(folder))
+    wanted = GroupedOrder(source, 3, 5).indices(0, 72)  # 2 epochs of 6 identities x 2 groups x 3 images
+    alone = joined(take(source, 6, GROUPS, global_batch=12))
+    assert np.array_equal(alone[2], wanted)
+    ranks = [take(source, 4, GROUPS, global_batch=12, rank=rank, world_size=world_size, consumed=24) for rank in range(world_size)]
+    for batch in itertools.chain(*ranks):
+        assert (batch.labels.view(-1, 3) == batch.labels.view(-1, 3)[:, :1]).all()
+    rest = joined([batch for batches in zip(*ranks, strict=True) for batch in batches])
+    assert same([part[24:] for part in alone], rest)
+
+
+def test_ranks_must_divide_the_batch_in_whole_groups(folder):
+    with pytest.raises(ValueError, match=r"global batch of 20 does not divide among 4 ranks in groups of 3 images; .* multiple of 12"):
+        TrainLoader(open_source(str(folder)), GROUPS, seed=1, global_batch=20, world_size=4)
+
+
+def test_an_unreadable_image_of_a_group_is_replaced_within_its_identity(tmp_path):
+    folder = write_folder(tmp_path / "set", identities=60, images=4)
+    (folder / "person04" / "03.jpg").write_bytes(b"text")
+    source = open_source(str(folder))
+    ((_, labels, indices),) = take(source, 1, GROUPS, global_batch=360)
+    wanted = GroupedOrder(source, 3, 5).indices(0, 360)
+    assert np.array_equal(indices, np.where(wanted == 19, 16, wanted)) and 19 in wanted
+    assert (labels.view(-1, 3) == labels.view(-1, 3)[:, :1]).all()
+
+
+def test_groups_need_two_images_of_every_identity(folder):
+    for name in ("01.jpg", "02.jpg", "03.jpg"):
+        (folder / "person02" / name).unlink()
+    with pytest.raises(ValueError, match=r"identity 'person02' has 1 image\(s\), but data.images_per_identity = 3"):
+        TrainLoader(open_source(str(folder)), GROUPS, seed=1, global_batch=12)
 
 
 def test_threads_and_prefetch_change_nothing(folder):

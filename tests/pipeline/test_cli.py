@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,12 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["data.train={folder}/others.tar"], ["has num_classes 9, but this run has 4"]),
         (["backbone.name=small_nobn"], ["has backbone small, but this run has small_nobn"]),
         (["run.batch=9"], ["has batch 18, but this run has 9"]),
+        (["data.images_per_identity=3"], ["has images_per_identity 1, but this run has 3"]),
+        (["data.images_per_identity=4"], ["run.batch is 18", "and data.images_per_identity = 4 do not divide: use a multiple of 4"]),
+        (
+            ["data.images_per_identity=2", "data.train={folder}/lonely"],
+            ["identity 'b' has 1 image(s), but data.images_per_identity = 2", "(1 such identities)", "--set data.images_per_identity=1"],
+        ),
         (["run.folder={folder}/faces.tar"], ["faces.tar cannot be written"]),
         (["run.folder={folder}/new", "data.train={folder}/cut.tar"], ["cut.tar is cut off"]),
         (["run.folder={folder}/new", "data.train={folder}/faces.tgz"], ["compressed with gzip"]),
@@ -194,6 +201,16 @@ def test_bad_input_to_train(trained, capsys, settings, words):
         for identity in sorted((trained / "broken").iterdir())[:3]:
             next(identity.iterdir()).write_bytes(b"this is not an image")
     refused(train(trained, *[item.format(folder=trained) for item in settings]), capsys, *words)
+
+
+def test_a_checkpoint_from_before_there_were_groups_has_none(trained, capsys):
+    shutil.copytree(trained / "run", trained / "old")
+    (file,) = (trained / "old" / "checkpoints").glob("*/protoshard.json")
+    info = json.loads(file.read_text())
+    del info["images_per_identity"]
+    file.write_text(json.dumps(info))
+    refused(train(trained, "data.images_per_identity=3", run="old"), capsys, "has images_per_identity 1, but this run has 3")
+    assert main(train(trained, run="old")) == 0
 
 
 def test_bad_input_to_several_processes(trained):

@@ -20,6 +20,7 @@ def test_every_recipe_survives_saving_and_says_its_command(name):
 def test_what_is_printed_can_be_set():
     config = resolve("dogs_small", ["loss=arcface", "loss.margin=0.25", "data.augment.flip=false", "evaluation.pairs=a.bin,b.bin"])
     assert config.loss == ArcFace(margin=0.25) and not config.data.augment.flip and config.evaluation.pairs == ("a.bin", "b.bin")
+    assert "data.images_per_identity = 1" in as_text(config).splitlines()
     lines = [line.replace(" = ", "=", 1) for line in as_text(config).splitlines()]
     assert resolve("omniglot_small", lines) == config
 
@@ -43,6 +44,7 @@ def test_a_python_file_is_a_recipe(tmp_path):
         ("dogs_small", "run.epochs=nan", "expected a number"),
         ("dogs_small", "optimizer.momentum=-1", "optimizer.momentum is -1"),
         ("dogs_small", "run.accumulation=3", "which run.accumulation = 3 does not divide"),
+        ("dogs_small", "data.images_per_identity=0", "data.images_per_identity is 0; expected at least 1"),
         ("dogs_small", "data.augment.flip=maybe", "expected true or false"),
         ("dogs_small", "data=x", "this is a section"),
         ("dogs_small", "run.batch", "takes section.field=value"),

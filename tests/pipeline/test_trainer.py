@@ -17,7 +17,7 @@ from dali_loaders import TrainLoader
 from pipeline.distributed import join
 from pipeline.train import train
 from pipeline.trainer import Trainer
-from tests.pipeline.runs import configuration, faces, train_losses, train_until
+from tests.pipeline.runs import BATCH, configuration, faces, train_losses, train_until
 
 STEPS = 30
 
@@ -62,6 +62,22 @@ def test_sampled_classes_do_not_depend_on_ranks_micro_batches_or_interruptions(r
     whole = ranks(1).run(train_losses, config("whole"))[0]
     ranks(2).run(train_until, config("broken", accumulation=3), 12)
     assert_equal(ranks(4).run(train_losses, config("broken"))[0], whole, 1e-4)
+
+
+def test_groups_do_not_depend_on_ranks_micro_batches_or_interruptions(ranks, data, tmp_path):
+    epoch = 13 * 2 * 4  # positions: 6 images of an identity make 2 groups of 4
+
+    def config(folder, accumulation=1):
+        run = {"accumulation": accumulation, "epochs": STEPS * BATCH / epoch}
+        made = configuration(data, str(tmp_path / folder), STEPS, sample_rate=0.5, save_every=5, run=run)
+        return replace(made, data=replace(made.data, images_per_identity=4))
+
+    whole = ranks(1).run(train_losses, config("whole"))[0]
+    ranks(2).run(train_until, config("broken", accumulation=3), 12)  # the last checkpoint is of step 10, in the middle of epoch 3
+    assert_equal(ranks(2).run(train_losses, config("broken"))[0], whole, 1e-4)
+    with open(tmp_path / "broken" / "metrics.jsonl") as file:
+        epochs = [row["epoch"] for row in map(json.loads, file) if "epoch" in row]
+    assert epochs == pytest.approx([step * BATCH / epoch for step in range(1, STEPS + 1)])
 
 
 def test_zero_2_and_a_clip_that_binds(ranks, data, tmp_path):
