@@ -99,8 +99,8 @@ class NPlus1Tuplet(Loss):
             statistics, has_positive_B = batch.with_samples(scale=self.scale)
             positive_B = self.scale * statistics.target_B
         else:
-            norms_B = unit_rows(batch.features_BD)[1]
+            norms_B = unit_rows(batch.features_BD)[1]  # each rank's columns have their own part of its gradient, unlike statistics.norms_B
             statistics, has_positive_B = batch.with_samples(scale=norms_B, normalize_prototypes=False)
-            positive_B = batch.norms() * statistics.target_B
+            positive_B = statistics.norms_B * statistics.target_B
         loss = softplus(statistics.non_target_B - positive_B).where(has_positive_B, 0).mean()
-        return loss if self.norm_weight == 0 else loss + self.norm_weight / 2 * batch.norms().square().mean()
+        return loss if self.norm_weight == 0 else loss + self.norm_weight / 2 * statistics.norms_B.square().mean()

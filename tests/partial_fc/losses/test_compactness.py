@@ -26,9 +26,9 @@ def range_loss(dense: Dense, k=2, margin=1.0, intra_weight=0.5, inter_weight=0.5
         centers.append(own.mean(dim=0) / own.mean(dim=0).norm())
         found = [((a - b) ** 2).sum() for a, b in itertools.combinations(own, 2)]
         if found:
-            largest = sorted(found, key=float, reverse=True)[:k]
+            largest = sorted(found, key=torch.Tensor.item, reverse=True)[:k]
             intra.append(len(largest) / sum(1 / x for x in largest))
-    nearest = min((((a - b) ** 2).sum() for a, b in itertools.combinations(centers, 2)), key=float)
+    nearest = min((((a - b) ** 2).sum() for a, b in itertools.combinations(centers, 2)), key=torch.Tensor.item)
     return intra_weight * sum(intra) / len(intra) + inter_weight * (margin - nearest).clamp(min=0)
 
 
