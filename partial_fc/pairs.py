@@ -3,7 +3,7 @@ triplets and pairs. Rows are shared out over ranks, and computed in blocks that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,10 +36,7 @@ def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction 
     """
     units_BD, _ = unit_rows(features_BD)
     batch, ranks = len(labels_B), collectives.world_size(group)
-    share = -(-batch // ranks)
-    counts = [max(0, min(share, batch - rank * share)) for rank in range(ranks)]
-    first = min(batch, collectives.rank(group) * share)
-    size = max(1, BLOCK_BYTES // max(1, batch * units_BD.element_size()))
+    counts, parts = _rows(batch, units_BD.element_size(), group)
 
     def block(units_BD: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         is_same_nB = labels_B[start:stop, None] == labels_B
@@ -48,15 +45,77 @@ def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction 
             cosines_nB = units_BD[start:stop] @ units_BD.T
         return reduction(cosines_nB, is_same_nB & ~is_self_nB, ~is_same_nB)
 
-    # A rank without rows reduces none of them, for the shapes.
-    starts = range(first, first + counts[collectives.rank(group)], size) or [first]
-    stop = first + counts[collectives.rank(group)]
-    blocks = [checkpoint(block, units_BD, start, min(start + size, stop), use_reentrant=False) for start in starts]
+    blocks = [checkpoint(block, units_BD, start, stop, use_reentrant=False) for start, stop in parts]
     columns = [torch.cat([part[place] for part in blocks]) for place in range(len(blocks[0]))]
     if ranks == 1:
         return tuple(columns)
     wide = [column[:, None] if column.dim() == 1 else column for column in columns]
     # Every rank's loss sends all results the same gradient; of N such, the reduce-scatter's sum is N times one.
     packed_BK = collectives.gather_rows(torch.cat(wide, dim=1), group, 1 / ranks, counts)
-    parts = packed_BK.split([part.shape[1] for part in wide], dim=1)
-    return tuple(part[:, 0] if column.dim() == 1 else part for part, column in zip(parts, columns, strict=True))
+    split = packed_BK.split([part.shape[1] for part in wide], dim=1)
+    return tuple(part[:, 0] if column.dim() == 1 else part for part, column in zip(split, columns, strict=True))
+
+
+def _rows(batch: int, element_size: int, group: Group) -> tuple[list[int], list[tuple[int, int]]]:
+    """(rows of each rank, blocks of this rank's from start to stop). A rank without rows has an empty block, for the shapes."""
+    share, rank = -(-batch // collectives.world_size(group)), collectives.rank(group)
+    counts = [max(0, min(share, batch - other * share)) for other in range(collectives.world_size(group))]
+    first, size = min(batch, rank * share), max(1, BLOCK_BYTES // max(1, batch * element_size))
+    stop = first + counts[rank]
+    return counts, [(start, min(start + size, stop)) for start in range(first, stop, size) or [first]]
+
+
+def later_rows(is_positive_nB: Tensor, is_negative_nB: Tensor) -> Tensor:
+    """bool [n, B], for a reduction that counts each pair once: whether the column's sample comes after the row's own."""
+    own_n1 = (~(is_positive_nB | is_negative_nB)).byte().argmax(dim=1, keepdim=True)
+    return torch.arange(is_positive_nB.shape[1], device=own_n1.device) > own_n1
+
+
+@torch.no_grad()
+def negative_quantiles(features_BD: Tensor, labels_B: Tensor, shares: Sequence[float], *, group: Group = None) -> Tensor:
+    """Quantiles [len(shares)], each share in [0, 1], of the cosines of all pairs of samples of different identities, each pair once;
+    between two cosines linear, as torch.quantile, which refuses more than 16 million numbers. 0 without such pairs. No gradient.
+
+    Exact, in the memory of one block, without waiting for the device: the order statistics are found digit by digit, 16 bits at a time,
+    each time by counting the pairs by their next digit. The counts are summed over ranks, so every rank finds the same.
+
+    A rank computes B^2 D / N products 2 times (float64: 4), as often communicates 1 all-reduce of 1 MB for each share.
+    """
+    units_BD, batch = unit_rows(features_BD)[0], len(labels_B)
+    sorted_B, place_B = labels_B.sort().values, torch.arange(batch, device=labels_B.device)
+    of_identity_B = torch.searchsorted(sorted_B, labels_B, right=True) - torch.searchsorted(sorted_B, labels_B)
+    pairs = (batch * batch - of_identity_B.sum()) // 2
+    places = torch.stack([share * (pairs - 1).double() for share in shares])
+    wanted_K = torch.cat([places.floor(), places.ceil()]).long().clamp_(min=0)  # among the pairs that begin with the digits found so far
+    start_K = torch.full_like(wanted_K, -DIGITS // 2)  # the smallest number that does; all of them, as numbers have a sign
+    spare_B = DIGITS + place_B % DIGITS  # where others are counted; a single place would be a queue
+    for shift in range(8 * units_BD.element_size() - 16, -1, -16):
+        counts_KD = start_K.new_zeros(len(start_K), 2 * DIGITS)
+        for start, stop in _rows(batch, 8, group)[1]:
+            is_pair_nB = (labels_B[start:stop, None] != labels_B) & (place_B[start:stop, None] < place_B)
+            with torch.autocast(units_BD.device.type, enabled=False):
+                numbers_nB = (_ordered(units_BD[start:stop] @ units_BD.T) >> shift).long()
+            for counts_D, first in zip(counts_KD, start_K, strict=True):
+                digit_nB = numbers_nB - first
+                digit_nB = digit_nB.where(is_pair_nB & (digit_nB >= 0) & (digit_nB < DIGITS), spare_B).flatten()
+                counts_D.scatter_add_(0, digit_nB, torch.ones_like(digit_nB))
+        up_to_KD = collectives.sum_packed([counts_KD[:, :DIGITS].contiguous()], group)[0].cumsum(dim=1)
+        digit_K1 = torch.searchsorted(up_to_KD, wanted_K[:, None], right=True).clamp_(max=DIGITS - 1)
+        wanted_K = wanted_K - up_to_KD.gather(1, (digit_K1 - 1).clamp(min=0)).where(digit_K1 > 0, 0)[:, 0]
+        start_K = (start_K + digit_K1[:, 0]) << (16 if shift else 0)
+    numbers_K = start_K.to(_integers(units_BD))
+    below, above = _ordered(numbers_K.view(units_BD.dtype)).view(units_BD.dtype).chunk(2)
+    return torch.lerp(below, above, (places - places.floor()).to(below.dtype)).where(pairs > 0, 0)
+
+
+DIGITS = 1 << 16
+
+
+def _integers(x: Tensor) -> torch.dtype:
+    return {4: torch.int32, 8: torch.int64}[x.element_size()]
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """The bits of floats as integers of the same order. Of the bits of such integers, the bits of the floats."""
+    bits = x.view(_integers(x))
+    return bits ^ ((bits >> (8 * x.element_size() - 1)) & torch.iinfo(bits.dtype).max)

@@ -87,10 +87,12 @@ def check_range(name: str, value: float, least: float, most: float, why: str) ->
 
 for family in (
     "banks",
+    "compactness",
     "global_thresholds",
     "margins",
     "nearest",
     "norms",
+    "pair_losses",
     "reweighted",
     "samples",
     "spherefaces",

@@ -1,1 +1,106 @@
-"""Losses that compare samples with samples."""
+"""Losses that compare each sample with one sample of every identity of the batch, as a classifier does with prototypes. They leave the
+prototypes alone: train them beside a sample-to-class loss, or for their features only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from partial_fc.global_batch import GlobalBatch
+from partial_fc.kernels.entries import unit_rows
+from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+
+
+@register("sample_softmax")
+@dataclass(frozen=True)
+class SampleSoftmax(Loss):
+    """-log e^{s (p - margin)} / (e^{s (p - margin)} + sum_j e^{s n_j}): softmax among samples, p the cosine with another sample of the
+    identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 17 and 24: scale 64, margin 0.1.
+
+    Theirs compares with the last features of all classes, without gradient; here with the gathered batch, with gradient to both sides.
+    Needs batches with several images of an identity: anchors without a positive count as 0 in the mean over the batch.
+    """
+
+    scale: float = 64.0
+    margin: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        statistics, has_positive_B = batch.with_samples(scale=self.scale)
+        loss_B = softplus(statistics.non_target_B - self.scale * (statistics.target_B - self.margin))
+        return loss_B.where(has_positive_B, 0).mean()
+
+
+@register("sample_bce")
+@dataclass(frozen=True)
+class SampleBCE(Loss):
+    """softplus(b_y - s (p - margin)) + sum_j softplus(s n_j - b_j): USS with a learned threshold b for each class in place of one for all.
+    Li et al., "UniTSFace", NeurIPS 2023, eqs. 22 and 24: scale 64, margin 0.1 with which it is worse than USS in their tables.
+
+    Compares with the gathered batch, as sample_softmax does. Anchors without a positive have their second term alone. Costs 1 all-reduce
+    of B numbers beside the statistics; backward another.
+
+    threshold  first value of all the learned ones, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch, as in USS
+    """
+
+    scale: float = 64.0
+    margin: float = 0.1
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        if self.threshold is not None:
+            check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
+
+    def learned_by_class(self, num_classes: int) -> dict[str, float]:
+        return {"thresholds": 0.0 if self.threshold is None else self.scale * self.threshold}
+
+    def tracked(self) -> dict[str, float]:
+        return {} if self.threshold is not None else {"thresholds_is_started": 0.0}
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        if self.threshold is None:
+            others_B = batch.with_samples(scale=self.scale)[0].non_target_B
+            batch.start("thresholds", others_B.masked_fill(others_B == -math.inf, 0).mean())
+        b_B = batch.of_labels(batch.parameter("thresholds"))
+        statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", label_bias_B=-b_B)
+        positive_B = softplus(b_B - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
+        return (positive_B + statistics.non_target_B).mean()
+
+
+@register("n_plus_1_tuplet")
+@dataclass(frozen=True)
+class NPlus1Tuplet(Loss):
+    """log(1 + sum_j exp(x.n_j - x.p)): one positive p of the anchor x, and one negative of every other identity. Sohn, "Improved Deep
+    Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eqs. 6 and 7. Anchors without a positive count as 0 in the mean
+    over the batch. With cosines this is sample_softmax without its margin.
+
+    scale       of cosines
+    normalizes  False: products of features as they are, without scale, as in the paper
+    norm_weight lambda of norm_weight mean |x|^2 / 2, which keeps such features short (section 3.2.2; there is no number in the paper)
+    """
+
+    scale: float = 64.0
+    normalizes: bool = True
+    norm_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_range("norm_weight", self.norm_weight, 0.0, math.inf, "it weighs the squared norms")
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        if self.normalizes:
+            statistics, has_positive_B = batch.with_samples(scale=self.scale)
+            positive_B = self.scale * statistics.target_B
+        else:
+            norms_B = unit_rows(batch.features_BD)[1]  # each rank's columns have their own part of its gradient, unlike statistics.norms_B
+            statistics, has_positive_B = batch.with_samples(scale=norms_B, normalize_prototypes=False)
+            positive_B = statistics.norms_B * statistics.target_B
+        loss = softplus(statistics.non_target_B - positive_B).where(has_positive_B, 0).mean()
+        return loss if self.norm_weight == 0 else loss + self.norm_weight / 2 * statistics.norms_B.square().mean()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from partial_fc import collectives, pairs
-from partial_fc.pairs import pair_statistics
+from partial_fc.pairs import negative_quantiles, pair_statistics
 
 
 def log_sums(cosines, is_positive, is_negative):
@@ -73,3 +73,40 @@ def test_ranks_share_the_rows(ranks, batch, counts):
         for a, b in zip(results, exact, strict=True):
             torch.testing.assert_close(a, b.detach())
     torch.testing.assert_close(torch.cat([grad for _, grad in found]), features.grad)
+
+
+SHARES = (0.0, 0.25, 0.5, 0.9, 0.999, 1.0)
+
+
+def quantiles(features, labels):
+    """Of the whole matrix, each pair once; in float64, as torch.quantile finds its place in a row of n numbers in their own precision."""
+    units = torch.nn.functional.normalize(features.double())
+    found = (units @ units.T)[(labels[:, None] != labels).triu(1)]
+    return torch.quantile(found, torch.tensor(SHARES, dtype=found.dtype)) if len(found) else found.new_zeros(len(SHARES))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([1, 10**3, 10**6]), st.sampled_from([32, 64]))
+@example(36, 3, 1, 1, 32)
+def test_negative_quantiles_equal_those_of_the_whole_matrix(batch, identities, seed, block_bytes, bits):
+    original, pairs.BLOCK_BYTES = pairs.BLOCK_BYTES, block_bytes
+    try:
+        features, labels = make(batch, identities, seed)
+        features[batch // 2] = features[0]  # a cosine twice
+        features[-1] = 0  # and one that is 0
+        features = features.to({32: torch.float32, 64: torch.float64}[bits])
+        tolerance = {32: 1e-6, 64: 1e-14}[bits]
+        found = negative_quantiles(features, labels, SHARES).double()
+        torch.testing.assert_close(found, quantiles(features, labels), rtol=0, atol=tolerance)
+    finally:
+        pairs.BLOCK_BYTES = original
+
+
+def quantiles_on_one_rank(batch):
+    return negative_quantiles(*make(batch, 4), SHARES)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(9, 2), (7, 3), (2, 4), (1, 2), (23, 4)])
+def test_every_rank_finds_the_same_quantiles(ranks, batch, size):
+    for found in ranks(size).run(quantiles_on_one_rank, batch):
+        torch.testing.assert_close(found, quantiles(*make(batch, 4)), rtol=0, atol=1e-14)
