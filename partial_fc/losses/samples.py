@@ -61,7 +61,7 @@ class SampleBCE(Loss):
     def learned_by_class(self, num_classes: int) -> dict[str, float]:
         return {"thresholds": 0.0 if self.threshold is None else self.scale * self.threshold}
 
-    def tracked(self) -> dict[str, float]:
+    def tracked(self) -> dict[str, float | Tensor]:
         return {} if self.threshold is not None else {"thresholds_is_started": 0.0}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
