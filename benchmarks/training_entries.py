@@ -4,7 +4,7 @@ from __future__ import annotations
 
 BUDGET = (
     "run.batch=128",
-    "run.epochs=20",
+    "run.epochs=30",
     "run.margin_warmup=0.33",
     "evaluation.at_start=false",
     "checkpoint.every_epochs=1000",
@@ -15,17 +15,25 @@ PAIRED = ("data.images_per_identity=2",)
 # Settings beside the loss's defaults. Chosen among CANDIDATES on identities carved out of the training set.
 ENTRIES: dict[str, tuple[str, ...]] = {
     "cosface": ("loss=cosface", "loss.scale=24", "loss.margin=0.2"),
+    "cosface paired": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", *PAIRED),
     "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.2"),
     "uce": ("loss=uce", "loss.scale=24", "loss.margin=0.2"),
-    "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0.05"),
+    "unitsface": ("loss=unitsface", "loss.scale=24", "loss.margin=0.2", "loss.sample_margin=0.05", *PAIRED),
+    "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0"),
+    "gce paired": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", *PAIRED),
+    "gce with substitution": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", *PAIRED),
 }
 
 CANDIDATES: dict[str, list[tuple[str, ...]]] = {
     "cosface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
     "arcface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.35)],
     "uce": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
+    "unitsface": [
+        (f"loss.sample_margin={margin}", f"data.images_per_identity={images}") for margin, images in ((0.05, 2), (0.1, 2), (0.05, 4))
+    ],
     "gce": [
         (f"loss.target_margin={margin}", f"loss.non_target_margin={other}", f"loss.out_sample_weight={weight}")
         for margin, other, weight in ((0.2, 0.05, 1), (0.2, 0.0, 1), (0.2, 0.0, 5), (0.3, 0.0, 1), (0.1, 0.0, 1))
     ],
+    "gce with substitution": [(f"classifier.substitution_rate={rate}",) for rate in (0.2, 0.5, 1.0)],
 }

@@ -128,6 +128,8 @@ class GlobalBatch:
 
         Each rank computes B / N columns. Communicates what `similarity_statistics` says.
         """
+        if isinstance(scale, Tensor):
+            scale = collectives.shared(scale, self.group)
         positives, mine = positives_of(self.labels_B), share_of(len(self.labels_B), self.group)
         statistics = similarity_statistics(
             self.features_BD,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.kernels.entries import unit_rows
 from partial_fc.losses import Loss, check_range, check_scale, register, softplus
 
 
@@ -99,8 +98,7 @@ class NPlus1Tuplet(Loss):
             statistics, has_positive_B = batch.with_samples(scale=self.scale)
             positive_B = self.scale * statistics.target_B
         else:
-            norms_B = unit_rows(batch.features_BD)[1]  # each rank's columns have their own part of its gradient, unlike statistics.norms_B
-            statistics, has_positive_B = batch.with_samples(scale=norms_B, normalize_prototypes=False)
+            statistics, has_positive_B = batch.with_samples(scale=batch.norms(), normalize_prototypes=False)
             positive_B = statistics.norms_B * statistics.target_B
         loss = softplus(statistics.non_target_B - positive_B).where(has_positive_B, 0).mean()
         return loss if self.norm_weight == 0 else loss + self.norm_weight / 2 * statistics.norms_B.square().mean()
