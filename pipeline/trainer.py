@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from dali_loaders import Batch, TrainLoader, open_source
 from partial_fc import PartialFC, RowSGD, losses
-from pipeline import backbones, checkpoint
+from pipeline import backbones, checkpoint, classifier_state
 from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
 from pipeline.engine import average_buffers, build_engine
@@ -48,7 +48,7 @@ class Trainer:
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
         self.source = open_source(config.data.train, config.data.reader)
-        _check_images_per_identity(self.source.labels, self.source.identities, config.data.train, config.data.min_images)
+        counts_C = _images_per_identity(self.source.labels, self.source.identities, config.data.train, config.data.min_images)
         self.num_classes = len(self.source.identities)
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
@@ -56,7 +56,8 @@ class Trainer:
         backbone = backbones.build(config.backbone, config.data.image_size)
         self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
         width, options = config.backbone.width, asdict(config.classifier)
-        self.classifier = PartialFC(self.num_classes, width, config.loss, seed=run.seed, device=place.device, **options)
+        options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}
+        self.classifier = PartialFC(self.num_classes, width, config.loss, **options)
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
 
@@ -68,6 +69,7 @@ class Trainer:
         self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
         self.steps_per_epoch = len(self.source) / run.batch
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
+        self.resume_remarks: list[str] = []
         resumed = self._resume(resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
@@ -75,6 +77,8 @@ class Trainer:
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
         )
+        for remark in self.resume_remarks:
+            self.monitor.say(remark)
         self.loader = TrainLoader(
             self.source,
             config.data,
@@ -128,8 +132,9 @@ class Trainer:
             batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
             self.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
         total = torch.zeros((), device=self.place.device)
-        # Batch statistics of features that are not finite would stay so for ever.
-        buffers = [(buffer, buffer.clone()) for buffer in self.engine.module.buffers() if self.config.classifier.non_finite == "skip"]
+        # Statistics of features that are not finite would stay so for ever: of the batch, and those that the loss keeps.
+        kept = [*self.engine.module.buffers(), *classifier_state.small_tensors(self.classifier)]
+        buffers = [(buffer, buffer.clone()) for buffer in kept if self.config.classifier.non_finite == "skip"]
         for micro, batch in enumerate(batches, start=1):
             is_last = micro == run.accumulation
             features_bD = self.engine.forward(batch.images, is_last)
@@ -199,6 +204,7 @@ class Trainer:
             "skipped_images": skipped,
             "skipped_steps": self.classifier.skipped_steps,
             "epoch": self.consumed / len(self.source),
+            **classifier_state.figures(self.classifier),
         }
         self.monitor.scalars(self.step, values)
         self._open_window()
@@ -222,16 +228,6 @@ class Trainer:
                 f"the newest good checkpoint is {checkpoint.newest(self._checkpoints)}"
             )
 
-    def _classifier_state(self) -> dict[str, Tensor]:
-        """The sharded part of a checkpoint: matrices of all classes, of which this rank has its rows."""
-        prototypes = self.classifier.prototypes
-        state = self.classifier_optimizer.state[prototypes]
-        return {
-            "prototypes": checkpoint.sharded(prototypes.data, self.num_classes),
-            "prototypes.momentum_buffer": checkpoint.sharded(state["momentum_buffer"], self.num_classes),
-            "prototypes.step": state["step"],
-        }
-
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that loads it must agree on."""
         config = self.config
@@ -254,7 +250,7 @@ class Trainer:
             "world_size": self.place.world_size,
             "config": as_dict(self.config),
         }
-        state = {**self.engine.state(), **self._classifier_state()}
+        state = {**self.engine.state(), **classifier_state.state_of(self.classifier, self.classifier_optimizer)}
         # A checkpoint that cannot be continued must not push out one that can.
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state.values())
         self._check_finite(tensor for tensor in local if tensor.is_floating_point())
@@ -276,8 +272,7 @@ class Trainer:
                     f"checkpoint {path} has {LABELS.get(key, key)} {info[key]}, but this run has {ours}: use the recipe and data it was "
                     "trained with, or start anew with --resume none"
                 )
-        known = checkpoint.tensors(path)
-        checkpoint.load(path, {name: tensor for name, tensor in self._classifier_state().items() if name in known})
+        self.resume_remarks = classifier_state.load(path, info, self.classifier, self.classifier_optimizer)
         self.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
         self.consumed = info["consumed"]
         self.classifier.skipped_steps = info.get("skipped_steps", 0)
@@ -289,7 +284,7 @@ class Trainer:
         self.monitor.close()
 
 
-def _check_images_per_identity(labels: np.ndarray, identities: list[str], path: str, least: int) -> None:
+def _images_per_identity(labels: np.ndarray, identities: list[str], path: str, least: int) -> np.ndarray:
     counts = np.bincount(labels, minlength=len(identities))
     few = np.flatnonzero(counts < least)
     if len(few):
@@ -297,3 +292,4 @@ def _check_images_per_identity(labels: np.ndarray, identities: list[str], path: 
             f"{path}: identity {identities[few[0]]!r} has {counts[few[0]]} image(s), but data.min_images is {least} ({len(few)} such "
             "identities): remove them, or train on them too with --set data.min_images=1"
         )
+    return counts

@@ -61,7 +61,10 @@ def build(name: str, **parameters: Any) -> Loss:
 
 
 def name_of(loss: Loss) -> str:
-    return next(name for name, cls in REGISTRY.items() if type(loss) is cls)
+    for name, cls in REGISTRY.items():
+        if type(loss) is cls:
+            return name
+    raise ValueError(f'loss {type(loss).__name__} has no name: put @register("NAME") above its class')
 
 
 def with_margins(loss: Loss, share: float) -> Loss:
