@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import importlib.util
 import itertools
 import math
 import os
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -151,6 +151,7 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
         spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and type hints of a loss that it defines look for names
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
@@ -203,16 +204,16 @@ def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
 
 
 def _parse(path: str, text: str, kind: Any) -> Any:
-    """The text of an override as a value of the field's type: str, bool, int, float, a Literal of str or int, any of these or None, or a
-    tuple: of plain values a list with commas, else as Python writes it."""
+    """The text of an override as a value of the field's type: str, bool, int, float, a Literal of str or int, or a tuple (of such: values
+    between commas; of others: as Python writes it), or any one of these or None."""
     if get_origin(kind) in (Union, types.UnionType):
-        *others, last = (option for option in get_args(kind) if option is not types.NoneType)
-        if types.NoneType in get_args(kind) and text.lower() == "none":
+        (kind,) = (option for option in get_args(kind) if option is not types.NoneType)
+        if text.lower() == "none":
             return None
-        for option in others:
-            with contextlib.suppress(ValueError):
-                return _parse(path, text, option)
-        return _parse(path, text, last)
+        try:
+            return _parse(path, text, kind)
+        except ValueError as error:
+            raise ValueError(f"{error} or None") from None
     if get_origin(kind) is tuple:
         return _parse_tuple(path, text, get_args(kind)[0])
     kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # which of its values are admitted, the section says
