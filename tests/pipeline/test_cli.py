@@ -206,15 +206,13 @@ def test_bad_input_to_several_processes(trained):
     assert done.stderr.count("has width 16, but this run has 8") == 1 and "Traceback" not in done.stderr
 
 
-RECIPE_WITH_A_LOSS = """
-from __future__ import annotations
+RECIPE_WITH_A_LOSS = """from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from partial_fc.losses import Loss, register, softplus
 from pipeline.recipes.small import faces_small
-
 
 @register("mine")
 @dataclass(frozen=True)
@@ -231,7 +229,6 @@ class Mine(Loss):
         statistics = batch.with_classes(scale=self.scale)
         logit_B = self.scale * (statistics.target_B - self.margin)
         return softplus(statistics.non_target_B - logit_B).mean() + batch.parameter("threshold") ** 2
-
 
 def recipe():
     return replace(faces_small(), loss=Mine())
