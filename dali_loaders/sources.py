@@ -145,8 +145,8 @@ def single_image_identities(source: Source) -> list[str]:
     return [source.identities[label] for label in np.flatnonzero(counts == 1)]
 
 
-def check_images_per_identity(source: Source, least: int, why: str, remedy: str) -> None:
-    """ValueError if an identity has fewer than `least` images; `why` says what asks for them, `remedy` what to do but remove them."""
+def check_images_per_identity(source: Source, least: int, why: str, remedy: str) -> np.ndarray:
+    """int64 [identities]: images of each. ValueError if an identity has fewer than `least` images; `why` says what asks for them, `remedy` what to do but remove them."""
     counts = np.bincount(source.labels, minlength=len(source.identities))
     few = np.flatnonzero(counts < least)
     if len(few):
@@ -154,6 +154,7 @@ def check_images_per_identity(source: Source, least: int, why: str, remedy: str)
             f"{source.path}: identity {source.identities[few[0]]!r} has {counts[few[0]]} image(s), but {why} ({len(few)} such "
             f"identities): remove them, or {remedy}"
         )
+    return counts
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:

@@ -67,7 +67,8 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     trainer = TorchTrainer(
         run_rank,
         train_loop_config={
-            "config": config,
+            "recipe": options.recipe,
+            "overrides": options.overrides,
             "resume": options.resume,
             "folder": options.folder,
             "earlier": checkpoints(config.run.folder),

@@ -16,16 +16,19 @@ class BadInputError(RuntimeError):
 def run_rank(settings: dict[str, Any]) -> dict[str, float]:
     """The train loop of one Ray worker; a restart runs it again, on all ranks.
 
-    Settings: config (TrainConfig), resume, folder (where relative paths start), earlier (`checkpoints` when the job began)."""
-    folder, config = settings["folder"], settings["config"]
+    Settings: recipe and overrides (resolved here, because a loss that a recipe file defines cannot be sent), resume, folder (where
+    relative paths start), earlier (`checkpoints` when the job began)."""
+    folder = settings["folder"]
     if not os.path.isdir(folder):
         raise BadInputError(f"Folder {folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
     os.chdir(folder)
+    from pipeline.config import resolve
     from pipeline.distributed import describe
     from pipeline.train import train
 
-    resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
     try:
+        config = resolve(settings["recipe"], settings["overrides"])
+        resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
         return train(config, resume=resume)
     except ValueError as error:
         sentence = describe(error)  # here, where its traceback tells whose it is; Ray does not carry that on

@@ -34,10 +34,10 @@ def _train(options: argparse.Namespace) -> None:
     from pipeline.config import resolve
     from pipeline.distributed import run_local
     from pipeline.summary import summary
-    from pipeline.train import train
+    from pipeline.train import train_recipe
 
     config = resolve(options.recipe, options.set)
-    run_local(options.ranks, train, config, options.resume)
+    run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume)
     if int(os.environ.get("RANK", 0)) == 0:
         print(summary(config.run.folder))
 

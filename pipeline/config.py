@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dali_loaders.decode import DataConfig
 from partial_fc import losses
 from partial_fc.classifier import ClassifierConfig
 from partial_fc.losses import Loss
+from pipeline import backbones
 from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig
@@ -28,7 +33,7 @@ class RunConfig:
     batch: int = 128  # samples per optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per step
     epochs: float = 20.0
-    margin_warmup: float = 0.0  # share of the run over which the loss's margin grows from 0 to its value; helps small sets
+    margin_warmup: float = 0.0  # share of the run over which the loss's margins (fields ending so) grow from 0; helps small sets
     log_every: int = 20  # steps between lines of metrics
 
     def __post_init__(self) -> None:
@@ -59,8 +64,10 @@ class TrainConfig:
 def resolve(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a recipe (a name, or a Python file with a function `recipe`) with `section.field=value` overrides applied."""
     config = _call(recipe, _find_recipe(recipe))
-    for override in overrides or []:
-        config = _override(config, override)
+    for section, changes in itertools.groupby(map(_split, overrides or []), key=lambda change: change[0].rpartition(".")[0]):
+        config = _set(config, section.split(".") if section else [], list(changes))
+    backbones.check(config.backbone, config.data.image_size)
+    losses.name_of(config.loss)  # a recipe's own loss may lack one
     if not config.run.folder:
         name = os.path.splitext(os.path.basename(recipe))[0]
         config = replace(config, run=replace(config.run, folder=os.path.join("runs", name)))
@@ -80,7 +87,14 @@ def _lines(part: Any, prefix: str) -> Iterator[str]:
         if is_dataclass(value):
             yield from _lines(value, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name} = {', '.join(value) if isinstance(value, tuple) else value}"
+            yield f"{prefix}{item.name} = {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """As `_parse` reads it."""
+    if isinstance(value, tuple) and not any(isinstance(item, tuple | Mapping) for item in value):
+        return ", ".join(map(str, value))
+    return str(value)
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
@@ -100,12 +114,19 @@ def _from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
         if name not in types:
             raise ValueError(f"the saved configuration has {prefix}{name}, which this version does not know")
         if types[name] is Loss:
-            parts[name] = losses.build(**value)
+            parts[name] = losses.build(**{key: _with_tuples(item) for key, item in value.items()})
         elif is_dataclass(types[name]):
             parts[name] = _from_dict(types[name], value, f"{prefix}{name}.")
         else:
-            parts[name] = tuple(value) if isinstance(value, list) else value
+            parts[name] = _with_tuples(value)
     return kind(**parts)
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON has no tuples, and configurations have no lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _call(name: str, recipe: Callable[[], TrainConfig]) -> TrainConfig:
@@ -130,6 +151,7 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
         spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and type hints of a loss that it defines look for names
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
@@ -144,34 +166,56 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
     return RECIPES[recipe]
 
 
-def _override(config: TrainConfig, override: str) -> TrainConfig:
+def _split(override: str) -> tuple[str, str]:
+    """(path of the field, text of its value)."""
     path, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"--set takes section.field=value, but got {override!r}")
-    return _set(config, path.strip(), path.strip().split("."), text.strip())
+    return path.strip(), text.strip()
 
 
-def _set(part: Any, path: str, names: list[str], text: str) -> Any:
-    """`part` with the field at the end of `names` replaced; the dataclasses on the way check their values anew."""
-    name, known = names[0], [item.name for item in fields(part)]
+def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
+    """`part` with fields of one section below it replaced, in one go, because what one of them may be can depend on another; the
+    dataclasses on the way check their values anew."""
+    if section:
+        value, _ = _field(part, section[0], changes[0][0])
+        if not is_dataclass(value):
+            raise ValueError(f"--set {changes[0][0]}: {section[0]!r} has no fields of its own")
+        return replace(part, **{section[0]: _set(value, section[1:], changes)})
+    values = {}
+    for path, text in changes:
+        name = path.rpartition(".")[2]
+        value, kind = _field(part, name, path)
+        if kind is Loss:
+            values[name] = losses.build(text)
+        elif is_dataclass(value):
+            raise ValueError(f"--set {path}: this is a section: set one of its fields, {', '.join(item.name for item in fields(value))}")
+        else:
+            values[name] = _parse(path, text, kind)
+    return replace(part, **values)
+
+
+def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
+    """Value and type."""
+    known = [item.name for item in fields(part)]
     if name not in known:
         raise ValueError(f"--set {path}: {name!r} is unknown: {_nearest(name, known)}")
-    value, kind = getattr(part, name), get_type_hints(type(part))[name]
-    if names[1:] and is_dataclass(value):
-        return replace(part, **{name: _set(value, path, names[1:], text)})
-    if names[1:]:
-        raise ValueError(f"--set {path}: {name!r} has no fields of its own")
-    if kind is Loss:
-        return replace(part, **{name: losses.build(text)})
-    if is_dataclass(value):
-        raise ValueError(f"--set {path}: this is a section: set one of its fields, {', '.join(item.name for item in fields(value))}")
-    return replace(part, **{name: _parse(path, text, kind)})
+    return getattr(part, name), get_type_hints(type(part))[name]
 
 
 def _parse(path: str, text: str, kind: Any) -> Any:
-    """The text of an override as a value of the field's type: str, bool, int, float, tuple[str, ...] or a Literal of str or int."""
+    """The text of an override as a value of the field's type: str, bool, int, float, a Literal of str or int, or a tuple (of such: values
+    between commas; of others: as Python writes it), or any one of these or None."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (option for option in get_args(kind) if option is not types.NoneType)
+        if text.lower() == "none":
+            return None
+        try:
+            return _parse(path, text, kind)
+        except ValueError as error:
+            raise ValueError(f"{error} or None") from None
     if get_origin(kind) is tuple:
-        return tuple(item.strip() for item in text.split(",") if item.strip())
+        return _parse_tuple(path, text, get_args(kind)[0])
     kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # which of its values are admitted, the section says
     try:
         if kind is bool:
@@ -183,3 +227,15 @@ def _parse(path: str, text: str, kind: Any) -> Any:
     except (KeyError, ValueError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise ValueError(f"--set {path}={text}: expected {expected}") from None
+
+
+def _parse_tuple(path: str, text: str, kind: Any) -> tuple[Any, ...]:
+    if kind in (str, int, float, bool):
+        return tuple(_parse(path, item.strip(), kind) for item in text.split(",") if item.strip())
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"--set {path}={text}: expected a list as Python writes it, [...]")
+    return _with_tuples(value)

@@ -104,8 +104,9 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
         unmapped.append(f"network: {options['network']!r} does not exist here; the choice is {', '.join(NETWORKS)}")
 
     fields["loss.scale"] = SCALE
-    fields["loss.name"], fields["loss.margin"], remark = _margin(options)
-    unmapped += remark
+    name, margins, remarks = _margin(options)
+    fields |= {"loss.name": name, **{f"loss.{field}": value for field, value in margins.items()}}
+    unmapped += remarks
 
     folder = options.get("rec")
     if folder == "synthetic":
@@ -192,19 +193,24 @@ def _reason(name: str) -> str:
     return NO_COUNTERPART.get(name, "logging goes to TensorBoard and metrics.jsonl" if "wandb" in name else "there is no such option here")
 
 
-def _margin(options: Mapping[str, Any]) -> tuple[str, float, list[str]]:
-    """Loss name and margin, by arcface_torch's own rule (CosFace whenever m3 > 0), and what that leaves out."""
+def _margin(options: Mapping[str, Any]) -> tuple[str, dict[str, float], list[str]]:
+    """Loss name, its margins, and a remark where arcface_torch's own code does not do what the config says."""
     if "loss" in options:  # before margin_list existed
         name = str(options["loss"]).lower()
         if name not in ("arcface", "cosface"):
-            return "arcface", 0.5, [f"loss: {options['loss']!r} does not exist in arcface_torch; its ArcFace takes its place"]
-        return name, 0.5 if name == "arcface" else 0.4, []
+            return "arcface", {"margin": 0.5}, [f"loss: {options['loss']!r} does not exist in arcface_torch; its ArcFace takes its place"]
+        return name, {"margin": 0.5 if name == "arcface" else 0.4}, []
     if len(options["margin_list"]) != 3:
         raise ValueError(f"config.margin_list is {options['margin_list']}, but must be three numbers, as in (1.0, 0.5, 0.0) for ArcFace.")
     m1, m2, m3 = options["margin_list"]
-    name, margin = ("cosface", m3) if m3 > 0 else ("arcface", m2)
-    exact = (m1, m2) == (1.0, 0.0) if m3 > 0 else m1 == 1.0
-    return name, margin, [] if exact else [f"margin_list: of the combined margins {(m1, m2, m3)} only {name}'s is kept"]
+    if (m1, m3) == (1.0, 0.0):
+        return "arcface", {"margin": m2}, []
+    if (m1, m2) == (1.0, 0.0):
+        return "cosface", {"margin": m3}, []
+    # losses.CombinedMarginLoss there: CosFace whenever m3 > 0, ArcFace if m1 = 1 and m3 = 0, else an exception.
+    theirs = f"trains with {m3} alone, which is --set loss=cosface loss.margin={m3}" if m3 > 0 else "refuses them"
+    remark = f"margin_list: {(m1, m2, m3)} are all used, cos({m1} angle + {m2}) - {m3}; arcface_torch's own code {theirs}"
+    return "combined", {"angle_factor": m1, "angle_margin": m2, "margin": m3}, [remark]
 
 
 def _load(path: str | Path) -> dict[str, Any]:

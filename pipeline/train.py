@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, resolve
 from pipeline.distributed import FolderLock, join
 from pipeline.trainer import Trainer
+
+
+def train_recipe(recipe: str, overrides: list[str], resume: str = "auto") -> dict[str, float]:
+    """`train` for a process of its own: it runs the recipe itself, because a loss that a recipe file defines cannot be sent to it."""
+    return train(resolve(recipe, overrides), resume)
 
 
 def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:

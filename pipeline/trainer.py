@@ -23,7 +23,7 @@ from dali_loaders import Batch, TrainLoader, open_source
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import PartialFC, RowSGD
-from pipeline import backbones, checkpoint
+from pipeline import backbones, checkpoint, classifier_state
 from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
 from pipeline.engine import average_buffers, build_engine
@@ -54,7 +54,8 @@ class Trainer:
         self.source = open_source(config.data.train, config.data.reader)
         self.steps_per_epoch = build_order(self.source, group, run.seed).epoch_length / run.batch
         least = config.data.min_images
-        check_images_per_identity(self.source, least, f"data.min_images is {least}", "train on them too with --set data.min_images=1")
+        remedy = "train on them too with --set data.min_images=1"
+        counts_C = check_images_per_identity(self.source, least, f"data.min_images is {least}", remedy)
         self.num_classes = len(self.source.identities)
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
@@ -62,7 +63,8 @@ class Trainer:
         backbone = backbones.build(config.backbone, config.data.image_size)
         self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
         width, options = config.backbone.width, asdict(config.classifier)
-        self.classifier = PartialFC(self.num_classes, width, config.loss, seed=run.seed, device=place.device, **options)
+        options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}
+        self.classifier = PartialFC(self.num_classes, width, config.loss, **options)
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
 
@@ -73,6 +75,7 @@ class Trainer:
             )
         self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
+        self.resume_remarks: list[str] = []
         resumed = self._resume(resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
@@ -80,6 +83,8 @@ class Trainer:
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
         )
+        for remark in self.resume_remarks:
+            self.monitor.say(remark)
         self.loader = TrainLoader(
             self.source,
             config.data,
@@ -133,8 +138,9 @@ class Trainer:
             batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
             self.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
         total = torch.zeros((), device=self.place.device)
-        # Batch statistics of features that are not finite would stay so for ever.
-        buffers = [(buffer, buffer.clone()) for buffer in self.engine.module.buffers() if self.config.classifier.non_finite == "skip"]
+        # Statistics of features that are not finite would stay so for ever: of the batch, and those that the loss keeps.
+        kept = [*self.engine.module.buffers(), *classifier_state.small_tensors(self.classifier)]
+        buffers = [(buffer, buffer.clone()) for buffer in kept if self.config.classifier.non_finite == "skip"]
         for micro, batch in enumerate(batches, start=1):
             is_last = micro == run.accumulation
             features_bD = self.engine.forward(batch.images, is_last)
@@ -204,6 +210,7 @@ class Trainer:
             "skipped_images": skipped,
             "skipped_steps": self.classifier.skipped_steps,
             "epoch": self.step / self.steps_per_epoch,
+            **classifier_state.figures(self.classifier),
         }
         self.monitor.scalars(self.step, values)
         self._open_window()
@@ -226,16 +233,6 @@ class Trainer:
                 f"the loss or a weight is not finite at step {self.step}: lower optimizer.lr or lengthen optimizer.warmup_epochs; "
                 f"the newest good checkpoint is {checkpoint.newest(self._checkpoints)}"
             )
-
-    def _classifier_state(self) -> dict[str, Tensor]:
-        """The sharded part of a checkpoint: matrices of all classes, of which this rank has its rows."""
-        prototypes = self.classifier.prototypes
-        state = self.classifier_optimizer.state[prototypes]
-        return {
-            "prototypes": checkpoint.sharded(prototypes.data, self.num_classes),
-            "prototypes.momentum_buffer": checkpoint.sharded(state["momentum_buffer"], self.num_classes),
-            "prototypes.step": state["step"],
-        }
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that loads it must agree on."""
@@ -260,7 +257,7 @@ class Trainer:
             "world_size": self.place.world_size,
             "config": as_dict(self.config),
         }
-        state = {**self.engine.state(), **self._classifier_state()}
+        state = {**self.engine.state(), **classifier_state.state_of(self.classifier, self.classifier_optimizer)}
         # A checkpoint that cannot be continued must not push out one that can.
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state.values())
         self._check_finite(tensor for tensor in local if tensor.is_floating_point())
@@ -284,8 +281,7 @@ class Trainer:
                     f"checkpoint {path} has {LABELS.get(key, key)} {info[key]}, but this run has {ours}: use the recipe and data it was "
                     "trained with, or start anew with --resume none"
                 )
-        known = checkpoint.tensors(path)
-        checkpoint.load(path, {name: tensor for name, tensor in self._classifier_state().items() if name in known})
+        self.resume_remarks = classifier_state.load(path, info, self.classifier, self.classifier_optimizer)
         self.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
         self.consumed = info["consumed"]
         self.classifier.skipped_steps = info.get("skipped_steps", 0)

@@ -67,7 +67,10 @@ def build(name: str, **parameters: Any) -> Loss:
 
 
 def name_of(loss: Loss) -> str:
-    return next(name for name, cls in REGISTRY.items() if type(loss) is cls)
+    for name, cls in REGISTRY.items():
+        if type(loss) is cls:
+            return name
+    raise ValueError(f'loss {type(loss).__name__} has no name: put @register("NAME") above its class')
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -38,11 +38,8 @@ def names() -> list[str]:
     return list(_BUILDERS)
 
 
-def build(config: BackboneConfig, image_size: int) -> nn.Module:
-    """The network `config` describes, for square images of `image_size` pixels, with fresh weights from torch's global generator.
-
-    Raises ValueError for an unknown name, an image size that is not a positive multiple of 16, a width below 1 or a dropout outside [0, 1).
-    """
+def check(config: BackboneConfig, image_size: int) -> None:
+    """ValueError for an unknown name, an image size that is not a positive multiple of 16, a width below 1 or a dropout outside [0, 1)."""
     if config.name not in _BUILDERS:
         near = difflib.get_close_matches(config.name, _BUILDERS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_BUILDERS)}."
@@ -53,4 +50,12 @@ def build(config: BackboneConfig, image_size: int) -> nn.Module:
         raise ValueError(f"the width of backbone {config.name!r} is {config.width}, but must be at least 1 (512 is usual).")
     if not 0.0 <= config.dropout < 1.0:
         raise ValueError(f"the dropout of backbone {config.name!r} is {config.dropout}, but must be at least 0 and below 1.")
+
+
+def build(config: BackboneConfig, image_size: int) -> nn.Module:
+    """The network `config` describes, for square images of `image_size` pixels, with fresh weights from torch's global generator.
+
+    Raises what `check` does.
+    """
+    check(config, image_size)
     return _BUILDERS[config.name](width=config.width, image_size=image_size, dropout=config.dropout)

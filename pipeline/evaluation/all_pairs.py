@@ -40,6 +40,11 @@ class PairReport:
     impostor_histogram: np.ndarray
     unreadable: int = 0  # images of the source that could not be decoded and are not counted in `images`
 
+    @property
+    def best_cosine(self) -> float:
+        """The threshold to accept pairs at: the EER's."""
+        return self.threshold_at_eer
+
     def as_dict(self) -> dict[str, Any]:
         """The numbers of the report, without the curves, ready for JSON."""
         return {

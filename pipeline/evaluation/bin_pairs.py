@@ -38,6 +38,11 @@ class BinReport:
     images: int
     unreadable: int
 
+    @property
+    def best_cosine(self) -> float:
+        """The threshold of the best accuracy, which is a squared distance 2 - 2 cos, as a cosine."""
+        return 1.0 - self.threshold / 2.0
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; `rank1` and `identities` are null, because a pair set does not say who is in its images."""
         numbers = {name: getattr(self, name) for name in self.__dataclass_fields__}

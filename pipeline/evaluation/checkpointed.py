@@ -18,7 +18,8 @@ def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str
     """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`."""
     place = join()
     path = checkpoint.locate(path)
-    config = from_dict(checkpoint.read_info(path)["config"])
+    saved = checkpoint.read_info(path)["config"]
+    config = from_dict({name: part for name, part in saved.items() if name != "loss"})  # which a recipe file of the user's may define
     with torch.device(place.device):
         module = backbones.build(config.backbone, config.data.image_size)
     weights = checkpoint.load_replicated(path, "backbone.")

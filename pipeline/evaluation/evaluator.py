@@ -61,7 +61,8 @@ class Evaluator:
             name = os.path.splitext(os.path.basename(path))[0]
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
             if self.place.is_first:
-                monitor.scalars(step, {f"{name}/{key}": value for key, value in results[-1].items()})
+                figures = {f"{name}/{key}": value for key, value in results[-1].items()}
+                monitor.scalars(step, {**figures, f"evaluation/{name}/threshold": report.best_cosine})
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
                 if isinstance(report, PairReport):

@@ -161,6 +161,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["backbone.width=8"], ["has width 16, but this run has 8"]),
         (["data.train={folder}/others.tar"], ["has num_classes 9, but this run has 4"]),
         (["backbone.name=small_nobn"], ["has backbone small, but this run has small_nobn"]),
+        (["backbone.name=iresnet51"], ["no backbone named 'iresnet51': did you mean 'iresnet50'"]),
+        (["loss=uze"], ["loss 'uze' is unknown: did you mean 'uce'"]),
         (["run.batch=9"], ["has batch 18, but this run has 9"]),
         (["data.images_per_identity=3"], ["has images_per_identity 1, but this run has 3"]),
         (["data.images_per_identity=4"], ["run.batch is 18", "and data.images_per_identity = 4 do not divide: use a multiple of 4"]),
@@ -221,6 +223,49 @@ def test_bad_input_to_several_processes(trained):
     assert done.stderr.count("has width 16, but this run has 8") == 1 and "Traceback" not in done.stderr
 
 
+RECIPE_WITH_A_LOSS = """from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from partial_fc.losses import Loss, register, softplus
+from pipeline.recipes.small import faces_small
+
+@register("mine")
+@dataclass(frozen=True)
+class Mine(Loss):
+    scale: float = 16.0
+    margin: float = 0.1
+    kind: Literal["plain", "other"] = "plain"
+    threshold: float | None = None
+
+    def learned(self, num_classes: int) -> dict[str, float]:
+        return {"threshold": self.threshold or 0.0}
+
+    def __call__(self, batch):
+        statistics = batch.with_classes(scale=self.scale)
+        logit_B = self.scale * (statistics.target_B - self.margin)
+        return softplus(statistics.non_target_B - logit_B).mean() + batch.parameter("threshold") ** 2
+
+def recipe():
+    return replace(faces_small(), loss=Mine())
+"""
+
+
+def test_a_recipe_file_with_a_loss_of_its_own_on_two_ranks(trained):
+    file = trained / "mine.py"
+    file.write_text(RECIPE_WITH_A_LOSS)
+    arguments = train(trained, "--ranks=2", "loss.threshold=0.5", "loss.kind=other", run="mine")
+    arguments[1] = str(file)
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "ranks: 2" in done.stderr, done.stderr
+    first = json.loads((trained / "mine" / "metrics.jsonl").read_text().splitlines()[1])
+    assert 0 < first["threshold"] < 0.5 / 16
+    saved = checkpoint.read_info(checkpoint.locate(str(trained / "mine")))["config"]["loss"]
+    assert saved == {"name": "mine", "scale": 16.0, "margin": 0.1, "kind": "other", "threshold": 0.5}
+    assert main(["eval", str(trained / "mine"), "--data", str(trained / "faces.tar")]) == 0  # which knows nothing of the recipe
+
+
 def test_more_ranks_than_classes(trained):
     write_faces(str(trained / "two.tar"), FacesConfig(identities=2, images_per_identity=6, size=32), workers=1)
     command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", data="two.tar", run="three")]
@@ -237,6 +282,7 @@ def test_more_ranks_than_classes(trained):
         (["data", "pack", "{folder}/missing", "{folder}/x.rec"], "missing"),
         (["data", "faces", "{folder}/x.tar", "--identities", "0"], "identities"),
         (["config", "dogs_smal"], "did you mean 'dogs_small'"),
+        (["config", "dogs_small", "--set", "backbone.name=smal"], "no backbone named 'smal': did you mean 'small'"),
         (["import", "insightface", "{folder}/config.py"], "config.py"),
     ],
 )

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import pytest
 
+from partial_fc import losses
+from partial_fc.losses import Loss
 from partial_fc.losses.margins import ArcFace
 from pipeline.config import as_dict, as_text, from_dict, resolve
 from pipeline.recipes import RECIPES
@@ -23,6 +30,60 @@ def test_what_is_printed_can_be_set():
     assert "data.images_per_identity = 1" in as_text(config).splitlines()
     lines = [line.replace(" = ", "=", 1) for line in as_text(config).splitlines()]
     assert resolve("omniglot_small", lines) == config
+
+
+@dataclass(frozen=True)
+class Options(Loss):
+    """One field of every kind that losses have."""
+
+    low: float = 0.0
+    high: float = 1.0
+    threshold: float | None = None
+    slope: Literal["exact", "straight"] = "exact"
+    note: str | None = None
+    neighbours: int | None = None
+    detached: bool = False
+    weights: tuple[float, ...] = ()
+    levels: tuple[int, int] = (1, 2)
+    parts: tuple[Mapping[str, Any], ...] = ({"name": "cosface"}, {"name": "uss", "threshold": None})
+
+    def __post_init__(self):
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low}, but must be below high, {self.high}")
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setitem(losses.REGISTRY, "test_options", Options)
+
+
+OPTIONS = [
+    ["loss=uce"],
+    ["loss=uce", "loss.threshold=0.2"],
+    ["loss=uce", "loss.threshold=0.2", "loss.threshold=None"],
+    ["loss=uss", "loss.threshold=-0.5", "loss.margin=0.1"],
+    ["loss=arcface", "loss.slope=straight_through"],
+    ["loss=test_options"],
+    ["loss=test_options", "loss.low=7", "loss.high=8.5"],  # valid only together
+    ["loss=test_options", "loss.note=a b", "loss.neighbours=3", "loss.detached=true", "loss.weights=1, 0.5", "loss.levels=3,4"],
+    ["loss=test_options", "loss.weights=2", "loss.parts=[{'name': 'sum', 'parts': [{'name': 'gce'}], 'weights': [1.5]}]"],
+]
+
+
+@pytest.mark.parametrize("overrides", OPTIONS)
+def test_losses_survive_saving_and_printing(overrides):
+    config = resolve("dogs_small", overrides)
+    assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
+    lines = [line.replace(" = ", "=", 1) for line in as_text(config).splitlines()]
+    assert resolve("omniglot_small", lines) == config
+
+
+def test_options_of_losses_have_the_type_of_their_fields():
+    loss = resolve("dogs_small", [*OPTIONS[-2], "loss.threshold=1"]).loss
+    assert loss == Options(threshold=1.0, note="a b", neighbours=3, detached=True, weights=(1.0, 0.5), levels=(3, 4))
+    assert [type(value) for value in (loss.threshold, loss.neighbours, *loss.weights, *loss.levels)] == [float, int, float, float, int, int]
+    assert resolve("dogs_small", OPTIONS[-1]).loss.parts == ({"name": "sum", "parts": ({"name": "gce"},), "weights": (1.5,)},)
+    assert resolve("dogs_small", OPTIONS[2]).loss.threshold is None
 
 
 def test_a_python_file_is_a_recipe(tmp_path):
@@ -49,6 +110,16 @@ def test_a_python_file_is_a_recipe(tmp_path):
         ("dogs_small", "data=x", "this is a section"),
         ("dogs_small", "run.batch", "takes section.field=value"),
         ("dogs_small", "loss=cosfase", "did you mean 'cosface'"),
+        ("dogs_small", "loss=uce loss.threshold=high", "loss.threshold=high: expected a number"),
+        ("dogs_small", "loss=uce loss.threshold=", "loss.threshold=: expected a number or None"),
+        ("dogs_small", "loss=uce loss.threshold=3", r"threshold is 3.0, but must lie in \[-1, 1\]"),
+        ("dogs_small", "loss=test_options loss.neighbours=1.5", "expected a whole number or None"),
+        ("dogs_small", "loss=test_options loss.weights=1;2", "expected a number"),
+        ("dogs_small", "loss=test_options loss.parts=cosface,uss", "expected a list as Python writes it"),
+        ("dogs_small", "loss=test_options loss.low=2", "low is 2.0, but must be below high"),
+        ("dogs_small", "loss.margin.more=1", "'margin' has no fields of its own"),
+        ("dogs_small", "backbone.name=iresnet51", "no backbone named 'iresnet51': did you mean 'iresnet50'"),
+        ("dogs_small", "data.image_size=100", "needs an image size divisible by 16, not 100"),
         ("dogs_small", "engine.name=fsdp", "must be deepspeed or ddp"),
         ("dogs_small", "engine.zero_stage=3", "must be 1 or 2"),
         ("dogs_small", "optimizer.schedule=step", "must be one of polynomial, cosine"),
@@ -57,7 +128,7 @@ def test_a_python_file_is_a_recipe(tmp_path):
 )
 def test_bad_input_ends_in_a_sentence(recipe, override, sentence):
     with pytest.raises(ValueError, match=sentence):
-        resolve(recipe, [override] if override else [])
+        resolve(recipe, override.split())
 
 
 def test_a_recipe_file_without_recipe(tmp_path):
@@ -67,4 +138,14 @@ def test_a_recipe_file_without_recipe(tmp_path):
         resolve(str(file))
     file.write_text("x = 1 / 0\n")
     with pytest.raises(ValueError, match="cannot be run: ZeroDivisionError"):
+        resolve(str(file))
+
+
+def test_a_recipe_whose_loss_has_no_name(tmp_path):
+    file = tmp_path / "nameless.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom partial_fc.losses.margins import CosFace\nfrom pipeline.config import TrainConfig\n\n"
+        "@dataclass(frozen=True)\nclass Mine(CosFace):\n    pass\n\ndef recipe():\n    return TrainConfig(loss=Mine())\n"
+    )
+    with pytest.raises(ValueError, match=r'loss Mine has no name: put @register\("NAME"\) above its class'):
         resolve(str(file))

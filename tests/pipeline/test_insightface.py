@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from partial_fc.losses.margins import ArcFace, Combined, CosFace
 from pipeline.backbones import BackboneConfig, build
+from pipeline.config import resolve
 from pipeline.insightface import ImportedConfig, import_config, load_backbone, merge_classifier, recipe_source
 
 CONFIG = """
@@ -74,19 +76,29 @@ def test_whatever_is_not_taken_over_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "name", "margin", "remarks"),
+    ("lines", "loss", "remarks"),
     [
-        ("", "arcface", 0.5, 0),
-        ("config.margin_list = [1.0, 0.3, 0.0]", "arcface", 0.3, 0),
-        ("config.margin_list = (1.0, 0.0, 0.35)", "cosface", 0.35, 0),
-        ("config.margin_list = (0.9, 0.4, 0.15)", "cosface", 0.15, 1),
-        ("config.loss = 'cosface'", "cosface", 0.4, 0),
-        ("config.loss = 'adaface'", "arcface", 0.5, 1),
+        ("", ArcFace(64.0, 0.5), 0),
+        ("config.margin_list = [1.0, 0.3, 0.0]", ArcFace(64.0, 0.3), 0),
+        ("config.margin_list = (1.0, 0.0, 0.35)", CosFace(64.0, 0.35), 0),
+        ("config.margin_list = (1.0, 0.3, 0.2)", Combined(64.0, 1.0, 0.3, 0.2), 1),
+        ("config.margin_list = (0.9, 0.4, 0.15)", Combined(64.0, 0.9, 0.4, 0.15), 1),
+        ("config.margin_list = (1.35, 0.0, 0.0)", Combined(64.0, 1.35, 0.0, 0.0), 1),
+        ("config.loss = 'cosface'", CosFace(64.0, 0.4), 0),
+        ("config.loss = 'adaface'", ArcFace(64.0, 0.5), 1),
     ],
 )
-def test_margins(tmp_path, lines, name, margin, remarks):
+def test_margins(tmp_path, lines, loss, remarks):
     imported = import_config(write(tmp_path, f"config = edict()\n{lines}\n"))
-    assert (imported.fields["loss.name"], imported.fields["loss.margin"], len(imported.unmapped)) == (name, margin, remarks)
+    assert len(imported.unmapped) == remarks
+    recipe = tmp_path / "imported.py"
+    recipe.write_text(recipe_source(imported, "wf42m.py"))
+    assert resolve(str(recipe)).loss == loss
+
+
+def test_what_arcface_torch_makes_of_combined_margins_is_said(tmp_path):
+    for margins, words in (("(0.9, 0.4, 0.15)", "trains with 0.15 alone"), ("(0.9, 0.4, 0.0)", "refuses them")):
+        assert words in import_config(write(tmp_path, f"config = edict()\nconfig.margin_list = {margins}\n")).unmapped[0]
 
 
 def test_networks_and_optimizers_without_counterpart(tmp_path):
@@ -103,7 +115,6 @@ def test_values_of_the_wrong_kind(tmp_path, setting):
 
 
 def test_recipe_source_gives_the_configuration_back(tmp_path):
-    resolve = pytest.importorskip("pipeline.config").resolve
     path = tmp_path / "imported.py"
     path.write_text(recipe_source(import_config(write(tmp_path, CONFIG)), "wf42m.py"))
     config = resolve(str(path))

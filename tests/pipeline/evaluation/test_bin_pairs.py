@@ -167,3 +167,12 @@ def test_numbers_of_images_and_pairs_must_match(tmp_path):
 def test_a_set_that_cannot_be_written_ends_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="cannot be written"):
         write_bin(str(tmp_path / "no" / "set.bin"), [b"a", b"b"], [True])
+
+
+def test_the_threshold_as_a_cosine_separates_pairs():
+    cosines = np.concatenate([np.linspace(0.5, 0.9, 40), np.linspace(-0.2, 0.3, 40)])
+    order = np.random.default_rng(0).permutation(80)
+    issame = (np.arange(80) < 40)[order]
+    report = score_pairs(2 - 2 * cosines[order], issame)
+    assert 0.3 < report.best_cosine < 0.5
+    assert ((cosines[order] > report.best_cosine) == issame).all()
