@@ -146,7 +146,8 @@ def single_image_identities(source: Source) -> list[str]:
 
 
 def check_images_per_identity(source: Source, least: int, why: str, remedy: str) -> np.ndarray:
-    """int64 [identities]: images of each. ValueError if an identity has fewer than `least` images; `why` says what asks for them, `remedy` what to do but remove them."""
+    """int64 [identities]: images of each. ValueError if one has fewer than `least`; `why` says what asks for them, `remedy` what to do but
+    remove them."""
     counts = np.bincount(source.labels, minlength=len(source.identities))
     few = np.flatnonzero(counts < least)
     if len(few):

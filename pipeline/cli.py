@@ -6,9 +6,9 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
 
-Command = Callable[[argparse.Namespace], None]
+from benchmarks import commands as benchmarks
+from pipeline.commands import command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,45 +83,6 @@ def _import_insightface(options: argparse.Namespace) -> None:
     print(import_run(options.config, options.models, options.out, options.gpus))
 
 
-def _bench_classifier(options: argparse.Namespace) -> None:
-    from benchmarks import classifier, record
-    from pipeline.distributed import cores
-
-    step = options.step if options.step is not None else options.rate < 1 or options.in_backward
-    names = ("batch", "width", "rate", "dtype", "ranks", "pairs", "in_backward", "skip_eager")
-    shared = {name: getattr(options, name) for name in names}
-    threads = options.threads if options.threads is not None else max(1, cores() // max(1, options.ranks))
-    settings = [classifier.Setting(classes, threads=threads, step=step, **shared) for classes in options.classes]
-    record.report(
-        classifier.rows(settings, classifier.ALLOCATORS if options.allocator == "both" else [options.allocator]),
-        classifier.as_text,
-        options.json,
-        options.csv,
-    )
-
-
-def _bench_accuracy(options: argparse.Namespace) -> None:
-    from benchmarks import accuracy, record
-
-    record.report(accuracy.rows(options.classes, options.batch, options.width), accuracy.as_text, options.json, options.csv)
-
-
-def _bench_losses(options: argparse.Namespace) -> None:
-    from benchmarks import loss_cost, record
-    from partial_fc import losses
-
-    names = options.losses or sorted(losses.REGISTRY)
-    found = loss_cost.rows(names, options.classes, options.batch, options.width, options.dtype, options.pairs)
-    record.report(found, loss_cost.as_text, options.json, options.csv)
-
-
-def _bench_training(options: argparse.Namespace) -> None:
-    from benchmarks import record, training
-
-    entries = options.entries or list(training.ENTRIES)
-    record.report(training.rows(entries, options.seeds, options.jobs, options.tune), training.as_text, options.json, options.csv)
-
-
 def _plan(options: argparse.Namespace) -> None:
     from pipeline import plan
 
@@ -136,16 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="protoshard", description="Trains open-set recognition models with up to 100 million identities.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = _command(commands, "train", _train, "train a recipe", "protoshard train dogs_small --ranks 2 --set run.epochs=10")
+    train = command(commands, "train", _train, "train a recipe", "protoshard train dogs_small --ranks 2 --set run.epochs=10")
     _add_recipe(train)
     train.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are N (1)")
     train.add_argument(
         "--resume", default="auto", metavar="auto|none|PATH", help="newest checkpoint of the run, a new start, or that checkpoint (auto)"
     )
 
-    evaluate = _command(
-        commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json"
-    )
+    evaluate = command(commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="labelled folder, .tar or .rec, or an InsightFace .bin pair set")
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (1)")
@@ -154,25 +113,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
     data = commands.add_parser("data", help="make, pack and check data sets").add_subparsers(metavar="COMMAND", required=True)
-    faces = _command(data, "faces", _faces, "draw a procedural-faces set", "protoshard data faces data/faces.tar --identities 400")
+    faces = command(data, "faces", _faces, "draw a procedural-faces set", "protoshard data faces data/faces.tar --identities 400")
     faces.add_argument("out", metavar="OUT", help="a .tar, a .rec, or a folder")
     faces.add_argument("--identities", type=int, default=400, metavar="N", help="(400)")
     faces.add_argument("--images", type=int, default=20, metavar="N", help="images of each identity (20)")
     faces.add_argument("--size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
     faces.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
     faces.add_argument("--first-identity", type=int, default=0, metavar="N", help="sets that share no number share no identity (0)")
-    pack = _command(data, "pack", _pack, "pack a set into RecordIO", "protoshard data pack faces.tar faces.rec")
+    pack = command(data, "pack", _pack, "pack a set into RecordIO", "protoshard data pack faces.tar faces.rec")
     pack.add_argument("source", metavar="FOLDER_OR_TAR")
     pack.add_argument("out", metavar="OUT.rec")
-    check = _command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
+    check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
     check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")
 
-    config = _command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
+    config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)
 
     imports = commands.add_parser("import", help="take over runs of other projects").add_subparsers(metavar="PROJECT", required=True)
-    insightface = _command(
+    insightface = command(
         imports,
         "insightface",
         _import_insightface,
@@ -186,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     insightface.add_argument("--out", default="imported", metavar="FOLDER", help="(imported)")
     insightface.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")
 
-    plan = _command(
+    plan = command(
         commands,
         "plan",
         _plan,
@@ -195,54 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan(plan)
 
-    bench = commands.add_parser("bench", help="measure this version on this machine").add_subparsers(metavar="COMMAND", required=True)
-    classifier = _command(
-        bench,
-        "classifier",
-        _bench_classifier,
-        "time, memory and traffic of a classifier step, against an eager baseline in turn",
-        "protoshard bench classifier --classes 200000 --dtype bfloat16",
-    )
-    _add_bench_classifier(classifier)
-    accuracy = _command(
-        bench,
-        "accuracy",
-        _bench_accuracy,
-        "error of the classifier's gradients against float64, from the first steps to convergence",
-        "protoshard bench accuracy --classes 10000 --batch 256",
-    )
-    accuracy.add_argument("--classes", type=int, default=10_000, metavar="N", help="(10000)")
-    accuracy.add_argument("--batch", type=int, default=256, metavar="N", help="(256)")
-    accuracy.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
-    _add_report(accuracy, "accuracy")
-    cost = _command(
-        bench,
-        "losses",
-        _bench_losses,
-        "time of a classifier step with each loss, against CosFace in turn",
-        "protoshard bench losses --losses gce npt --dtype bfloat16",
-    )
-    cost.add_argument("--losses", nargs="+", metavar="NAME", help="with their defaults (all)")
-    cost.add_argument("--classes", type=int, default=100_000, metavar="N", help="(100000)")
-    cost.add_argument("--batch", type=int, default=512, metavar="N", help="two samples of each identity (512)")
-    cost.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
-    cost.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products (float32)")
-    cost.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
-    _add_report(cost, "losses")
-    training = _command(
-        bench,
-        "training",
-        _bench_training,
-        "train every loss on small data with the same budget, and verify other identities",
-        "protoshard bench training --entries cosface gce --seeds 0 1 2",
-    )
-    training.add_argument("--entries", nargs="+", metavar="NAME", help="of benchmarks/training_entries.py (all)")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training each (0)")
-    training.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time, one core each (1)")
-    training.add_argument(
-        "--tune", action="store_true", help="try the candidates of each entry on identities carved out of the training set"
-    )
-    _add_report(training, "training")
+    benchmarks.add(commands.add_parser("bench", help="measure this version on this machine"))
     return parser
 
 
@@ -259,38 +171,6 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in some seconds, or a preset (here)")
     plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_bench_classifier(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--classes", type=int, nargs="+", default=[200_000], metavar="N", help="one measurement each (200000)")
-    bench.add_argument("--batch", type=int, default=512, metavar="N", help="of all ranks (512)")
-    bench.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
-    bench.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
-    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of PartialFC; eager is float32 (float32)")
-    bench.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are GPUs (1)")
-    bench.add_argument("--threads", type=int, metavar="N", help="of each rank (its share of the cores)")
-    bench.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
-    bench.add_argument(
-        "--step", action=argparse.BooleanOptionalAction, help="include an SGD step on both sides (with --rate below 1 or --in-backward)"
-    )
-    bench.add_argument("--in-backward", action="store_true", help="PartialFC's prototypes are updated during backward")
-    bench.add_argument("--skip-eager", action="store_true", help="PartialFC alone, where the eager side would not fit")
-    bench.add_argument(
-        "--allocator", default="both", choices=("default", "keeping", "both"), help="malloc as it is, or keeping memory (both)"
-    )
-    _add_report(bench, "classifier")
-
-
-def _add_report(command: argparse.ArgumentParser, name: str) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks", "results", f"{name}.csv")
-    command.add_argument("--csv", default=path, metavar="FILE", help=f"append rows to this file (benchmarks/results/{name}.csv)")
-
-
-def _command(commands: argparse._SubParsersAction, name: str, run: Command, purpose: str, example: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".", epilog=f"example: {example}")
-    parser.set_defaults(command=run)
-    return parser
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,125 @@
+"""The `protoshard bench` commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from pipeline.commands import command
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of `protoshard bench` its commands."""
+    bench = parser.add_subparsers(metavar="COMMAND", required=True)
+    classifier = command(
+        bench,
+        "classifier",
+        _bench_classifier,
+        "time, memory and traffic of a classifier step, against an eager baseline in turn",
+        "protoshard bench classifier --classes 200000 --dtype bfloat16",
+    )
+    _add_bench_classifier(classifier)
+    accuracy = command(
+        bench,
+        "accuracy",
+        _bench_accuracy,
+        "error of the classifier's gradients against float64, from the first steps to convergence",
+        "protoshard bench accuracy --classes 10000 --batch 256",
+    )
+    accuracy.add_argument("--classes", type=int, default=10_000, metavar="N", help="(10000)")
+    accuracy.add_argument("--batch", type=int, default=256, metavar="N", help="(256)")
+    accuracy.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    _add_report(accuracy, "accuracy")
+    cost = command(
+        bench,
+        "losses",
+        _bench_losses,
+        "time of a classifier step with each loss, against CosFace in turn",
+        "protoshard bench losses --losses gce npt --dtype bfloat16",
+    )
+    cost.add_argument("--losses", nargs="+", metavar="NAME", help="with their defaults (all)")
+    cost.add_argument("--classes", type=int, default=100_000, metavar="N", help="(100000)")
+    cost.add_argument("--batch", type=int, default=512, metavar="N", help="two samples of each identity (512)")
+    cost.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    cost.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products (float32)")
+    cost.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
+    _add_report(cost, "losses")
+    training = command(
+        bench,
+        "training",
+        _bench_training,
+        "train every loss on small data with the same budget, and verify other identities",
+        "protoshard bench training --entries cosface gce --seeds 0 1 2",
+    )
+    training.add_argument("--entries", nargs="+", metavar="NAME", help="of benchmarks/training_entries.py (all)")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training each (0)")
+    training.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time, one core each (1)")
+    training.add_argument(
+        "--tune", action="store_true", help="try the candidates of each entry on identities carved out of the training set"
+    )
+    _add_report(training, "training")
+
+
+def _add_bench_classifier(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--classes", type=int, nargs="+", default=[200_000], metavar="N", help="one measurement each (200000)")
+    bench.add_argument("--batch", type=int, default=512, metavar="N", help="of all ranks (512)")
+    bench.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
+    bench.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
+    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of PartialFC; eager is float32 (float32)")
+    bench.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are GPUs (1)")
+    bench.add_argument("--threads", type=int, metavar="N", help="of each rank (its share of the cores)")
+    bench.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
+    bench.add_argument(
+        "--step", action=argparse.BooleanOptionalAction, help="include an SGD step on both sides (with --rate below 1 or --in-backward)"
+    )
+    bench.add_argument("--in-backward", action="store_true", help="PartialFC's prototypes are updated during backward")
+    bench.add_argument("--skip-eager", action="store_true", help="PartialFC alone, where the eager side would not fit")
+    bench.add_argument(
+        "--allocator", default="both", choices=("default", "keeping", "both"), help="malloc as it is, or keeping memory (both)"
+    )
+    _add_report(bench, "classifier")
+
+
+def _add_report(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks", "results", f"{name}.csv")
+    command.add_argument("--csv", default=path, metavar="FILE", help=f"append rows to this file (benchmarks/results/{name}.csv)")
+
+
+def _bench_classifier(options: argparse.Namespace) -> None:
+    from benchmarks import classifier, record
+    from pipeline.distributed import cores
+
+    step = options.step if options.step is not None else options.rate < 1 or options.in_backward
+    names = ("batch", "width", "rate", "dtype", "ranks", "pairs", "in_backward", "skip_eager")
+    shared = {name: getattr(options, name) for name in names}
+    threads = options.threads if options.threads is not None else max(1, cores() // max(1, options.ranks))
+    settings = [classifier.Setting(classes, threads=threads, step=step, **shared) for classes in options.classes]
+    record.report(
+        classifier.rows(settings, classifier.ALLOCATORS if options.allocator == "both" else [options.allocator]),
+        classifier.as_text,
+        options.json,
+        options.csv,
+    )
+
+
+def _bench_accuracy(options: argparse.Namespace) -> None:
+    from benchmarks import accuracy, record
+
+    record.report(accuracy.rows(options.classes, options.batch, options.width), accuracy.as_text, options.json, options.csv)
+
+
+def _bench_losses(options: argparse.Namespace) -> None:
+    from benchmarks import loss_cost, record
+    from partial_fc import losses
+
+    names = options.losses or sorted(losses.REGISTRY)
+    found = loss_cost.rows(names, options.classes, options.batch, options.width, options.dtype, options.pairs)
+    record.report(found, loss_cost.as_text, options.json, options.csv)
+
+
+def _bench_training(options: argparse.Namespace) -> None:
+    from benchmarks import record, training
+
+    entries = options.entries or list(training.ENTRIES)
+    record.report(training.rows(entries, options.seeds, options.jobs, options.tune), training.as_text, options.json, options.csv)
