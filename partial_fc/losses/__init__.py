@@ -30,9 +30,18 @@ class Loss(Protocol):
         """The same, one number per class."""
         return {}
 
-    def tracked(self) -> dict[str, float]:
-        """First values of running figures: batch.track(name, value, share)."""
+    def tracked(self) -> dict[str, float | Tensor]:
+        """First values of what is kept from step to step: running figures, batch.track(name, value, share), or tensors,
+        batch.kept(name) and batch.keep(name, value)."""
         return {}
+
+    def queued(self) -> dict[str, int]:
+        """The rows of tensors [rows, width], zeros at first, that are kept likewise, with names of their own."""
+        return {}
+
+    def uses_bank(self) -> bool:
+        """Whether it asks for the bank of last features: batch.fresh, batch.with_bank."""
+        return False
 
 
 REGISTRY: dict[str, type] = {}
