@@ -240,9 +240,11 @@ class GlobalBatch:
 
     @torch.no_grad()
     def track(self, name: str, value: Tensor, share: float) -> Tensor:
-        """Moves a running figure this share of the way to a value, and returns it; without gradient (a validation loss) it stays."""
+        """Moves a running figure this share of the way to a value, and returns it; without gradient (a validation loss), or where features
+        are not finite, it stays."""
         tracked = self.tracked[self.prefix + name]
-        return tracked.lerp_(value.to(tracked.dtype), share).clone() if self._trains else tracked
+        self.keep(name, torch.lerp(tracked, value.to(tracked.dtype), share))
+        return tracked.clone()
 
     def kept(self, name: str) -> Tensor:
         """What was kept under this name; not to be written to."""
@@ -250,15 +252,20 @@ class GlobalBatch:
 
     @torch.no_grad()
     def keep(self, name: str, value: Tensor) -> None:
-        """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss) nothing changes."""
+        """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss), or where features are not
+        finite, in a step that nobody makes, nothing changes."""
         if self._trains:
-            self.tracked[self.prefix + name].copy_(value)
+            kept = self.tracked[self.prefix + name]
+            kept.copy_(torch.where(self.features_BD.isfinite().all(), value.to(kept.dtype), kept))
 
     @torch.no_grad()
     def start(self, name: str, value: Tensor, is_ready: Tensor | bool = True) -> None:
-        """Gives a learned parameter its first value, where only data can tell it: once, in the first step that is ready for it."""
+        """Gives a learned parameter its first value, where only data can tell it: once, in the first step that is ready for it; not
+        without gradient, or where features are not finite."""
+        if not self._trains:
+            return
         learned, is_started = self.learned[self.prefix + name], self.tracked[f"{self.prefix}{name}_is_started"]
-        is_now = (is_started == 0) & is_ready
+        is_now = (is_started == 0) & is_ready & self.features_BD.isfinite().all()
         learned.copy_(torch.where(is_now, value.to(learned.dtype), learned))
         is_started.masked_fill_(is_now, 1)
 

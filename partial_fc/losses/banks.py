@@ -112,13 +112,11 @@ class BroadFace(Loss):
         return torch.cat([features_BD, features_QD + ratio_Q1 * (now_MD[len(features_BD) :] - then_QD)])
 
     def _enqueue(self, batch: GlobalBatch, labels_M: Tensor, now_MD: Tensor) -> None:
-        """Puts the batch before the queue, and drops what is too old; not a batch with NaN or infinity, whose step nobody makes."""
-        features_BD, count = batch.features_BD.detach(), len(batch.labels_B)
-        is_finite = features_BD.isfinite().all()
-        brought = {"queue_labels": labels_M[:count], "queue_features": features_BD, "queue_prototypes": now_MD[:count]}
-        for name, value_Bx in brought.items():
-            kept_Qx = batch.kept(name)
-            batch.keep(name, torch.cat([value_Bx.to(kept_Qx.dtype), kept_Qx])[: self.queue].where(is_finite, kept_Qx))
+        """Puts the batch before the queue, and drops what is too old."""
+        count = len(batch.labels_B)
+        batch.keep("queue_labels", labels_M[: self.queue])
+        for name, value_BD in (("queue_features", batch.features_BD.detach()), ("queue_prototypes", now_MD[:count])):
+            batch.keep(name, torch.cat([value_BD, batch.kept(name)])[: self.queue])
 
 
 @register("prototype_memory")
