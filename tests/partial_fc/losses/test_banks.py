@@ -164,7 +164,7 @@ def test_prototypes_move_in_backward_after_broadface_has_used_them(ranks):
 def first_steps(name, parameters):
     classifier = PartialFC(CLASSES, WIDTH, losses.build(name, **parameters), seed=3)
     optimizer, found = RowSGD(classifier, 0.1), []
-    for step in range(2):
+    for step in (1, 2):
         features, labels = batch(step)
         features = features.float().requires_grad_()
         loss = classifier(features, labels)

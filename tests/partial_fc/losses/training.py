@@ -62,8 +62,9 @@ def train(name: str, parameters: dict[str, Any], dtype: torch.dtype, rate: float
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            classifier(features, labels)  # a validation loss leaves no trace
+        if step < 2:
+            with torch.no_grad():
+                classifier(features, labels)  # a validation loss leaves no trace
         result = {"prototypes": classifier.prototypes.detach().clone()} | {
             f"learned {k}": v.detach().clone() for k, v in learned(classifier)
         }
@@ -73,6 +74,10 @@ def train(name: str, parameters: dict[str, Any], dtype: torch.dtype, rate: float
             result |= {"bank": classifier.bank_features.clone(), "bank steps": classifier.bank_steps.clone()}
         found.append(result)
     return found
+
+
+def trainings(calls: list[tuple[Any, ...]]) -> list[list[dict[str, Tensor]]]:
+    return [train(*call) for call in calls]
 
 
 def learned(classifier: PartialFC) -> list[tuple[str, Tensor]]:
@@ -96,7 +101,7 @@ def dense(name: str, parameters: dict[str, Any], oracle: Oracle, dtype: torch.dt
             included = torch.zeros(CLASSES, dtype=torch.bool).index_fill_(0, sample.rows_K[sample.is_real_K], True)
         result = {}
         if step not in SKIPPED:
-            inputs = [features.to(dtype).requires_grad_(), *(value.clone().requires_grad_() for value in values)]
+            inputs = [features.to(dtype).clone().requires_grad_(), *(value.clone().requires_grad_() for value in values)]
             memory = Memory(step, inputs[1], included, dict(zip(first, inputs[2:], strict=True)), bank, own)
             loss = oracle(inputs[0], labels, memory)
             of_features, *gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
@@ -133,17 +138,17 @@ def largest_error(of_ranks: list[list[dict[str, Tensor]]], right: list[dict[str,
 def check_training(
     ranks: Any, name: str, parameters: dict[str, Any], oracle: Oracle, rates: tuple[float, ...] = (1.0, 0.4), **options: Any
 ) -> None:
-    for rate in rates:
-        right = dense(name, parameters, oracle, torch.float64, rate)
-        assert len({float(result["loss"]) for result in right if "loss" in result}) > 1
-        for size in (1, 2, 3, 4):
-            call = (name, parameters, torch.float64, rate, options)
-            found = [train(*call)] if size == 1 else ranks(size).run(train, *call)
-            worst, where = largest_error(found, right)
+    right = {rate: dense(name, parameters, oracle, torch.float64, rate) for rate in rates}
+    calls = [(name, parameters, torch.float64, rate, options) for rate in rates]
+    for size in (1, 2, 3, 4):
+        found = [trainings(calls)] if size == 1 else ranks(size).run(trainings, calls)
+        for place, rate in enumerate(rates):
+            worst, where = largest_error([of_rank[place] for of_rank in found], right[rate])
             assert worst < 1e-9, f"{name} {parameters} {options} on {size} ranks at rate {rate}: error {worst:.1e} in {where}"
-        single, _ = largest_error([train(name, parameters, torch.float32, rate, options)], right)
-        of_dense, _ = largest_error([dense(name, parameters, oracle, torch.float32, rate)], right)
-        assert single < max(1e-4, 8 * of_dense), f"{name} in float32: error {single:.1e}, of the dense computation {of_dense:.1e}"
+    for rate in rates:
+        single, where = largest_error([train(name, parameters, torch.float32, rate, options)], right[rate])
+        of_dense, _ = largest_error([dense(name, parameters, oracle, torch.float32, rate)], right[rate])
+        assert single < max(1e-5, 4 * of_dense), f"{name} in float32: error {single:.1e} in {where}, of the dense one {of_dense:.1e}"
 
 
 def before_prototypes(features: Tensor, labels: Tensor, prototypes: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
