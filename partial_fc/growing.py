@@ -63,7 +63,8 @@ def grow(
         raise ValueError("a classifier grows between two steps: call the optimizer's step() and zero_grad() before")
     if new_labels is not None and any(name.endswith("queue_labels") for name in classifier.tracked_names):
         raise ValueError("the loss keeps samples of earlier steps by their labels: grow without new_labels, or with a new classifier")
-    if classifier.class_counts_S is not None if class_counts is None else class_counts.shape != (num_classes,):
+    has_counts = classifier.class_counts_S is not None or class_counts is not None
+    if has_counts and (class_counts is None or class_counts.shape != (num_classes,)):
         raise ValueError(f"the classifier knows the images of each identity: give grow class_counts=, int64 [{num_classes}]")
     first_bank = bank.empty(new.rows, classifier.width, classifier.prototypes.device) if classifier.has_bank else None
     if isinstance(optimizer, RowOptimizer):

@@ -77,6 +77,7 @@ def substitute(columns: Columns, features_BD: Tensor, labels_B: Tensor, rate: fl
         None if bias_n is None else torch.cat([bias_n, bias_n.new_zeros(mine.stop - mine.start)]),
         samples_B.where(is_replaced_B, prototypes_B),
         mine,
+        columns.column_S,
     )
 
 
