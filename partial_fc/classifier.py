@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc import collectives, columns, sampling
+from partial_fc import bank, collectives, columns, sampling
+from partial_fc.bank import Bank
 from partial_fc.collectives import Group
 from partial_fc.columns import Columns
+from partial_fc.config import ClassifierConfig
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.inputs import Check, check_labels, check_shapes
 from partial_fc.losses import Loss
 from partial_fc.memory import Memory
 from partial_fc.sampling import Sample
 from partial_fc.shards import ClassShard, initial_prototypes
-from partial_fc.similarity import DTYPES, hardest_non_target, similarity_statistics
+from partial_fc.similarity import DTYPES, hardest_non_target
 from partial_fc.sources import Consumer, Matrix
-from partial_fc.substitution import substitute
+from partial_fc.substitution import substitute, substitute_from_bank
 
-MOST_CHECKS = 64  # kept unread, if no optimizer asks for them
+__all__ = ["ClassifierConfig", "PartialFC"]
 
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    sample_rate: float = 1.0  # share of the classes without a sample in the batch that take part in a step; 0.1 is usual above a million
-    correct_rate: bool = False  # weigh each sampled negative by 1 / sample_rate, so that log-sum-exps estimate those over all classes
-    hard_negatives: int = 0  # so many nearest classes of each class of the batch are always in the sample; costs a product with all classes
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products with prototypes; sums are float32
-    storage_dtype: Literal["float32", "bfloat16"] = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
-    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # in which features travel, rounded once; their gradient travels as float32
-    substitution_rate: float = 0.0  # probability with which a class of the batch is stood in for by a sample of it: see substitution.py
-    non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features: end the run, or leave the step out
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate is {self.sample_rate}, but must be above 0 and at most 1")
-        if self.hard_negatives < 0 or (self.hard_negatives and self.sample_rate == 1):
-            raise ValueError(
-                f"hard_negatives is {self.hard_negatives}, but must be 0 or more, and above 0 only with a sample_rate below 1: at rate 1 "
-                "all classes are in"
-            )
-        if not 0 <= self.substitution_rate <= 1:
-            raise ValueError(f"substitution_rate is {self.substitution_rate}, but must lie in [0, 1]: it is a probability")
-        for name in ("dtype", "storage_dtype", "gather_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be 'float32' or 'bfloat16'")
-        if self.non_finite not in ("raise", "skip"):
-            raise ValueError(f"non_finite is {self.non_finite!r}, but must be 'raise' or 'skip'")
+MOST_CHECKS = 64  # kept unread, if no optimizer asks for them; as many batches for the bank
 
 
 class PartialFC(nn.Module):
@@ -62,7 +38,7 @@ class PartialFC(nn.Module):
                        parameters in `learned`, what it tracks buffers `tracked_...`: equal on every rank, but for numbers per class
     sample_rate        below 1: a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then
                        a sparse tensor of the sampled rows, which RowSGD alone updates
-    dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype, substitution_rate  see ClassifierConfig
+    dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype, substitution_...  see ClassifierConfig
     uneven_batches     ranks may bring different numbers of rows, none included, in any step; costs one more all-gather, of one number per
                        rank, for which the host waits. Without it every rank must bring equally many rows
     seed               of first prototypes and samples, which depend on the class id (and step) alone and not on the number of ranks
@@ -73,7 +49,8 @@ class PartialFC(nn.Module):
                        ranks; "global": the gradient of the returned loss itself. Nowhere else does this factor appear.
 
     `prototypes` is this rank's [S, D] parameter, kept out of the data-parallel engine (which would average it over ranks). Ranks beyond
-    the number of classes have none.
+    the number of classes have none. `bank_features` and `bank_steps`, buffers [S, D] and [S], are there if substitution or the loss uses
+    the bank of last features: see bank.py.
     """
 
     def __init__(
@@ -89,6 +66,8 @@ class PartialFC(nn.Module):
         hard_negatives: int = 0,
         non_finite: Literal["raise", "skip"] = "raise",
         substitution_rate: float = 0.0,
+        substitution_source: Literal["batch", "bank"] = "batch",
+        substitution_staleness: int = 200,
         uneven_batches: bool = False,
         gather_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
@@ -104,7 +83,16 @@ class PartialFC(nn.Module):
         ranks = collectives.world_size(group)
         self.shard = ClassShard.of_rank(num_classes, collectives.rank(group), ranks)
         self.config = ClassifierConfig(
-            sample_rate, correct_rate, hard_negatives, dtype, storage_dtype, gather_dtype, substitution_rate, non_finite
+            sample_rate=sample_rate,
+            correct_rate=correct_rate,
+            hard_negatives=hard_negatives,
+            dtype=dtype,
+            storage_dtype=storage_dtype,
+            gather_dtype=gather_dtype,
+            substitution_rate=substitution_rate,
+            substitution_source=substitution_source,
+            substitution_staleness=substitution_staleness,
+            non_finite=non_finite,
         )
         self.width, self.loss, self.seed, self.group, self.uneven_batches = width, loss, seed, group, uneven_batches
         self.step = 0  # counts samples, or at rate 1 the optimizer's steps; a caller who resumes sets it
@@ -125,10 +113,18 @@ class PartialFC(nn.Module):
         scalars = {name: torch.tensor(value, device=device) for name, value in loss.learned(num_classes).items()}
         vectors = {name: torch.full((self.shard.rows,), value, device=device) for name, value in loss.learned_by_class(num_classes).items()}
         self.learned = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in (scalars | vectors).items()})
-        self.tracked_names = list(loss.tracked())
+        self.tracked_names = [*loss.tracked(), *loss.queued()]
         for name, value in loss.tracked().items():
             first = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
             self.register_buffer(f"tracked_{name}", first.to(device))
+        for name, rows in loss.queued().items():
+            self.register_buffer(f"tracked_{name}", torch.zeros(rows, width, device=device))
+        self.has_bank = loss.uses_bank() or (self.config.substitution_rate > 0 and substitution_source == "bank")
+        if self.has_bank:
+            first_bank = bank.empty(self.shard.rows, width, self.prototypes.device)
+            self.register_buffer("bank_features", first_bank.features_SD)
+            self.register_buffer("bank_steps", first_bank.steps_S)
+        self._brought: deque[tuple[Tensor, Tensor, int]] = deque(maxlen=MOST_CHECKS)  # by this step's batches, for the bank
         self.class_counts_S = None if class_counts is None else self._counts_of_shard(class_counts)
 
     def _counts_of_shard(self, class_counts: Tensor) -> Tensor:
@@ -142,7 +138,8 @@ class PartialFC(nn.Module):
         optimizer's `step` closes it. Without it every call of `forward` is a step of its own.
 
         If classes are sampled, communicates 1 all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts before it, and
-        what `_nearest` says."""
+        what
+        `sampling.nearest` says."""
         check_labels(labels_b)
         if self.config.sample_rate < 1:
             self.step_labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
@@ -150,11 +147,19 @@ class PartialFC(nn.Module):
             self.is_step_begun = True
 
     def end_step(self) -> None:
-        """What the optimizer does after its update: the next call of `forward` or `begin_step` is a new step. Call it yourself if the
-        prototypes' optimizer is neither RowSGD nor RowAdamW."""
-        self.is_finite()
+        """What the optimizer does after its update: the step's features go into the bank, if there is one and they are finite, and the
+        next call of `forward` or `begin_step` is a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor
+        RowAdamW."""
+        brought, self._brought = self._brought, deque(maxlen=MOST_CHECKS)
+        if self.is_finite() and (kept := self.bank) is not None:
+            for features_BD, labels_B, step in brought:  # in order: of several micro-batches the last one's feature stays
+                kept.write(features_BD, labels_B, self.shard.first, step)
         self.step += self.config.sample_rate == 1
         self.is_step_begun, self.step_labels_B, self.draws, self._is_finite = False, None, 0, True
+
+    @property
+    def bank(self) -> Bank | None:
+        return Bank(self.get_buffer("bank_features"), self.get_buffer("bank_steps")) if self.has_bank else None
 
     def is_finite(self) -> bool:
         """Whether an optimizer may use this step; on False no optimizer must, the backbone's included. The same on every rank.
@@ -199,7 +204,11 @@ class PartialFC(nn.Module):
 
     def _draw(self, labels_B: Tensor) -> Sample:
         """A new sample for this step; without gradient (a validation loss) one that leaves no trace."""
-        certain_n = torch.cat([labels_B, self._nearest(labels_B)])
+        k, certain_n = self.config.hard_negatives, labels_B
+        if k:
+            options = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
+            nearest_n = sampling.nearest(self.shard, Matrix(self.prototypes, memory=self.memory), labels_B, k, **options)
+            certain_n = torch.cat([labels_B, nearest_n])
         sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.step)
         if torch.is_grad_enabled():
             self.sample = sample
@@ -208,27 +217,6 @@ class PartialFC(nn.Module):
             if self.before_use is not None:
                 self.before_use(sample.rows_K)
         return sample
-
-    @torch.no_grad()
-    def _nearest(self, labels_B: Tensor) -> Tensor:
-        """The classes [B hard_negatives] whose prototypes are nearest to those of the labels; -1 where there are too few.
-
-        2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 hard_negatives + 1) B."""
-        k, first = self.config.hard_negatives, self.shard.first
-        if not k:
-            return labels_B[:0]
-        rows_B = labels_B - first
-        is_here_B1 = ((rows_B >= 0) & (rows_B < self.shard.rows))[:, None]
-        own_BD = self.prototypes.new_zeros(len(labels_B), self.width, dtype=torch.float32)
-        if self.shard.rows:
-            own_BD = self.prototypes[rows_B.clamp(0, self.shard.rows - 1)].float().where(is_here_B1, 0)
-        (prototypes_BD,) = collectives.sum_packed([own_BD], self.group)
-        asked: dict[str, Any] = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group, "first_class": first}
-        found = similarity_statistics(
-            prototypes_BD, Matrix(self.prototypes, memory=self.memory), labels_B, scale=1.0, reduction="top_k", k=k, **asked
-        )
-        assert found.classes_Bk is not None
-        return found.classes_Bk.flatten()
 
     def forward(self, features_bD: Tensor, labels_b: Tensor) -> Tensor:
         """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
@@ -256,25 +244,31 @@ class PartialFC(nn.Module):
 
     def global_batch(self, features_BD: Tensor, labels_B: Tensor) -> GlobalBatch:
         """What a loss sees; draws the step's sample of classes, unless `begin_step` has."""
+        step = self.step - self.is_step_begun  # `begin_step` has counted it already
+        if self.has_bank and torch.is_grad_enabled():
+            self._brought.append((features_BD.detach(), labels_B, step))
         return GlobalBatch(
             features_BD,
             labels_B,
-            self.step - self.is_step_begun,  # `begin_step` has counted it already
+            step,
             self.shard,
-            self._columns(features_BD, labels_B),
+            self._columns(features_BD, labels_B, step),
             {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group},
             dict(self.learned.items()),
             {name: self.get_buffer(f"tracked_{name}") for name in self.tracked_names},
             self.class_counts_S,
+            self.bank,
         )
 
-    def _columns(self, features_BD: Tensor, labels_B: Tensor) -> Columns:
+    def _columns(self, features_BD: Tensor, labels_B: Tensor, step: int) -> Columns:
         """Classes of the step; some prototypes may be replaced by features."""
-        step = self.step - self.is_step_begun  # `begin_step` has counted it already
-        found = self._of_step(labels_B)
-        if not self.config.substitution_rate:
+        found, rate = self._of_step(labels_B), self.config.substitution_rate
+        if not rate:
             return found
-        return substitute(found, features_BD, labels_B, self.config.substitution_rate, self.seed, step, self.group)
+        if self.config.substitution_source == "bank":
+            assert self.bank is not None
+            return substitute_from_bank(found, self.bank, self.config.substitution_staleness, rate, self.seed, step)
+        return substitute(found, features_BD, labels_B, rate, self.seed, step, self.group)
 
     def _of_step(self, labels_B: Tensor) -> Columns:
         if self.config.sample_rate == 1:
@@ -297,8 +291,8 @@ class PartialFC(nn.Module):
         return hardest_non_target(features_BD, self.prototypes, labels_B, first_class=self.shard.first, group=self.group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no optimizer."""
-        return {**self.__dict__, "before_use": None, "consumer": None}
+        """A copy has no optimizer, and its bank gets what it is brought itself."""
+        return {**self.__dict__, "before_use": None, "consumer": None, "_brought": deque(maxlen=MOST_CHECKS)}
 
     def extra_repr(self) -> str:
         first, stop = self.shard.first, self.shard.first + self.shard.rows

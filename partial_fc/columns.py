@@ -24,12 +24,18 @@ class Columns(NamedTuple):
     bias_n: Tensor | None = None
     masked_columns_B: Tensor | None = None  # of each sample, what is none of its non-targets; the target where None
     samples: slice | None = None  # samples of the batch that are columns too, the last ones
+    column_S: Tensor | None = None  # of each row of the shard, -1 for what is no column; None where all are, in order
+
+    def of_labels(self, labels_n: Tensor, shard: ClassShard) -> Tensor:
+        """int64 [n]: the column of each class, whether of this batch or not; -1 where this rank has none."""
+        rows_n = shard.rows_of(labels_n)
+        if self.column_S is None or not shard.rows:
+            return rows_n
+        return self.column_S.index_select(0, rows_n.clamp(min=0)).where(rows_n >= 0, -1)
 
 
 def of_all(shard: ClassShard, prototypes_SD: Tensor, labels_B: Tensor, consumer: Consumer | None, memory: Memory) -> Columns:
-    rows_B = labels_B - shard.first
-    is_ours_B = (rows_B >= 0) & (rows_B < shard.rows)
-    return Columns(Matrix(prototypes_SD, consumer, memory), rows_B.where(is_ours_B, -1), shard.first)
+    return Columns(Matrix(prototypes_SD, consumer, memory), shard.rows_of(labels_B), shard.first)
 
 
 def of_sample(
@@ -53,4 +59,5 @@ def of_sample(
         rows_n=sample.rows_K,
         included_n=sample.is_real_K,
         bias_n=correction_K,
+        column_S=sample.column_S,
     )

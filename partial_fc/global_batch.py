@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import collectives
+from partial_fc.bank import Bank, mixed
 from partial_fc.collectives import Group
 from partial_fc.columns import Columns
 from partial_fc.kernels import Question
@@ -19,7 +20,7 @@ from partial_fc.maps import Map
 from partial_fc.pairs import Reduction, hardest, pair_statistics
 from partial_fc.shards import ClassShard
 from partial_fc.similarity import Statistics, similarity_statistics
-from partial_fc.sources import Matrix
+from partial_fc.sources import Constant, Matrix, SampledRows
 from partial_fc.substitution import positives_of, share_of, within
 
 
@@ -32,6 +33,7 @@ class GlobalBatch:
     learned        parameters of the loss by name, trained with the prototypes: scalars, or [S] for this rank's classes
     tracked        running figures of the loss by name; see `track`
     class_counts_S images of each class of this rank, if the classifier was given them
+    bank           of last features, if substitution or the loss uses it
     """
 
     features_BD: Tensor
@@ -43,6 +45,7 @@ class GlobalBatch:
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     tracked: Mapping[str, Tensor] = field(default_factory=dict)
     class_counts_S: Tensor | None = None
+    bank: Bank | None = None
     prefix: str = ""
 
     @property
@@ -67,16 +70,20 @@ class GlobalBatch:
         map: Map | None = None,
         map_parameter_B: Tensor | None = None,
         class_bias_S: Tensor | None = None,
+        bank_share_S: Tensor | None = None,
         **others: Any,
     ) -> Statistics:
         """Statistics against the classes of this step: see `similarity_statistics`, which has these options and more.
 
         scale         a number, or a vector [B] with gradient, complete on every rank, as `norms` is; backward then 1 all-reduce of B floats
         class_bias_S  by row of this rank's shard, with gradient: added to logits of non-targets
+        bank_share_S  by row: each unit prototype, of targets too, is mixed with this share of its class's last feature
         """
         if isinstance(scale, Tensor):
             scale = collectives.shared(scale, self.group)
         columns, bias_n = self.columns, self.columns.bias_n
+        if bank_share_S is not None:
+            columns = mixed(columns, self._bank(), bank_share_S)
         if class_bias_S is not None:
             class_bias_n = class_bias_S if columns.rows_n is None else class_bias_S.index_select(0, columns.rows_n)
             if columns.samples is not None:
@@ -147,6 +154,76 @@ class GlobalBatch:
         )
         return statistics, positives.is_there_B
 
+    def _bank(self) -> Bank:
+        if self.bank is None:
+            raise ValueError("this loss needs the bank of last features, but the classifier was made for a loss without it: make another")
+        return self.bank
+
+    def fresh(self, staleness: int | None = None) -> Tensor:
+        """bool [S]: the classes of this rank whose last feature is at most so many steps old; with None all that have one."""
+        return self._bank().fresh(self.step, staleness)
+
+    def with_bank(
+        self,
+        *,
+        scale: float,
+        reduction: Literal["log_sum_exp", "softplus_sum", "top_k"] = "log_sum_exp",
+        staleness: int | None = None,
+        leaves_out_batch: bool = False,
+        **others: Any,
+    ) -> tuple[Statistics, Tensor]:
+        """Statistics against the last features of earlier steps, without gradient to them, in place of prototypes; of all classes whose
+        feature is fresh, in the sample of classes or not. And whether there is one of a sample's own class [B], its target, which means
+        nothing where there is none.
+
+        leaves_out_batch  classes of this batch are targets, but nobody's non-targets
+
+        2 B S D operations, in backward 2 more. Communicates 1 all-reduce of B floats and what `similarity_statistics` says.
+        """
+        features_SD, is_fresh_S = self._bank().features_SD, self.fresh(staleness)
+        rows_B = self.shard.rows_of(self.labels_B)
+        included_S = is_fresh_S
+        if leaves_out_batch:
+            in_batch_S = torch.zeros(self.shard.rows + 1, dtype=torch.bool, device=rows_B.device)
+            in_batch_S[rows_B.where(rows_B >= 0, self.shard.rows)] = True  # the last one takes what is not here
+            included_S = is_fresh_S & ~in_batch_S[:-1]
+        statistics = similarity_statistics(
+            self.features_BD,
+            Matrix(features_SD, memory=self.columns.source.memory),
+            self.labels_B,
+            scale=scale,
+            reduction=reduction,
+            first_class=self.shard.first,
+            target_columns_B=rows_B,
+            included_S=included_S,
+            **{**self.options, **others},
+        )
+        return statistics, self.of_labels(is_fresh_S.to(features_SD.dtype)) > 0
+
+    def with_constant_prototypes(self) -> GlobalBatch:
+        """The same batch before prototypes to which nothing flows."""
+        return replace(self, columns=self.columns._replace(source=Constant(self.columns.source)))
+
+    def before(self, features_nD: Tensor, labels_n: Tensor) -> GlobalBatch:
+        """Other samples before the classes of this step, the same on every rank. Samples whose class has no column on any rank have no
+        target."""
+        columns_n = self.columns.of_labels(labels_n, self.shard)
+        return replace(self, features_BD=features_nD, labels_B=labels_n, columns=self.columns._replace(target_columns_B=columns_n))
+
+    @torch.no_grad()
+    def prototypes_of(self, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+        """(prototype of each class [n, D], without gradient; whether it takes part in this step). 1 all-reduce of n (D + 1) floats."""
+        source, columns_n = self.columns.source, self.columns.of_labels(labels_n, self.shard)
+        if not isinstance(source, Matrix | SampledRows):
+            raise ValueError("this loss follows the movement of prototypes, some of which substitution replaces: use substitution_rate=0")
+        is_here_n1 = (columns_n >= 0)[:, None]
+        own_nx = self.features_BD.new_zeros(len(labels_n), source.shape[1] + 1)
+        if source.shape[0]:
+            own_nx[:, :-1] = source.load(columns_n.clamp(min=0)).where(is_here_n1, 0)
+            own_nx[:, -1:] = is_here_n1
+        (found_nx,) = collectives.sum_packed([own_nx], self.group)
+        return found_nx[:, :-1], found_nx[:, -1] > 0
+
     def pairs(self, reduction: Reduction = hardest) -> tuple[Tensor, ...]:
         """What `reduction` makes of each sample's cosines with all samples: see `pair_statistics`."""
         return pair_statistics(self.features_BD, self.labels_B, reduction, group=self.group)
@@ -168,9 +245,11 @@ class GlobalBatch:
 
     @torch.no_grad()
     def track(self, name: str, value: Tensor, share: float) -> Tensor:
-        """Moves a running figure this share of the way to a value, and returns it; without gradient (a validation loss) it stays."""
+        """Moves a running figure this share of the way to a value, and returns it; without gradient (a validation loss), or where features
+        are not finite, it stays."""
         tracked = self.tracked[self.prefix + name]
-        return tracked.lerp_(value.to(tracked.dtype), share).clone() if self._trains else tracked
+        self.keep(name, torch.lerp(tracked, value.to(tracked.dtype), share))
+        return tracked.clone()
 
     def kept(self, name: str) -> Tensor:
         """What was kept under this name; not to be written to."""
@@ -178,16 +257,22 @@ class GlobalBatch:
 
     @torch.no_grad()
     def keep(self, name: str, value: Tensor) -> None:
-        """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss) nothing changes."""
+        """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss), or where features are not
+        finite, in a step that nobody makes, nothing changes."""
         if self._trains:
-            self.tracked[self.prefix + name].copy_(value)
+            kept = self.tracked[self.prefix + name]
+            kept.copy_(torch.where(self.features_BD.isfinite().all(), value.to(kept.dtype), kept))
 
     @torch.no_grad()
-    def start(self, name: str, value: Tensor) -> None:
-        """Gives a learned parameter its first value, where only data can tell it: once, in the first step."""
+    def start(self, name: str, value: Tensor, is_ready: Tensor | bool = True) -> None:
+        """Gives a learned parameter its first value, where only data can tell it: once, in the first step that is ready for it; not
+        without gradient, or where features are not finite."""
+        if not self._trains:
+            return
         learned, is_started = self.learned[self.prefix + name], self.tracked[f"{self.prefix}{name}_is_started"]
-        learned.copy_(torch.where(is_started > 0, learned, value.to(learned.dtype)))
-        is_started.fill_(1)
+        is_now = (is_started == 0) & is_ready & self.features_BD.isfinite().all()
+        learned.copy_(torch.where(is_now, value.to(learned.dtype), learned))
+        is_started.masked_fill_(is_now, 1)
 
     @property
     def _trains(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partial_fc import collectives
+from partial_fc import bank, collectives
 from partial_fc.classifier import PartialFC
 from partial_fc.collectives import Group
 from partial_fc.optimizers import RowOptimizer
@@ -37,23 +37,36 @@ def merge_identities(sets: Sequence[Sequence[str]], same_name: bool = True) -> t
 
 
 @torch.no_grad()
-def grow(classifier: PartialFC, optimizer: torch.optim.Optimizer | None, num_classes: int, new_labels: np.ndarray | None = None) -> None:
+def grow(
+    classifier: PartialFC,
+    optimizer: torch.optim.Optimizer | None,
+    num_classes: int,
+    new_labels: np.ndarray | None = None,
+    class_counts: Tensor | None = None,
+) -> None:
     """Gives a classifier `num_classes` classes, between two steps. Every rank calls it.
 
     Old prototypes, and their rows of the optimizer's state, are kept to the bit, whichever rank owns them now; the others are what
     a new classifier of that size would begin with, their state zero. `classifier.prototypes` is another tensor afterwards, which the
-    optimizer knows.
+    optimizer knows. So with what the loss has learned by class, and with the bank of last features. Scalars that the loss has learned,
+    and what it tracks, stay as they are; a queue of BroadFace among them, unless new_labels make its labels others', which is refused.
 
-    new_labels  int64, label of each old class among the new ones. Without it the new classes stand behind the old ones.
+    new_labels    int64, label of each old class among the new ones. Without it the new classes stand behind the old ones.
+    class_counts  int64 [num_classes], images of each identity, if the classifier has them
 
-    For the prototypes and each tensor of the state as many rounds of 1 all-to-all as `move_rows` says; at its peak memory holds the
-    old and the new copy of one of them.
+    For the prototypes and each tensor with a row per class as many rounds of 1 all-to-all as `move_rows` says; at its peak memory holds
+    the old and the new copy of one of them.
     """
     old, new = classifier.shard, _shard(classifier, num_classes)
     _check_labels(new_labels, old.num_classes, num_classes)
     if classifier.is_step_begun or classifier.draws:
         raise ValueError("a classifier grows between two steps: call the optimizer's step() and zero_grad() before")
-    before = classifier.prototypes
+    if new_labels is not None and any(name.endswith("queue_labels") for name in classifier.tracked_names):
+        raise ValueError("the loss keeps samples of earlier steps by their labels: grow without new_labels, or with a new classifier")
+    has_counts = classifier.class_counts_S is not None or class_counts is not None
+    if has_counts and (class_counts is None or class_counts.shape != (num_classes,)):
+        raise ValueError(f"the classifier knows the images of each identity: give grow class_counts=, int64 [{num_classes}]")
+    first_bank = bank.empty(new.rows, classifier.width, classifier.prototypes.device) if classifier.has_bank else None
     if isinstance(optimizer, RowOptimizer):
         optimizer.flush()
 
@@ -61,16 +74,28 @@ def grow(classifier: PartialFC, optimizer: torch.optim.Optimizer | None, num_cla
         move_rows(old_S, old, new_S, new, new_labels, classifier.group)
         return new_S
 
-    after = nn.Parameter(moved(before.data, initial_prototypes(new, classifier.width, classifier.seed).to(before)))
-    classifier.prototypes, classifier.shard, classifier.sample = after, new, None
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
-        state = optimizer.state.pop(before, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.ndim:  # one row per class
-                state[name] = moved(value, value.new_zeros(new.rows, *value.shape[1:]))
-        optimizer.state[after] = state
+    def replaced(before: nn.Parameter, first_S: Tensor) -> nn.Parameter:
+        """What the optimizer has in its place from now on."""
+        after = nn.Parameter(moved(before.data, first_S.to(before)))
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
+            state = optimizer.state.pop(before, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:  # one row per class
+                    state[name] = moved(value, value.new_zeros(new.rows, *value.shape[1:]))
+            optimizer.state[after] = state
+        return after
+
+    classifier.prototypes = replaced(classifier.prototypes, initial_prototypes(new, classifier.width, classifier.seed))
+    for name, value in classifier.loss.learned_by_class(num_classes).items():
+        classifier.learned[name] = replaced(classifier.learned[name], torch.full((new.rows,), value))
+    if classifier.bank is not None and first_bank is not None:
+        classifier.bank_features = moved(classifier.bank.features_SD, first_bank.features_SD.to(classifier.bank.features_SD))
+        classifier.bank_steps = moved(classifier.get_buffer("bank_steps"), first_bank.steps_S)
+    classifier.shard, classifier.sample = new, None
+    if class_counts is not None:
+        classifier.class_counts_S = classifier._counts_of_shard(class_counts)
     if isinstance(optimizer, RowOptimizer) and optimizer.is_lazy:
         optimizer._made_S = optimizer._made_S.new_zeros(new.rows)  # all rows are up to date
 

@@ -4,13 +4,16 @@ with counter-based random numbers keyed (seed, step, class id), so that the samp
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from partial_fc import collectives
 from partial_fc.shards import ClassShard
+from partial_fc.similarity import similarity_statistics
+from partial_fc.sources import Source
 
 # splitmix64 (Steele, Lea & Flood, OOPSLA 2014) as signed numbers: int64 arithmetic wraps around, on CPU and GPU alike.
 GOLDEN, FIRST, SECOND = (int(np.int64(np.uint64(x))) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -62,6 +65,24 @@ def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int
     rows[place_S] = row_S
     rows_K = rows[:size]
     return Sample(rows_K, is_wanted_S[rows_K], is_certain_S[rows_K], torch.where(is_wanted_S, place_S, -1))
+
+
+@torch.no_grad()
+def nearest(shard: ClassShard, prototypes: Source, labels_B: Tensor, k: int, **options: Any) -> Tensor:
+    """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few.
+
+    options  dtype, kernel and group of similarity_statistics
+
+    2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) B."""
+    own_BD = torch.zeros(len(labels_B), prototypes.shape[1], device=labels_B.device)
+    if shard.rows:
+        rows_B = shard.rows_of(labels_B)
+        own_BD = prototypes.load(rows_B.clamp(min=0)).float().where(rows_B[:, None] >= 0, 0)
+    (prototypes_BD,) = collectives.sum_packed([own_BD], options.get("group"))
+    asked: dict[str, Any] = {"scale": 1.0, "reduction": "top_k", "k": k, "first_class": shard.first}
+    found = similarity_statistics(prototypes_BD, prototypes, labels_B, **asked, **options)
+    assert found.classes_Bk is not None
+    return found.classes_Bk.flatten()
 
 
 def uniform(ids: Tensor, seed: int, step: int, *stream: int) -> Tensor:

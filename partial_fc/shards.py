@@ -31,6 +31,11 @@ class ClassShard:
         first = min(rank * per_rank, num_classes)
         return cls(num_classes, first, min(per_rank, num_classes - first))
 
+    def rows_of(self, labels_n: Tensor) -> Tensor:
+        """int64 [n]: the row of each class in this shard, -1 for those of other ranks."""
+        rows_n = labels_n - self.first
+        return rows_n.where((rows_n >= 0) & (rows_n < self.rows), -1)
+
 
 def initial_prototypes(shard: ClassShard, width: int, seed: int, std: float = 0.01) -> Tensor:
     """Normal prototypes [rows, width] (float32, CPU) of one shard, the same for a class however the classes are shared out.

@@ -96,6 +96,20 @@ class SampledRows:
         return _Sparse(_empty(self, self.shape) if room is None else room, self.rows_K, self.tensors[0].shape)
 
 
+class Constant:
+    """The rows of another source, without gradient."""
+
+    def __init__(self, source: Source) -> None:
+        self.load, self.shape, self.memory = source.load, source.shape, source.memory
+        self.tensors = tuple(tensor.detach() for tensor in source.tensors)  # for torch to notice if they change before backward
+
+    def room(self) -> Tensor | None:
+        return None
+
+    def collect(self, room: Tensor | None = None) -> Collector:
+        raise AssertionError("nobody asks for the gradient of what has none")
+
+
 def _empty(source: Matrix | SampledRows, shape: tuple[int, int]) -> Tensor:
     return source.memory.empty(shape, source.tensors[0].dtype, source.tensors[0].device)
 

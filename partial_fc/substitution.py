@@ -1,5 +1,5 @@
 """Pairwise substitution: for one step, sample features stand in for the prototypes of some classes. The abstract of GFace (Zhao et al.,
-TIP 2025) names the mechanism; the form is ours. Here from the gathered batch, with gradient to both sides."""
+TIP 2025) names the mechanism; the form is ours. From the gathered batch, with gradient to both sides, or from the bank of last features."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from partial_fc import collectives, sampling
+from partial_fc.bank import Bank, mixed
 from partial_fc.collectives import Group
 from partial_fc.columns import Columns
 from partial_fc.sources import Collector, Matrix, Source
@@ -76,7 +77,20 @@ def substitute(columns: Columns, features_BD: Tensor, labels_B: Tensor, rate: fl
         None if bias_n is None else torch.cat([bias_n, bias_n.new_zeros(mine.stop - mine.start)]),
         samples_B.where(is_replaced_B, prototypes_B),
         mine,
+        columns.column_S,
     )
+
+
+def substitute_from_bank(columns: Columns, bank: Bank, staleness: int, rate: float, seed: int, step: int) -> Columns:
+    """The columns with the prototype of each class whose feature in the bank is at most `staleness` steps old replaced by that feature,
+    with probability `rate`, decided by numbers keyed (seed, step, class). Nothing flows to the bank, nor in this step to a replaced
+    prototype; momentum and weight decay move it all the same. Communicates nothing.
+
+    No anchor meets itself, as the bank is written after the step; but a class of one image meets that image's feature of before.
+    """
+    ids_S = torch.arange(columns.first_class, columns.first_class + len(bank.steps_S), device=bank.steps_S.device)
+    is_replaced_S = bank.fresh(step, staleness) & (sampling.uniform(ids_S, seed, step, STREAM) < rate)
+    return mixed(columns, bank, is_replaced_S.to(bank.features_SD.dtype))
 
 
 class Joined:

@@ -7,7 +7,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from partial_fc.global_batch import GlobalBatch
 
 class Loss(Protocol):
     """What losses inherit: nothing is learned or tracked."""
+
+    use: ClassVar[str] = ""  # what the loss is for, in a sentence
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         """Mean loss over the global batch, a scalar, equal on every rank."""
@@ -39,6 +41,14 @@ class Loss(Protocol):
         """The loss with each margin (a field called so, or ending so) multiplied by `share`, for a warm-up."""
         margins = {item.name: share * getattr(self, item.name) for item in fields(self) if item.name.endswith("margin")}  # type: ignore
         return replace(self, **margins)  # type: ignore[type-var]
+
+    def queued(self) -> dict[str, int]:
+        """The rows of tensors [rows, width], zeros at first, that are kept likewise, with names of their own."""
+        return {}
+
+    def uses_bank(self) -> bool:
+        """Whether it asks for the bank of last features: batch.fresh, batch.with_bank."""
+        return False
 
 
 REGISTRY: dict[str, type] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Center(Loss):
     center_weight  lambda; theirs, 0.003, is for features of any norm
     """
 
+    use: ClassVar[str] = "Compact identities where distances are thresholded; the weight matters."
     scale: float = 64.0
     margin: float = 0.4
     center_weight: float = 1.0
@@ -57,6 +59,7 @@ class Range(Loss):
     Costs two `pair_statistics`.
     """
 
+    use: ClassVar[str] = "Sets with a long tail, in a sum with a sample-to-class loss."
     k: int = 2
     margin: float = 1.0
     intra_weight: float = 0.5
@@ -114,6 +117,7 @@ class Intra(Loss):
     sharpness  r of both; ours: 16
     """
 
+    use: ClassVar[str] = "Identities of uneven width; an experiment."
     scale: float = 64.0
     margin: float = 0.4
     intra_weight: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class GCE(Loss):
     queue                so many samples of earlier steps and micro-batches also count as other samples: two numbers and a label of each
     """
 
+    use: ClassVar[str] = "Where similarities of different samples must be comparable: one threshold for all. Figures above."
     scale: float = 64.0
     target_margin: float = 0.4
     non_target_margin: float = 0.05
@@ -109,6 +110,7 @@ class GBCosFace(Loss):
     least, most  the global boundary stays between them
     """
 
+    use: ClassVar[str] = "As CosFace, with a boundary that is common to all samples; small effect, no cost."
     scale: float = 32.0
     margin: float = 0.16
     pull: float = 0.15

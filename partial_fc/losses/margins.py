@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from partial_fc.losses import Loss, check_range, check_scale, register, softplus
 class CosFace(Loss):
     """phi(t) = t - margin. Wang et al., CVPR 2018, eq. 4: scale 64, margin 0.35 (0.4 on Glint360K and WebFace)."""
 
+    use: ClassVar[str] = "The first choice from a few thousand to a hundred million identities; nothing to tune but margin and scale."
     scale: float = 64.0
     margin: float = 0.4
 
@@ -39,6 +40,9 @@ class ArcFace(Loss):
     slope  "exact": sin(theta + margin) / sin(theta) per unit of cosine. "straight_through": 1, as arcface_torch's code has it
     """
 
+    use: ClassVar[str] = (
+        "As CosFace, with more pull on targets that are nearly right; the usual choice where its published figures are compared with."
+    )
     scale: float = 64.0
     margin: float = 0.5
     slope: Literal["exact", "straight_through"] = "exact"
@@ -57,6 +61,7 @@ class Combined(Loss):
     """phi(t) = cos(angle_factor arccos t + angle_margin) - margin: (m1, m2, m3) of Deng et al., CVPR 2019, eq. 4. (1, 0.5, 0) is ArcFace,
     (1, 0, 0.35) CosFace; theirs are (1, 0.3, 0.2) and (0.9, 0.4, 0.15)."""
 
+    use: ClassVar[str] = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."
     scale: float = 64.0
     angle_factor: float = 1.0
     angle_margin: float = 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class NPT(Loss):
                    it sorts; not in the paper
     """
 
+    use: ClassVar[str] = (
+        "Fine-tuning, when only the nearest identities still matter; no scale to choose. Its gradient to prototypes is sparse."
+    )
     margin: float = 0.5
     k: int = 1
     zero_negative: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class MagFace(Loss):
     easy  leaves targets below 0 without a margin, as their code does; phi then jumps there
     """
 
+    use: ClassVar[str] = "Where the feature norm shall tell how good an image is; needs a backbone whose norms lie in the given range."
     scale: float = 64.0
     lower_norm: float = 10.0
     upper_norm: float = 110.0
@@ -68,6 +70,7 @@ class AdaFace(Loss):
     share          of the newest batch in the running mean and deviation, which start at 20 and 100 as in their code
     """
 
+    use: ClassVar[str] = "Data with many images of low quality, such as surveillance; reads the quality off the feature norm."
     scale: float = 64.0
     margin: float = 0.4
     concentration: float = 0.333
@@ -108,6 +111,7 @@ class FrequencyMargin(Loss):
     power          0 gives CosFace
     """
 
+    use: ClassVar[str] = "Sets in which a few identities have most of the images."
     scale: float = 30.0
     margin: float = 0.5
     common_margin: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Contrastive(Loss):
     negative_margin  ours: 1, a cosine of 0.5. Two random features have a distance of 1.41
     """
 
+    use: ClassVar[str] = "A baseline, or in a sum."
     positive_margin: float = 0.0
     negative_margin: float = 1.0
 
@@ -64,6 +65,7 @@ class Triplet(Loss):
               D = |x - z|, which Hermans et al. found better
     """
 
+    use: ClassVar[str] = "Fine-tuning with large batches; or in a sum."
     margin: float = 0.2
     distance: Literal["squared", "euclidean"] = "squared"
 
@@ -93,6 +95,7 @@ class UNPG(Loss):
     base, `negative_quantiles` and one `pair_statistics`. Gradient flows through the pairs, not through the quartiles.
     """
 
+    use: ClassVar[str] = "Batches large enough to hold hard pairs; adds pairs of samples to the negatives of CosFace or ArcFace."
     scale: float = 64.0
     margin: float = 0.5
     base: Literal["cosface", "arcface"] = "cosface"
@@ -146,6 +149,7 @@ class AnchorFace(Loss):
     CosFace, `negative_quantiles` and one `pair_statistics`.
     """
 
+    use: ClassVar[str] = "To train for one FAR."
     scale: float = 64.0
     margin: float = 0.4
     far: float = 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class SVSoftmax(Loss):
     target    what the margin does: "cosine" t - margin, "arc" cos(arccos t + margin)
     """
 
+    use: ClassVar[str] = "To stress negatives that are nearer than the target; prefer mv_softmax with a margin."
     scale: float = 32.0
     margin: float = 0.0
     hardness: float = 0.2
@@ -54,6 +55,7 @@ class MVSoftmax(Loss):
     easy      the target has its margin only where t > 0, the comparison has it always: the code's default, not in the paper
     """
 
+    use: ClassVar[str] = "Large clean sets, late in training: misclassified negatives count more. Noisy labels count more too."
     scale: float = 32.0
     margin: float = 0.35
     hardness: float = 0.2
@@ -110,6 +112,7 @@ class CurricularFace(Loss):
     share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port
     """
 
+    use: ClassVar[str] = "As mv_softmax, with easy samples first: one loss for the whole of a run."
     scale: float = 64.0
     margin: float = 0.5
     share: float = 0.01
@@ -151,6 +154,7 @@ class SearchSoftmax(Loss):
                 Several are for p in so many equal parts of (0, 1], the first for the smallest p (their local mode has 10)
     """
 
+    use: ClassVar[str] = "To find a margin-like factor by search; with one factor it is CosFace."
     scale: float = 32.0
     modulation: float | tuple[float, ...] = -8000.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class SampleSoftmax(Loss):
     Needs batches with several images of an identity: anchors without a positive count as 0 in the mean over the batch.
     """
 
+    use: ClassVar[str] = "Beside a sample-to-class loss, where a learned threshold is not wanted."
     scale: float = 64.0
     margin: float = 0.1
 
@@ -47,6 +49,7 @@ class SampleBCE(Loss):
     threshold  first value of all the learned ones, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch, as in USS
     """
 
+    use: ClassVar[str] = "To repeat the comparison of the UniTSFace paper, in which it is worse than uss."
     scale: float = 64.0
     margin: float = 0.1
     threshold: float | None = None
@@ -85,6 +88,7 @@ class NPlus1Tuplet(Loss):
     norm_weight lambda of norm_weight mean |x|^2 / 2, which keeps such features short (section 3.2.2; there is no number in the paper)
     """
 
+    use: ClassVar[str] = "Few images of very many identities, where prototypes would be hardly trained; or in a sum."
     scale: float = 64.0
     normalizes: bool = True
     norm_weight: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Softmax(Loss):
     """Cross-entropy of <x, w_j>, neither normalised, no bias: what margins were measured against. The norm of a prototype then says how
     often its identity is guessed, which is of no use for identities outside the training set."""
 
+    use: ClassVar[str] = "A baseline; its prototypes depend on how often an identity was seen."
+
     def __call__(self, batch: GlobalBatch) -> Tensor:
         norms_B = norms_of(batch)
         statistics = batch.with_classes(scale=norms_B, normalize_prototypes=False)
@@ -33,6 +35,8 @@ class Softmax(Loss):
 class NormalizedSoftmax(Loss):
     """Cross-entropy of |x| cos(theta_j): the prototypes are normalised, the features are not. "Modified softmax" in
     Liu et al., CVPR 2017."""
+
+    use: ClassVar[str] = "A baseline without margin, and what SphereFace becomes for m = 1."
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         norms_B = norms_of(batch)
@@ -53,6 +57,7 @@ class SphereFace(Loss):
                   does a third thing, which is not here: it normalises the direction of the target's gradient by feature
     """
 
+    use: ClassVar[str] = "To compare with its publications; sensitive to the annealing, and to feature norms."
     angle_factor: int = 4
     first_lambda: float = 1000.0
     lambda_decay: float = 0.12
@@ -88,6 +93,7 @@ class SphereFaceR(Loss):
              beyond pi / m
     """
 
+    use: ClassVar[str] = "A multiplicative margin that trains without annealing."
     scale: float = 30.0
     angle_factor: float = 1.5
     version: Literal["v1", "v2"] = "v1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,19 +34,30 @@ class _Parts(Loss):
     def tracked(self) -> dict[str, float | Tensor]:
         return {f"{name}_{key}": value for name, _, loss in self.weighted() for key, value in loss.tracked().items()}
 
+    def queued(self) -> dict[str, int]:
+        return {f"{name}_{key}": rows for name, _, loss in self.weighted() for key, rows in loss.queued().items()}
+
+    def uses_bank(self) -> bool:
+        return any(loss.uses_bank() for _, _, loss in self.weighted())
+
 
 @register("unitsface")
 @dataclass(frozen=True)
 class UniTSFace(_Parts):
-    """CosFace plus USS. Li et al., NeurIPS 2023: scale 64, margins 0.4 and 0.1. Needs batches with several images of an identity.
+    """CosFace plus USS. Li et al., NeurIPS 2023: scale 64, margins 0.4 and 0.1.
 
+    threshold, source, start, staleness  see `uss`: the authors compare with a bank of last features
     weighting  "sum": weights 1 and 1, as the authors' code has it. "average": one half each, as the paper's text has it
     """
 
+    use: ClassVar[str] = "The best of this page on the small sets it was tried on; needs batches with several images of an identity."
     scale: float = 64.0
     margin: float = 0.4
     sample_margin: float = 0.1
     threshold: float | None = None
+    source: Literal["batch", "bank"] = "batch"
+    start: int = 0
+    staleness: int | None = None
     weighting: Literal["sum", "average"] = "sum"
 
     def __post_init__(self) -> None:
@@ -56,7 +67,7 @@ class UniTSFace(_Parts):
 
     def weighted(self) -> list[tuple[str, float, Loss]]:
         weight = 1.0 if self.weighting == "sum" else 0.5
-        uss = USS(self.scale, self.sample_margin, self.threshold)
+        uss = USS(self.scale, self.sample_margin, self.threshold, self.source, self.start, self.staleness)
         return [("cosface", weight, CosFace(self.scale, self.margin)), ("uss", weight, uss)]
 
 
@@ -69,6 +80,7 @@ class Sum(_Parts):
     weights  one per part; 1 each by default
     """
 
+    use: ClassVar[str] = "Any combination, from a recipe: parts and weights."
     parts: tuple[Mapping[str, Any], ...] = ({"name": "cosface"}, {"name": "uss"})
     weights: tuple[float, ...] = ()
 

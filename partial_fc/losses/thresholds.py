@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class UCE(Loss):
     weight     of the non-targets; with the classifier's sample_rate the r of eq. 32
     """
 
+    use: ClassVar[str] = "Where one threshold for all identities is wanted, as in open-set verification at one operating point."
     scale: float = 64.0
     margin: float = 0.4
     threshold: float | None = None
@@ -51,21 +53,34 @@ class UCE(Loss):
 class USS(Loss):
     """softplus(b - s (p - margin)) + sum_j softplus(s n_j - b): UCE with samples in place of prototypes, p the cosine with another sample
     of the identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11 and 24: scale 64,
-    margin 0.1. Theirs compares with the last features of all classes, kept without gradient; here with the gathered batch, with
-    gradient to both sides. Needs batches with several images of an identity: anchors without a positive have their second term alone.
+    margin 0.1. Anchors without a positive have their second term alone.
 
     threshold  first value of the learned one, as a cosine; by default their code's, b = mean log-sum-exp of s n_j in the first batch
+               that has any
+    source     of the other samples. "batch", the gathered one, with gradient to both sides; needs batches with several images of an
+               identity. "bank": the last features of all classes, without gradient, as theirs; costs what CosFace costs
+    start      with the bank: the step from which on there is a loss; before it only fills (theirs: one epoch)
+    staleness  with the bank: steps after which a feature counts no more; by default it always counts, as theirs
     """
 
+    use: ClassVar[str] = "Beside a sample-to-class loss (see unitsface); alone it lets prototypes be."
     scale: float = 64.0
     margin: float = 0.1
     threshold: float | None = None
+    source: Literal["batch", "bank"] = "batch"
+    start: int = 0
+    staleness: int | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
         check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
         if self.threshold is not None:
             check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
+        if self.source not in ("batch", "bank"):
+            raise ValueError(f"source is {self.source!r}, but must be 'batch' or 'bank'")
+        check_range("start", self.start, 0, math.inf, "it is a step")
+        if self.staleness is not None:
+            check_range("staleness", self.staleness, 1, math.inf, "it is a number of steps")
 
     def learned(self, num_classes: int) -> dict[str, float]:
         return {"threshold": 0.0 if self.threshold is None else self.scale * self.threshold}
@@ -73,12 +88,21 @@ class USS(Loss):
     def tracked(self) -> dict[str, float | Tensor]:
         return {} if self.threshold is not None else {"threshold_is_started": 0.0}
 
+    def uses_bank(self) -> bool:
+        return self.source == "bank"
+
     def __call__(self, batch: GlobalBatch) -> Tensor:
+        ask = batch.with_samples
+        if self.source == "bank":
+            if batch.step < self.start:
+                return 0 * batch.norms().sum()
+            ask = partial(batch.with_bank, staleness=self.staleness)
         if self.threshold is None:
-            others_B = batch.with_samples(scale=self.scale)[0].non_target_B
-            batch.start("threshold", others_B.masked_fill(others_B == -math.inf, 0).mean())
+            others_B = ask(scale=self.scale)[0].non_target_B
+            has_others_B = others_B > -math.inf
+            batch.start("threshold", others_B.where(has_others_B, 0).mean(), (self.source == "batch") | has_others_B.any())
         b = batch.parameter("threshold")
-        statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", threshold=b)
+        statistics, has_positive_B = ask(scale=self.scale, reduction="softplus_sum", threshold=b)
         positive_B = softplus(b - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
         return (positive_B + statistics.non_target_B).mean()
 
@@ -95,6 +119,7 @@ class SphereFace2(Loss):
     slope          "straight_through": the code's, 1 for g; or "exact"
     """
 
+    use: ClassVar[str] = "Noisy labels, or where each pair of sample and class shall be judged by itself."
     scale: float = 40.0
     margin: float = 0.4
     power: float = 3.0
