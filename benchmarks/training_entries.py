@@ -16,17 +16,27 @@ PAIRED = ("data.images_per_identity=2",)
 ENTRIES: dict[str, tuple[str, ...]] = {
     "cosface": ("loss=cosface", "loss.scale=24", "loss.margin=0.2"),
     "cosface paired": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", *PAIRED),
-    "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.2"),
+    "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.35"),
+    "sphereface2": ("loss=sphereface2", "loss.scale=24", "loss.margin=0.2"),
+    "npt": ("loss=npt", "loss.margin=0.35"),
     "uce": ("loss=uce", "loss.scale=24", "loss.margin=0.2"),
     "unitsface": ("loss=unitsface", "loss.scale=24", "loss.margin=0.2", "loss.sample_margin=0.05", *PAIRED),
-    "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0"),
-    "gce paired": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", *PAIRED),
-    "gce with substitution": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", *PAIRED),
+    "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.3", "loss.non_target_margin=0"),
+    "gce with substitution": (
+        *("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0"),
+        *("classifier.substitution_rate=1", *PAIRED),
+    ),
 }
 
 CANDIDATES: dict[str, list[tuple[str, ...]]] = {
     "cosface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
+    "cosface paired": [()],
     "arcface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.35)],
+    "sphereface2": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
+    "npt": [
+        (f"loss.margin={margin}", f"loss.k={k}", f"optimizer.lr={lr}")
+        for margin, k, lr in ((0.35, 1, 0.1), (0.35, 10, 0.1), (0.5, 1, 0.1), (0.35, 1, 0.4))
+    ],
     "uce": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
     "unitsface": [
         (f"loss.sample_margin={margin}", f"data.images_per_identity={images}") for margin, images in ((0.05, 2), (0.1, 2), (0.05, 4))
@@ -35,5 +45,10 @@ CANDIDATES: dict[str, list[tuple[str, ...]]] = {
         (f"loss.target_margin={margin}", f"loss.non_target_margin={other}", f"loss.out_sample_weight={weight}")
         for margin, other, weight in ((0.2, 0.05, 1), (0.2, 0.0, 1), (0.2, 0.0, 5), (0.3, 0.0, 1), (0.1, 0.0, 1))
     ],
-    "gce with substitution": [(f"classifier.substitution_rate={rate}",) for rate in (0.2, 0.5, 1.0)],
+    "gce with substitution": [
+        *[(f"classifier.substitution_rate={rate}",) for rate in (0.2, 0.5, 1.0)],
+        ("loss.out_sample_weight=5",),
+        ("data.images_per_identity=4",),
+        ("loss.target_margin=0.3",),
+    ],
 }
