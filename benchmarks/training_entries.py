@@ -18,7 +18,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "cosface paired": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", *PAIRED),
     "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.35"),
     "sphereface2": ("loss=sphereface2", "loss.scale=24", "loss.margin=0.2"),
-    "npt": ("loss=npt", "loss.margin=0.35"),
+    "npt": ("loss=npt", "loss.margin=0.35", "loss.k=10"),
     "uce": ("loss=uce", "loss.scale=24", "loss.margin=0.2"),
     "unitsface": ("loss=unitsface", "loss.scale=24", "loss.margin=0.2", "loss.sample_margin=0.05", *PAIRED),
     "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.3", "loss.non_target_margin=0"),
@@ -43,11 +43,12 @@ CANDIDATES: dict[str, list[tuple[str, ...]]] = {
     ],
     "gce": [
         (f"loss.target_margin={margin}", f"loss.non_target_margin={other}", f"loss.out_sample_weight={weight}")
-        for margin, other, weight in ((0.2, 0.05, 1), (0.2, 0.0, 1), (0.2, 0.0, 5), (0.3, 0.0, 1), (0.1, 0.0, 1))
+        for margin, other, weight in ((0.2, 0.05, 1), (0.2, 0.0, 1), (0.2, 0.0, 5), (0.2, 0.0, 20), (0.3, 0.0, 1), (0.3, 0.0, 5))
     ],
     "gce with substitution": [
         *[(f"classifier.substitution_rate={rate}",) for rate in (0.2, 0.5, 1.0)],
-        ("loss.out_sample_weight=5",),
+        *[(f"loss.out_sample_weight={weight}",) for weight in (5, 20)],
+        ("loss.out_sample_weight=5", "loss.target_margin=0.3"),
         ("data.images_per_identity=4",),
         ("loss.target_margin=0.3",),
     ],

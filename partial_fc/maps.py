@@ -13,11 +13,13 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Map:
     """cosines -> function(cosines, parameter). `function` maps [B, n] cosines with the rows' parameters [B, 1] (without gradient; None if
-    the loss gives none), element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through"."""
+    the loss gives none), element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through"; a
+    `derivative` of the same arguments saves the passes that autograd needs to find it."""
 
     function: Callable[[Tensor, Tensor | None], Tensor]
     slope: str = "exact"
     bound: float = 1.0  # largest |function|: logits are at most scale x bound
+    derivative: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.slope not in ("exact", "straight_through"):
@@ -27,6 +29,8 @@ class Map:
         """(mapped, slope) of a tile; None stands for a slope of 1, or for one that is not wanted."""
         if self.slope == "straight_through" or not wants_slope:
             return self.function(cosines_Bn, parameter_B1), None
+        if self.derivative is not None:
+            return self.function(cosines_Bn, parameter_B1), self.derivative(cosines_Bn, parameter_B1)
         with torch.enable_grad():
             cosines_Bn = cosines_Bn.detach().requires_grad_()
             mapped_Bn = self.function(cosines_Bn, parameter_B1)

@@ -20,13 +20,14 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
     if not source.shape[0]:
         return Rows(sum_B.clone(), sum_B, shift_B, column_S)
     walk = Walk(question, source)
-    # A GPU computes weights again faster than it writes and reads them; other weights need what forward has not got yet.
-    if keeps and sum_B.device.type == "cpu" and not shifts and question.reduction == "log_sum_exp" and question.map is None:
-        room = source.room() if column_S is None else None
+    # A GPU computes weights again faster than it writes and reads them; shifted weights need what forward has not got yet.
+    if keeps and sum_B.device.type == "cpu" and not shifts and column_S is None:
+        room = source.room()
         walk.kept = None if room is None else Kept(room, len(sum_B), question.dtype)
+    wants_slope = walk.kept is not None
     hardest_B, apart_B = torch.full_like(sum_B, -torch.inf), torch.full_like(question.target_rows_B, -1)
     for chunk in walk.chunks():
-        logits_Bn = walk.tile_of(chunk).logits_Bn
+        logits_Bn, _, slope_Bn = walk.tile_of(chunk, wants_slope)
         if column_S is not None:
             column_S[chunk.rows] = torch.logsumexp(logits_Bn.to(sum_B.dtype) / walk.base, dim=0)
         if shifts:
@@ -35,20 +36,25 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
             sum_B *= torch.exp2(shift_B - finite_B)
             shift_B = larger_B
         if walk.is_rounded:
-            column_B, plain_B = walk.take_hardest(chunk, logits_Bn)
-            if walk.kept is not None and walk.kept.weights(chunk.rows) is not None:
-                walk.kept.hardest[chunk.rows.start] = column_B, plain_B
+            column_B, plain_B, slope_B = walk.take_hardest(chunk, logits_Bn)
             found_B = plain_B if question.bias_S is None else plain_B + question.bias_S[chunk.rows].index_select(0, column_B)
             is_larger_B = found_B > hardest_B
             hardest_B, apart_B = torch.maximum(found_B, hardest_B), (column_B + chunk.rows.start).where(is_larger_B, apart_B)
+            if walk.kept is not None:
+                weight_B = plain_B.exp() if question.reduction == "log_sum_exp" else found_B.sigmoid()
+                walk.kept.hardest[chunk.rows.start] = column_B, weight_B if slope_B is None else weight_B * slope_B
         if question.reduction == "softplus_sum":
             sum_B += softplus(logits_Bn).sum(dim=1, dtype=sum_B.dtype)
             if walk.is_rounded:
                 sum_B += softplus(found_B)
+            if walk.kept is not None:
+                walk.keep(chunk, logits_Bn.sigmoid_(), slope_Bn)
             continue
         if shifts:
             logits_Bn -= finite_B[:, None]  # a largest logit is a number of their dtype
-        sum_B += walk.row_sums(logits_Bn.exp2_(), chunk.rows)
+        exp_Bn = logits_Bn.exp2_()
+        sum_B += walk.row_sums(exp_Bn, chunk.rows)
+        walk.keep(chunk, exp_Bn, slope_Bn)
         if walk.is_rounded:
             sum_B += torch.exp(found_B - finite_B * LN_2 if shifts else found_B)
     target_B = Entries.of(question, source, question.target_rows_B).product_B

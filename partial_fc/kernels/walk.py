@@ -38,7 +38,7 @@ class Kept:
         self.stride = -(-batch * dtype.itemsize // of_class) * of_class  # bytes of a class
         self.units_fit = (batch + room.shape[1]) * dtype.itemsize <= self.stride
         self.inverse: dict[int, Tensor] = {}  # by first row, as what follows: 1 / |w| of a chunk whose unit prototypes are kept
-        self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (column, logit without bias) that a chunk's weights leave out
+        self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (column, weight) that a chunk's weights leave out
 
     def weights(self, rows: slice) -> Tensor | None:
         """Memory [B, n] of a chunk; None where the room ends."""
@@ -98,7 +98,9 @@ class Walk:
 
     def largest(self, batch: int, width: int) -> int:
         """Most classes of a chunk."""
-        return max(256, TILE_BYTES // (batch * self.question.dtype.itemsize))
+        # A map passes over several tiles in the precision of the inputs.
+        share = 1 if self.question.map is None or self.question.queries_BD.is_cuda else 4
+        return max(256, TILE_BYTES // (share * batch * self.question.dtype.itemsize))
 
     def allocate(self, batch: int, width: int) -> None:
         self.tile = self.empty(self.question.dtype, batch * self.size)
@@ -166,9 +168,9 @@ class Walk:
         kept_Bn = None if self.kept is None else self.kept.weights(chunk.rows)
         if self.kept is not None and kept_Bn is not None:
             if self.apart_rows_B is not None:  # forward left out every chunk's hardest; of these only the last is computed apart
-                column_B, logit_B = self.kept.hardest[chunk.rows.start]
+                column_B, weight_B = self.kept.hardest[chunk.rows.start]
                 is_apart_B = column_B + chunk.rows.start == self.apart_rows_B
-                self.put(kept_Bn, column_B.masked_fill(is_apart_B, -1), logit_B.exp().to(kept_Bn.dtype))
+                self.put(kept_Bn, column_B.masked_fill(is_apart_B, -1), weight_B.to(kept_Bn.dtype))
             return kept_Bn, Tile(kept_Bn)
         tile = self.tile_of(chunk, wants_slope=True)
         return weights.of(chunk, tile.logits_Bn), tile
@@ -192,15 +194,28 @@ class Walk:
         kept_B = tile_Bn.take(place_B)
         tile_Bn.put_(place_B, kept_B.masked_fill_(is_here_B, value) if isinstance(value, float) else value.where(is_here_B, kept_B))
 
-    def take_hardest(self, chunk: Chunk, logits_Bn: Tensor) -> tuple[Tensor, Tensor]:
-        """(column [B], logit [B] without bias, from float32 rows) of each row's largest non-target of the tile, which is then masked."""
+    def take_hardest(self, chunk: Chunk, logits_Bn: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(column [B], logit [B] without bias, its slope by the mapped cosine's own cosine or None for 1), from float32 rows, of each row's
+        largest non-target of the tile, which is then masked."""
         largest_B, column_B = _largest(logits_Bn)
         self.put(logits_Bn, column_B, -torch.inf)
         units_BD = chunk.prototypes_nD.index_select(0, column_B)
         product_B = (self.question.queries_BD * units_BD).sum(dim=1)
         if chunk.inverse_n1 is not None:
             product_B *= chunk.inverse_n1[:, 0].index_select(0, column_B)
-        return column_B, entry_logits(self.question, product_B)[0].masked_fill_(largest_B == -torch.inf, -torch.inf)
+        logit_B, _, scaled_B = entry_logits(self.question, product_B)
+        slope_B = None if scaled_B is None or self.question.scale_B1 is None else scaled_B / self.question.scale_B1[:, 0]
+        return column_B, logit_B.masked_fill(largest_B == -torch.inf, -torch.inf), slope_B
+
+    def keep(self, chunk: Chunk, weights_Bn: Tensor, slope_Bn: Tensor | None) -> None:
+        """Keeps what `weigh` will be asked for, if there is room: weights, times the slope of a map."""
+        kept_Bn = None if self.kept is None else self.kept.weights(chunk.rows)
+        if kept_Bn is None:
+            return
+        if slope_Bn is not None:
+            torch.mul(weights_Bn, slope_Bn, out=kept_Bn)
+        elif kept_Bn.data_ptr() != weights_Bn.data_ptr():
+            kept_Bn.copy_(weights_Bn)
 
     def operand(self, chunk: Chunk) -> Tensor:
         """Unit prototypes [n, D] times exp(bias), where that is not in the logits."""
@@ -220,8 +235,8 @@ class Walk:
             # From the gradient of w / |w| to that of w: the part along w goes, the rest is divided by |w|.
             factor_n1 = chunk.inverse_n1 if self.factor_S is None else chunk.inverse_n1 * self.factor_S[chunk.rows, None]
             along_n1 = torch.mul(grad_nD, chunk.prototypes_nD, out=spare_nD).sum(dim=1, keepdim=True)
-            along_n1 *= chunk.inverse_n1.square() * factor_n1
-            torch.addcmul(grad_nD.mul_(factor_n1), chunk.prototypes_nD, along_n1, value=-1, out=out_nD[:count])
+            grad_nD.addcmul_(chunk.prototypes_nD, along_n1.mul_(chunk.inverse_n1.square()), value=-1)
+            torch.mul(grad_nD, factor_n1, out=out_nD[:count])
         elif self.kept is not None:
             out_nD.copy_(grad_nD)
         add_rows(out_nD, count, apart.rows_n - chunk.rows.start, apart.gradients_nD)
