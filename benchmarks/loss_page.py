@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
-import sys
+import statistics
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -28,6 +28,34 @@ FAMILIES = {
     "banks": "Features and prototypes of earlier steps",
     "sums": "Sums",
 }
+
+
+def trained() -> Iterator[str]:
+    """The table of trainings: mean over seeds, and in brackets half the distance of the extremes."""
+    rows = [row for row in _csv("training.csv") if row["tuning"] == "False"]
+    by_entry: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        by_entry.setdefault(row["entry"], {})[row["seed"]] = row  # the newest of a seed
+    yield "## What training gives\n"
+    yield "| entry | settings | seeds | EER, % | TAR @ FAR 1e-3, % | rank-1, % | learned threshold / threshold at EER |"
+    yield "|---|---|---|---|---|---|---|"
+    for entry, seeds in sorted(by_entry.items(), key=lambda item: _mean(item[1], "eer")):
+        settings = next(iter(seeds.values()))["settings"]
+        thresholds = f"{_mean(seeds, 'best_threshold'):.2f}"
+        if next(iter(seeds.values()))["learned_threshold"]:
+            thresholds = f"{_mean(seeds, 'learned_threshold'):.2f} / {thresholds}"
+        figures = " | ".join(_spread(seeds, key) for key in ("eer", "tar_at_1e-3", "rank1"))
+        yield f"| {entry} | `{settings}` | {len(seeds)} | {figures} | {thresholds} |"
+    yield ""
+
+
+def _mean(seeds: dict[str, dict[str, str]], key: str) -> float:
+    return statistics.fmean(float(row[key]) for row in seeds.values())
+
+
+def _spread(seeds: dict[str, dict[str, str]], key: str) -> str:
+    values = [100 * float(row[key]) for row in seeds.values()]
+    return f"{statistics.fmean(values):.1f}" + (f" ({(max(values) - min(values)) / 2:.1f})" if len(values) > 1 else "")
 
 
 def reference() -> Iterator[str]:
@@ -60,22 +88,26 @@ def _entry(cls: type[losses.Loss], cost: dict[str, str]) -> Iterator[str]:
 def _costs() -> dict[str, dict[str, str]]:
     """Newest ratio by loss and dtype."""
     found: dict[str, dict[str, str]] = {}
-    path = os.path.join(FOLDER, "losses.csv")
-    if os.path.exists(path):
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row["loss"], {})[row["dtype"]] = f"{float(row['ratio']):.2f}"
+    for row in _csv("losses.csv"):
+        found.setdefault(row["loss"], {})[row["dtype"]] = f"{float(row['ratio']):.2f}"
     return found
+
+
+def _csv(name: str) -> list[dict[str, str]]:
+    path = os.path.join(FOLDER, name)
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def page() -> str:
     with open(PAGE) as file:
         written, _, _ = file.read().partition(MARK)
-    return written + MARK + "\n" + "\n".join(reference()) + "\n"
+    return written + MARK + "\n" + "\n".join([*trained(), *reference()]) + "\n"
 
 
 if __name__ == "__main__":
     text = page()
     with open(PAGE, "w") as file:
         file.write(text)
-    sys.exit(0)

@@ -198,7 +198,7 @@ def test_metrics_show_the_threshold_beside_that_of_the_evaluation(ranks, data, t
 
 
 def test_thresholds_of_the_parts_of_a_sum_are_divided_by_their_own_scales():
-    class Sum:
+    class Sum(losses.Loss):
         def learned(self, num_classes):
             return {"0_threshold": 3.2, "1_threshold": 1.6, "1_bias": 5.0}
 
