@@ -107,7 +107,7 @@ class Mixed:
         self.prototypes, self.bank_SD, self.rows_n = prototypes, bank_SD, rows_n
         self.share_n1 = share_n[:, None]
         self.tensors: tuple[Tensor, ...] = (*prototypes.tensors, bank_SD)  # for torch to notice if it changes before backward
-        self.shape, self.memory = prototypes.shape, prototypes.memory
+        self.shape, self.memory, self.is_consumed = prototypes.shape, prototypes.memory, prototypes.is_consumed
         self.loaded = bank_SD.new_empty(0)
 
     def load(self, rows: slice | Tensor) -> Tensor:

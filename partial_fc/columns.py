@@ -50,7 +50,9 @@ def of_sample(
     """corrected_rate: the rate of the sample, if classes that are in by chance shall be weighed by 1 / rate."""
     correction_K = None
     if corrected_rate is not None:
-        correction_K = torch.where(sample.is_certain_K, 0.0, -math.log(corrected_rate)).to(prototypes_SD.dtype)
+        correction_K = torch.where(sample.is_certain_K, 0.0, -math.log(corrected_rate)).to(
+            torch.promote_types(prototypes_SD.dtype, torch.float32)
+        )
     return Columns(
         SampledRows(prototypes_SD, sample.rows_K, sample.is_real_K, consumer, memory),
         sample.columns_of(labels_B - shard.first),

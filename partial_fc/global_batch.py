@@ -47,6 +47,8 @@ class GlobalBatch:
     class_counts_S: Tensor | None = None
     bank: Bank | None = None
     prefix: str = ""
+    trains: bool = field(default_factory=torch.is_grad_enabled)  # or is a validation loss, which leaves no trace
+    uses: list[bool] = field(default_factory=list)  # of prototypes that move in backward
 
     @property
     def group(self) -> Group:
@@ -81,7 +83,14 @@ class GlobalBatch:
         """
         if isinstance(scale, Tensor):
             scale = collectives.shared(scale, self.group)
-        columns, bias_n = self.columns, self.columns.bias_n
+        if torch.is_grad_enabled() and self.columns.source.is_consumed:
+            if self.uses:
+                raise ValueError(
+                    "this loss looks at prototypes twice in a step, of which in_backward=True moves them at once: use in_backward=False"
+                )
+            self.uses.append(True)
+        columns = self.columns
+        bias_n = None if reduction == "top_k" else columns.bias_n  # of logits: it would rank sampled classes before those of the batch
         if bank_share_S is not None:
             columns = mixed(columns, self._bank(), bank_share_S)
         if class_bias_S is not None:
@@ -259,7 +268,7 @@ class GlobalBatch:
     def keep(self, name: str, value: Tensor) -> None:
         """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss), or where features are not
         finite, in a step that nobody makes, nothing changes."""
-        if self._trains:
+        if self.trains:
             kept = self.tracked[self.prefix + name]
             kept.copy_(torch.where(self.features_BD.isfinite().all(), value.to(kept.dtype), kept))
 
@@ -267,16 +276,12 @@ class GlobalBatch:
     def start(self, name: str, value: Tensor, is_ready: Tensor | bool = True) -> None:
         """Gives a learned parameter its first value, where only data can tell it: once, in the first step that is ready for it; not
         without gradient, or where features are not finite."""
-        if not self._trains:
+        if not self.trains:
             return
         learned, is_started = self.learned[self.prefix + name], self.tracked[f"{self.prefix}{name}_is_started"]
         is_now = (is_started == 0) & is_ready & self.features_BD.isfinite().all()
         learned.copy_(torch.where(is_now, value.to(learned.dtype), learned))
         is_started.masked_fill_(is_now, 1)
-
-    @property
-    def _trains(self) -> bool:
-        return self.features_BD.requires_grad
 
     def parameter(self, name: str) -> Tensor:
         return self.learned[self.prefix + name]

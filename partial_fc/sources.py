@@ -27,6 +27,7 @@ class Source(Protocol):
     memory: Memory  # for what a step needs
     tensors: tuple[Tensor, ...]  # what the prototypes are made of, for autograd
     shape: tuple[int, int]  # rows, width
+    is_consumed: bool  # whether backward moves the prototypes, so that they serve once
 
     def load(self, rows: slice | Tensor) -> Tensor:
         """Prototypes [n, D] of these rows, of any norm; of a slice valid until the next slice is loaded. Not written to."""
@@ -54,7 +55,7 @@ class Matrix:
     def __init__(self, prototypes_SD: Tensor, consumer: Consumer | None = None, memory: Memory | None = None) -> None:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
         self.shape = (prototypes_SD.shape[0], prototypes_SD.shape[1])
-        self.consumer, self.memory = consumer, memory or Memory()
+        self.consumer, self.memory, self.is_consumed = consumer, memory or Memory(), consumer is not None
 
     def load(self, rows: slice | Tensor) -> Tensor:
         return _widened(self.tensors[0].detach()[rows])
@@ -77,6 +78,7 @@ class SampledRows:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
         self.shape = (len(rows_K), prototypes_SD.shape[1])
         self.rows_K, self.is_real_K, self.consumer, self.memory = rows_K, is_real_K, consumer, memory or Memory()
+        self.is_consumed = consumer is not None
         self.loaded = prototypes_SD.new_empty(0)
 
     def load(self, rows: slice | Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class Constant:
     """The rows of another source, without gradient."""
 
     def __init__(self, source: Source) -> None:
-        self.load, self.shape, self.memory = source.load, source.shape, source.memory
+        self.load, self.shape, self.memory, self.is_consumed = source.load, source.shape, source.memory, False
         self.tensors = tuple(tensor.detach() for tensor in source.tensors)  # for torch to notice if they change before backward
 
     def room(self) -> Tensor | None:

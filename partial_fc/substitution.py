@@ -97,7 +97,7 @@ class Joined:
     """The rows of one source, and behind them those of another."""
 
     def __init__(self, first: Source, second: Source) -> None:
-        self.first, self.second, self.memory = first, second, first.memory
+        self.first, self.second, self.memory, self.is_consumed = first, second, first.memory, first.is_consumed
         self.tensors: tuple[Tensor, ...] = (*first.tensors, *second.tensors)
         self.split = first.shape[0]
         self.shape = (self.split + second.shape[0], first.shape[1])

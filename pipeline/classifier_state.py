@@ -76,7 +76,7 @@ def figures(classifier: PartialFC) -> dict[str, float]:
                 dist.all_reduce(value, group=classifier.group)
             value = value / num_classes
         if value.numel() == 1:
-            scale = _scale_of(loss, name) if name.endswith("threshold") else None
+            scale = _scale_of(loss, name) if name.endswith(("threshold", "thresholds")) else None
             values[f"loss/{name}" if scale is None else name] = float(value) / (scale or 1.0)
     for name in classifier.tracked_names:
         tracked = classifier.get_buffer(f"tracked_{name}")

@@ -205,15 +205,17 @@ def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
 
 def _parse(path: str, text: str, kind: Any) -> Any:
     """The text of an override as a value of the field's type: str, bool, int, float, a Literal of str or int, or a tuple (of such: values
-    between commas; of others: as Python writes it), or any one of these or None."""
+    between commas; of others: as Python writes it), one of these or None, or one or several numbers between commas."""
     if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (option for option in get_args(kind) if option is not types.NoneType)
-        if text.lower() == "none":
+        options = [option for option in get_args(kind) if option is not types.NoneType]
+        if len(options) < len(get_args(kind)) and text.lower() == "none":
             return None
+        is_list = "," in text and any(get_origin(option) is tuple for option in options)
+        chosen = next(option for option in options if (get_origin(option) is tuple) == is_list)
         try:
-            return _parse(path, text, kind)
+            return _parse(path, text, chosen)
         except ValueError as error:
-            raise ValueError(f"{error} or None") from None
+            raise ValueError(f"{error} or None" if len(options) < len(get_args(kind)) else str(error)) from None
     if get_origin(kind) is tuple:
         return _parse_tuple(path, text, get_args(kind)[0])
     kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # which of its values are admitted, the section says

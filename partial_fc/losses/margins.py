@@ -115,12 +115,13 @@ def angular(target_B: Tensor, factor: float, margin: float | Tensor, slope: str 
     slope  "exact", or "straight_through": 1, for losses whose authors leave the derivative out
     """
     if factor == 1.0:
-        margin = torch.as_tensor(margin, dtype=target_B.dtype, device=target_B.device)
+        # On a GPU a tensor made of a number would be a copy for which the host waits.
+        cosine, sine = (margin.cos(), margin.sin()) if isinstance(margin, Tensor) else (math.cos(margin), math.sin(margin))
         sine_B = torch.sqrt((1 - target_B.square()).clamp(min=least_of(target_B.dtype)))
-        inside_B = target_B * torch.cos(margin) - sine_B * torch.sin(margin)
-        is_past_B = (margin >= 0) & (target_B <= -torch.cos(margin))
-        is_before_B = (margin < 0) & (target_B >= torch.cos(margin))
-        phi_B = torch.where(is_past_B, target_B - margin * torch.sin(margin), inside_B).masked_fill(is_before_B, 1.0)
+        inside_B = target_B * cosine - sine_B * sine
+        is_past_B = (margin >= 0) & (target_B <= -cosine)
+        is_before_B = (margin < 0) & (target_B >= cosine)
+        phi_B = torch.where(is_past_B, target_B - margin * sine, inside_B).masked_fill(is_before_B, 1.0)
     else:
         angle_B = factor * angles(target_B) + margin
         phi_B = torch.where(angle_B < math.pi, torch.cos(angle_B), -2 - torch.cos(angle_B))

@@ -37,9 +37,10 @@ class NPT(Loss):
             raise ValueError(f"k is {self.k}, but must be 1 or more: the number of nearest prototypes")
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=1.0, reduction="top_k", k=self.k)
+        k = min(self.k, batch.num_classes)
+        statistics = batch.with_classes(scale=1.0, reduction="top_k", k=k)
         nearest_Bk = statistics.non_target_B
         if self.zero_negative:
-            nearest_Bk = torch.cat([nearest_Bk, torch.zeros_like(nearest_Bk[:, :1])], dim=1).topk(self.k, dim=1).values
+            nearest_Bk = torch.cat([nearest_Bk, torch.zeros_like(nearest_Bk[:, :1])], dim=1).topk(k, dim=1).values
         hinge_Bk = (nearest_Bk - statistics.target_B[:, None] + self.margin).relu()
         return hinge_Bk.where(nearest_Bk > -1.5, 0).sum(dim=1).mean()  # -2 stands for no class

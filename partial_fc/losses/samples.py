@@ -7,9 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
+from partial_fc.kernels.entries import EPSILON
 from partial_fc.losses import Loss, check_range, check_scale, register, softplus
 
 
@@ -68,8 +70,10 @@ class SampleBCE(Loss):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.threshold is None:
-            others_B = batch.with_samples(scale=self.scale)[0].non_target_B
-            batch.start("thresholds", others_B.masked_fill(others_B == -math.inf, 0).mean())
+            with torch.no_grad():
+                others_B = batch.with_samples(scale=self.scale)[0].non_target_B
+            has_others_B = others_B > -math.inf
+            batch.start("thresholds", others_B.where(has_others_B, 0).mean(), has_others_B.any())
         b_B = batch.of_labels(batch.parameter("thresholds"))
         statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", label_bias_B=-b_B)
         positive_B = softplus(b_B - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
@@ -102,7 +106,7 @@ class NPlus1Tuplet(Loss):
             statistics, has_positive_B = batch.with_samples(scale=self.scale)
             positive_B = self.scale * statistics.target_B
         else:
-            statistics, has_positive_B = batch.with_samples(scale=batch.norms(), normalize_prototypes=False)
+            statistics, has_positive_B = batch.with_samples(scale=batch.norms().clamp(min=EPSILON), normalize_prototypes=False)
             positive_B = statistics.norms_B * statistics.target_B
         loss = softplus(statistics.non_target_B - positive_B).where(has_positive_B, 0).mean()
         return loss if self.norm_weight == 0 else loss + self.norm_weight / 2 * statistics.norms_B.square().mean()

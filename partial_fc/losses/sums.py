@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -85,11 +86,16 @@ class Sum(_Parts):
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.parts or any("name" not in part for part in self.parts):
+        if not self.parts or any(not isinstance(part, Mapping) or not isinstance(part.get("name"), str) for part in self.parts):
             raise ValueError("a sum needs at least one part, and each part a 'name': parts=({'name': 'cosface'}, {'name': 'uss'})")
         if self.weights and len(self.weights) != len(self.parts):
             raise ValueError(f"a sum of {len(self.parts)} parts got {len(self.weights)} weights: give one per part, or none")
-        self.weighted()  # checks the rest
+        if not all(0 <= weight < math.inf for weight in self.weights):
+            raise ValueError(f"a sum's weights are {self.weights}, but must be 0 or more")
+        try:
+            self.weighted()  # checks the rest
+        except TypeError as error:
+            raise ValueError(f"a part of a sum has a value of the wrong type: {error}") from None
 
     def weighted(self) -> list[tuple[str, float, Loss]]:
         weights = self.weights or (1.0,) * len(self.parts)

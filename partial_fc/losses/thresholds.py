@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
@@ -98,9 +99,10 @@ class USS(Loss):
                 return 0 * batch.norms().sum()
             ask = partial(batch.with_bank, staleness=self.staleness)
         if self.threshold is None:
-            others_B = ask(scale=self.scale)[0].non_target_B
+            with torch.no_grad():
+                others_B = ask(scale=self.scale)[0].non_target_B
             has_others_B = others_B > -math.inf
-            batch.start("threshold", others_B.where(has_others_B, 0).mean(), (self.source == "batch") | has_others_B.any())
+            batch.start("threshold", others_B.where(has_others_B, 0).mean(), has_others_B.any())
         b = batch.parameter("threshold")
         statistics, has_positive_B = ask(scale=self.scale, reduction="softplus_sum", threshold=b)
         positive_B = softplus(b - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)

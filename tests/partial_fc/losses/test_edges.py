@@ -1,0 +1,117 @@
+"""Losses with options of the classifier and batches at the edge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from partial_fc import PartialFC, RowSGD, losses
+from tests.partial_fc.losses.parity import CLASSES, WIDTH, data
+
+
+def classifier_of(name, parameters=None, **options):
+    _, _, counts = data()
+    return PartialFC(CLASSES, WIDTH, losses.build(name, **(parameters or {})), seed=3, class_counts=counts, **options)
+
+
+def batch():
+    features, labels, _ = data()
+    return features.float().requires_grad_(), labels
+
+
+OPTIONS = {
+    "corrected rate, prototypes in bfloat16": {"sample_rate": 0.4, "correct_rate": True, "storage_dtype": "bfloat16"},
+    "bfloat16": {"dtype": "bfloat16", "gather_dtype": "bfloat16"},
+    "substitution": {"substitution_rate": 0.5, "sample_rate": 0.6},
+    "substitution from the bank": {"substitution_rate": 0.5, "substitution_source": "bank"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", sorted(losses.REGISTRY))
+def test_every_loss_trains_with_every_option(name, option):
+    if name == "broadface" and "substitution_rate" in OPTIONS[option]:
+        pytest.skip("refuses substitution")
+    classifier = classifier_of(name, {"queue": 30} if name == "broadface" else None, **OPTIONS[option])
+    optimizer = RowSGD(classifier, lr=0.01)
+    for _ in range(3):
+        features, labels = batch()
+        loss = classifier(features, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.isfinite() and features.grad.isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in classifier.parameters())
+
+
+@pytest.mark.parametrize("name", ["uss", "unitsface", "sample_bce"])
+def test_a_batch_of_one_identity_does_not_start_a_threshold(name):
+    classifier = classifier_of(name)
+    features, labels = batch()
+    classifier(features, torch.full_like(labels, 4))
+    (threshold,) = classifier.learned.values()
+    assert not threshold.any()
+    classifier(features, labels)
+    assert (threshold > 0).all()
+
+
+def test_the_correction_of_the_rate_does_not_rank_nearest_prototypes():
+    found = []
+    for correct in (False, True):
+        classifier = classifier_of("npt", {"k": 2}, sample_rate=0.4, correct_rate=correct)
+        found.append(classifier(*batch()).item())
+    assert found[0] == found[1]
+
+
+def test_more_nearest_prototypes_than_classes():
+    for zero in (False, True):
+        most, all_of_them = (classifier_of("npt", {"k": k, "zero_negative": zero})(*batch()).item() for k in (10**9, CLASSES))
+        assert most == all_of_them
+
+
+def test_prototypes_that_move_in_backward_serve_once():
+    classifier = classifier_of("sum", {"parts": ({"name": "cosface"}, {"name": "gce"})})
+    optimizer = RowSGD(classifier, lr=0.1, in_backward=True)
+    before = classifier.prototypes.detach().clone()
+    with pytest.raises(ValueError, match="looks at prototypes twice in a step"):
+        classifier(*batch())
+    assert torch.equal(classifier.prototypes, before)
+    with torch.no_grad():
+        assert classifier(*batch()).isfinite()
+    del optimizer
+
+
+def test_running_figures_move_without_gradient_to_features():
+    classifier = classifier_of("curricularface")
+    features, labels = batch()
+    classifier(features.detach(), labels)
+    moved = classifier.tracked_mean_target.clone()
+    assert moved != 0
+    with torch.no_grad():
+        classifier(features, labels)
+    assert classifier.tracked_mean_target == moved
+
+
+def test_zero_features_among_products():
+    classifier = classifier_of("n_plus_1_tuplet", {"normalizes": False})
+    features, labels = batch()
+    features = features.detach().clone()
+    features[2] = 0
+    features.requires_grad_()
+    loss = classifier(features, labels)
+    loss.backward()
+    assert loss.isfinite() and features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"parts": (3,)}, "each part a 'name'"),
+        ({"parts": ({"name": 3},)}, "each part a 'name'"),
+        ({"parts": ({"name": "cosface", "scale": "64"},)}, "a part of a sum has a value of the wrong type"),
+        ({"parts": ({"name": "cosface"},), "weights": (-2.0,)}, "a sum's weights are"),
+    ],
+)
+def test_parts_of_a_sum_that_cannot_be_built(parameters, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        losses.build("sum", **parameters)
