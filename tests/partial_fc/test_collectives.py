@@ -61,6 +61,7 @@ class Path(NamedTuple):
     scale: float = 64.0
     call: str = "step"  # or a method
     options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    loss: str = "cosface"
 
 
 def gathered(rows: list[int] = EVEN, feature_bytes: int = 4) -> list[tuple[str, int]]:
@@ -84,6 +85,11 @@ PATHS = [
     Path(
         "uneven, sampled", [*gathered(UNEVEN), ("all_reduce", 4 * 2 * B_UNEVEN), *scattered(UNEVEN)], UNEVEN, options={"sample_rate": 0.3}
     ),
+    Path("GCE, as CosFace", [*gathered(), ("all_reduce", 4 * 2 * B), *scattered()], loss="gce"),
+    Path("substitution", [*gathered(), ("all_reduce", 4 * 2 * B), *scattered()], options={"substitution_rate": 0.5}),
+    Path("threshold", [*gathered(), ("all_reduce", 4 * 2 * B), ("all_reduce", 4), *scattered()], loss="uce"),
+    Path("map", [*gathered(), ("all_reduce", 4 * B), ("all_reduce", 4 * 2 * B), *scattered()], loss="mv_softmax", scale=32.0),
+    Path("nearest", [*gathered(), ("all_gather", 4 * (3 + 1) * B * RANKS), *scattered()], loss="npt"),
     Path("begin_step", [], call="begin_step"),
     Path("begin_step, sampled", [("all_gather", 8 * B)], call="begin_step", options={"sample_rate": 0.3}),
     Path(
@@ -107,7 +113,8 @@ PATHS = [
 def traffic(number: int) -> Counter:
     """Runs on every rank."""
     path, rank = PATHS[number], dist.get_rank()
-    classifier = PartialFC(CLASSES, WIDTH, losses.build("cosface", scale=path.scale), uneven_batches=path.rows is UNEVEN, **path.options)
+    loss = losses.build(path.loss) if path.loss == "npt" else losses.build(path.loss, scale=path.scale)
+    classifier = PartialFC(CLASSES, WIDTH, loss, uneven_batches=path.rows is UNEVEN, **path.options)
     features, labels = (x.split(path.rows)[rank] for x in batch(CLASSES, WIDTH, sum(path.rows)))
     with counted() as calls:
         if path.call == "step":
