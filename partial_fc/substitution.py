@@ -118,15 +118,20 @@ class Joined:
         return first if first.start < first.stop else None, second if second.start < second.stop else None
 
     def room(self) -> Tensor | None:
-        return None
+        first, second = self.first.tensors[0], self.second.tensors[0]
+        if self.is_consumed or first.dtype != second.dtype:
+            return None
+        return self.memory.empty(self.shape, first.dtype, first.device)
 
     def collect(self, room: Tensor | None = None) -> Collector:
-        return _JoinedCollector(self)
+        return _JoinedCollector(self, room)
 
 
 class _JoinedCollector:
-    def __init__(self, joined: Joined) -> None:
-        self.joined, self.first, self.second = joined, joined.first.collect(), joined.second.collect()
+    def __init__(self, joined: Joined, room: Tensor | None) -> None:
+        self.joined = joined
+        self.first = joined.first.collect(None if room is None else room[: joined.split])
+        self.second = joined.second.collect(None if room is None else room[joined.split :])
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
         first, second = self.joined._parts(rows)
