@@ -21,9 +21,9 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "npt": ("loss=npt", "loss.margin=0.35", "loss.k=10"),
     "uce": ("loss=uce", "loss.scale=24", "loss.margin=0.2"),
     "unitsface": ("loss=unitsface", "loss.scale=24", "loss.margin=0.2", "loss.sample_margin=0.05", *PAIRED),
-    "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.3", "loss.non_target_margin=0"),
+    "gce": ("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", "loss.out_sample_weight=20"),
     "gce with substitution": (
-        *("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0"),
+        *("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", "loss.out_sample_weight=5"),
         *("classifier.substitution_rate=1", *PAIRED),
     ),
     "cosface with substitution": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", "classifier.substitution_rate=1", *PAIRED),
@@ -81,10 +81,10 @@ CANDIDATES: dict[str, list[tuple[str, ...]]] = {
         for margin, other, weight in ((0.2, 0.05, 1), (0.2, 0.0, 1), (0.2, 0.0, 5), (0.2, 0.0, 20), (0.3, 0.0, 1), (0.3, 0.0, 5))
     ],
     "gce with substitution": [
-        *[(f"classifier.substitution_rate={rate}",) for rate in (0.2, 0.5, 1.0)],
+        *[(f"classifier.substitution_rate={rate}", "loss.out_sample_weight=1") for rate in (0, 0.2, 0.5, 1)],
         *[(f"loss.out_sample_weight={weight}",) for weight in (5, 20)],
-        ("loss.out_sample_weight=5", "loss.target_margin=0.3"),
-        ("data.images_per_identity=4",),
         ("loss.target_margin=0.3",),
+        ("loss.out_sample_weight=1", "data.images_per_identity=4"),
+        ("loss.out_sample_weight=1", "loss.target_margin=0.3"),
     ],
 }
