@@ -61,12 +61,14 @@ def _train(name: str, candidate: tuple[str, ...], seed: int, sets: tuple[str, st
             found |= json.loads(line)
     prefix = os.path.splitext(os.path.basename(sets[1]))[0]
     figures = {key: found.get(f"{prefix}/{figure}") for key, figure in FIGURES.items()}
+    # In a sum the name begins with that of the part.
+    threshold = next((value for key, value in found.items() if key.endswith("threshold") and "/" not in key), None)
     chosen = [*ENTRIES[name], *candidate]
     return {
         "entry": name,
         "seed": seed,
         **figures,
-        "learned_threshold": found.get("threshold"),
+        "learned_threshold": threshold,
         "loss": found.get("loss"),
         "settings": chosen,
     }
