@@ -83,7 +83,11 @@ def emphasis_on_hard(hardness: float, emphasis: str) -> Map:
         assert limit_B1 is not None
         return torch.where(cosines_Bn > limit_B1, factor * cosines_Bn + hardness, cosines_Bn)
 
-    return Map(function, bound=factor + hardness)
+    def derivative(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
+        assert limit_B1 is not None
+        return (cosines_Bn > limit_B1).to(cosines_Bn.dtype).mul_(factor - 1).add_(1)
+
+    return Map(function, bound=factor + hardness, derivative=derivative)
 
 
 def _phi(target_B: Tensor, margin: float, target: str) -> Tensor:
@@ -140,7 +144,11 @@ def curriculum(mean: Tensor) -> Map:
         assert limit_B1 is not None
         return torch.where(cosines_Bn > limit_B1, cosines_Bn * (mean.to(cosines_Bn.dtype) + cosines_Bn), cosines_Bn)
 
-    return Map(function, bound=2.0)
+    def derivative(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
+        assert limit_B1 is not None
+        return torch.where(cosines_Bn > limit_B1, mean.to(cosines_Bn.dtype) + 2 * cosines_Bn, 1.0)
+
+    return Map(function, bound=2.0, derivative=derivative)
 
 
 @register("search_softmax")
