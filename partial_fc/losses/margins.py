@@ -19,7 +19,7 @@ from partial_fc.losses import Loss, check_range, check_scale, register, softplus
 class CosFace(Loss):
     """phi(t) = t - margin. Wang et al., CVPR 2018, eq. 4: scale 64, margin 0.35 (0.4 on Glint360K and WebFace)."""
 
-    use: ClassVar[str] = "The first choice from a few thousand to a hundred million identities; nothing to tune but margin and scale."
+    use: ClassVar[str] = "The first choice, for thousands to a hundred million identities; better with substitution."
     scale: float = 64.0
     margin: float = 0.4
 

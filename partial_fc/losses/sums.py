@@ -51,7 +51,7 @@ class UniTSFace(_Parts):
     weighting  "sum": weights 1 and 1, as the authors' code has it. "average": one half each, as the paper's text has it
     """
 
-    use: ClassVar[str] = "The best of this page on the small sets it was tried on; needs batches with several images of an identity."
+    use: ClassVar[str] = "Among the best of this page on the small set all were tried on; needs batches with several images of an identity."
     scale: float = 64.0
     margin: float = 0.4
     sample_margin: float = 0.1
