@@ -64,7 +64,9 @@ class TrainConfig:
 def resolve(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
     """The configuration of a recipe (a name, or a Python file with a function `recipe`) with `section.field=value` overrides applied."""
     config = _call(recipe, _find_recipe(recipe))
-    for section, changes in itertools.groupby(map(_split, overrides or []), key=lambda change: change[0].rpartition(".")[0]):
+    # Another loss has fields of its own: chosen last, it would undo what was set of it.
+    ordered = sorted(map(_split, overrides or []), key=lambda change: change[0] != "loss")
+    for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
         config = _set(config, section.split(".") if section else [], list(changes))
     backbones.check(config.backbone, config.data.image_size)
     losses.name_of(config.loss)  # a recipe's own loss may lack one

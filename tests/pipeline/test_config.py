@@ -149,3 +149,7 @@ def test_a_recipe_whose_loss_has_no_name(tmp_path):
     )
     with pytest.raises(ValueError, match=r'loss Mine has no name: put @register\("NAME"\) above its class'):
         resolve(str(file))
+
+
+def test_a_loss_may_be_named_after_its_fields():
+    assert resolve("dogs_small", ["loss.margin=0.15", "loss=arcface"]).loss == losses.build("arcface", margin=0.15)
