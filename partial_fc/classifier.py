@@ -138,8 +138,7 @@ class PartialFC(nn.Module):
         optimizer's `step` closes it. Without it every call of `forward` is a step of its own.
 
         If classes are sampled, communicates 1 all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts before it, and
-        what
-        `sampling.nearest` says."""
+        what `sampling.nearest` says."""
         check_labels(labels_b)
         if self.config.sample_rate < 1:
             self.step_labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
@@ -222,7 +221,8 @@ class PartialFC(nn.Module):
         """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
 
         features_bD  float [b, D], with gradient     labels_b  int64 [b], global class ids
-        Communicates 1 all-gather of B D floats (2 or 4 bytes each: gather_dtype), 1 of B labels (8 bytes) and what `_loss_of` says;
+        Communicates 1 all-gather of B D floats (2 or 4 bytes each: gather_dtype), 1 of B labels (8 bytes) and what the loss asks
+        for (see GlobalBatch);
         backward 1 reduce-scatter of B D floats of 4 bytes. uneven_batches: 1 all-gather of N counts (8 bytes) before them, and rows
         travel padded to the largest local batch m: N m rows instead of B.
         NaN or infinity, and labels that are no class, end in a ValueError or a skipped step: see `is_finite`.
@@ -236,10 +236,6 @@ class PartialFC(nn.Module):
         features_BD = collectives.gather_rows(features_bD, self.group, self.gradient_factor, counts, gather_dtype)
         labels_B = collectives.gather_constant(labels_b, self.group, counts)
         self._check(features_BD, labels_B, counts)
-        return self._loss_of(features_BD, labels_B)
-
-    def _loss_of(self, features_BD: Tensor, labels_B: Tensor) -> Tensor:
-        """Mean loss over the gathered batch. Communicates what the loss asks for: see GlobalBatch."""
         return self.loss(self.global_batch(features_BD, labels_B))
 
     def global_batch(self, features_BD: Tensor, labels_B: Tensor) -> GlobalBatch:

@@ -42,7 +42,7 @@ class GCE(Loss):
     out_sample_weight    w; 0 with equal margins is CosFace
     alpha                weight of the target's term
     out_samples          "mean" over K_i, which makes the loss independent of the batch size, or "sum"
-    out_sample_gradient  False: other samples' terms are an adaptive threshold without gradient, which trains better (docs/losses.md)
+    out_sample_gradient  False: other samples' terms are an adaptive threshold without gradient; see docs/losses.md
     queue                so many samples of earlier steps and micro-batches also count as other samples: two numbers and a label of each
     """
 
