@@ -17,7 +17,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "cosface": ("loss=cosface", "loss.scale=24", "loss.margin=0.2"),
     "cosface paired": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", *PAIRED),
     "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.35"),
-    "sphereface2": ("loss=sphereface2", "loss.scale=24", "loss.margin=0.2"),
+    "sphereface2": ("loss=sphereface2", "loss.scale=24", "loss.margin=0.1"),
     "npt": ("loss=npt", "loss.margin=0.35", "loss.k=10"),
     "uce": ("loss=uce", "loss.scale=24", "loss.margin=0.2"),
     "unitsface": ("loss=unitsface", "loss.scale=24", "loss.margin=0.2", "loss.sample_margin=0.05", *PAIRED),
@@ -79,12 +79,21 @@ CANDIDATES: dict[str, list[tuple[str, ...]]] = {
     "gce": [
         (f"loss.target_margin={margin}", f"loss.non_target_margin={other}", f"loss.out_sample_weight={weight}")
         for margin, other, weight in ((0.2, 0.05, 1), (0.2, 0.0, 1), (0.2, 0.0, 5), (0.2, 0.0, 20), (0.3, 0.0, 1), (0.3, 0.0, 5))
-    ],
+    ]
+    + [(f"loss.out_sample_weight={weight}", "loss.out_sample_gradient=true") for weight in (1, 20)],
     "gce with substitution": [
         *[(f"classifier.substitution_rate={rate}", "loss.out_sample_weight=1") for rate in (0, 0.2, 0.5, 1)],
         *[(f"loss.out_sample_weight={weight}",) for weight in (5, 20)],
         ("loss.target_margin=0.3",),
         ("loss.out_sample_weight=1", "data.images_per_identity=4"),
         ("loss.out_sample_weight=1", "loss.target_margin=0.3"),
+        ("loss.out_sample_gradient=true",),
+        *[("classifier.substitution_source=bank", f"classifier.substitution_rate={rate}") for rate in (0.2, 1)],
+    ],
+    "cosface with substitution": [
+        (),
+        ("loss.margin=0.1",),
+        ("loss.margin=0.3",),
+        *[("classifier.substitution_source=bank", f"classifier.substitution_rate={rate}") for rate in (0.2, 1)],
     ],
 }
