@@ -66,7 +66,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
 CANDIDATES: dict[str, list[tuple[str, ...]]] = {
     "cosface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
     "cosface paired": [()],
-    "arcface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.35)],
+    "arcface": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.35, 0.5)],
     "sphereface2": [(f"loss.margin={margin}",) for margin in (0.1, 0.2, 0.3)],
     "npt": [
         (f"loss.margin={margin}", f"loss.k={k}", f"optimizer.lr={lr}")

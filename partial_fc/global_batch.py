@@ -273,13 +273,15 @@ class GlobalBatch:
             kept.copy_(torch.where(self.features_BD.isfinite().all(), value.to(kept.dtype), kept))
 
     @torch.no_grad()
-    def start(self, name: str, value: Tensor, is_ready: Tensor | bool = True) -> None:
-        """Gives a learned parameter its first value, where only data can tell it: once, in the first step that is ready for it; not
-        without gradient, or where features are not finite."""
+    def start(self, name: str, values_B: Tensor) -> None:
+        """Gives a learned parameter its first value, where only data can tell it: the mean of `values_B`, of those above -inf, in the first
+        step that has any; not without gradient, or where features are not finite."""
         if not self.trains:
             return
         learned, is_started = self.learned[self.prefix + name], self.tracked[f"{self.prefix}{name}_is_started"]
-        is_now = (is_started == 0) & is_ready & self.features_BD.isfinite().all()
+        is_there_B = values_B > -torch.inf
+        is_now = (is_started == 0) & is_there_B.any() & self.features_BD.isfinite().all()
+        value = values_B.detach().where(is_there_B, 0).sum() / is_there_B.sum().clamp(min=1)
         learned.copy_(torch.where(is_now, value.to(learned.dtype), learned))
         is_started.masked_fill_(is_now, 1)
 

@@ -58,6 +58,7 @@ class Job:
     dtype: Precision = "bfloat16"  # of the products
     storage_dtype: Precision = "float32"  # of the prototypes
     in_backward: bool = False
+    bank: bool = False  # of last features, which substitution_source="bank" and some losses keep
 
     def __post_init__(self) -> None:
         for name in ("identities", "width", "batch", "ranks"):
@@ -114,6 +115,7 @@ def memory(job: Job) -> dict[str, int]:
         "prototypes": rows * width * BYTES[job.storage_dtype],
         "optimizer": rows * width * 4 * STATES[job.optimizer],
         "gradient": 0 if job.in_backward else held * width * BYTES[job.storage_dtype],
+        "bank": rows * (width * 4 + 8) if job.bank else 0,
         "sample": 0 if job.rate == 1 else rows * 40 + held * 10,  # the columns of all classes, and what drawing them takes
         "tile": batch * classes * BYTES[job.dtype] + classes * width * (BYTES[job.dtype] + 16),  # logits; unit rows, gradient, two products
         "features": 4 * batch * width * 4,  # gathered, scaled, and two gradients

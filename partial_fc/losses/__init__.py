@@ -92,6 +92,11 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale is {scale}, but must be positive (64 is usual, 16 to 32 for small sets)")
 
 
+def check_margin(margin: float, name: str = "margin") -> None:
+    """Of cosines."""
+    check_range(name, margin, 0.0, 2.0, "cosines differ by at most 2")
+
+
 def check_range(name: str, value: float, least: float, most: float, why: str) -> None:
     """ValueError unless least <= value <= most."""
     if not least <= value <= most:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.kernels.entries import inverse_norms
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 from partial_fc.losses.margins import angular, check_angular
 from partial_fc.similarity import Statistics
 
@@ -82,7 +82,7 @@ class BroadFace(Loss):
         if self.base == "arcface":
             check_angular(self.scale, self.margin, "exact")
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         check_range("queue", self.queue, 1, 1 << 24, "it is a number of features")
 
     def tracked(self) -> dict[str, float | Tensor]:
@@ -146,7 +146,7 @@ class PrototypeMemory(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         check_range("resident", self.resident, 1, math.inf, "it is a number of steps")
 
     def uses_bank(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 
 NOTHING = -1e30  # log of a sum without terms, as a number: infinities have no gradient
 
@@ -58,8 +58,8 @@ class GCE(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("target_margin", self.target_margin, 0.0, 2.0, "cosines differ by at most 2")
-        check_range("non_target_margin", self.non_target_margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.target_margin, "target_margin")
+        check_margin(self.non_target_margin, "non_target_margin")
         check_range("out_sample_weight", self.out_sample_weight, 0.0, 1e6, "it weighs the terms of other samples")
         check_range("alpha", self.alpha, 0.0, 1.0, "it is the target term's share")
         check_range("queue", self.queue, 0, 1 << 24, "it is a number of samples")
@@ -120,7 +120,7 @@ class GBCosFace(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         check_range("pull", self.pull, 0.0, 1.0, "it is the way from a sample's boundary to the global one")
         check_range("share", self.share, 0.0, 1.0, "it is the part of a batch in a running mean")
         check_range("most", self.most, -1.0, 1.0, "it is a cosine")

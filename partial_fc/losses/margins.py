@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 
 
 @register("cosface")
@@ -25,7 +25,7 @@ class CosFace(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics = batch.with_classes(scale=self.scale)
@@ -71,7 +71,7 @@ class Combined(Loss):
     def __post_init__(self) -> None:
         check_angular(self.scale, self.angle_margin, self.slope)
         check_range("angle_factor", self.angle_factor, 0.1, 8.0, "it multiplies the angle")
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics = batch.with_classes(scale=self.scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, register
+from partial_fc.losses import Loss, check_margin, register
 
 
 @register("npt")
@@ -32,7 +32,7 @@ class NPT(Loss):
     zero_negative: bool = False
 
     def __post_init__(self) -> None:
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         if self.k < 1:
             raise ValueError(f"k is {self.k}, but must be 1 or more: the number of nearest prototypes")
 

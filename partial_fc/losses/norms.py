@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 from partial_fc.losses.margins import angular
 
 SMALLEST_NORM, LARGEST_NORM, EPSILON = 0.001, 100.0, 0.001  # of AdaFace's code
@@ -120,7 +120,7 @@ class FrequencyMargin(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         check_range("common_margin", self.common_margin, 0.0, self.margin, "rare identities have the larger margin")
         check_range("rarest", self.rarest, 1, 1e9, "it is a number of images")
         check_range("power", self.power, 0.0, 4.0, "the margin falls with the number of images to this power")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 from partial_fc.losses.margins import angular, check_angular
 from partial_fc.maps import Map
 
@@ -104,7 +104,7 @@ def _check(scale: float, margin: float, hardness: float, emphasis: str, target: 
         check_angular(scale, margin, "exact")
     else:
         check_scale(scale)
-        check_range("margin", margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(margin)
 
 
 @register("curricularface")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.kernels.entries import EPSILON
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 
 
 @register("sample_softmax")
@@ -31,7 +31,7 @@ class SampleSoftmax(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics, has_positive_B = batch.with_samples(scale=self.scale)
@@ -58,7 +58,7 @@ class SampleBCE(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         if self.threshold is not None:
             check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
 
@@ -71,9 +71,7 @@ class SampleBCE(Loss):
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.threshold is None:
             with torch.no_grad():
-                others_B = batch.with_samples(scale=self.scale)[0].non_target_B
-            has_others_B = others_B > -math.inf
-            batch.start("thresholds", others_B.where(has_others_B, 0).mean(), has_others_B.any())
+                batch.start("thresholds", batch.with_samples(scale=self.scale)[0].non_target_B)
         b_B = batch.of_labels(batch.parameter("thresholds"))
         statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", label_bias_B=-b_B)
         positive_B = softplus(b_B - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)

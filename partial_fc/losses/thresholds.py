@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
+from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 from partial_fc.maps import Map
 
 
@@ -33,7 +33,7 @@ class UCE(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         check_range("weight", self.weight, 0.0, math.inf, "it weighs the non-targets")
         if self.threshold is not None:
             check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
@@ -74,7 +74,7 @@ class USS(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         if self.threshold is not None:
             check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
         if self.source not in ("batch", "bank"):
@@ -100,9 +100,7 @@ class USS(Loss):
             ask = partial(batch.with_bank, staleness=self.staleness)
         if self.threshold is None:
             with torch.no_grad():
-                others_B = ask(scale=self.scale)[0].non_target_B
-            has_others_B = others_B > -math.inf
-            batch.start("threshold", others_B.where(has_others_B, 0).mean(), has_others_B.any())
+                batch.start("threshold", ask(scale=self.scale)[0].non_target_B)
         b = batch.parameter("threshold")
         statistics, has_positive_B = ask(scale=self.scale, reduction="softplus_sum", threshold=b)
         positive_B = softplus(b - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
@@ -131,7 +129,7 @@ class SphereFace2(Loss):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 2.0, "cosines differ by at most 2")
+        check_margin(self.margin)
         check_range("power", self.power, 1.0, 16.0, "1 leaves cosines as they are, 3 is usual")
         check_range("weight", self.weight, 0.0, math.inf, "it weighs the loss")
         if not 0 < self.target_weight < 1:

@@ -27,6 +27,7 @@ JOBS = st.builds(
     dtype=st.sampled_from(list(BYTES)),
     storage_dtype=st.sampled_from(list(BYTES)),
     in_backward=st.booleans(),
+    bank=st.booleans(),
 )
 
 
@@ -58,6 +59,13 @@ def test_bytes_are_those_of_a_classifier_and_its_optimizer(ranks, rate, storage_
     results = [real_bytes(*arguments)] if size == 1 else ranks(size).run(real_bytes, *arguments)
     expected = memory(job)
     assert max(results) == (expected["prototypes"], expected["optimizer"], expected["gradient"])
+
+
+def test_a_bank_is_counted():
+    classifier = PartialFC(203, 24, losses.build("cosface"), substitution_rate=0.5, substitution_source="bank")
+    assert classifier.bank is not None
+    job = Job(203, width=24, bank=True)
+    assert memory(job)["bank"] == bytes_of(*classifier.bank) and memory(replace(job, bank=False))["bank"] == 0
 
 
 @given(JOBS)
