@@ -20,8 +20,8 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
     if not source.shape[0]:
         return Rows(sum_B.clone(), sum_B, shift_B, column_S)
     walk = Walk(question, source)
-    # A GPU computes weights again faster than it writes and reads them; shifted weights need what forward has not got yet.
-    if keeps and sum_B.device.type == "cpu" and not shifts and column_S is None:
+    # A GPU computes weights again faster than it writes and reads them.
+    if keeps and sum_B.device.type == "cpu" and column_S is None:
         room = source.room()
         walk.kept = None if room is None else Kept(room, len(sum_B), question.dtype)
     wants_slope = walk.kept is not None
@@ -31,7 +31,7 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
         if column_S is not None:
             column_S[chunk.rows] = torch.logsumexp(logits_Bn.to(sum_B.dtype) / walk.base, dim=0)
         if shifts:
-            larger_B = torch.maximum(shift_B, logits_Bn.amax(dim=1))
+            larger_B = torch.maximum(shift_B, logits_Bn.amax(dim=1).ceil())
             finite_B = larger_B.clamp(min=-1e30)  # -inf minus -inf would be NaN
             sum_B *= torch.exp2(shift_B - finite_B)
             shift_B = larger_B
@@ -41,7 +41,10 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
             is_larger_B = found_B > hardest_B
             hardest_B, apart_B = torch.maximum(found_B, hardest_B), (column_B + chunk.rows.start).where(is_larger_B, apart_B)
             if walk.kept is not None:
-                weight_B = plain_B.exp() if question.reduction == "log_sum_exp" else found_B.sigmoid()
+                if question.reduction == "softplus_sum":
+                    weight_B = found_B.sigmoid()
+                else:
+                    weight_B = torch.exp(found_B - finite_B * LN_2) if shifts else plain_B.exp()
                 walk.kept.hardest[chunk.rows.start] = column_B, weight_B if slope_B is None else weight_B * slope_B
         if question.reduction == "softplus_sum":
             sum_B += softplus(logits_Bn).sum(dim=1, dtype=sum_B.dtype)
@@ -51,7 +54,9 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
                 walk.keep(chunk, logits_Bn.sigmoid_(), slope_Bn)
             continue
         if shifts:
-            logits_Bn -= finite_B[:, None]  # a largest logit is a number of their dtype
+            logits_Bn -= finite_B[:, None].to(logits_Bn.dtype)  # whole numbers, and as largest logits are numbers of this type
+            if walk.kept is not None:
+                walk.kept.shift_B1[chunk.rows.start] = finite_B[:, None]
         exp_Bn = logits_Bn.exp2_()
         sum_B += walk.row_sums(exp_Bn, chunk.rows)
         walk.keep(chunk, exp_Bn, slope_Bn)

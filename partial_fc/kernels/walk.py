@@ -39,6 +39,7 @@ class Kept:
         self.units_fit = (batch + room.shape[1]) * dtype.itemsize <= self.stride
         self.inverse: dict[int, Tensor] = {}  # by first row, as what follows: 1 / |w| of a chunk whose unit prototypes are kept
         self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (column, weight) that a chunk's weights leave out
+        self.shift_B1: dict[int, Tensor] = {}  # powers of two by which a chunk's weights are divided: largest logits so far
 
     def weights(self, rows: slice) -> Tensor | None:
         """Memory [B, n] of a chunk; None where the room ends."""
@@ -171,6 +172,8 @@ class Walk:
                 column_B, weight_B = self.kept.hardest[chunk.rows.start]
                 is_apart_B = column_B + chunk.rows.start == self.apart_rows_B
                 self.put(kept_Bn, column_B.masked_fill(is_apart_B, -1), weight_B.to(kept_Bn.dtype))
+            if weights.shift_B1 is not None:  # whole numbers, so that nothing is rounded
+                kept_Bn *= torch.exp2(self.kept.shift_B1[chunk.rows.start] - weights.shift_B1).to(kept_Bn.dtype)
             return kept_Bn, Tile(kept_Bn)
         tile = self.tile_of(chunk, wants_slope=True)
         return weights.of(chunk, tile.logits_Bn), tile
@@ -265,8 +268,8 @@ class Weights:
             has_others_B = torch.isfinite(known.log_sum_B)
             log_sum_B = known.log_sum_B.where(has_others_B, 0) * LOG2_E
             if not walk.question.bounded:
-                self.shift_B1 = log_sum_B[:, None].to(walk.queries_BD.dtype)
-                log_sum_B = log_sum_B - self.shift_B1[:, 0]  # what rounding left
+                self.shift_B1 = log_sum_B[:, None].round()
+                log_sum_B = log_sum_B - self.shift_B1[:, 0]
             self.factor_B = (self.factor_B * torch.exp2(-log_sum_B)).where(has_others_B, 0)
         if walk.question.columns:
             self.row_factor_B1, self.factor_B = self.factor_B[:, None], torch.ones_like(self.factor_B)

@@ -17,8 +17,9 @@ from partial_fc.maps import Map
 from partial_fc.sources import Matrix
 
 KERNELS = ["reference", "chunked"]
-SHAPES = [(1, 1, 1), (1, 7, 3), (6, 1, 4), (7, 13, 5), (33, 700, 17), (16, 256, 32), (5, 257, 8)]  # batch, classes, width
+SHAPES = [(1, 1, 1), (1, 7, 3), (6, 1, 4), (7, 13, 5), (33, 700, 17), (16, 256, 32), (16, 700, 32), (5, 257, 8)]  # batch, classes, width
 HARD_TWICE = Map(lambda n, f: torch.where(n > f, 1.5 * n + 0.2, n), bound=1.7)
+HARD_TWICE_UNBOUNDED = Map(HARD_TWICE.function, bound=9.0)  # at a scale of 20 not for exponentials without a maximum
 SQUARED = Map(lambda n, _: 2 * ((n + 1) / 2).pow(3) - 1)
 SQUARED_THROUGH = Map(SQUARED.function, slope="straight_through")
 
@@ -109,6 +110,7 @@ OPTIONS = {
     "map": {"map": SQUARED},
     "map, straight-through": {"map": SQUARED_THROUGH},
     "map with parameter, vector scale, bias": {"map": HARD_TWICE, "vector": True, "bias": True},
+    "map with parameter, unbounded": {"map": HARD_TWICE_UNBOUNDED, "included": True},
     "softplus": {"reduction": "softplus_sum"},
     "softplus, threshold": {"reduction": "softplus_sum", "threshold": True},
     "softplus, threshold, bias, vector scale": {"reduction": "softplus_sum", "threshold": True, "bias": True, "vector": True},

@@ -41,7 +41,7 @@ def gradients(function, inputs, weights):
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
 @pytest.mark.parametrize("scale", [1.0, 64.0, 200.0, "vector"])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("batch", "classes", "width"), [(1, 2, 1), (7, 13, 5), (33, 1001, 17), (64, 256, 32), (5, 257, 8)])
+@pytest.mark.parametrize(("batch", "classes", "width"), [(1, 2, 1), (7, 13, 5), (33, 1001, 17), (64, 256, 32), (16, 700, 32), (5, 257, 8)])
 def test_values_and_gradients_equal_dense_float64(kernel, scale, with_bias, batch, classes, width, monkeypatch):
     monkeypatch.setattr(walk, "TILE_BYTES", 1)  # tiles of 256 classes
     features, prototypes, labels = make(batch, classes, width)
