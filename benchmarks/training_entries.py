@@ -16,7 +16,7 @@ PAIRED = ("data.images_per_identity=2",)
 ENTRIES: dict[str, tuple[str, ...]] = {
     "cosface": ("loss=cosface", "loss.scale=24", "loss.margin=0.2"),
     "cosface paired": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", *PAIRED),
-    "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.35"),
+    "arcface": ("loss=arcface", "loss.scale=24", "loss.margin=0.5"),
     "sphereface2": ("loss=sphereface2", "loss.scale=24", "loss.margin=0.1"),
     "npt": ("loss=npt", "loss.margin=0.35", "loss.k=10"),
     "uce": ("loss=uce", "loss.scale=24", "loss.margin=0.2"),
@@ -26,7 +26,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
         *("loss=gce", "loss.scale=24", "loss.target_margin=0.2", "loss.non_target_margin=0", "loss.out_sample_weight=5"),
         *("classifier.substitution_rate=1", *PAIRED),
     ),
-    "cosface with substitution": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", "classifier.substitution_rate=1", *PAIRED),
+    "cosface with substitution": ("loss=cosface", "loss.scale=24", "loss.margin=0.3", "classifier.substitution_rate=1", *PAIRED),
     "combined": ("loss=combined", "loss.scale=24", "loss.angle_margin=0.2", "loss.margin=0.1"),
     "softmax": ("loss=softmax",),
     "normalized_softmax": ("loss=normalized_softmax",),
