@@ -27,6 +27,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
         *("classifier.substitution_rate=1", *PAIRED),
     ),
     "cosface with substitution": ("loss=cosface", "loss.scale=24", "loss.margin=0.3", "classifier.substitution_rate=1", *PAIRED),
+    "arcface with substitution": ("loss=arcface", "loss.scale=24", "loss.margin=0.5", "classifier.substitution_rate=1", *PAIRED),
     "combined": ("loss=combined", "loss.scale=24", "loss.angle_margin=0.2", "loss.margin=0.1"),
     "softmax": ("loss=softmax",),
     "normalized_softmax": ("loss=normalized_softmax",),
@@ -89,6 +90,9 @@ CANDIDATES: dict[str, list[tuple[str, ...]]] = {
         ("loss.out_sample_weight=1", "loss.target_margin=0.3"),
         ("loss.out_sample_gradient=true",),
         *[("classifier.substitution_source=bank", f"classifier.substitution_rate={rate}") for rate in (0.2, 1)],
+        *[(f"loss.alpha={alpha}",) for alpha in (0.25, 0.75)],
+        ("loss.out_samples=sum", "loss.out_sample_weight=1"),
+        ("loss.queue=1024",),
     ],
     "cosface with substitution": [
         (),
