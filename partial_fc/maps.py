@@ -13,24 +13,31 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Map:
     """cosines -> function(cosines, parameter). `function` maps [B, n] cosines with the rows' parameters [B, 1] (without gradient; None if
-    the loss gives none), element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through"; a
-    `derivative` of the same arguments saves the passes that autograd needs to find it."""
+    the loss gives none), element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through".
+
+    in_place  (cosines, parameter, slope, spare), [B, n] but for the parameter: the same without new memory, which on a CPU takes longer
+              than the arithmetic. It writes the function over the cosines, its slope into `slope`, and into `spare` what it likes
+    """
 
     function: Callable[[Tensor, Tensor | None], Tensor]
     slope: str = "exact"
     bound: float = 1.0  # largest |function|: logits are at most scale x bound
-    derivative: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    in_place: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         if self.slope not in ("exact", "straight_through"):
             raise ValueError(f"the slope of a map is {self.slope!r}, but must be 'exact' or 'straight_through'")
 
-    def with_slope(self, cosines_Bn: Tensor, parameter_B1: Tensor | None, wants_slope: bool = True) -> tuple[Tensor, Tensor | None]:
-        """(mapped, slope) of a tile; None stands for a slope of 1, or for one that is not wanted."""
+    def with_slope(
+        self, cosines_Bn: Tensor, parameter_B1: Tensor | None, wants_slope: bool = True, memory: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(mapped, slope) of a tile; None stands for a slope of 1, or for one that is not wanted. With memory for the slope and what else
+        it takes, both [B, n], it may overwrite the tile."""
+        if self.in_place is not None and memory is not None and parameter_B1 is not None:
+            self.in_place(cosines_Bn, parameter_B1, *memory)
+            return cosines_Bn, memory[0] if self.slope == "exact" else None
         if self.slope == "straight_through" or not wants_slope:
             return self.function(cosines_Bn, parameter_B1), None
-        if self.derivative is not None:
-            return self.function(cosines_Bn, parameter_B1), self.derivative(cosines_Bn, parameter_B1)
         with torch.enable_grad():
             cosines_Bn = cosines_Bn.detach().requires_grad_()
             mapped_Bn = self.function(cosines_Bn, parameter_B1)

@@ -105,7 +105,7 @@ class Walk:
 
     def allocate(self, batch: int, width: int) -> None:
         self.tile = self.empty(self.question.dtype, batch * self.size)
-        self.wide_tile: Tensor | None = None
+        self.wide_tiles: dict[int, Tensor] = {}
         self.units, self.weighted_units = (self.empty(self.question.dtype, self.size, width) for _ in range(2))
         self.wide, self.spare = (self.empty(self.question.queries_BD.dtype, self.size + 1, width) for _ in range(2))
 
@@ -143,8 +143,10 @@ class Walk:
         mapped_Bn = slope_Bn = None
         if question.map is not None and question.scale_B1 is not None:
             # In the precision of the inputs, lest what bfloat16 left of the product is rounded several times more.
-            mapped_Bn, slope_Bn = question.map.with_slope(logits_Bn.to(question.queries_BD.dtype), question.parameter_B1, wants_slope)
-            logits_Bn = mapped_Bn * (question.scale_B1 * self.base)
+            cosines_Bn = self._wide_tile(batch, columns).copy_(logits_Bn) if self.is_rounded else logits_Bn
+            spare = self._wide_tile(batch, columns, 1), self._wide_tile(batch, columns, 2)
+            mapped_Bn, slope_Bn = question.map.with_slope(cosines_Bn, question.parameter_B1, wants_slope, spare)
+            logits_Bn = torch.mul(mapped_Bn, question.scale_B1 * self.base, out=spare[1])
         if self.bias_S is not None:
             # In float32: rounded a second time, logits would lose what the subtraction of a threshold leaves.
             memory = logits_Bn if logits_Bn.dtype is self.bias_S.dtype else self._wide_tile(batch, columns)
@@ -159,10 +161,11 @@ class Walk:
         if is_out_n.device.type != "cpu" or is_out_n.numpy().any():
             logits_Bn.masked_fill_(is_out_n, -torch.inf)
 
-    def _wide_tile(self, batch: int, columns: int) -> Tensor:
-        if self.wide_tile is None:
-            self.wide_tile = self.empty(self.wide.dtype, batch * self.size)
-        return self.wide_tile[: batch * columns].view(batch, columns)
+    def _wide_tile(self, batch: int, columns: int, place: int = 0) -> Tensor:
+        """Memory in the precision of the inputs, other at another place."""
+        if place not in self.wide_tiles:
+            self.wide_tiles[place] = self.empty(self.wide.dtype, batch * self.size)
+        return self.wide_tiles[place][: batch * columns].view(batch, columns)
 
     def weigh(self, chunk: Chunk, weights: Weights) -> tuple[Tensor, Tile]:
         """Weights [B, n] of the products of backward, and the tile they came from."""

@@ -83,11 +83,12 @@ def emphasis_on_hard(hardness: float, emphasis: str) -> Map:
         assert limit_B1 is not None
         return torch.where(cosines_Bn > limit_B1, factor * cosines_Bn + hardness, cosines_Bn)
 
-    def derivative(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
-        assert limit_B1 is not None
-        return (cosines_Bn > limit_B1).to(cosines_Bn.dtype).mul_(factor - 1).add_(1)
+    def in_place(cosines_Bn: Tensor, limit_B1: Tensor, slope_Bn: Tensor, spare_Bn: Tensor) -> None:
+        is_hard_Bn = torch.gt(cosines_Bn, limit_B1, out=slope_Bn)  # 1 or 0
+        cosines_Bn += torch.mul(cosines_Bn, factor - 1, out=spare_Bn).add_(hardness).mul_(is_hard_Bn)
+        slope_Bn.mul_(factor - 1).add_(1)
 
-    return Map(function, bound=factor + hardness, derivative=derivative)
+    return Map(function, bound=factor + hardness, in_place=in_place)
 
 
 def _phi(target_B: Tensor, margin: float, target: str) -> Tensor:
@@ -144,11 +145,13 @@ def curriculum(mean: Tensor) -> Map:
         assert limit_B1 is not None
         return torch.where(cosines_Bn > limit_B1, cosines_Bn * (mean.to(cosines_Bn.dtype) + cosines_Bn), cosines_Bn)
 
-    def derivative(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
-        assert limit_B1 is not None
-        return torch.where(cosines_Bn > limit_B1, mean.to(cosines_Bn.dtype) + 2 * cosines_Bn, 1.0)
+    def in_place(cosines_Bn: Tensor, limit_B1: Tensor, slope_Bn: Tensor, spare_Bn: Tensor) -> None:
+        is_hard_Bn = torch.gt(cosines_Bn, limit_B1, out=slope_Bn)  # 1 or 0
+        factor_Bn = torch.add(cosines_Bn, mean.to(cosines_Bn.dtype) - 1, out=spare_Bn).mul_(is_hard_Bn).add_(1)  # mean + n, or 1
+        slope_Bn.mul_(cosines_Bn).add_(factor_Bn)
+        cosines_Bn *= factor_Bn
 
-    return Map(function, bound=2.0, derivative=derivative)
+    return Map(function, bound=2.0, in_place=in_place)
 
 
 @register("search_softmax")
