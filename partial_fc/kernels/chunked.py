@@ -8,7 +8,8 @@ from torch import Tensor
 
 from partial_fc.kernels import Gradients, Known, Question, Rows, Slopes, Wanted
 from partial_fc.kernels.entries import Apart, Entries, entry_logits
-from partial_fc.kernels.walk import LN_2, Kept, Walk, Weights, multiply
+from partial_fc.kernels.kept import Kept
+from partial_fc.kernels.walk import LN_2, Walk, Weights, multiply
 from partial_fc.sources import Source
 
 
