@@ -31,8 +31,8 @@ class Map:
     def with_slope(
         self, cosines_Bn: Tensor, parameter_B1: Tensor | None, wants_slope: bool = True, memory: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(mapped, slope) of a tile; None stands for a slope of 1, or for one that is not wanted. With memory for the slope and what else
-        it takes, both [B, n], it may overwrite the tile."""
+        """(mapped, slope) of a tile; None stands for a slope of 1, or perhaps for one that is not wanted. With memory for the slope and
+        what else it takes, both [B, n], it may overwrite the tile."""
         if self.in_place is not None and memory is not None and parameter_B1 is not None:
             self.in_place(cosines_Bn, parameter_B1, *memory)
             return cosines_Bn, memory[0] if self.slope == "exact" else None

@@ -32,7 +32,8 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
         if column_S is not None:
             column_S[chunk.rows] = torch.logsumexp(logits_Bn.to(sum_B.dtype) / walk.base, dim=0)
         if shifts:
-            larger_B = torch.maximum(shift_B, logits_Bn.amax(dim=1).ceil())
+            largest_B = logits_Bn.amax(dim=1)
+            larger_B = torch.maximum(shift_B, largest_B.ceil() if walk.is_rounded else largest_B)  # see Walk.weigh
             finite_B = larger_B.clamp(min=-1e30)  # -inf minus -inf would be NaN
             sum_B *= torch.exp2(shift_B - finite_B)
             shift_B = larger_B
@@ -55,7 +56,7 @@ def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
                 walk.keep(chunk, logits_Bn.sigmoid_(), slope_Bn)
             continue
         if shifts:
-            logits_Bn -= finite_B[:, None].to(logits_Bn.dtype)  # whole numbers, and as largest logits are numbers of this type
+            logits_Bn -= finite_B[:, None].to(logits_Bn.dtype)  # a number of this type already
             if walk.kept is not None:
                 walk.kept.shift_B1[chunk.rows.start] = finite_B[:, None]
         exp_Bn = logits_Bn.exp2_()

@@ -19,7 +19,7 @@ class Kept:
         self.units_fit = (batch + room.shape[1]) * dtype.itemsize <= self.stride
         self.inverse: dict[int, Tensor] = {}  # by first row, as what follows: 1 / |w| of a chunk whose unit prototypes are kept
         self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (column, weight) that a chunk's weights leave out
-        self.shift_B1: dict[int, Tensor] = {}  # powers of two by which a chunk's weights are divided: largest logits so far
+        self.shift_B1: dict[int, Tensor] = {}  # a chunk's weights are 2^(logit - shift), of the largest logits so far
 
     def weights(self, rows: slice) -> Tensor | None:
         """Memory [B, n] of a chunk; None where the room ends."""

@@ -145,7 +145,7 @@ class Walk:
                 column_B, weight_B = self.kept.hardest[chunk.rows.start]
                 is_apart_B = column_B + chunk.rows.start == self.apart_rows_B
                 self.put(kept_Bn, column_B.masked_fill(is_apart_B, -1), weight_B.to(kept_Bn.dtype))
-            if weights.shift_B1 is not None:  # whole numbers, so that nothing is rounded
+            if weights.shift_B1 is not None:  # in bfloat16 a power of two, which rounds nothing
                 kept_Bn *= torch.exp2(self.kept.shift_B1[chunk.rows.start] - weights.shift_B1).to(kept_Bn.dtype)
             return kept_Bn, Tile(kept_Bn)
         tile = self.tile_of(chunk, wants_slope=True)
@@ -241,7 +241,9 @@ class Weights:
             has_others_B = torch.isfinite(known.log_sum_B)
             log_sum_B = known.log_sum_B.where(has_others_B, 0) * LOG2_E
             if not walk.question.bounded:
-                self.shift_B1 = log_sum_B[:, None].round()
+                self.shift_B1 = log_sum_B[:, None]
+                if walk.is_rounded:  # the tile then has few digits: a whole number leaves them to the logits
+                    self.shift_B1 = self.shift_B1.round()
                 log_sum_B = log_sum_B - self.shift_B1[:, 0]
             self.factor_B = (self.factor_B * torch.exp2(-log_sum_B)).where(has_others_B, 0)
         if walk.question.columns:

@@ -4,6 +4,7 @@ with the B x C matrix, in one process; sharded over ranks in test_sharded.py."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from partial_fc import similarity_statistics
 from partial_fc.kernels import chunked, walk
+from partial_fc.losses.reweighted import curriculum
 from partial_fc.maps import Map
 from partial_fc.sources import Matrix
 
@@ -20,6 +22,8 @@ KERNELS = ["reference", "chunked"]
 SHAPES = [(1, 1, 1), (1, 7, 3), (6, 1, 4), (7, 13, 5), (33, 700, 17), (16, 256, 32), (16, 700, 32), (5, 257, 8)]  # batch, classes, width
 HARD_TWICE = Map(lambda n, f: torch.where(n > f, 1.5 * n + 0.2, n), bound=1.7)
 HARD_TWICE_UNBOUNDED = Map(HARD_TWICE.function, bound=9.0)  # at a scale of 20 not for exponentials without a maximum
+CURRICULUM = curriculum(torch.tensor(0.4))
+CURRICULUM_UNBOUNDED = replace(CURRICULUM, bound=9.0)
 SQUARED = Map(lambda n, _: 2 * ((n + 1) / 2).pow(3) - 1)
 SQUARED_THROUGH = Map(SQUARED.function, slope="straight_through")
 
@@ -111,6 +115,9 @@ OPTIONS = {
     "map, straight-through": {"map": SQUARED_THROUGH},
     "map with parameter, vector scale, bias": {"map": HARD_TWICE, "vector": True, "bias": True},
     "map with parameter, unbounded": {"map": HARD_TWICE_UNBOUNDED, "included": True},
+    "map in place": {"map": CURRICULUM, "included": True},
+    "map in place, vector scale, bias": {"map": CURRICULUM, "vector": True, "bias": True},
+    "map in place, unbounded": {"map": CURRICULUM_UNBOUNDED},
     "softplus": {"reduction": "softplus_sum"},
     "softplus, threshold": {"reduction": "softplus_sum", "threshold": True},
     "softplus, threshold, bias, vector scale": {"reduction": "softplus_sum", "threshold": True, "bias": True, "vector": True},
@@ -421,3 +428,31 @@ def test_two_backward_passes_and_two_forwards_before_them():
         torch.testing.assert_close(found[first], found[second], rtol=1e-12, atol=1e-14)
     exact = similarity_statistics(case["features"], leaf, case["labels"], scale=9.0, kernel="reference").non_target_B.sum()
     torch.testing.assert_close(found[0], torch.autograd.grad(exact, leaf)[0])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_kept_under_smaller_maxima(dtype, sign, monkeypatch):
+    """Logits rise from chunk to chunk by hundreds of powers of two, up to 400, or fall; classes with no part in it come first. What was
+    kept serves as well as what is computed again."""
+    generator = torch.Generator().manual_seed(0)
+    features, other = (torch.randn(16, 32, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels, included, rows = torch.arange(16) + 300, torch.arange(1024) >= 256, torch.arange(1024) % 16
+    cosines = sign * torch.linspace(-1, 1, 1024, dtype=torch.float64)[:, None]
+    prototypes = cosines * unit(features)[rows] + (1 - cosines.square()).sqrt() * unit(other)[rows]
+
+    def slopes(kernel, precision, **options):
+        inputs = [tensor.to(precision, copy=True).requires_grad_() for tensor in (features, prototypes)]
+        found = similarity_statistics(*inputs, labels, scale=400.0, included_S=included, kernel=kernel, **options)
+        return torch.autograd.grad(found.non_target_B.sum(), inputs)
+
+    exact = slopes("reference", torch.float64)
+    precision, products = (torch.float32, "bfloat16") if dtype == "bfloat16" else (getattr(torch, dtype), "float32")
+    kept = slopes("chunked", precision, dtype=products)
+    monkeypatch.setattr(Matrix, "room", lambda source: None)
+    again = slopes("chunked", precision, dtype=products)
+    for one, other, true in zip(kept, again, exact, strict=True):
+        assert (one - true).norm() <= 1.1 * (other - true).norm() + 1e-12 * true.norm()
+    if dtype == "float64":
+        for one, true in zip(kept, exact, strict=True):
+            torch.testing.assert_close(one, true, rtol=1e-9, atol=1e-9)

@@ -59,7 +59,7 @@ def uss(features, labels, memory: Memory, scale, margin=0.1, threshold=None, sou
     if threshold is None and "is_started" not in memory.own and bool(others.isfinite().any()):
         memory.own["is_started"] = True
         first = torch.logsumexp(scale * others, dim=1)
-        memory.own["starts"] = {"threshold": first.where(first.isfinite(), 0).mean().detach()}
+        memory.own["starts"] = {"threshold": first[first.isfinite()].mean().detach()}
         b = b + (memory.own["starts"]["threshold"] - b).detach()
     return (softplus(b - scale * (target - margin)).where(has_positive, 0) + softplus(scale * others - b).sum(dim=1)).mean()
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from partial_fc import PartialFC, losses
@@ -111,6 +113,17 @@ def test_maps_reach_their_bound_and_no_further(parameter):
         map = curriculum(torch.tensor(mean))
         assert map.function(grid, limit).abs().max() <= map.bound
     assert curriculum(torch.tensor(1.0)).function(grid, limit).max() == curriculum(torch.tensor(1.0)).bound
+
+
+@given(st.integers(0, 10**6), st.floats(-1, 1), st.sampled_from(["adaptive", "fixed", "curriculum"]))
+def test_maps_in_place_are_their_functions(seed, mean, kind):
+    generator = torch.Generator().manual_seed(seed)
+    cosines, limits = (2 * torch.rand(5, columns, generator=generator, dtype=torch.float64) - 1 for columns in (9, 1))
+    map = curriculum(torch.tensor(mean)) if kind == "curriculum" else emphasis_on_hard(0.3, kind)
+    mapped, slope = map.with_slope(cosines.clone(), limits)
+    found, found_slope = map.with_slope(cosines.clone(), limits, memory=(torch.full_like(cosines, 7), torch.full_like(cosines, 7)))
+    torch.testing.assert_close(found, mapped, rtol=0, atol=1e-14)
+    torch.testing.assert_close(found_slope, slope, rtol=0, atol=1e-14)
 
 
 def same(one, other):
