@@ -100,4 +100,6 @@ CANDIDATES: dict[str, list[tuple[str, ...]]] = {
         ("loss.margin=0.3",),
         *[("classifier.substitution_source=bank", f"classifier.substitution_rate={rate}") for rate in (0.2, 1)],
     ],
+    "anchorface": [(f"loss.far_weight={weight}",) for weight in (10, 100, 1000)],
+    "mv_softmax": [(f"loss.margin={margin}", f"loss.hardness={hardness}") for margin, hardness in ((0.2, 0.2), (0.1, 0.2), (0.2, 0.05))],
 }
