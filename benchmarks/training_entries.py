@@ -40,7 +40,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "adaface": ("loss=adaface", "loss.scale=24", "loss.margin=0.2"),
     "frequency_margin": ("loss=frequency_margin", "loss.scale=24", "loss.margin=0.3"),
     "sv_softmax": ("loss=sv_softmax", "loss.scale=24"),
-    "mv_softmax": ("loss=mv_softmax", "loss.scale=24", "loss.margin=0.2"),
+    "mv_softmax": ("loss=mv_softmax", "loss.scale=24", "loss.margin=0.2", "loss.hardness=0.05"),
     "curricularface": ("loss=curricularface", "loss.scale=24", "loss.margin=0.3"),
     "search_softmax": ("loss=search_softmax", "loss.scale=24", "loss.modulation=-100"),
     "gb_cosface": ("loss=gb_cosface", "loss.scale=24", "loss.margin=0.1"),
@@ -54,7 +54,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "contrastive": ("loss=contrastive", *PAIRED),
     "triplet": ("loss=triplet", "data.images_per_identity=4"),
     "unpg": ("loss=unpg", "loss.scale=24", "loss.margin=0.2", *PAIRED),
-    "anchorface": ("loss=anchorface", "loss.scale=24", "loss.margin=0.2", *PAIRED),
+    "anchorface": ("loss=anchorface", "loss.scale=24", "loss.margin=0.2", "loss.far_weight=10", *PAIRED),
     "center": ("loss=center", "loss.scale=24", "loss.margin=0.2"),
     "range with cosface": (
         "loss=sum",
