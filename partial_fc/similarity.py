@@ -124,9 +124,11 @@ def similarity_statistics(
         target_B, values_Bk, classes_Bk = _Top.apply(question.queries_BD, question, source, k, classes_S, chosen, group, *source.tensors)
         return Statistics(target_B, values_Bk, norms_B, classes_Bk)
     keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in source.tensors)
+    if question.scale_B1 is not None and question.scale_B1.requires_grad:
+        keeps = False  # its gradient needs the mapped cosines
     if (map is not None and map.slope == "exact") or (reduction == "log_sum_exp" and not question.bounded):
-        # For the gradients of bias and scale what is kept has the map's slope too much, or in bfloat16 too few digits for any bias.
-        keeps = keeps and not any(x is not None and x.requires_grad for x in (question.bias_S, question.scale_B1))
+        # For the gradient of the bias what is kept has the map's slope too much, or in bfloat16 too few digits where logits are large.
+        keeps = keeps and not (question.bias_S is not None and question.bias_S.requires_grad)
     target_B, reduced_B, column_S = _Sums.apply(
         question.queries_BD, question.bias_S, question.scale_B1, question, source, chosen, group, keeps, *source.tensors
     )

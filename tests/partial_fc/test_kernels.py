@@ -121,6 +121,7 @@ OPTIONS = {
     "softplus": {"reduction": "softplus_sum"},
     "softplus, threshold": {"reduction": "softplus_sum", "threshold": True},
     "softplus, threshold, bias, vector scale": {"reduction": "softplus_sum", "threshold": True, "bias": True, "vector": True},
+    "softplus, map, threshold, vector scale": {"reduction": "softplus_sum", "map": SQUARED_THROUGH, "threshold": True, "vector": True},
     "softplus, map, included": {"reduction": "softplus_sum", "map": SQUARED_THROUGH, "included": True},
 }
 
