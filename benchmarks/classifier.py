@@ -16,9 +16,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks.eager import EagerClassifier
-from benchmarks.meters import MatrixRate, Traffic, peak_memory, seconds
 from partial_fc import PartialFC, RowSGD, losses
 from partial_fc.memory import Memory
+from pipeline.measuring import MatrixRate, Traffic, peak_memory, seconds
 
 SCALE, MARGIN = 64.0, 0.4
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4

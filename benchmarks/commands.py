@@ -8,9 +8,9 @@ import os
 from pipeline.commands import command
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser of `protoshard bench` its commands."""
-    bench = parser.add_subparsers(metavar="COMMAND", required=True)
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds `bench` to the commands of `protoshard`."""
+    bench = commands.add_parser("bench", help="measure this version on this machine").add_subparsers(metavar="COMMAND", required=True)
     classifier = command(
         bench,
         "classifier",

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.meters import seconds
 from partial_fc import PartialFC, losses
+from pipeline.measuring import seconds
 
 
 def rows(names: list[str], classes: int, batch: int, width: int, dtype: str, pairs: int) -> Iterator[dict[str, Any]]:

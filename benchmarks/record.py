@@ -6,7 +6,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -14,19 +13,9 @@ from typing import Any
 
 import torch
 
+from pipeline.measuring import hardware
+
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def commit() -> str:

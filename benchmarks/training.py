@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from benchmarks.training_entries import BUDGET, CANDIDATES, ENTRIES
-from pipeline.recipes import find_data
+from pipeline.recipes.data import find_data
 
 FOLDER = os.path.join("runs", "bench-training")
 FIGURES = {

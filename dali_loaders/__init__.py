@@ -3,14 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dali_loaders import renamed
+from dali_loaders.config import AugmentConfig, DataConfig
 from dali_loaders.order import GroupedOrder, UniformOrder
 from dali_loaders.packing import pack
 from dali_loaders.sources import Source, open_source
 
 if TYPE_CHECKING:
     from dali_loaders.checking import CheckReport, check
-    from dali_loaders.decode import AugmentConfig, DataConfig
     from dali_loaders.loader import Batch, TrainLoader, evaluation_batches
+
+renamed.modules({f"dali_loaders.face_{name}": f"dali_loaders.faces.{name}" for name in ("canvas", "drawing", "traits")})
 
 __all__ = [
     "AugmentConfig",
@@ -28,8 +31,6 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AugmentConfig": "decode",
-    "DataConfig": "decode",
     "CheckReport": "checking",
     "check": "checking",
     "Batch": "loader",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dali_loaders.decode import DataConfig, Decoder, HeaderReader, UnreadableImagesError, read_image
+from dali_loaders.config import DataConfig
+from dali_loaders.decode import Decoder, HeaderReader, UnreadableImagesError, read_image
 from dali_loaders.sources import open_source, single_image_identities
 
 _BATCH = 256

@@ -4,15 +4,15 @@ DALI draws no random numbers here: every sample's flip, matrix, brightness and c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+from dali_loaders.config import AugmentConfig
+from dali_loaders.config import DataConfig as DataConfig  # recipe files written before import it from here
 from dali_loaders.order import uniform
 from dali_loaders.sources import Source
 
@@ -20,56 +20,6 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 _AUGMENT_STREAM = 1
 _COLUMNS = 7  # flip, angle, zoom, shift x, shift y, brightness, contrast: fixed, so that one option does not change another's numbers
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Random changes of a training image; zero switches one off. Each is drawn uniformly and symmetrically around no change."""
-
-    flip: bool = True  # mirrors left and right with probability 1/2
-    rotate: float = 0.0  # up to so many degrees either way
-    zoom: float = 0.0  # scale between 1 - zoom and 1 + zoom
-    shift: float = 0.0  # up to this fraction of the side, in x and in y
-    brightness: float = 0.0  # factor between 1 - brightness and 1 + brightness
-    contrast: float = 0.0  # factor around mid-grey between 1 - contrast and 1 + contrast
-
-    def __post_init__(self) -> None:
-        for name, limit in (("rotate", 180.0), ("zoom", 0.9), ("shift", 0.9), ("brightness", 1.0), ("contrast", 1.0)):
-            value = getattr(self, name)
-            if not 0 <= value <= limit:
-                raise ValueError(f"augment.{name} is {value}; expected a number from 0 to {limit:g}.")
-
-    @property
-    def geometric(self) -> bool:
-        return max(self.rotate, self.zoom, self.shift) > 0
-
-    @property
-    def photometric(self) -> bool:
-        return max(self.brightness, self.contrast) > 0
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train on and how images are prepared."""
-
-    train: str = ""  # folder, .tar or .rec
-    reader: str = "native"  # or "mxnet", for .rec only
-    min_images: int = 2  # an identity with fewer is refused; 1 admits all
-    images_per_identity: int = 1  # K of P x K batches: so many of one identity stand together; 1 draws images without regard to identity
-    image_size: int = 112  # side in pixels; other sizes are stretched to it
-    threads: int = 0  # for reading and for decoding; 0 shares the cores among the ranks of this machine
-    prefetch: int = 2  # batches kept ready ahead of the training step
-    augment: AugmentConfig = AugmentConfig()
-
-    def __post_init__(self) -> None:
-        for name, least in (("min_images", 1), ("images_per_identity", 1), ("image_size", 8), ("threads", 0), ("prefetch", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"data.{name} is {value}; expected at least {least}.")
-
-    def thread_count(self) -> int:
-        """`threads`, or for 0 this rank's share of the cores that the process may use."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positions: np.ndarray) -> dict[str, np.ndarray]:

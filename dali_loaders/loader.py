@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from dali_loaders.background import Background
-from dali_loaders.decode import DataConfig, Decoder, UnreadableImagesError, augment_arguments, read_image
+from dali_loaders.config import DataConfig
+from dali_loaders.decode import Decoder, UnreadableImagesError, augment_arguments, read_image
 from dali_loaders.order import Order, build_order
 from dali_loaders.sources import Source
 

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dali_loaders import renamed
+from dali_loaders.identities import identities_path, write_identities
 from dali_loaders.records import IRHeader, RecordWriter, pack_record
-
-if TYPE_CHECKING:
-    from dali_loaders.sources import Source
+from dali_loaders.sources import Source
 
 _EXACT = 1 << 24  # float32, the type of labels in RecordIO, counts exactly up to here
 
+renamed.names(__name__, {"read_identities": "dali_loaders.identities"})
 log = logging.getLogger(__name__)
 
 
@@ -39,29 +39,5 @@ def pack(source: Source, out_path: str) -> None:
         for label, (first, end) in enumerate(zip(last - counts, last, strict=True)):
             key = images + 1 + label
             writer.write(key, pack_record(IRHeader(2, np.array([first, end]), key, 0), b""))
-        _write_identities(f"{identities_path(out_path)}.{os.getpid()}.tmp", counts, source.identities)
+        write_identities(f"{identities_path(out_path)}.{os.getpid()}.tmp", counts, source.identities)
     os.replace(f"{identities_path(out_path)}.{os.getpid()}.tmp", identities_path(out_path))
-
-
-def identities_path(path: str) -> str:
-    """x.rec -> x.identities.txt"""
-    return os.path.splitext(path)[0] + ".identities.txt"
-
-
-def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
-    """Images per identity, int64 [C], and names of a file that `pack` wrote beside the .rec `path`; None if there is none."""
-    if not os.path.exists(identities_path(path)):
-        return None
-    try:
-        with open(identities_path(path), encoding="utf-8", newline="\n") as file:
-            lines = [line.rstrip("\n").split("\t", 1) for line in file]
-        return np.array([int(count) for count, _ in lines], np.int64), [name for _, name in lines]
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{identities_path(path)} does not hold lines 'images<tab>identity' ({error}); delete it or pack again."
-        ) from error
-
-
-def _write_identities(path: str, counts: np.ndarray, names: list[str]) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{count}\t{name}\n" for count, name in zip(counts, names, strict=True))

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from dali_loaders.identities import identities_path, read_identities
 from dali_loaders.mxnet_records import MXNetReader
-from dali_loaders.packing import identities_path, read_identities
 from dali_loaders.records import IndexedRecordReader, RandomAccessFile, unpack_record
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -1,0 +1,1 @@
+"""Runs on one machine or many: multinode.sh, Ray, the quick start."""

@@ -64,7 +64,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--ranks-per-node is {options.ranks_per_node}; a node needs at least 1 rank.")
     if options.max_failures < 0:
         raise ValueError(f"--max-failures is {options.max_failures}; give 0 for no restart, or how many to allow.")
-    from pipeline.config import resolve
+    from pipeline.resolve import resolve
 
     resolve(options.recipe, options.overrides)
 

@@ -53,7 +53,7 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     if not os.path.isdir(options.folder):
         raise BadInputError(f"Folder {options.folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
     os.chdir(options.folder)
-    from pipeline.config import resolve
+    from pipeline.resolve import resolve
 
     try:
         config = resolve(options.recipe, options.overrides)

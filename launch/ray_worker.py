@@ -22,8 +22,8 @@ def run_rank(settings: dict[str, Any]) -> dict[str, float]:
     if not os.path.isdir(folder):
         raise BadInputError(f"Folder {folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
     os.chdir(folder)
-    from pipeline.config import resolve
     from pipeline.distributed import describe
+    from pipeline.resolve import resolve
     from pipeline.train import train
 
     try:

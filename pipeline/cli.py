@@ -6,13 +6,17 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 
-from benchmarks import commands as benchmarks
 from pipeline.commands import command
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+def main(arguments: list[str] | None = None, add_commands: Callable[[argparse._SubParsersAction], None] | None = None) -> int:
+    """The exit code. `add_commands` adds the commands of rooms above this one, of which the pipeline knows nothing (benchmarks/cli.py)."""
+    parser, commands = _parser()
+    if add_commands:
+        add_commands(commands)
+    options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     try:
         options.command(options)
@@ -31,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from pipeline.config import resolve
     from pipeline.distributed import run_local
+    from pipeline.resolve import resolve
     from pipeline.summary import summary
     from pipeline.train import train_recipe
 
@@ -44,7 +48,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     from pipeline.distributed import run_local
-    from pipeline.evaluation.checkpointed import evaluate_checkpoint
+    from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
 
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, options.data, options.json, options.figure, options.no_flip)
 
@@ -72,13 +76,14 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from pipeline.config import as_text, resolve
+    from pipeline.config import as_text
+    from pipeline.resolve import resolve
 
     print(as_text(resolve(options.recipe, options.set)))
 
 
 def _import_insightface(options: argparse.Namespace) -> None:
-    from pipeline.insightface import import_run
+    from pipeline.interop.insightface import import_run
 
     print(import_run(options.config, options.models, options.out, options.gpus))
 
@@ -93,7 +98,7 @@ def _plan(options: argparse.Namespace) -> None:
     print(plan.as_json(made) if options.json else plan.as_text(made))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser = argparse.ArgumentParser(prog="protoshard", description="Trains open-set recognition models with up to 100 million identities.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -153,9 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         "protoshard plan --identities 10000000 --ranks 8 --batch 1024 --rate 0.1 --hardware h100-80gb",
     )
     _add_plan(plan)
-
-    benchmarks.add(commands.add_parser("bench", help="measure this version on this machine"))
-    return parser
+    return parser, commands
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

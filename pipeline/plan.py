@@ -189,8 +189,7 @@ def _measured(job: Job) -> Hardware:
     """A rank's share of this machine. Without a GPU the ranks divide its cores and memory."""
     import torch
 
-    from benchmarks.meters import MatrixRate, seconds
-    from benchmarks.record import hardware
+    from pipeline.measuring import MatrixRate, hardware, seconds
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.config import TrainConfig, resolve
+from pipeline.config import TrainConfig
 from pipeline.distributed import FolderLock, join
+from pipeline.resolve import resolve
 from pipeline.trainer import Trainer
 
 

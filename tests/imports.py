@@ -68,7 +68,7 @@ def _pattern(part: ast.expr, module: str) -> str:
 
 
 def circles(edges: Graph) -> list[list[str]]:
-    """The sets of modules that can all reach each other (Tarjan's strongly connected components of more than one module, or with itself)."""
+    """The sets of modules that can all reach each other (Tarjan's strongly connected components)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dali_loaders.config import DataConfig
+from dali_loaders.sources import open_source
 from pipeline.evaluation import all_pairs, embed  # the modules: exporting their functions would hide them
 from pipeline.evaluation.all_pairs import PairReport
 from pipeline.evaluation.bin_pairs import BinReport, evaluate_bin, read_bin, write_bin
-
-if TYPE_CHECKING:
-    from dali_loaders.decode import DataConfig
 
 __all__ = ["BinReport", "PairReport", "evaluate", "evaluate_bin", "read_bin", "write_bin"]
 
@@ -39,8 +37,6 @@ def evaluate(
     """
     if path.endswith(".bin"):
         return evaluate_bin(model, path, data, batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group)
-    from dali_loaders.sources import open_source
-
     source = open_source(path, data.reader if path.endswith(".rec") else "native")
     embeddings_nD, labels_n = embed.embed(
         model, source, data, batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group

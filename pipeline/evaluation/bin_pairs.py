@@ -5,19 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dali_loaders.config import DataConfig
 from pipeline.evaluation.all_pairs import equal_error_rate
 from pipeline.evaluation.embed import embed
 from pipeline.evaluation.pair_pickle import load_pairs
-
-if TYPE_CHECKING:
-    from dali_loaders.decode import DataConfig
 
 FOLDS = 10
 INVERSE_FAR = 1000

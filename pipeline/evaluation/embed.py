@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    from dali_loaders.decode import DataConfig
-    from dali_loaders.sources import Source
+from dali_loaders.config import DataConfig
+from dali_loaders.sources import Source
 
 logger = logging.getLogger(__name__)
 NAMED = 5  # unreadable images that a message names before it only counts

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dali_loaders.decode import DataConfig
+from dali_loaders.config import DataConfig
 from pipeline.distributed import Place
 from pipeline.evaluation import PairReport, evaluate
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES

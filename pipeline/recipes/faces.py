@@ -3,13 +3,13 @@ None of them was run here: they hold its published results for comparison."""
 
 from __future__ import annotations
 
-from dali_loaders.decode import DataConfig
+from dali_loaders.config import DataConfig
 from partial_fc import losses
 from partial_fc.classifier import ClassifierConfig
 from pipeline.backbones import BackboneConfig
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
-from pipeline.recipes import find_data
+from pipeline.recipes.data import find_data
 from pipeline.schedule import OptimizerConfig
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dali_loaders.decode import AugmentConfig, DataConfig
+from dali_loaders.config import AugmentConfig, DataConfig
 from partial_fc import losses
 from pipeline.backbones import BackboneConfig
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
-from pipeline.recipes import find_data
+from pipeline.recipes.data import find_data
 from pipeline.schedule import OptimizerConfig
 
 

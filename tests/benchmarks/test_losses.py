@@ -10,7 +10,7 @@ import pytest
 from benchmarks import loss_cost, loss_page, training
 from benchmarks.training_entries import CANDIDATES, ENTRIES
 from partial_fc import losses
-from pipeline.config import resolve
+from pipeline.resolve import resolve
 
 
 def test_every_loss_has_a_cost_and_the_text_names_it():

@@ -5,8 +5,8 @@ import pytest
 from pictures import picture
 
 from dali_loaders import open_source, pack, records
+from dali_loaders.identities import identities_path
 from dali_loaders.mxnet_records import import_recordio
-from dali_loaders.packing import identities_path
 
 
 @pytest.fixture

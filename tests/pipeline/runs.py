@@ -9,7 +9,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from dali_loaders.decode import AugmentConfig, DataConfig
+from dali_loaders.config import AugmentConfig, DataConfig
 from dali_loaders.faces import FacesConfig, write_faces
 from partial_fc import losses
 from partial_fc.classifier import ClassifierConfig

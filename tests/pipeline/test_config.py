@@ -12,8 +12,9 @@ import pytest
 from partial_fc import losses
 from partial_fc.losses import Loss
 from partial_fc.losses.margins import ArcFace
-from pipeline.config import as_dict, as_text, from_dict, resolve
+from pipeline.config import RENAMED, as_dict, as_text, from_dict
 from pipeline.recipes import RECIPES
+from pipeline.resolve import resolve
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -153,3 +154,22 @@ def test_a_recipe_whose_loss_has_no_name(tmp_path):
 
 def test_a_loss_may_be_named_after_its_fields():
     assert resolve("dogs_small", ["loss.margin=0.15", "loss=arcface"]).loss == losses.build("arcface", margin=0.15)
+
+
+def test_a_renamed_field_ends_in_its_new_name_and_loads_from_a_checkpoint(tmp_path, monkeypatch):
+    config = resolve("dogs_small", ["run.batch=96", "checkpoint.keep=7"])
+    saved = json.loads(json.dumps(as_dict(config)))
+    saved["run"]["images_per_step"] = saved["run"].pop("batch")
+    saved["engine"]["keep"] = saved["checkpoint"].pop("keep")
+    with pytest.raises(ValueError, match=r"the saved configuration has run.images_per_step, which this version does not know"):
+        from_dict(saved)
+    for old, new in (("run.images_per_step", "run.batch"), ("engine.keep", "checkpoint.keep"), ("data.never_there", "data.train")):
+        monkeypatch.setitem(RENAMED, old, new)
+    assert from_dict(saved) == config
+    assert from_dict(as_dict(config)) == config
+    with pytest.raises(ValueError, match=r"^--set run\.images_per_step: this field is now run\.batch$"):
+        resolve("dogs_small", ["run.images_per_step=96"])
+    file = tmp_path / "mine.py"
+    file.write_text("from pipeline.config import *\ndef recipe():\n    return TrainConfig(run=RunConfig(images_per_step=96))\n")
+    with pytest.raises(ValueError, match=r"mine.py cannot be run: TypeError: .* \(run.images_per_step is now run.batch\)$"):
+        resolve(str(file))

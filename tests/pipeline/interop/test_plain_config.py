@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.plain_config import read_config
+from pipeline.interop.plain_config import read_config
 
 
 def read(tmp_path, text):

@@ -8,7 +8,7 @@ import math
 import cv2
 import numpy as np
 
-from dali_loaders.face_traits import Colour, Conditions
+from dali_loaders.faces.traits import Colour, Conditions
 
 FRACTION_BITS = 4  # cv2 takes fixed-point coordinates, here in sixteenths of a pixel
 Depth = float | np.ndarray

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from dali_loaders.face_drawing import draw_face
-from dali_loaders.face_traits import Conditions, Traits, draw_record
+from dali_loaders.faces.drawing import draw_face
+from dali_loaders.faces.traits import Conditions, Traits, draw_record
+from dali_loaders.packing import pack
+from dali_loaders.sources import TarSource
 
 SMALLEST, LARGEST = 16, 1024  # sides in pixels
 _IMAGES_WORTH_A_PROCESS = 500  # drawing so many takes about as long as starting a process
@@ -157,9 +159,6 @@ def _write_tar(path: str, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def _write_records(path: str, files: Iterable[tuple[str, bytes]]) -> None:
-    from dali_loaders.packing import pack
-    from dali_loaders.sources import TarSource
-
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         _write_tar(f"{folder}/faces.tar", files)
         pack(TarSource(f"{folder}/faces.tar"), path)

@@ -5,8 +5,8 @@ import torch
 
 from partial_fc.losses.margins import ArcFace, Combined, CosFace
 from pipeline.backbones import BackboneConfig, build
-from pipeline.config import resolve
-from pipeline.insightface import ImportedConfig, import_config, load_backbone, merge_classifier, recipe_source
+from pipeline.interop.insightface import ImportedConfig, import_config, load_backbone, merge_classifier, recipe_source
+from pipeline.resolve import resolve
 
 CONFIG = """
 from easydict import EasyDict as edict
@@ -120,6 +120,8 @@ def test_recipe_source_gives_the_configuration_back(tmp_path):
     config = resolve(str(path))
     assert (config.run.batch, config.backbone.name, config.loss.margin) == (512, "iresnet100", 0.4)
     assert config.data.train == "/train_tmp/WebFace42M/train.rec"
+    lines = path.read_text().splitlines()
+    assert "from dali_loaders.config import DataConfig" in lines and "from pipeline.config import RunConfig, TrainConfig" in lines
 
 
 def test_recipe_source_is_python_whatever_the_values():

@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
+from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
-from pipeline.plain_config import read_config
+from pipeline.config import TrainConfig, as_dict
+from pipeline.interop.plain_config import read_config
+from pipeline.resolve import resolve
 
 SCALE = 64.0  # fixed in arcface_torch's training script, as is the clipping below
 CLIP_NORM = 5.0
@@ -129,17 +132,18 @@ def recipe_source(imported: ImportedConfig, origin: str) -> str:
         section, _, name = dotted.partition(".")
         sections.setdefault(section, {})[name] = value
     loss_name = sections["loss"].pop("name")
-    builders = {section: f"{section.capitalize()}Config(" for section in sections} | {"loss": f"losses.build({loss_name!r}, "}
+    kinds = get_type_hints(TrainConfig)
+    builders = {section: f"{kinds[section].__name__}(" for section in sections} | {"loss": f"losses.build({loss_name!r}, "}
     calls = [
         f"        {s}={builders[s]}{', '.join(f'{name}={value!r}' for name, value in part.items())}),\n" for s, part in sections.items()
     ]
     remarks = "".join(f"  {line}\n" for line in imported.unmapped) or "  nothing\n"
-    names = sorted(["TrainConfig", *(f"{section.capitalize()}Config" for section in sections if section != "loss")])
+    names = {"partial_fc": {"losses"}, TrainConfig.__module__: {"TrainConfig"}}
+    for section in sections.keys() - {"loss"}:
+        names.setdefault(kinds[section].__module__, set()).add(kinds[section].__name__)
+    imports = "".join(f"from {module} import {', '.join(sorted(names[module]))}\n" for module in sorted(names))
     heading = f"Imported from {origin}. Not taken over:\n{remarks}".replace("\\", "/").replace('"', "'")
-    return (
-        f'"""{heading}"""\n\nfrom partial_fc import losses\nfrom pipeline.config import {", ".join(names)}\n\n\n'
-        f"def recipe() -> TrainConfig:\n    return TrainConfig(\n{''.join(calls)}    )\n"
-    )
+    return f'"""{heading}"""\n\n{imports}\n\ndef recipe() -> TrainConfig:\n    return TrainConfig(\n{"".join(calls)}    )\n'
 
 
 def load_backbone(path: str | Path, network: str, width: int = 512, image_size: int = 112) -> dict[str, torch.Tensor]:
@@ -254,9 +258,6 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
 
     One model file may be a bare backbone (model.pt); several must be all the checkpoint_gpu_*.pt of a run, which hold its classifier too.
     """
-    from pipeline import checkpoint
-    from pipeline.config import as_dict, resolve
-
     imported = import_config(config, gpus)
     lines = [f"not taken over: {line}" for line in imported.unmapped]
     state: dict[str, torch.Tensor] = {}

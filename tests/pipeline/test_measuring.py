@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.meters import MatrixRate, Traffic, peak_memory, seconds
+from pipeline.measuring import MatrixRate, Traffic, peak_memory, seconds
 
 CPU = torch.device("cpu")
 

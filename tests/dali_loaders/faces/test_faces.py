@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from dali_loaders.face_traits import Conditions, Traits, draw_record
 from dali_loaders.faces import FacesConfig, face_image, face_jpeg, write_faces
+from dali_loaders.faces.traits import Conditions, Traits, draw_record
 from dali_loaders.sources import open_source
 
 SMALL = FacesConfig(identities=3, images_per_identity=2, size=32, seed=5)

@@ -8,8 +8,8 @@ import math
 import cv2
 import numpy as np
 
-from dali_loaders.face_canvas import ON_HEAD, Canvas
-from dali_loaders.face_traits import Colour, Conditions, Traits
+from dali_loaders.faces.canvas import ON_HEAD, Canvas
+from dali_loaders.faces.traits import Colour, Conditions, Traits
 
 SUPERSAMPLING = 2
 DARK = np.array([38.0, 24.0, 24.0])

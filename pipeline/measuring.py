@@ -1,10 +1,13 @@
-"""What a benchmark reads off: seconds of a step, memory at its peak, bytes it sends, and the rate at which this machine multiplies."""
+"""What is measured of a step and a machine: seconds, memory at its peak, bytes sent, the rate of matrix products, the hardware's name.
+plan.py and the benchmarks both read these meters, so they stand below both."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import math
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +19,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Step = Callable[[], object]
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def seconds(step: Step, device: torch.device) -> float:

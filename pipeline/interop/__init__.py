@@ -1,0 +1,1 @@
+"""Coming from other projects: their configurations and weights in this project's terms."""

@@ -1,0 +1,111 @@
+"""`--set section.field=value`: texts become values of the fields' types, and the sections check them anew."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import itertools
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from partial_fc import losses
+from partial_fc.losses import Loss
+from pipeline.config import RENAMED, TrainConfig, with_tuples
+
+
+def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """`config` with `section.field=value` overrides applied. ValueError with one sentence names the first that cannot be."""
+    # Another loss has fields of its own: chosen last, it would undo what was set of it.
+    ordered = sorted(map(_split, overrides), key=lambda change: change[0] != "loss")
+    for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
+        config = _set(config, section.split(".") if section else [], list(changes))
+    return config
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of a sentence on a name that is unknown."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"
+
+
+def _split(override: str) -> tuple[str, str]:
+    """(path of the field, text of its value)."""
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes section.field=value, but got {override!r}")
+    path = path.strip()
+    if path in RENAMED:
+        raise ValueError(f"--set {path}: this field is now {RENAMED[path]}")
+    return path, text.strip()
+
+
+def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
+    """`part` with fields of one section below it replaced, in one go, because what one of them may be can depend on another; the
+    dataclasses on the way check their values anew."""
+    if section:
+        value, _ = _field(part, section[0], changes[0][0])
+        if not is_dataclass(value):
+            raise ValueError(f"--set {changes[0][0]}: {section[0]!r} has no fields of its own")
+        return replace(part, **{section[0]: _set(value, section[1:], changes)})
+    values = {}
+    for path, text in changes:
+        name = path.rpartition(".")[2]
+        value, kind = _field(part, name, path)
+        if kind is Loss:
+            values[name] = losses.build(text)
+        elif is_dataclass(value):
+            raise ValueError(f"--set {path}: this is a section: set one of its fields, {', '.join(item.name for item in fields(value))}")
+        else:
+            values[name] = parse(path, text, kind)
+    return replace(part, **values)
+
+
+def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
+    """Value and type."""
+    known = [item.name for item in fields(part)]
+    if name not in known:
+        raise ValueError(f"--set {path}: {name!r} is unknown: {nearest(name, known)}")
+    return getattr(part, name), get_type_hints(type(part))[name]
+
+
+def parse(path: str, text: str, kind: Any) -> Any:
+    """The text of an override as a value of the field's type: str, bool, int, float, a Literal of str or int, or a tuple (of such: values
+    between commas; of others: as Python writes it), one of these or None, or one or several numbers between commas."""
+    if get_origin(kind) in (Union, types.UnionType):
+        options = [option for option in get_args(kind) if option is not types.NoneType]
+        if len(options) < len(get_args(kind)) and text.lower() == "none":
+            return None
+        is_list = "," in text and any(get_origin(option) is tuple for option in options)
+        chosen = next(option for option in options if (get_origin(option) is tuple) == is_list)
+        try:
+            return parse(path, text, chosen)
+        except ValueError as error:
+            raise ValueError(f"{error} or None" if len(options) < len(get_args(kind)) else str(error)) from None
+    if get_origin(kind) is tuple:
+        return _parse_tuple(path, text, get_args(kind)[0])
+    kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # which of its values are admitted, the section says
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (KeyError, ValueError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ValueError(f"--set {path}={text}: expected {expected}") from None
+
+
+def _parse_tuple(path: str, text: str, kind: Any) -> tuple[Any, ...]:
+    if kind in (str, int, float, bool):
+        return tuple(parse(path, item.strip(), kind) for item in text.split(",") if item.strip())
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"--set {path}={text}: expected a list as Python writes it, [...]")
+    return with_tuples(value)
