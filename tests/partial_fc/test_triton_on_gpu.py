@@ -20,7 +20,10 @@ from tests.partial_fc.test_triton import (
     single,
 )
 
-pytestmark = pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU"),
+]
 LARGE = [(130, 1000, 100), (257, 20_001, 512), (64, 300, 1024)]
 
 
