@@ -55,6 +55,7 @@ class LogSumExp(Statistic):
     may_shift = True
     base = LOG2_E  # exponentials of tiles are powers of 2: on a CPU torch's exp2 is faster than its exp
     is_exponential = True
+    program = "exp2"
 
     def terms_(self, tile_Bn: Tensor) -> Tensor:
         return tile_Bn.exp2_()
@@ -123,6 +124,7 @@ class TopK(Statistic):
 
     k: int = 1
     takes_map = False
+    program = "exp2"  # for the largest of k = 1; its sum is not used
 
     def __post_init__(self) -> None:
         if self.k < 1:

@@ -17,7 +17,7 @@ class Terms:
 
     base = 1.0  # tiles hold logits times this
     is_exponential = False  # f(z + bias) = f(z) exp(bias), so that the bias may go into the operands of the products
-    program = "exp2"  # the name of f in triton_programs.py
+    program = ""  # the name of f in triton_programs.py
 
     def terms_(self, tile_Bn: Tensor) -> Tensor:
         """f of a tile of shifted logits times base, which it may overwrite."""

@@ -51,6 +51,8 @@ def refusal(problem: Problem) -> str | None:
         return "computes no maps: choose kernel 'auto'"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"multiplies in float32 or bfloat16, but was asked for {problem.dtype}: choose kernel 'auto'"
+    if problem.statistic.program not in _programs().PROGRAMS:
+        return f"has no program for {type(problem.statistic).__name__}: choose kernel 'auto'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or later: choose kernel 'auto'"
     return None

@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+PROGRAMS = ("exp2", "softplus")  # what _terms and _weights know
 GROUP = tl.constexpr(8)  # blocks of classes that are worked on together with all rows, so that prototypes are read from memory once
 
 

@@ -20,6 +20,7 @@ from partial_fc.prototype_sources import SampledRows
 from partial_fc.statistics import softplus
 from tests.partial_fc import test_kernels as kernels
 from tests.partial_fc.test_similarity import LargestTensor
+from tests.partial_fc.test_statistics import HingeSum
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in test_in_the_interpreter")
@@ -225,6 +226,7 @@ def test_no_tensor_of_size_batch_by_classes_is_ever_made(small_chunks):
     ("options", "sentence"),
     [
         ({"map": kernels.SQUARED}, "computes no maps: choose kernel 'auto'"),
+        ({"statistic": HingeSum()}, "has no program for HingeSum: choose kernel 'auto'"),
         ({"features": torch.ones(3, 2, dtype=torch.float64)}, "multiplies in float32 or bfloat16, but was asked for torch.float64"),
     ],
 )
@@ -232,7 +234,8 @@ def test_what_it_cannot_do_ends_in_a_sentence(options, sentence):
     inputs = {"features": torch.ones(3, 2), "prototypes": torch.ones(4, 2), "labels": torch.zeros(3, dtype=torch.int64)} | options
     with pytest.raises(ValueError, match=f"kernel 'triton' {sentence}"):
         columns = of_classes(inputs.pop("prototypes"), inputs.pop("labels"))
-        similarity_statistics(inputs.pop("features"), columns, LogSumExp(), scale=1.0, kernel="triton", **inputs)
+        statistic = inputs.pop("statistic", LogSumExp())
+        similarity_statistics(inputs.pop("features"), columns, statistic, scale=1.0, kernel="triton", **inputs)
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="about a machine that does not interpret")
@@ -248,7 +251,9 @@ def test_without_a_gpu_or_triton_it_refuses_and_auto_takes_another(installed, se
 
 
 @pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize(("program", "terms", "shifts"), [("row_sums", "exp2", False), ("weights", "exp2", True)])
+@pytest.mark.parametrize(
+    ("program", "terms", "shifts"), [("row_sums", "exp2", False), ("weights", "exp2", True), ("weights", "softplus", False)]
+)
 def test_compiles_for_tensor_cores_without_a_gpu(program, terms, shifts, tmp_path, monkeypatch):
     """What the interpreter does not see: types, layouts, and that products of bfloat16 are those of Hopper."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
