@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partial_fc import LogSumExp, TopK, of_classes, similarity_statistics
+from partial_fc import (
+    Columns,
+    LogSumExp,
+    Map,
+    SoftplusSum,
+    TopK,
+    of_bank,
+    of_classes,
+    of_sampled,
+    of_samples,
+    similarity_statistics,
+)
+from partial_fc.columns import Mask, Placement
 from partial_fc.kernels import tiles
 
 
@@ -159,3 +173,10 @@ def test_bad_input_ends_in_a_sentence(change, sentence):
     prototypes = torch.randn(5, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=sentence):
         similarity_statistics(features, of_classes(prototypes, labels), LogSumExp(), scale=64.0, kernel=change.get("kernel", "chunked"))
+
+
+def test_few_parameters():
+    """What a stranger must learn at once: at most 10 parameters, and 7 of what it takes."""
+    assert len(inspect.signature(similarity_statistics).parameters) <= 10
+    makers = [of_classes, of_sampled, of_samples, of_bank, Columns, Mask, Placement, Map, LogSumExp, SoftplusSum, TopK]
+    assert max(len(inspect.signature(maker).parameters) for maker in makers) <= 7
