@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.eager import EagerClassifier
 from partial_fc import PartialFC, RowSGD, losses
-from partial_fc.memory import Memory
+from partial_fc.buffer_pool import BufferPool
 from pipeline.measuring import MatrixRate, Traffic, peak_memory, seconds
 
 SCALE, MARGIN = 64.0, 0.4
@@ -189,7 +189,7 @@ def _first_steps(name: str, side: Side | None, device: torch.device) -> dict[str
         loss = float(side.step())
     side.clear()
     if isinstance(side.classifier, PartialFC):
-        side.classifier.memory = Memory()  # what it keeps from step to step counts
+        side.classifier.pool = BufferPool()  # what it keeps from step to step counts
     extra, peak = peak_memory(side.step, device)
     side.clear()
     memory = [round(_over_ranks(max, value) / 2**20, 1) for value in (side.state_bytes(), extra, peak)]

@@ -22,11 +22,11 @@ def rows(names: list[str], classes: int, batch: int, width: int, dtype: str, pai
     features_BD = 8.0 * torch.randn(batch, width, generator=generator).to(device)
     labels_B = torch.randint(classes, (batch // 2,), generator=generator).repeat_interleave(2).to(device)
     class_counts = torch.randint(2, 50, (classes,), generator=generator)
-    plain = PartialFC(classes, width, losses.build("cosface"), dtype=dtype, device=device)  # type: ignore[arg-type]
+    plain = PartialFC(classes, width, losses.build("cosface"), dtype=dtype, device=device)
     for name in names:
         loss = losses.build(name)
-        other = PartialFC(classes, width, loss, dtype=dtype, device=device, class_counts=class_counts)  # type: ignore[arg-type]
-        other.prototypes, other.memory = plain.prototypes, plain.memory
+        other = PartialFC(classes, width, loss, dtype=dtype, device=device, class_counts=class_counts)
+        other.prototypes, other.pool = plain.prototypes, plain.pool
         other.step = 10_000  # past what begins later
         times = np.array([[seconds(_step(side, features_BD, labels_B), device) for side in (plain, other)] for _ in range(pairs + 2)][2:])
         quartiles = np.quantile(times[:, 1] / times[:, 0], (0.5, 0.25, 0.75)).tolist()

@@ -2,22 +2,17 @@
 
 from partial_fc import losses
 from partial_fc.classifier import PartialFC
+from partial_fc.columns import Columns, of_bank, of_classes, of_sampled, of_samples
+from partial_fc.config import ClassifierConfig
 from partial_fc.growing import copy_prototypes, grow, merge_identities
 from partial_fc.maps import Map
 from partial_fc.optimizers import RowAdamW, RowSGD
 from partial_fc.pairs import pair_statistics
 from partial_fc.similarity import Statistics, similarity_statistics
+from partial_fc.statistics import LogSumExp, SoftplusSum, TopK
 
 __all__ = [
-    "Map",
-    "PartialFC",
-    "RowAdamW",
-    "RowSGD",
-    "Statistics",
-    "copy_prototypes",
-    "grow",
-    "losses",
-    "merge_identities",
-    "pair_statistics",
-    "similarity_statistics",
-]
+    "ClassifierConfig", "Columns", "LogSumExp", "Map", "PartialFC", "RowAdamW", "RowSGD", "SoftplusSum", "Statistics", "TopK",
+    "copy_prototypes", "grow", "losses", "merge_identities", "of_bank", "of_classes", "of_sampled", "of_samples",
+    "pair_statistics", "similarity_statistics",
+]  # fmt: skip

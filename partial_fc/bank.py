@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from partial_fc.columns import Columns
-from partial_fc.kernels.entries import EPSILON, inverse_norms, unit_rows
-from partial_fc.sources import Collector, Source
+from partial_fc.unit_rows import EPSILON, unit_rows
 
 
 class Bank(NamedTuple):
@@ -82,61 +80,3 @@ def available_bytes(device: torch.device) -> float:
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return math.inf
-
-
-def mixed(columns: Columns, bank: Bank, share_S: Tensor) -> Columns:
-    """The columns with each prototype mixed with its class's row of the bank: see Mixed. share_S by row of the shard, in [0, 1]. Samples
-    that are columns stay what they are."""
-    if not len(bank.steps_S):
-        return columns
-    rows_n = columns.rows_n
-    share_n = share_S if rows_n is None else share_S.index_select(0, rows_n)
-    if columns.samples is not None:
-        if rows_n is None:
-            rows_n = torch.arange(len(share_S), device=share_S.device)
-        others_n = rows_n.new_zeros(columns.samples.stop - columns.samples.start)
-        rows_n, share_n = torch.cat([rows_n, others_n]), torch.cat([share_n, others_n.to(share_n.dtype)])
-    return columns._replace(source=Mixed(columns.source, bank.features_SD, rows_n, share_n))
-
-
-class Mixed:
-    """(1 - share) w / |w| + share f: prototypes w of another source, with rows f of a bank, of which nothing flows back. Where the share is
-    1, nothing flows to w either. rows_n: the row of the bank of each prototype; None where they are all, in order."""
-
-    def __init__(self, prototypes: Source, bank_SD: Tensor, rows_n: Tensor | None, share_n: Tensor) -> None:
-        self.prototypes, self.bank_SD, self.rows_n = prototypes, bank_SD, rows_n
-        self.share_n1 = share_n[:, None]
-        self.tensors: tuple[Tensor, ...] = (*prototypes.tensors, bank_SD)  # for torch to notice if it changes before backward
-        self.shape, self.memory, self.is_consumed = prototypes.shape, prototypes.memory, prototypes.is_consumed
-        self.loaded = bank_SD.new_empty(0)
-
-    def load(self, rows: slice | Tensor) -> Tensor:
-        prototypes_nD, share_n1 = self.prototypes.load(rows), self.share_n1[rows]
-        features_nD = self.bank_SD[rows if self.rows_n is None else self.rows_n[rows]]
-        factor_n1 = (1 - share_n1) * inverse_norms(prototypes_nD)
-        if isinstance(rows, Tensor):
-            return (prototypes_nD * factor_n1).addcmul_(features_nD, share_n1)
-        if len(self.loaded) < len(prototypes_nD):
-            self.loaded = self.memory.empty((len(prototypes_nD), self.shape[1]), prototypes_nD.dtype, prototypes_nD.device)
-        return torch.mul(prototypes_nD, factor_n1, out=self.loaded[: len(prototypes_nD)]).addcmul_(features_nD, share_n1)
-
-    def room(self) -> Tensor | None:
-        return self.prototypes.room()
-
-    def collect(self, room: Tensor | None = None) -> Collector:
-        return _MixedCollector(self, self.prototypes.collect(room))
-
-
-class _MixedCollector:
-    def __init__(self, mixed: Mixed, collector: Collector) -> None:
-        self.mixed, self.collector = mixed, collector
-
-    def store(self, rows: slice, gradient_nD: Tensor) -> None:
-        prototypes_nD = self.mixed.prototypes.load(rows)
-        inverse_n1 = inverse_norms(prototypes_nD)
-        along_n1 = (gradient_nD * prototypes_nD).sum(dim=1, keepdim=True) * inverse_n1.square()
-        across_nD = torch.addcmul(gradient_nD, prototypes_nD, along_n1, value=-1)
-        self.collector.store(rows, across_nD.mul_((1 - self.mixed.share_n1[rows]) * inverse_n1))
-
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        return (*self.collector.gradients(), None)

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc import bank, collectives, columns, sampling
+from partial_fc import bank, collectives, sampling
 from partial_fc.bank import Bank
+from partial_fc.batch_check import BatchCheck, check_labels, check_shapes
+from partial_fc.buffer_pool import BufferPool
 from partial_fc.collectives import Group
-from partial_fc.columns import Columns
+from partial_fc.columns import Columns, of_classes, of_sampled
 from partial_fc.config import ClassifierConfig
+from partial_fc.fields import hint_at
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.inputs import Check, check_labels, check_shapes
-from partial_fc.losses import Loss
-from partial_fc.memory import Memory
-from partial_fc.sampling import Sample
+from partial_fc.losses.base import Loss
+from partial_fc.prototype_sources import AllRows, Consumer
+from partial_fc.sampling import ClassSample
 from partial_fc.shards import ClassShard, initial_prototypes
-from partial_fc.similarity import DTYPES, hardest_non_target
-from partial_fc.sources import Consumer, Matrix
+from partial_fc.similarity import DTYPES, nearest_classes, similarity_statistics
+from partial_fc.statistics import TopK
+from partial_fc.step import MOST_CHECKS, Step
 from partial_fc.substitution import substitute, substitute_from_bank
 
 __all__ = ["ClassifierConfig", "PartialFC"]
-
-MOST_CHECKS = 64  # kept unread, if no optimizer asks for them; as many batches for the bank
 
 
 class PartialFC(nn.Module):
@@ -38,7 +40,8 @@ class PartialFC(nn.Module):
                        parameters in `learned`, what it tracks buffers `tracked_...`: equal on every rank, but for numbers per class
     sample_rate        below 1: a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then
                        a sparse tensor of the sampled rows, which RowSGD alone updates
-    dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype, substitution_...  see ClassifierConfig
+    options            fields of ClassifierConfig: dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype,
+                       substitution_rate and others
     uneven_batches     ranks may bring different numbers of rows, none included, in any step; costs one more all-gather, of one number per
                        rank, for which the host waits. Without it every rank must bring equally many rows
     seed               of first prototypes and samples, which depend on the class id (and step) alone and not on the number of ranks
@@ -60,55 +63,32 @@ class PartialFC(nn.Module):
         loss: Loss,
         sample_rate: float = 1.0,
         *,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        storage_dtype: Literal["float32", "bfloat16"] = "float32",
-        correct_rate: bool = False,
-        hard_negatives: int = 0,
-        non_finite: Literal["raise", "skip"] = "raise",
-        substitution_rate: float = 0.0,
-        substitution_source: Literal["batch", "bank"] = "batch",
-        substitution_staleness: int = 200,
         uneven_batches: bool = False,
-        gather_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 0,
         group: Group = None,
         kernel: str = "auto",
         feature_gradient: Literal["averaged", "global"] = "averaged",
         class_counts: Tensor | None = None,
         device: torch.device | str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         if feature_gradient not in ("averaged", "global"):
             raise ValueError(f"feature_gradient is {feature_gradient!r}, but must be 'averaged' or 'global'")
         ranks = collectives.world_size(group)
         self.shard = ClassShard.of_rank(num_classes, collectives.rank(group), ranks)
-        self.config = ClassifierConfig(
-            sample_rate=sample_rate,
-            correct_rate=correct_rate,
-            hard_negatives=hard_negatives,
-            dtype=dtype,
-            storage_dtype=storage_dtype,
-            gather_dtype=gather_dtype,
-            substitution_rate=substitution_rate,
-            substitution_source=substitution_source,
-            substitution_staleness=substitution_staleness,
-            non_finite=non_finite,
-        )
+        for name in options.keys() - ClassifierConfig.__dataclass_fields__.keys():
+            raise TypeError(f"PartialFC has no option {name!r}: {hint_at(name, ClassifierConfig.__dataclass_fields__)}")
+        self.config = ClassifierConfig(sample_rate=sample_rate, **options)
         self.width, self.loss, self.seed, self.group, self.uneven_batches = width, loss, seed, group, uneven_batches
-        self.step = 0  # counts samples, or at rate 1 the optimizer's steps; a caller who resumes sets it
-        self.sample: Sample | None = None  # of the newest step
-        self.is_step_begun = False
-        self.step_labels_B: Tensor | None = None  # what `begin_step` was given, of all ranks
-        self.draws = 0  # samples since the optimizer's last step
+        self.current = Step()
+        self.skipped_steps = 0
         self.before_use: Callable[[Tensor], None] | None = None  # called with the rows of a new sample: a lazy optimizer's
         self.consumer: Consumer | None = None  # takes the gradient of prototypes chunk by chunk during backward
-        self.skipped_steps = 0
-        self._checks: list[Check] = []  # of this step, not yet read
-        self._is_finite = True  # as far as they are
         self.kernel = kernel
-        self.memory = Memory()
+        self.pool = BufferPool()
         self.gradient_factor = float(ranks) if feature_gradient == "averaged" else 1.0
-        self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[storage_dtype]))
+        self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[self.config.storage_dtype]))
         # What the loss learns and tracks; of a loss put in its place later, the same.
         scalars = {name: torch.tensor(value, device=device) for name, value in loss.learned(num_classes).items()}
         vectors = {name: torch.full((self.shard.rows,), value, device=device) for name, value in loss.learned_by_class(num_classes).items()}
@@ -119,12 +99,11 @@ class PartialFC(nn.Module):
             self.register_buffer(f"tracked_{name}", first.to(device))
         for name, rows in loss.queued().items():
             self.register_buffer(f"tracked_{name}", torch.zeros(rows, width, device=device))
-        self.has_bank = loss.uses_bank() or (self.config.substitution_rate > 0 and substitution_source == "bank")
+        self.has_bank = loss.uses_bank() or (self.config.substitution_rate > 0 and self.config.substitution_source == "bank")
         if self.has_bank:
             first_bank = bank.empty(self.shard.rows, width, self.prototypes.device)
             self.register_buffer("bank_features", first_bank.features_SD)
             self.register_buffer("bank_steps", first_bank.steps_S)
-        self._brought: deque[tuple[Tensor, Tensor, int]] = deque(maxlen=MOST_CHECKS)  # by this step's batches, for the bank
         self.class_counts_S = None if class_counts is None else self._counts_of_shard(class_counts)
 
     def _counts_of_shard(self, class_counts: Tensor) -> Tensor:
@@ -132,6 +111,20 @@ class PartialFC(nn.Module):
             raise ValueError(f"class_counts has shape {tuple(class_counts.shape)}, but must be [{self.shard.num_classes}], one per class")
         mine = slice(self.shard.first, self.shard.first + self.shard.rows)
         return class_counts[mine].to(self.prototypes.device, torch.float32)
+
+    @property
+    def step(self) -> int:
+        """Counts samples of classes, or at rate 1 the optimizer's steps; a caller who resumes sets it."""
+        return self.current.next_draw
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self.current.first = number - self.current.draws
+
+    @property
+    def sample(self) -> ClassSample | None:
+        """The classes of the newest step; None at rate 1."""
+        return self.current.sample
 
     def begin_step(self, labels_b: Tensor) -> None:
         """Opens a step of several micro-batches, whose labels on this rank are `labels_b`: all of them see one sample of classes. The
@@ -141,20 +134,17 @@ class PartialFC(nn.Module):
         what `sampling.nearest` says."""
         check_labels(labels_b)
         if self.config.sample_rate < 1:
-            self.step_labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
-            self._draw(self.step_labels_B)
-            self.is_step_begun = True
+            labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
+            self._draw(labels_B)
+            self.current.labels_B, self.current.is_begun = labels_B, True
 
     def end_step(self) -> None:
-        """What the optimizer does after its update: the step's features go into the bank, if there is one and they are finite, and the
-        next call of `forward` or `begin_step` is a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor
-        RowAdamW."""
-        brought, self._brought = self._brought, deque(maxlen=MOST_CHECKS)
+        """What the optimizer does after its update: the step's features go into the bank, if there is one and they are finite, and the next
+        call of `forward` or `begin_step` is a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor RowAdamW."""
         if self.is_finite() and (kept := self.bank) is not None:
-            for features_BD, labels_B, step in brought:  # in order: of several micro-batches the last one's feature stays
+            for features_BD, labels_B, step in self.current.brought:  # in order: of several micro-batches the last one's feature stays
                 kept.write(features_BD, labels_B, self.shard.first, step)
-        self.step += self.config.sample_rate == 1
-        self.is_step_begun, self.step_labels_B, self.draws, self._is_finite = False, None, 0, True
+        self.current = self.current.next(self.config.sample_rate < 1)
 
     @property
     def bank(self) -> Bank | None:
@@ -167,28 +157,27 @@ class PartialFC(nn.Module):
         keeps the device busy meanwhile. Raises ValueError for a label that is no class and, with non_finite="raise", for NaN or infinity
         in features; with "skip" these make the step False. A step is bad if one of its micro-batches is. On CPU `forward` raises already.
         """
-        checks, self._checks = self._checks, []
+        checks, self.current.checks = self.current.checks, []
         for check in checks:
-            if not self._judge(check) and self._is_finite:
-                self._is_finite = False
+            if not self._judge(check) and self.current.is_finite:
+                self.current.is_finite = False
                 self.skipped_steps += 1
-        return self._is_finite
+        return self.current.is_finite
 
-    def _judge(self, check: Check) -> bool:
+    def _judge(self, check: BatchCheck) -> bool:
         labels, features = check.faults()
         if labels or (features and self.config.non_finite == "raise"):
-            self._is_finite = False  # for whoever goes on
+            self.current.is_finite = False  # for whoever goes on
             raise ValueError(labels or features)
         return not features
 
     def _check(self, features_BD: Tensor, labels_B: Tensor, counts: list[int]) -> None:
-        step = self.step - self.is_step_begun  # `begin_step` has counted it already
-        check = Check(features_BD, labels_B, self.shard.num_classes, counts, step, self.step_labels_B)
+        check = BatchCheck(features_BD, labels_B, self.shard.num_classes, counts, self.current.number, self.current.labels_B)
         if not torch.is_grad_enabled():
             self._judge(check)  # no optimizer will ask
             return
-        self._checks.append(check)
-        if check.is_ready or len(self._checks) == MOST_CHECKS:
+        self.current.checks.append(check)
+        if check.is_ready or len(self.current.checks) == MOST_CHECKS:
             self.is_finite()
 
     def _counts(self, rows_b: Tensor) -> list[int]:
@@ -201,18 +190,16 @@ class PartialFC(nn.Module):
             raise ValueError("the batch is empty on every rank: a step needs at least one sample")
         return counts
 
-    def _draw(self, labels_B: Tensor) -> Sample:
+    def _draw(self, labels_B: Tensor) -> ClassSample:
         """A new sample for this step; without gradient (a validation loss) one that leaves no trace."""
         k, certain_n = self.config.hard_negatives, labels_B
         if k:
             options = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
-            nearest_n = sampling.nearest(self.shard, Matrix(self.prototypes, memory=self.memory), labels_B, k, **options)
+            nearest_n = nearest_classes(self.shard, AllRows(self.prototypes, pool=self.pool), labels_B, k, **options)
             certain_n = torch.cat([labels_B, nearest_n])
-        sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.step)
+        sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.current.next_draw)
         if torch.is_grad_enabled():
-            self.sample = sample
-            self.step += 1
-            self.draws += 1
+            self.current.draw(sample)
             if self.before_use is not None:
                 self.before_use(sample.rows_K)
         return sample
@@ -240,9 +227,9 @@ class PartialFC(nn.Module):
 
     def global_batch(self, features_BD: Tensor, labels_B: Tensor) -> GlobalBatch:
         """What a loss sees; draws the step's sample of classes, unless `begin_step` has."""
-        step = self.step - self.is_step_begun  # `begin_step` has counted it already
+        step = self.current.number
         if self.has_bank and torch.is_grad_enabled():
-            self._brought.append((features_BD.detach(), labels_B, step))
+            self.current.brought.append((features_BD.detach(), labels_B, step))
         return GlobalBatch(
             features_BD,
             labels_B,
@@ -268,11 +255,11 @@ class PartialFC(nn.Module):
 
     def _of_step(self, labels_B: Tensor) -> Columns:
         if self.config.sample_rate == 1:
-            return columns.of_all(self.shard, self.prototypes, labels_B, self.consumer, self.memory)
-        sample = self.sample if self.is_step_begun else self._draw(labels_B)
+            return of_classes(AllRows(self.prototypes, self.consumer, self.pool), labels_B, self.shard.first)
+        sample = self.current.sample if self.current.is_begun else self._draw(labels_B)
         assert sample is not None
         rate = self.config.sample_rate if self.config.correct_rate else None
-        return columns.of_sample(self.shard, self.prototypes, labels_B, sample, rate, self.consumer, self.memory)
+        return of_sampled(self.shard, self.prototypes, labels_B, sample, rate, self.consumer, self.pool)
 
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,11 +271,14 @@ class PartialFC(nn.Module):
         counts = self._counts(labels_b)
         features_BD = collectives.gather_constant(features_bD.float(), self.group, counts)
         labels_B = collectives.gather_constant(labels_b, self.group, counts)
-        return hardest_non_target(features_BD, self.prototypes, labels_B, first_class=self.shard.first, group=self.group)
+        columns = of_classes(self.prototypes, labels_B, self.shard.first)
+        statistics = similarity_statistics(features_BD, columns, TopK(), scale=1.0, group=self.group)
+        return statistics.target_B, statistics.non_target_B[:, 0]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no optimizer, and its bank gets what it is brought itself."""
-        return {**self.__dict__, "before_use": None, "consumer": None, "_brought": deque(maxlen=MOST_CHECKS)}
+        current = replace(self.current, brought=deque(maxlen=MOST_CHECKS))
+        return {**self.__dict__, "before_use": None, "consumer": None, "current": current}
 
     def extra_repr(self) -> str:
         first, stop = self.shard.first, self.shard.first + self.shard.rows

@@ -3,12 +3,14 @@ Without an initialised process group every one of them is the identity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from partial_fc.renamed import refuse
 
 Group = dist.ProcessGroup | None
 
@@ -84,54 +86,36 @@ def _padded(parts: Sequence[Tensor], rows: int) -> Tensor:
     return padded.flatten(0, 1)
 
 
-class _Replicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
+class _Apply(torch.autograd.Function):
+    """forward(x), whose gradient is backward(its gradient)."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] / ctx.ranks, None
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.backward_of = backward
+        return forward(x).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.backward_of(grads[0]), None, None
 
 
-def replicated(x: Tensor, group: Group = None) -> Tensor:
+def divide_gradient(x: Tensor, group: Group = None) -> Tensor:
     """x itself, for a value that every rank computes alike from gathered rows. Each rank's loss sends it the whole gradient, and the
     reduce-scatter behind `gather_rows` adds N of them, so backward passes on a share of 1/N."""
-    return _Replicated.apply(x, world_size(group))
+    ranks = world_size(group)
+    return _Apply.apply(x, lambda x: x, lambda gradient: gradient / ranks)
 
 
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_packed([grads[0].contiguous()], ctx.group)[0], None
-
-
-def shared(x: Tensor, group: Group = None) -> Tensor:
-    """x itself, for a parameter that every rank holds alike and applies to its own classes: each rank's part of the gradient becomes
+def sum_gradient(x: Tensor, group: Group = None) -> Tensor:
+    """x itself, for a parameter that every rank holds alike and applies to its own columns: each rank's part of the gradient becomes
     the sum over ranks. Backward: 1 all-reduce, 2 (N-1)/N of its elements."""
-    return _Shared.apply(x, group)
+    return _Apply.apply(x, lambda x: x, lambda gradient: sum_packed([gradient.contiguous()], group)[0])
 
 
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return sum_packed([x], group)[0].view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def summed(x: Tensor, group: Group = None) -> Tensor:
+def sum_values(x: Tensor, group: Group = None) -> Tensor:
     """The sum over ranks. 1 all-reduce, 2 (N-1)/N of its elements. Every rank computes the same loss from the sum, so each rank's part has
     the gradient of the sum: backward communicates nothing."""
-    return _Summed.apply(x, group)
+    return _Apply.apply(x, lambda x: sum_packed([x], group)[0], lambda gradient: gradient)
 
 
 def gather_constant(x_b: Tensor, group: Group = None, counts: list[int] | None = None) -> Tensor:
@@ -172,3 +156,9 @@ def exchange(x: Tensor, sent: list[int], received: list[int], group: Group = Non
     arrived = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(arrived, x.contiguous(), received, sent, group=group)
     return arrived
+
+
+if not TYPE_CHECKING:  # which would then find any name
+
+    def __getattr__(name: str) -> Any:
+        refuse(__name__, name, {"replicated": "divide_gradient", "shared": "sum_gradient", "summed": "sum_values"})

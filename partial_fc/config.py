@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from partial_fc.fields import Steps, Within, check_fields
+
+Dtype = Literal["float32", "bfloat16"]
+Probability = Annotated[float, Within(0.0, 1.0, "it is a probability")]
 
 
 @dataclass(frozen=True)
@@ -11,12 +16,12 @@ class ClassifierConfig:
     sample_rate: float = 1.0  # share of the classes without a sample in the batch that take part in a step; 0.1 is usual above a million
     correct_rate: bool = False  # weigh each sampled negative by 1 / sample_rate, so that log-sum-exps estimate those over all classes
     hard_negatives: int = 0  # so many nearest classes of each class of the batch are always in the sample; costs a product with all classes
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products with prototypes; sums are float32
-    storage_dtype: Literal["float32", "bfloat16"] = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
-    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # in which features travel, rounded once; their gradient travels as float32
-    substitution_rate: float = 0.0  # probability with which a class's prototype is replaced by a feature of it: see substitution.py
+    dtype: Dtype = "float32"  # of the products with prototypes; sums are float32
+    storage_dtype: Dtype = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
+    gather_dtype: Dtype = "float32"  # in which features travel, rounded once; their gradient travels as float32
+    substitution_rate: Probability = 0.0  # with which a class's prototype is replaced by a feature of it: see substitution.py
     substitution_source: Literal["batch", "bank"] = "batch"  # of these features: the gathered batch, with gradient, or the last ones kept
-    substitution_staleness: int = 200  # steps after which a feature of the bank stands in for nothing; VPL's
+    substitution_staleness: Steps = 200  # steps after which a feature of the bank stands in for nothing; VPL's
     non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features: end the run, or leave the step out
 
     def __post_init__(self) -> None:
@@ -27,14 +32,4 @@ class ClassifierConfig:
                 f"hard_negatives is {self.hard_negatives}, but must be 0 or more, and above 0 only with a sample_rate below 1: at rate 1 "
                 "all classes are in"
             )
-        if not 0 <= self.substitution_rate <= 1:
-            raise ValueError(f"substitution_rate is {self.substitution_rate}, but must lie in [0, 1]: it is a probability")
-        if self.substitution_source not in ("batch", "bank"):
-            raise ValueError(f"substitution_source is {self.substitution_source!r}, but must be 'batch' or 'bank'")
-        if self.substitution_staleness < 1:
-            raise ValueError(f"substitution_staleness is {self.substitution_staleness}, but must be 1 step or more")
-        for name in ("dtype", "storage_dtype", "gather_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be 'float32' or 'bfloat16'")
-        if self.non_finite not in ("raise", "skip"):
-            raise ValueError(f"non_finite is {self.non_finite!r}, but must be 'raise' or 'skip'")
+        check_fields(self)

@@ -5,47 +5,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from partial_fc import collectives
-from partial_fc.bank import Bank, mixed
+from partial_fc.bank import Bank
 from partial_fc.collectives import Group
-from partial_fc.columns import Columns
-from partial_fc.kernels import Question
-from partial_fc.kernels.entries import Entries, unit_rows
+from partial_fc.columns import Columns, of_bank, of_samples
+from partial_fc.kernels import Problem
+from partial_fc.kernels.exact_entries import target_products
 from partial_fc.maps import Map
 from partial_fc.pairs import Reduction, hardest, pair_statistics
+from partial_fc.prototype_sources import AllRows, SampledRows
+from partial_fc.renamed import refuse
 from partial_fc.shards import ClassShard
 from partial_fc.similarity import Statistics, similarity_statistics
-from partial_fc.sources import Constant, Matrix, SampledRows
-from partial_fc.substitution import positives_of, share_of, within
+from partial_fc.statistics import LOG_SUM_EXP, Statistic, TopK
+from partial_fc.unit_rows import unit_rows
+
+RENAMED = {
+    "with_classes": "against_classes(scale=..., statistic=LogSumExp(), SoftplusSum(threshold) or TopK(k))",
+    "with_samples": "against_samples",
+    "with_bank": "against_bank",
+    "with_constant_prototypes": "with_frozen_prototypes",
+    "before": "with_features",
+}
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """features_BD  of all ranks, in rank order, any norm, with gradient        labels_B  int64 global class ids
-    step           of the classifier
-    shard          this rank's classes
-    columns        what there is of them in this step
-    learned        parameters of the loss by name, trained with the prototypes: scalars, or [S] for this rank's classes
-    tracked        running figures of the loss by name; see `track`
-    class_counts_S images of each class of this rank, if the classifier was given them
-    bank           of last features, if substitution or the loss uses it
-    """
+    """What a loss is called with."""
 
-    features_BD: Tensor
-    labels_B: Tensor
-    step: int
-    shard: ClassShard
-    columns: Columns
+    features_BD: Tensor  # of all ranks, in rank order, any norm, with gradient
+    labels_B: Tensor  # int64 global class ids
+    step: int  # of the classifier
+    shard: ClassShard  # this rank's classes
+    columns: Columns  # those that take part in this step
     options: Mapping[str, Any] = field(default_factory=dict)  # dtype, kernel and group of similarity_statistics
-    learned: Mapping[str, Tensor] = field(default_factory=dict)
-    tracked: Mapping[str, Tensor] = field(default_factory=dict)
-    class_counts_S: Tensor | None = None
-    bank: Bank | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)  # by name, trained with the prototypes: scalars, or [S] by class
+    tracked: Mapping[str, Tensor] = field(default_factory=dict)  # running figures of the loss by name; see `track`
+    class_counts_S: Tensor | None = None  # images of each class of this rank, if the classifier was given them
+    bank: Bank | None = None  # of last features, if substitution or the loss uses it
     prefix: str = ""
     trains: bool = field(default_factory=torch.is_grad_enabled)  # or is a validation loss, which leaves no trace
     uses: list[bool] = field(default_factory=list)  # of prototypes that move in backward
@@ -60,108 +62,80 @@ class GlobalBatch:
 
     def norms(self) -> Tensor:
         """|features| [B], with gradient: a scale for losses that do not normalise them."""
-        return collectives.replicated(unit_rows(self.features_BD)[1], self.group)
+        return collectives.divide_gradient(unit_rows(self.features_BD)[1], self.group)
 
-    def with_classes(
+    def against_classes(
         self,
         *,
         scale: float | Tensor,
-        reduction: Literal["log_sum_exp", "softplus_sum", "top_k"] = "log_sum_exp",
-        k: int = 1,
-        threshold: Tensor | None = None,
+        statistic: Statistic = LOG_SUM_EXP,
         map: Map | None = None,
-        map_parameter_B: Tensor | None = None,
         class_bias_S: Tensor | None = None,
         bank_share_S: Tensor | None = None,
-        **others: Any,
+        normalize: bool = True,
     ) -> Statistics:
-        """Statistics against the classes of this step: see `similarity_statistics`, which has these options and more.
+        """Statistics against the classes of this step: see `similarity_statistics`.
 
         scale         a number, or a vector [B] with gradient, complete on every rank, as `norms` is; backward then 1 all-reduce of B floats
         class_bias_S  by row of this rank's shard, with gradient: added to logits of non-targets
         bank_share_S  by row: each unit prototype, of targets too, is mixed with this share of its class's last feature
+        normalize     False takes prototypes as they are
         """
-        if isinstance(scale, Tensor):
-            scale = collectives.shared(scale, self.group)
         if torch.is_grad_enabled() and self.columns.source.is_consumed:
             if self.uses:
                 raise ValueError(
                     "this loss looks at prototypes twice in a step, of which in_backward=True moves them at once: use in_backward=False"
                 )
             self.uses.append(True)
-        columns = self.columns
-        bias_n = None if reduction == "top_k" else columns.bias_n  # of logits: it would rank sampled classes before those of the batch
+        columns = self.columns._replace(normalize=normalize)
+        if isinstance(statistic, TopK):
+            columns = columns._replace(bias_n=None)  # of logits: it would rank sampled classes before those of the batch
         if bank_share_S is not None:
-            columns = mixed(columns, self._bank(), bank_share_S)
+            columns = columns.mixed(self._bank(), bank_share_S)
         if class_bias_S is not None:
-            class_bias_n = class_bias_S if columns.rows_n is None else class_bias_S.index_select(0, columns.rows_n)
-            if columns.samples is not None:
-                class_bias_n = torch.cat([class_bias_n, collectives.shared(self.of_labels(class_bias_S), self.group)[columns.samples]])
-            bias_n = class_bias_n if bias_n is None else bias_n + class_bias_n
-        return similarity_statistics(
-            self.features_BD,
-            columns.source,
-            self.labels_B,
-            scale=scale,
-            reduction=reduction,
-            k=k,
-            threshold=threshold,
-            map=map,
-            map_parameter_B=map_parameter_B,
-            column_bias_S=bias_n,
-            bias_is_bounded=class_bias_S is None,  # the correction of the sample rate alone
-            included_S=columns.included_n,
-            first_class=columns.first_class,
-            classes_S=columns.classes_n,
-            target_columns_B=columns.target_columns_B,
-            masked_columns_B=columns.masked_columns_B,
-            **{**self.options, **others},
-        )
+            of_samples_B = None
+            if columns.placement.samples is not None:
+                of_samples_B = collectives.sum_gradient(self.of_labels(class_bias_S), self.group)
+            columns = columns.with_bias(columns.by_column(class_bias_S, of_samples_B))
+        return self._statistics(columns, scale, statistic, map)
+
+    def _statistics(self, columns: Columns, scale: float | Tensor, statistic: Statistic, map: Map | None = None) -> Statistics:
+        if isinstance(scale, Tensor):
+            scale = collectives.sum_gradient(scale, self.group)
+        return similarity_statistics(self.features_BD, columns, statistic, scale=scale, map=map, **self.options)
 
     @torch.no_grad()
     def targets(self) -> Tensor:
         """cos(x_i, w_{y_i}) [B] without gradient, for maps that need it before they look at the others. 1 all-reduce of B floats."""
-        question = Question(unit_rows(self.features_BD)[0], self.columns.target_columns_B)
-        target_B = torch.zeros_like(question.queries_BD[:, 0])
-        if self.columns.source.shape[0]:
-            target_B = Entries.of(question, self.columns.source, self.columns.target_columns_B).product_B
+        target_B = target_products(Problem(unit_rows(self.features_BD)[0], self.columns, LOG_SUM_EXP))
         return collectives.sum_packed([target_B], self.group)[0]
 
-    def with_samples(
+    def against_samples(
         self,
         *,
         scale: float | Tensor,
-        reduction: Literal["log_sum_exp", "softplus_sum", "top_k"] = "log_sum_exp",
+        statistic: Statistic = LOG_SUM_EXP,
         one_per_identity: bool = True,
         label_bias_B: Tensor | None = None,
-        **others: Any,
+        normalize: bool = True,
     ) -> tuple[Statistics, Tensor]:
-        """Statistics against the samples of this batch in place of prototypes, and whether a sample has a positive [B]: the target is
-        another sample of the identity (see `positives_of`), non-targets are one sample of every other identity of the batch, or all of
-        them. Gradients flow to both sides. A sample never meets itself; where it has no positive, the target is 0 and means nothing.
+        """(statistics against the samples of this batch in place of prototypes, whether a sample has a positive [B]). The target is another
+        sample of the identity, non-targets are one sample of every other identity of the batch, or all of them: see `of_samples`. Gradients
+        flow to both sides. A sample never meets itself; where it has no positive, the target is 0 and means nothing.
 
         label_bias_B  added to the logits of non-targets, by sample that is one
 
         Each rank computes B / N columns. Communicates what `similarity_statistics` says.
         """
-        if isinstance(scale, Tensor):
-            scale = collectives.shared(scale, self.group)
-        positives, mine = positives_of(self.labels_B), share_of(len(self.labels_B), self.group)
-        statistics = similarity_statistics(
+        columns, has_positive_B = of_samples(
             self.features_BD,
-            Matrix(self.features_BD[mine]),
             self.labels_B,
-            scale=scale,
-            reduction=reduction,
-            target_columns_B=within(positives.rows_B, mine, positives.is_there_B),
-            masked_columns_B=within(positives.first_B, mine),
-            included_S=positives.is_first_B[mine] if one_per_identity else None,
-            column_labels_S=None if one_per_identity else self.labels_B[mine],
-            classes_S=self.labels_B[mine],
-            column_bias_S=None if label_bias_B is None else collectives.shared(label_bias_B, self.group)[mine],
-            **{**self.options, **others},
+            self.group,
+            one_per_identity=one_per_identity,
+            label_bias_B=label_bias_B,
+            normalize=normalize,
         )
-        return statistics, positives.is_there_B
+        return self._statistics(columns, scale, statistic), has_positive_B
 
     def _bank(self) -> Bank:
         if self.bank is None:
@@ -172,58 +146,38 @@ class GlobalBatch:
         """bool [S]: the classes of this rank whose last feature is at most so many steps old; with None all that have one."""
         return self._bank().fresh(self.step, staleness)
 
-    def with_bank(
-        self,
-        *,
-        scale: float,
-        reduction: Literal["log_sum_exp", "softplus_sum", "top_k"] = "log_sum_exp",
-        staleness: int | None = None,
-        leaves_out_batch: bool = False,
-        **others: Any,
+    def against_bank(
+        self, *, scale: float, statistic: Statistic = LOG_SUM_EXP, staleness: int | None = None, leaves_out_batch: bool = False
     ) -> tuple[Statistics, Tensor]:
-        """Statistics against the last features of earlier steps, without gradient to them, in place of prototypes; of all classes whose
-        feature is fresh, in the sample of classes or not. And whether there is one of a sample's own class [B], its target, which means
-        nothing where there is none.
+        """(statistics against the last features of earlier steps in place of prototypes, whether there is one of a sample's own class [B]).
+        Classes count whose feature is fresh, in the sample of classes or not. A sample's own class is its target, which means nothing where
+        it has no feature. No gradient flows to features of the bank.
 
         leaves_out_batch  classes of this batch are targets, but nobody's non-targets
 
         2 B S D operations, in backward 2 more. Communicates 1 all-reduce of B floats and what `similarity_statistics` says.
         """
-        features_SD, is_fresh_S = self._bank().features_SD, self.fresh(staleness)
-        rows_B = self.shard.rows_of(self.labels_B)
-        included_S = is_fresh_S
-        if leaves_out_batch:
-            in_batch_S = torch.zeros(self.shard.rows + 1, dtype=torch.bool, device=rows_B.device)
-            in_batch_S[rows_B.where(rows_B >= 0, self.shard.rows)] = True  # the last one takes what is not here
-            included_S = is_fresh_S & ~in_batch_S[:-1]
-        statistics = similarity_statistics(
-            self.features_BD,
-            Matrix(features_SD, memory=self.columns.source.memory),
-            self.labels_B,
-            scale=scale,
-            reduction=reduction,
-            first_class=self.shard.first,
-            target_columns_B=rows_B,
-            included_S=included_S,
-            **{**self.options, **others},
-        )
-        return statistics, self.of_labels(is_fresh_S.to(features_SD.dtype)) > 0
+        bank, is_fresh_S = self._bank(), self.fresh(staleness)
+        pool = self.columns.source.pool
+        columns = of_bank(bank, self.shard, self.labels_B, is_fresh_S, leaves_out_batch=leaves_out_batch, pool=pool)
+        statistics = self._statistics(columns, scale, statistic)
+        return statistics, self.of_labels(is_fresh_S.to(bank.features_SD.dtype)) > 0
 
-    def with_constant_prototypes(self) -> GlobalBatch:
-        """The same batch before prototypes to which nothing flows."""
-        return replace(self, columns=self.columns._replace(source=Constant(self.columns.source)))
+    def with_frozen_prototypes(self) -> GlobalBatch:
+        """The same batch against prototypes to which no gradient flows."""
+        return replace(self, columns=self.columns.frozen())
 
-    def before(self, features_nD: Tensor, labels_n: Tensor) -> GlobalBatch:
-        """Other samples before the classes of this step, the same on every rank. Samples whose class has no column on any rank have no
+    def with_features(self, features_nD: Tensor, labels_n: Tensor) -> GlobalBatch:
+        """Other samples against the classes of this step, the same on every rank. Samples whose class has no column on any rank have no
         target."""
-        columns_n = self.columns.of_labels(labels_n, self.shard)
-        return replace(self, features_BD=features_nD, labels_B=labels_n, columns=self.columns._replace(target_columns_B=columns_n))
+        columns = self.columns._replace(targets_B=self.columns.of_labels(labels_n, self.shard))
+        return replace(self, features_BD=features_nD, labels_B=labels_n, columns=columns)
 
     @torch.no_grad()
     def prototypes_of(self, labels_n: Tensor) -> tuple[Tensor, Tensor]:
         """(prototype of each class [n, D], without gradient; whether it takes part in this step). 1 all-reduce of n (D + 1) floats."""
         source, columns_n = self.columns.source, self.columns.of_labels(labels_n, self.shard)
-        if not isinstance(source, Matrix | SampledRows):
+        if not isinstance(source, AllRows | SampledRows):
             raise ValueError("this loss follows the movement of prototypes, some of which substitution replaces: use substitution_rate=0")
         is_here_n1 = (columns_n >= 0)[:, None]
         own_nx = self.features_BD.new_zeros(len(labels_n), source.shape[1] + 1)
@@ -244,7 +198,7 @@ class GlobalBatch:
         if self.shard.rows:
             is_here_B = (rows_B >= 0) & (rows_B < self.shard.rows)
             own_B = vector_S.index_select(0, rows_B.clamp(0, self.shard.rows - 1)).where(is_here_B, 0)
-        return collectives.summed(own_B, self.group)
+        return collectives.sum_values(own_B, self.group)
 
     def class_counts(self) -> Tensor:
         """Images [B] of each sample's identity in the training set. 1 all-reduce of B numbers."""
@@ -291,3 +245,8 @@ class GlobalBatch:
     def part(self, name: str) -> GlobalBatch:
         """The same batch for a loss that is a part of another, with names of its own for what it keeps."""
         return replace(self, prefix=f"{self.prefix}{name}_")
+
+    if not TYPE_CHECKING:  # which would then find any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            refuse("GlobalBatch", name, RENAMED, AttributeError)

@@ -59,7 +59,7 @@ def grow(
     """
     old, new = classifier.shard, _shard(classifier, num_classes)
     _check_labels(new_labels, old.num_classes, num_classes)
-    if classifier.is_step_begun or classifier.draws:
+    if classifier.current.draws:
         raise ValueError("a classifier grows between two steps: call the optimizer's step() and zero_grad() before")
     if new_labels is not None and any(name.endswith("queue_labels") for name in classifier.tracked_names):
         raise ValueError("the loss keeps samples of earlier steps by their labels: grow without new_labels, or with a new classifier")
@@ -93,7 +93,7 @@ def grow(
     if classifier.bank is not None and first_bank is not None:
         classifier.bank_features = moved(classifier.bank.features_SD, first_bank.features_SD.to(classifier.bank.features_SD))
         classifier.bank_steps = moved(classifier.get_buffer("bank_steps"), first_bank.steps_S)
-    classifier.shard, classifier.sample = new, None
+    classifier.shard, classifier.current.sample = new, None
     if class_counts is not None:
         classifier.class_counts_S = classifier._counts_of_shard(class_counts)
     if isinstance(optimizer, RowOptimizer) and optimizer.is_lazy:

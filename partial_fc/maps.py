@@ -10,29 +10,45 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Map:
-    """cosines -> function(cosines, parameter). `function` maps [B, n] cosines with the rows' parameters [B, 1] (without gradient; None if
-    the loss gives none), element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through".
+def check_slope(slope: str) -> None:
+    if slope not in ("exact", "straight_through"):
+        raise ValueError(f"slope is {slope!r}, but must be 'exact' or 'straight_through'")
 
-    in_place  (cosines, parameter, slope, spare), [B, n] but for the parameter: the same without new memory, which on a CPU takes longer
-              than the arithmetic. It writes the function over the cosines, its slope into `slope`, and into `spare` what it likes
+
+def sloped(mapped: Tensor, cosines: Tensor, slope: str) -> Tensor:
+    """A mapped cosine with its own slope ("exact"), or with the cosine's ("straight_through")."""
+    return mapped if slope == "exact" else cosines + (mapped - cosines).detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """cosines -> function(cosines, parameter). `function` maps [B, n] cosines with the rows' parameters [B, 1] (None if there are none),
+    element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through".
+
+    in_place     (cosines, parameter, slope, spare), [B, n] but for the parameter: the same without new memory, which on a CPU takes longer
+                 than the arithmetic. It writes the function over the cosines, its slope into `slope`, and into `spare` what it likes
+    parameter_B  a number per row, without gradient
     """
 
     function: Callable[[Tensor, Tensor | None], Tensor]
     slope: str = "exact"
     bound: float = 1.0  # largest |function|: logits are at most scale x bound
     in_place: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
+    parameter_B: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.slope not in ("exact", "straight_through"):
-            raise ValueError(f"the slope of a map is {self.slope!r}, but must be 'exact' or 'straight_through'")
+        check_slope(self.slope)
+
+    def parameter(self) -> Tensor | None:
+        """[B, 1]"""
+        return None if self.parameter_B is None else self.parameter_B.detach()[:, None]
 
     def with_slope(
-        self, cosines_Bn: Tensor, parameter_B1: Tensor | None, wants_slope: bool = True, memory: tuple[Tensor, Tensor] | None = None
+        self, cosines_Bn: Tensor, wants_slope: bool = True, memory: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(mapped, slope) of a tile; None stands for a slope of 1, or perhaps for one that is not wanted. With memory for the slope and
         what else it takes, both [B, n], it may overwrite the tile."""
+        parameter_B1 = self.parameter()
         if self.in_place is not None and memory is not None and parameter_B1 is not None:
             self.in_place(cosines_Bn, parameter_B1, *memory)
             return cosines_Bn, memory[0] if self.slope == "exact" else None

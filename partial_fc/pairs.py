@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from partial_fc import collectives
 from partial_fc.collectives import Group
-from partial_fc.kernels.entries import unit_rows
+from partial_fc.unit_rows import unit_rows
 
 BLOCK_BYTES = 16 << 20  # of one block of rows; a reduction makes a few of this size
 

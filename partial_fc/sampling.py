@@ -4,22 +4,19 @@ with counter-based random numbers keyed (seed, step, class id), so that the samp
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from partial_fc import collectives
 from partial_fc.shards import ClassShard
-from partial_fc.similarity import similarity_statistics
-from partial_fc.sources import Source
 
 # splitmix64 (Steele, Lea & Flood, OOPSLA 2014) as signed numbers: int64 arithmetic wraps around, on CPU and GPU alike.
 GOLDEN, FIRST, SECOND = (int(np.int64(np.uint64(x))) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-class Sample(NamedTuple):
+class ClassSample(NamedTuple):
     """This rank's classes of one step, packed into a fixed number K of columns, so that no step waits for a count from the device."""
 
     rows_K: Tensor  # int64, distinct rows of the shard; the first ones are the sample, ascending, the rest is padding
@@ -27,19 +24,13 @@ class Sample(NamedTuple):
     is_certain_K: Tensor  # bool: class of a label, or always in for another reason; the others are in by chance
     column_S: Tensor  # int64: column of each row of the shard, -1 for what is not in the sample
 
-    def columns_of(self, rows_B: Tensor) -> Tensor:
-        """Column of each row, -1 for rows outside the shard."""
-        if not len(self.column_S):
-            return torch.full_like(rows_B, -1)
-        return torch.where((rows_B >= 0) & (rows_B < len(self.column_S)), self.column_S[rows_B.clamp(0, len(self.column_S) - 1)], -1)
-
 
 def capacity(rows: int, rate: float, certain: int) -> int:
     """Columns that hold every sample: mean number of chance's choices + six standard deviations + as many certain ones as there can be."""
     return min(rows, math.ceil(rows * rate + 6 * math.sqrt(rows * rate * (1 - rate))) + min(certain, rows))
 
 
-def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int) -> Sample:
+def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int) -> ClassSample:
     """The sample of `step`: every class of `certain_n` (global ids, repeated or not: the labels; other ranks' classes and -1 are ignored),
     and each other class with probability `rate`.
 
@@ -64,25 +55,7 @@ def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int
     rows = torch.empty_like(place_S)
     rows[place_S] = row_S
     rows_K = rows[:size]
-    return Sample(rows_K, is_wanted_S[rows_K], is_certain_S[rows_K], torch.where(is_wanted_S, place_S, -1))
-
-
-@torch.no_grad()
-def nearest(shard: ClassShard, prototypes: Source, labels_B: Tensor, k: int, **options: Any) -> Tensor:
-    """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few.
-
-    options  dtype, kernel and group of similarity_statistics
-
-    2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) B."""
-    own_BD = torch.zeros(len(labels_B), prototypes.shape[1], device=labels_B.device)
-    if shard.rows:
-        rows_B = shard.rows_of(labels_B)
-        own_BD = prototypes.load(rows_B.clamp(min=0)).float().where(rows_B[:, None] >= 0, 0)
-    (prototypes_BD,) = collectives.sum_packed([own_BD], options.get("group"))
-    asked: dict[str, Any] = {"scale": 1.0, "reduction": "top_k", "k": k, "first_class": shard.first}
-    found = similarity_statistics(prototypes_BD, prototypes, labels_B, **asked, **options)
-    assert found.classes_Bk is not None
-    return found.classes_Bk.flatten()
+    return ClassSample(rows_K, is_wanted_S[rows_K], is_certain_S[rows_K], torch.where(is_wanted_S, place_S, -1))
 
 
 def uniform(ids: Tensor, seed: int, step: int, *stream: int) -> Tensor:

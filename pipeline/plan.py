@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from partial_fc.kernels.walk import TILE_BYTES
+from partial_fc.kernels.tiles import TILE_BYTES
 from partial_fc.sampling import capacity
 
 Precision = Literal["float32", "bfloat16"]

@@ -1,96 +1,108 @@
-"""Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x S matrix (`chunked`, `triton`).
-A kernel sees one rank's classes and never communicates."""
+"""Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x n matrix (`chunked`, `triton`).
+A kernel sees one rank's columns and never communicates."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from partial_fc.columns import Columns
 from partial_fc.maps import Map
-from partial_fc.sources import Source
-
-Reduction = Literal["log_sum_exp", "softplus_sum"]
 
 
-class Question(NamedTuple):
-    """What is asked about B rows and the S classes of one rank. The logit of row i and class j is
+class Terms:
+    """A statistic as a kernel sees it: a sum of terms f(z_ij - shift_i) over the non-targets j of row i."""
 
-    z_ij = <query_i, unit_j> + bias_j                   unit_j = prototype_j / |prototype_j|, or prototype_j itself
+    base = 1.0  # tiles hold logits times this
+    is_exponential = False  # f(z + bias) = f(z) exp(bias), so that the bias may go into the operands of the products
+    program = ""  # the name of f in triton_programs.py
+
+    def terms_(self, tile_Bn: Tensor) -> Tensor:
+        """f of a tile of shifted logits times base, which it may overwrite."""
+        raise NotImplementedError
+
+    def weights_(self, tile_Bn: Tensor, terms_Bn: Tensor | None = None) -> Tensor:
+        """f' of the same tile, which it may overwrite. With `terms_Bn`, what `terms_` made of that tile."""
+        raise NotImplementedError
+
+    def term(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """f(z - shift) of logits, differentiable."""
+        raise NotImplementedError
+
+    def weight(self, z_B: Tensor, shift_B: Tensor | float = 0.0) -> Tensor:
+        """f'(z - shift) of one logit per row. With the statistic of all ranks as shift, its derivative by the logit."""
+        raise NotImplementedError
+
+    def row_factors(self, slope_B: Tensor, value_B: Tensor, shifts: bool, rounds: bool) -> tuple[Tensor, Tensor | None]:
+        """(factor [B], shift [B, 1] times base or None): d loss / d z_ij = factor_i f'(z_ij - shift_i), from d loss / d statistic and the
+        statistic over all ranks. With `rounds` the shift is a number that leaves a tile of few digits its digits."""
+        return slope_B, None
+
+
+class Problem(NamedTuple):
+    """B rows before the n columns of one rank. The logit of row i and column j is
+
+    z_ij = <query_i, unit_j> + bias_j                   unit_j = column_j / |column_j|, or column_j itself
     z_ij = scale_i map(<query_i, unit_j>, parameter_i) + bias_j             under a map
     """
 
     queries_BD: Tensor  # scale x unit features; unit features under a map
-    target_rows_B: Tensor  # int64: the target as a row of this shard, outside [0, S) where another rank has it
-    reduction: Reduction = "log_sum_exp"
-    bounded: bool = True  # promises |z_ij - bias_j| <= 64 and sum_j exp(bias_j) < 1e8 over all ranks: float32 then needs no shift
-    bias_S: Tensor | None = None
-    included_S: Tensor | None = None  # bool: classes that take part as non-targets; all if None
-    masked_rows_B: Tensor | None = None  # int64: the row that is no non-target, where it is not the target
-    masks: tuple[Tensor, Tensor] | None = None  # (row labels [B], column labels [S]): equal ones are no non-targets; else one row alone
+    columns: Columns
+    statistic: Terms
+    shifts: bool = False  # terms need their row's largest logit as shift; else |z_ij - bias_j| <= 64, for which float32 needs none
     map: Map | None = None
     scale_B1: Tensor | None = None  # under a map
-    parameter_B1: Tensor | None = None  # of a map
-    normalizes: bool = True
-    columns: bool = False  # column statistics are wanted
-    dtype: torch.dtype = torch.float32  # of the operands of products with chunks of classes
-
-    def masked(self) -> Tensor:
-        """int64 [B]: the row that is no non-target."""
-        return self.target_rows_B if self.masked_rows_B is None else self.masked_rows_B
+    dtype: torch.dtype = torch.float32  # of the operands of products with chunks of columns
 
 
-class Rows(NamedTuple):
-    """Statistics over the classes of one rank."""
+class ShardStatistics(NamedTuple):
+    """Statistics over the columns of one rank."""
 
     target_B: Tensor  # <query_i, unit_target>; 0 where another rank owns the target
-    sum_B: Tensor  # sum over non-targets j of exp(z_ij - shift_i), or of softplus(z_ij)
-    shift_B: Tensor  # 0 (bounded, softplus), or the largest non-target z_ij, about (-inf where there is none)
-    column_S: Tensor | None = None  # log sum over rows i, of which j is no target, of exp(z_ij)
-    apart_B: Tensor | None = None  # int64: non-targets (one per row of this shard, or -1) that backward must compute apart from the others
-    kept: Any = None  # what backward may use, once, instead of computing it again; in the room for the gradient
+    sum_B: Tensor  # of the terms
+    shift_B: Tensor  # 0, or the largest non-target z_ij, about (-inf where there is none)
+    exact_columns_B: Tensor | None = None  # int64: a non-target of each row (or -1) that backward must compute by itself
+    cache: Any = None  # what backward may use, once, instead of computing it again; in the memory of the gradient
 
 
-class Known(NamedTuple):
+class ForwardResult(NamedTuple):
     """What backward knows from forward."""
 
-    log_sum_B: Tensor  # log sum_j exp(z_ij) over the non-targets of *all* ranks; unused for softplus
-    column_S: Tensor | None
-    apart_B: Tensor | None
-    kept: Any
+    value_B: Tensor  # the statistic over the columns of *all* ranks
+    exact_columns_B: Tensor | None = None
+    cache: Any = None
 
 
 class Slopes(NamedTuple):
-    """Derivatives of the loss by a kernel's statistics, once these are summed over all ranks."""
+    """Derivatives of the loss by what `ShardStatistics` become once they are merged over all ranks."""
 
     target_B: Tensor
-    sum_B: Tensor  # by log sum_j exp(z_ij), or by sum_j softplus(z_ij)
-    column_S: Tensor | None  # by column_S
+    value_B: Tensor
 
 
 class Gradients(NamedTuple):
     queries_BD: Tensor  # this rank's part of the sum over classes
     source: tuple[Tensor | None, ...]  # of the source's tensors
-    bias_S: Tensor | None
+    bias_n: Tensor | None
     scale_B1: Tensor | None
 
 
-class Wanted(NamedTuple):
-    """Which gradients somebody needs; those of bias and scale are cheap and always computed."""
+class NeededGradients(NamedTuple):
+    """Which gradients somebody asks for, or will; those of bias and scale are cheap and always computed."""
 
-    queries: bool
-    source: bool
+    queries: bool = False
+    source: bool = False
+    bias: bool = False
+    scale: bool = False
 
 
 class Kernel(Protocol):
-    def forward(self, question: Question, source: Source, keeps: bool = False) -> Rows:
-        """`keeps` tells that backward will follow: what it can use may be kept in `source.room()`, which backward passes to
-        `source.collect`."""
-        ...
+    def forward(self, problem: Problem, needed: NeededGradients) -> ShardStatistics: ...
 
-    def backward(self, question: Question, source: Source, known: Known, slopes: Slopes, wanted: Wanted) -> Gradients: ...
+    def backward(self, problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients) -> Gradients: ...
 
-    def top(self, question: Question, source: Source, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(target [B], the k largest non-target z_ij [B, k] descending, their rows int64 [B, k]); -inf and row 0 where there are fewer."""
+    def top(self, problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(target [B], the k largest non-target z_ij [B, k] descending, their columns int64 [B, k]); -inf and 0 where there are fewer."""
         ...

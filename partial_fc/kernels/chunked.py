@@ -1,124 +1,107 @@
-"""The kernel that walks over the classes in chunks, on CPU and GPU: one B x chunk tile exists at a time. Backward computes the tile again,
-or on a CPU finds its weights in the memory that the gradient of prototypes is about to fill."""
+"""The kernel that goes over the columns in chunks, on CPU and GPU: one B x chunk tile exists at a time. Backward computes the tile again,
+unless forward kept its weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from partial_fc.kernels import Gradients, Known, Question, Rows, Slopes, Wanted
-from partial_fc.kernels.entries import Apart, Entries, entry_logits
-from partial_fc.kernels.kept import Kept
-from partial_fc.kernels.walk import LN_2, Walk, Weights, multiply
-from partial_fc.sources import Source
+from partial_fc.kernels import ForwardResult, Gradients, NeededGradients, Problem, ShardStatistics, Slopes
+from partial_fc.kernels.exact_entries import ExactEntries, ExactGradients, entry_logits, target_products
+from partial_fc.kernels.tiles import TileLoop, multiply
+from partial_fc.kernels.weight_cache import CachingLoop, loop_for
 
 
-def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
-    shifts = question.reduction == "log_sum_exp" and not question.bounded
-    sum_B = question.queries_BD.new_zeros(len(question.queries_BD))
-    shift_B = torch.full_like(sum_B, -torch.inf) if shifts else torch.zeros_like(sum_B)
-    column_S = sum_B.new_empty(source.shape[0]) if question.columns else None
-    if not source.shape[0]:
-        return Rows(sum_B.clone(), sum_B, shift_B, column_S)
-    walk = Walk(question, source)
-    # A GPU computes weights again faster than it writes and reads them.
-    if keeps and sum_B.device.type == "cpu" and column_S is None:
-        room = source.room()
-        walk.kept = None if room is None else Kept(room, len(sum_B), question.dtype)
-    wants_slope = walk.kept is not None
-    hardest_B, apart_B = torch.full_like(sum_B, -torch.inf), torch.full_like(question.target_rows_B, -1)
-    for chunk in walk.chunks():
-        logits_Bn, _, slope_Bn = walk.tile_of(chunk, wants_slope)
-        if column_S is not None:
-            column_S[chunk.rows] = torch.logsumexp(logits_Bn.to(sum_B.dtype) / walk.base, dim=0)
-        if shifts:
-            largest_B = logits_Bn.amax(dim=1)
-            larger_B = torch.maximum(shift_B, largest_B.ceil() if walk.is_rounded else largest_B)  # see Walk.weigh
-            finite_B = larger_B.clamp(min=-1e30)  # -inf minus -inf would be NaN
-            sum_B *= torch.exp2(shift_B - finite_B)
-            shift_B = larger_B
-        if walk.is_rounded:
-            column_B, plain_B, slope_B = walk.take_hardest(chunk, logits_Bn)
-            found_B = plain_B if question.bias_S is None else plain_B + question.bias_S[chunk.rows].index_select(0, column_B)
-            is_larger_B = found_B > hardest_B
-            hardest_B, apart_B = torch.maximum(found_B, hardest_B), (column_B + chunk.rows.start).where(is_larger_B, apart_B)
-            if walk.kept is not None:
-                if question.reduction == "softplus_sum":
-                    weight_B = found_B.sigmoid()
-                else:
-                    weight_B = torch.exp(found_B - finite_B * LN_2) if shifts else plain_B.exp()
-                walk.kept.hardest[chunk.rows.start] = column_B, weight_B if slope_B is None else weight_B * slope_B
-        if question.reduction == "softplus_sum":
-            sum_B += softplus(logits_Bn).sum(dim=1, dtype=sum_B.dtype)
-            if walk.is_rounded:
-                sum_B += softplus(found_B)
-            if walk.kept is not None:
-                walk.keep(chunk, logits_Bn.sigmoid_(), slope_Bn)
-            continue
-        if shifts:
-            logits_Bn -= finite_B[:, None].to(logits_Bn.dtype)  # a number of this type already
-            if walk.kept is not None:
-                walk.kept.shift_B1[chunk.rows.start] = finite_B[:, None]
-        exp_Bn = logits_Bn.exp2_()
-        sum_B += walk.row_sums(exp_Bn, chunk.rows)
-        walk.keep(chunk, exp_Bn, slope_Bn)
-        if walk.is_rounded:
-            sum_B += torch.exp(found_B - finite_B * LN_2 if shifts else found_B)
-    target_B = Entries.of(question, source, question.target_rows_B).product_B
-    return Rows(target_B, sum_B, shift_B * LN_2, column_S, apart_B if walk.is_rounded else None, walk if walk.kept is not None else None)
+def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
+    statistic, queries_BD = problem.statistic, problem.queries_BD
+    sum_B = queries_BD.new_zeros(len(queries_BD))
+    largest_B = torch.full_like(sum_B, -torch.inf) if problem.shifts else torch.zeros_like(sum_B)
+    if not problem.columns.size:
+        return ShardStatistics(sum_B.clone(), sum_B, largest_B)
+    loop = loop_for(problem, needed)
+    cache = loop if isinstance(loop, CachingLoop) else None
+    hardest_B, exact_columns_B = torch.full_like(sum_B, -torch.inf), torch.full_like(problem.columns.targets_B, -1)
+    for chunk in loop.chunks():
+        tile = loop.tile_of(chunk, wants_slope=cache is not None)
+        shift_B = hardest = None
+        if problem.shifts:
+            of_tile_B = tile.logits_Bn.amax(dim=1)
+            if loop.is_rounded:
+                of_tile_B = of_tile_B.ceil()  # a whole number leaves the few digits of the tile to the logits
+            new_largest_B = torch.maximum(largest_B, of_tile_B)
+            shift_B = new_largest_B.clamp(min=-1e30)  # -inf minus -inf would be NaN
+            sum_B *= torch.exp2(largest_B - shift_B)
+            largest_B = new_largest_B
+        if loop.is_rounded:
+            hardest = loop.take_hardest(chunk, tile.logits_Bn)
+            is_larger_B = hardest.logit_B > hardest_B
+            hardest_B = torch.maximum(hardest.logit_B, hardest_B)
+            exact_columns_B = (hardest.place_B + chunk.span.start).where(is_larger_B, exact_columns_B)
+        if shift_B is not None:
+            tile.logits_Bn.sub_(shift_B[:, None].to(tile.logits_Bn.dtype))  # a number of this type already
+        terms_Bn = statistic.terms_(tile.logits_Bn)
+        sum_B += loop.row_sums(terms_Bn, chunk.span)
+        if hardest is not None:
+            sum_B += statistic.term(hardest.logit_B, 0.0 if shift_B is None else shift_B / loop.base)
+        if cache is not None:
+            cache.keep(chunk, tile, terms_Bn, hardest, shift_B)
+    return ShardStatistics(target_products(problem), sum_B, largest_B / loop.base, exact_columns_B if loop.is_rounded else None, cache)
 
 
-def backward(question: Question, source: Source, known: Known, slopes: Slopes, wanted: Wanted, walk_type: type[Walk] = Walk) -> Gradients:
-    queries_BD = question.queries_BD
+def backward(
+    problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients, loop_type: type[TileLoop] = TileLoop
+) -> Gradients:
+    queries_BD, columns, statistic = problem.queries_BD, problem.columns, problem.statistic
     grad_queries_BD = torch.zeros_like(queries_BD)
-    grad_bias_S = None if question.bias_S is None else torch.zeros_like(question.bias_S)
-    grad_scale_B1 = None if question.scale_B1 is None else torch.zeros_like(question.scale_B1)
-    if not source.shape[0]:
-        return Gradients(grad_queries_BD, source.collect().gradients() if wanted.source else (), grad_bias_S, grad_scale_B1)
-    walk = walk_type(question, source) if known.kept is None else known.kept  # forward's, with its memory
-    weights = Weights(walk, known, slopes)
-    # Entries computed apart, from rows that are read before a collector can change them.
-    targets = Entries.of(question, source, question.target_rows_B)
-    apart_BD, apart_grads_BD = targets.gradients(question, slopes.target_B)
-    apart = Apart(question.target_rows_B, apart_grads_BD)
-    if known.apart_B is not None:
-        walk.apart_rows_B = known.apart_B
-        hardest = Entries.of(question, source, known.apart_B)
-        logit_B, mapped_B, slope_B = entry_logits(question, hardest.product_B)
-        biased_B = logit_B if question.bias_S is None else logit_B + question.bias_S[hardest.rows_B]
-        weight_B = weights.of_entries(biased_B, hardest.rows_B).where(hardest.is_ours_B, 0)
-        by_query_BD, by_row_BD = hardest.gradients(question, weight_B if slope_B is None else weight_B * slope_B)
-        apart_BD = apart_BD + by_query_BD
-        apart = Apart(torch.cat([apart.rows_n, known.apart_B]), torch.cat([apart_grads_BD, by_row_BD]))
+    grad_bias_n = None if columns.bias_n is None else torch.zeros_like(columns.bias_n)
+    grad_scale_B1 = None if problem.scale_B1 is None else torch.zeros_like(problem.scale_B1)
+    if not columns.size:
+        return Gradients(grad_queries_BD, columns.source.collect().gradients() if needed.source else (), grad_bias_n, grad_scale_B1)
+    cache: CachingLoop | None = result.cache  # forward's loop, with its memory
+    loop = loop_type(problem) if cache is None else cache
+    row_factor_B, shift_B1 = statistic.row_factors(slopes.value_B, result.value_B, problem.shifts, loop.is_rounded)
+    # Entries computed exactly, from rows that are read before a collector can change them.
+    targets = ExactEntries.of(queries_BD, columns, columns.targets_B)
+    exact_BD, of_targets_BD = targets.gradients(queries_BD, slopes.target_B)
+    exact = ExactGradients(columns.targets_B, of_targets_BD)
+    if result.exact_columns_B is not None:
+        loop.exact_columns_B = result.exact_columns_B
+        hardest = ExactEntries.of(queries_BD, columns, result.exact_columns_B)
+        logit_B, mapped_B, slope_B = entry_logits(problem, hardest.product_B)
+        biased_B = logit_B if columns.bias_n is None else logit_B + columns.bias_n[hardest.columns_B]
+        weight_B = (slopes.value_B * statistic.weight(biased_B, result.value_B)).where(hardest.is_ours_B, 0)
+        by_query_BD, by_column_BD = hardest.gradients(queries_BD, weight_B if slope_B is None else weight_B * slope_B)
+        exact_BD = exact_BD + by_query_BD
+        exact = ExactGradients(torch.cat([exact.columns_m, result.exact_columns_B]), torch.cat([of_targets_BD, by_column_BD]))
 
-    collector = source.collect(walk.kept.room if walk.kept is not None else None) if wanted.source else None
-    factor_B1 = weights.factor_B[:, None] if question.scale_B1 is None else weights.factor_B[:, None] * question.scale_B1
-    weighted_BD = (queries_BD * factor_B1).to(question.dtype)
-    for chunk in walk.chunks():
-        weights_Bn, tile = walk.weigh(chunk, weights)
-        if grad_bias_S is not None:
-            grad_bias_S[chunk.rows] = torch.mv(weights_Bn.T, weights.factor_B.to(weights_Bn.dtype))
+    collector = columns.source.collect(None if cache is None else cache.room) if needed.source else None
+    factor_B1 = row_factor_B[:, None] if problem.scale_B1 is None else row_factor_B[:, None] * problem.scale_B1
+    weighted_BD = (queries_BD * factor_B1).to(problem.dtype)
+    for chunk in loop.chunks():
+        weights_Bn, tile = loop.weigh(chunk, shift_B1)
+        if grad_bias_n is not None:
+            grad_bias_n[chunk.span] = torch.mv(weights_Bn.T, row_factor_B.to(weights_Bn.dtype))
         if grad_scale_B1 is not None and tile.mapped_Bn is not None:
             grad_scale_B1 += (weights_Bn * tile.mapped_Bn).sum(dim=1, keepdim=True)
         if tile.slope_Bn is not None:
             weights_Bn = weights_Bn * tile.slope_Bn
-        weights_Bn = weights_Bn.to(question.dtype)
-        if wanted.queries:
-            _add_product(grad_queries_BD, weights_Bn, walk.operand(chunk))
+        weights_Bn = weights_Bn.to(problem.dtype)
+        if needed.queries:
+            _add_product(grad_queries_BD, weights_Bn, loop.operand(chunk))
         if collector is not None:
-            collector.store(chunk.rows, walk.prototype_gradient(chunk, weights_Bn, weighted_BD, apart))
-    if grad_bias_S is not None and walk.weights_S is not None:
-        grad_bias_S *= walk.weights_S
+            collector.store(chunk.span, loop.column_gradient(chunk, weights_Bn, weighted_BD, exact))
+    if grad_bias_n is not None and loop.weights_n is not None:
+        grad_bias_n *= loop.weights_n
     if grad_scale_B1 is not None:
-        grad_scale_B1 *= weights.factor_B[:, None]
-    if known.apart_B is not None:
-        if grad_bias_S is not None:
-            grad_bias_S.index_add_(0, hardest.rows_B, weight_B)
+        grad_scale_B1 *= row_factor_B[:, None]
+    if result.exact_columns_B is not None:
+        if grad_bias_n is not None:
+            grad_bias_n.index_add_(0, hardest.columns_B, weight_B)
         if grad_scale_B1 is not None:
             grad_scale_B1 += (weight_B * mapped_B)[:, None]
     grad_queries_BD *= factor_B1
-    grad_queries_BD += apart_BD
-    return Gradients(grad_queries_BD, collector.gradients() if collector else (), grad_bias_S, grad_scale_B1)
+    grad_queries_BD += exact_BD
+    return Gradients(grad_queries_BD, collector.gradients() if collector else (), grad_bias_n, grad_scale_B1)
 
 
 def _add_product(sum_BD: Tensor, left_Bn: Tensor, right_nD: Tensor) -> None:
@@ -128,22 +111,17 @@ def _add_product(sum_BD: Tensor, left_Bn: Tensor, right_nD: Tensor) -> None:
         sum_BD += multiply(left_Bn, right_nD, torch.empty_like(sum_BD)) if sum_BD.is_cuda else left_Bn @ right_nD
 
 
-def softplus(x: Tensor) -> Tensor:
-    return torch.nn.functional.softplus(x, threshold=40.0)  # torch's 20 drops e^-20 = 2e-9, which float64 tests see
-
-
-def top(question: Question, source: Source, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch = len(question.queries_BD)
-    best_Bk = question.queries_BD.new_full((batch, k), -torch.inf)
-    rows_Bk = torch.zeros(batch, k, dtype=torch.int64, device=best_Bk.device)
-    if not source.shape[0]:
-        return best_Bk.new_zeros(batch), best_Bk, rows_Bk
-    walk = Walk(question._replace(bounded=False), source)
-    for chunk in walk.chunks():
-        logits_Bn = walk.tile_of(chunk).logits_Bn
-        values_Bk, columns_Bk = logits_Bn.topk(min(k, logits_Bn.shape[1]), dim=1)
+def top(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = len(problem.queries_BD)
+    best_Bk = problem.queries_BD.new_full((batch, k), -torch.inf)
+    columns_Bk = torch.zeros(batch, k, dtype=torch.int64, device=best_Bk.device)
+    if not problem.columns.size:
+        return best_Bk.new_zeros(batch), best_Bk, columns_Bk
+    loop = TileLoop(problem)
+    for chunk in loop.chunks():
+        logits_Bn = loop.tile_of(chunk).logits_Bn
+        values_Bk, places_Bk = logits_Bn.topk(min(k, logits_Bn.shape[1]), dim=1)
         candidates = torch.cat([best_Bk, values_Bk], dim=1)
-        best_Bk, places_Bk = candidates.topk(k, dim=1)
-        rows_Bk = torch.cat([rows_Bk, columns_Bk + chunk.rows.start], dim=1).gather(1, places_Bk)
-    target_B = Entries.of(question, source, question.target_rows_B).product_B
-    return target_B, best_Bk / walk.base, rows_Bk.where(best_Bk > -torch.inf, 0)
+        best_Bk, chosen_Bk = candidates.topk(k, dim=1)
+        columns_Bk = torch.cat([columns_Bk, places_Bk + chunk.span.start], dim=1).gather(1, chosen_Bk)
+    return target_products(problem), best_Bk / loop.base, columns_Bk.where(best_Bk > -torch.inf, 0)

@@ -1,4 +1,4 @@
-"""The dense kernel: the B x S matrix in a few lines of torch, in the dtype of its inputs (float64 for the oracle).
+"""The dense kernel: the B x n matrix in a few lines of torch, in the dtype of its inputs (float64 for the oracle).
 It says what the other kernels must compute; autograd derives its backward."""
 
 from __future__ import annotations
@@ -6,78 +6,70 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partial_fc.kernels import Gradients, Known, Question, Rows, Slopes, Wanted
-from partial_fc.kernels.entries import EPSILON
-from partial_fc.sources import Source
+from partial_fc.kernels import ForwardResult, Gradients, NeededGradients, Problem, ShardStatistics, Slopes
+from partial_fc.maps import sloped
+from partial_fc.unit_rows import EPSILON
 
 
-def _logits(question: Question, prototypes_SD: Tensor) -> tuple[Tensor, Tensor]:
-    """(target [B], non-target logits [B, S] with -inf at the targets)."""
-    if question.normalizes:
-        norms_S1 = prototypes_SD.norm(dim=1, keepdim=True)
-        prototypes_SD = torch.where(norms_S1 < EPSILON, 0, prototypes_SD / norms_S1.clamp(min=EPSILON))
-    cosines_BS = question.queries_BD @ prototypes_SD.T
-    rows_S = torch.arange(len(prototypes_SD), device=cosines_BS.device)
-    is_target_BS = question.target_rows_B[:, None] == rows_S
-    target_B = torch.where(is_target_BS, cosines_BS, 0).sum(dim=1)
-    logits_BS = cosines_BS
-    if question.map is not None and question.scale_B1 is not None:
-        mapped_BS = question.map.function(cosines_BS, question.parameter_B1)
-        if question.map.slope == "straight_through":
-            mapped_BS = cosines_BS + (mapped_BS - cosines_BS).detach()
-        logits_BS = mapped_BS * question.scale_B1
-    if question.bias_S is not None:
-        logits_BS = logits_BS + question.bias_S
-    if question.included_S is not None:
-        logits_BS = logits_BS.masked_fill(~question.included_S, -torch.inf)
-    masked_BS = question.masked()[:, None] == rows_S if question.masks is None else question.masks[0][:, None] == question.masks[1]
-    return target_B, logits_BS.masked_fill(masked_BS, -torch.inf)
+def _logits(problem: Problem, columns_nD: Tensor) -> tuple[Tensor, Tensor]:
+    """(target [B], non-target logits [B, n] with -inf at what is no non-target)."""
+    columns = problem.columns
+    if columns.normalize:
+        norms_n1 = columns_nD.norm(dim=1, keepdim=True)
+        columns_nD = torch.where(norms_n1 < EPSILON, 0, columns_nD / norms_n1.clamp(min=EPSILON))
+    cosines_Bn = problem.queries_BD @ columns_nD.T
+    place_n = torch.arange(len(columns_nD), device=cosines_Bn.device)
+    target_B = torch.where(columns.targets_B[:, None] == place_n, cosines_Bn, 0).sum(dim=1)
+    logits_Bn = cosines_Bn
+    if problem.map is not None and problem.scale_B1 is not None:
+        mapped_Bn = problem.map.function(cosines_Bn, problem.map.parameter())
+        logits_Bn = sloped(mapped_Bn, cosines_Bn, problem.map.slope) * problem.scale_B1
+    if columns.bias_n is not None:
+        logits_Bn = logits_Bn + columns.bias_n
+    mask = columns.mask
+    if mask.included_n is not None:
+        logits_Bn = logits_Bn.masked_fill(~mask.included_n, -torch.inf)
+    is_masked_Bn = columns.masked_columns()[:, None] == place_n if mask.labels is None else mask.labels[0][:, None] == mask.labels[1]
+    return target_B, logits_Bn.masked_fill(is_masked_Bn, -torch.inf)
 
 
-def forward(question: Question, source: Source, keeps: bool = False) -> Rows:
-    target_B, logits_BS = _logits(question, source.load(slice(0, source.shape[0])))
+def _all_columns(problem: Problem) -> Tensor:
+    return problem.columns.source.load(slice(0, problem.columns.size))
+
+
+def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
+    target_B, logits_Bn = _logits(problem, _all_columns(problem))
     shift_B = torch.zeros_like(target_B)
-    column_S = torch.logsumexp(logits_BS, dim=0) if question.columns else None
-    if question.reduction == "softplus_sum":
-        return Rows(target_B, torch.logaddexp(logits_BS, torch.zeros_like(logits_BS)).sum(dim=1), shift_B, column_S)
-    if not question.bounded:
-        shift_B = logits_BS.amax(dim=1) if logits_BS.shape[1] else shift_B - torch.inf
-    sum_B = (logits_BS - shift_B.clamp(min=-1e30)[:, None]).exp().sum(dim=1)
-    return Rows(target_B, sum_B, shift_B, column_S)
+    if problem.shifts:
+        shift_B = logits_Bn.amax(dim=1) if logits_Bn.shape[1] else shift_B - torch.inf
+    sum_B = problem.statistic.term(logits_Bn, shift_B.clamp(min=-1e30)[:, None]).sum(dim=1)
+    return ShardStatistics(target_B, sum_B, shift_B)
 
 
-def backward(question: Question, source: Source, known: Known, slopes: Slopes, wanted: Wanted) -> Gradients:
-    named = {
-        "queries": question.queries_BD,
-        "source": source.load(slice(0, source.shape[0])),
-        "bias": question.bias_S,
-        "scale": question.scale_B1,
-    }
+def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients) -> Gradients:
+    columns = problem.columns
+    named = {"queries": problem.queries_BD, "source": _all_columns(problem), "bias": columns.bias_n, "scale": problem.scale_B1}
     with torch.enable_grad():
         inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in named.items() if tensor is not None}
-        question = question._replace(queries_BD=inputs["queries"], bias_S=inputs.get("bias"), scale_B1=inputs.get("scale"))
-        target_B, logits_BS = _logits(question, inputs["source"])
-        value = (slopes.target_B * target_B).sum()
-        if question.reduction == "softplus_sum":
-            value = value + (slopes.sum_B[:, None] * torch.logaddexp(logits_BS, torch.zeros_like(logits_BS))).sum()
-        else:
-            # The value is wrong, the gradient right: with log_sum held fixed, the slope of sum_j exp(z_ij - log_sum_i) is its terms.
-            probability_BS = (logits_BS - known.log_sum_B.clamp(min=-1e30)[:, None]).exp()
-            value = value + (slopes.sum_B.where(torch.isfinite(known.log_sum_B), 0)[:, None] * probability_BS).sum()
-        if known.column_S is not None and slopes.column_S is not None:
-            is_finite_S = torch.isfinite(known.column_S)
-            probability_BS = (logits_BS - known.column_S.where(is_finite_S, 0)).exp()
-            value = value + (slopes.column_S.where(is_finite_S, 0) * probability_BS).sum()
+        problem = problem._replace(
+            queries_BD=inputs["queries"], columns=columns._replace(bias_n=inputs.get("bias")), scale_B1=inputs.get("scale")
+        )
+        target_B, logits_Bn = _logits(problem, inputs["source"])
+        # The value is wrong, the gradient right: with the statistic held fixed, the slope of sum_j f(z_ij - statistic_i) is its weights.
+        is_there_B = torch.isfinite(result.value_B)
+        terms_Bn = problem.statistic.term(logits_Bn, result.value_B.where(is_there_B, -1e30)[:, None])
+        value = (slopes.target_B * target_B).sum() + (slopes.value_B.where(is_there_B, 0)[:, None] * terms_Bn).sum()
         found = dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), allow_unused=True, materialize_grads=True), strict=True))
-    if not wanted.source:
-        return Gradients(found["queries"], (), found.get("bias"), found.get("scale"))
-    collector = source.collect()
-    collector.store(slice(0, source.shape[0]), found["source"])
-    return Gradients(found["queries"], collector.gradients(), found.get("bias"), found.get("scale"))
+    of_source: tuple[Tensor | None, ...] = ()
+    if needed.source:
+        collector = columns.source.collect()
+        collector.store(slice(0, columns.size), found["source"])
+        of_source = collector.gradients()
+    return Gradients(found["queries"], of_source, found.get("bias"), found.get("scale"))
 
 
-def top(question: Question, source: Source, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    target_B, logits_BS = _logits(question, source.load(slice(0, source.shape[0])))
-    missing_Bk = logits_BS.new_full((len(logits_BS), k), -torch.inf)
-    values_Bk, rows_Bk = torch.cat([logits_BS, missing_Bk], dim=1).topk(k, dim=1)
-    return target_B, values_Bk, rows_Bk.where(values_Bk > -torch.inf, 0)
+def top(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    target_B, logits_Bn = _logits(problem, _all_columns(problem))
+    missing_Bk = logits_Bn.new_full((len(logits_Bn), k), -torch.inf)
+    values_Bk, columns_Bk = torch.cat([logits_Bn, missing_Bk], dim=1).topk(k, dim=1)
+    return target_B, values_Bk, columns_Bk.where(values_Bk > -torch.inf, 0)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Angle, Margin, Scale, Steps, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.kernels.entries import inverse_norms
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
-from partial_fc.losses.margins import angular, check_angular
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.margins import angular, check_margin, with_margin
 from partial_fc.similarity import Statistics
+from partial_fc.unit_rows import inverse_norms
 
 
 @register("vpl")
-@dataclass(frozen=True)
 class VPL(Loss):
     """ArcFace with prototypes (1 - share) w / |w| + share f, f the last feature of the class, for all classes that have a fresh one. Deng
     et al., "Variational Prototype Learning", CVPR 2021, and their code: scale 64, margin 0.5, share 0.15, from step 8000 on, features
@@ -29,34 +28,25 @@ class VPL(Loss):
     slope      as ArcFace's. The authors' code works on a bank of all classes, so they use sample_rate 1; here any will do
     """
 
-    use: ClassVar[str] = (
-        "A set with enough images of an identity that its last feature is still true when the next one comes; costs a bank."
-    )
-    scale: float = 64.0
-    margin: float = 0.5
-    share: float = 0.15
-    start: int = 8000
-    staleness: int = 200
+    use = "A set with enough images of an identity that its last feature is still true when the next one comes; costs a bank."
+    scale: Scale = 64.0
+    margin: Angle = 0.5
+    share: Annotated[float, Within(0.0, 1.0, "it is a share")] = 0.15
+    start: Annotated[int, Within(-1, math.inf, "it is a step")] = 8000
+    staleness: Steps = 200
     slope: Literal["exact", "straight_through"] = "exact"
-
-    def __post_init__(self) -> None:
-        check_angular(self.scale, self.margin, self.slope)
-        check_range("share", self.share, 0.0, 1.0, "it is a share")
-        check_range("start", self.start, -1, math.inf, "it is a step")
-        check_range("staleness", self.staleness, 1, math.inf, "it is a number of steps")
 
     def uses_bank(self) -> bool:
         return True
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         share_S = self.share * batch.fresh(self.staleness).to(batch.features_BD.dtype) if batch.step > self.start else None
-        statistics = batch.with_classes(scale=self.scale, bank_share_S=share_S)
+        statistics = batch.against_classes(scale=self.scale, bank_share_S=share_S)
         phi_B = angular(statistics.target_B, 1.0, self.margin, self.slope)
         return softplus(statistics.non_target_B - self.scale * phi_B).mean()
 
 
 @register("broadface")
-@dataclass(frozen=True)
 class BroadFace(Loss):
     """CosFace or ArcFace, from which the encoder learns by the batch alone and prototypes by the batch and features of earlier steps. Kim,
     Park & Shin, "BroadFace", ECCV 2020: queue 10,000 (32,000 in their README). Two passes: the batch before constant prototypes, and
@@ -70,20 +60,15 @@ class BroadFace(Loss):
     of 2 (B + queue). At a sample_rate below 1 features whose class is not in the step's sample are left out. Refuses substitution.
     """
 
-    use: ClassVar[str] = "Very many identities and small batches: prototypes see the features of many steps."
-    scale: float = 64.0
+    use = "Very many identities and small batches: prototypes see the features of many steps."
+    scale: Scale = 64.0
     margin: float = 0.5
     base: Literal["arcface", "cosface"] = "arcface"
-    queue: int = 10_000
+    queue: Annotated[int, Within(1, 1 << 24, "it is a number of features")] = 10_000
 
     def __post_init__(self) -> None:
-        if self.base not in ("arcface", "cosface"):
-            raise ValueError(f"base is {self.base!r}, but must be 'arcface' or 'cosface'")
-        if self.base == "arcface":
-            check_angular(self.scale, self.margin, "exact")
-        check_scale(self.scale)
-        check_margin(self.margin)
-        check_range("queue", self.queue, 1, 1 << 24, "it is a number of features")
+        super().__post_init__()
+        check_margin(self.margin, self.base)
 
     def tracked(self) -> dict[str, float | Tensor]:
         return {"queue_labels": torch.full((self.queue,), -1)}
@@ -93,20 +78,19 @@ class BroadFace(Loss):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._losses(batch.with_classes(scale=self.scale)).mean()
+            return self._losses(batch.against_classes(scale=self.scale)).mean()
         # The prototypes' pass first: backward takes it last, and an optimizer that moves prototypes in backward moves them after all use.
         labels_M = torch.cat([batch.labels_B, batch.kept("queue_labels")])  # M = B + queue, the newest first
         now_MD, is_in_M = batch.prototypes_of(labels_M)
         features_MD = self._moved(batch, now_MD)
-        losses_M = self._losses(batch.before(features_MD, labels_M).with_classes(scale=self.scale)).where(is_in_M, 0)
+        losses_M = self._losses(batch.with_features(features_MD, labels_M).against_classes(scale=self.scale)).where(is_in_M, 0)
         of_prototypes = losses_M.sum() / is_in_M.sum().clamp(min=1)
-        of_encoder = self._losses(batch.with_constant_prototypes().with_classes(scale=self.scale)).mean()
+        of_encoder = self._losses(batch.with_frozen_prototypes().against_classes(scale=self.scale)).mean()
         self._enqueue(batch, labels_M, now_MD)
         return of_encoder + (of_prototypes - of_prototypes.detach())
 
     def _losses(self, statistics: Statistics) -> Tensor:
-        cosine_B = statistics.target_B
-        phi_B = angular(cosine_B, 1.0, self.margin) if self.base == "arcface" else cosine_B - self.margin
+        phi_B = with_margin(statistics.target_B, self.margin, self.base)
         return softplus(statistics.non_target_B - self.scale * phi_B)
 
     def _moved(self, batch: GlobalBatch, now_MD: Tensor) -> Tensor:
@@ -124,7 +108,6 @@ class BroadFace(Loss):
 
 
 @register("prototype_memory")
-@dataclass(frozen=True)
 class PrototypeMemory(Loss):
     """A reconstruction: softmax over a limited memory of prototypes made from samples, in place of learned ones. Smirnov et al., "Prototype
     Memory for Large-scale Face Representation Learning", 2021, of which the abstract alone was available: prototypes of classes new in
@@ -139,22 +122,17 @@ class PrototypeMemory(Loss):
     Learned prototypes have no part in it, and need no optimizer: call the classifier's end_step after every step, or let RowSGD do so.
     """
 
-    use: ClassVar[str] = "So many identities that prototypes cannot be kept; an experiment."
-    scale: float = 64.0
-    margin: float = 0.4
-    resident: int = 200
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        check_range("resident", self.resident, 1, math.inf, "it is a number of steps")
+    use = "So many identities that prototypes cannot be kept; an experiment."
+    scale: Scale = 64.0
+    margin: Margin = 0.4
+    resident: Steps = 200
 
     def uses_bank(self) -> bool:
         return True
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        of_batch, has_sample_B = batch.with_samples(scale=self.scale)
-        of_memory, has_prototype_B = batch.with_bank(scale=self.scale, staleness=self.resident, leaves_out_batch=True)
+        of_batch, has_sample_B = batch.against_samples(scale=self.scale)
+        of_memory, has_prototype_B = batch.against_bank(scale=self.scale, staleness=self.resident, leaves_out_batch=True)
         non_target_B = log_add_exp(of_batch.non_target_B, of_memory.non_target_B)
         target_B = torch.where(has_sample_B, of_batch.target_B, of_memory.target_B)
         losses_B = softplus(non_target_B - self.scale * (target_B - self.margin))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Margin, Scale, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.kernels.entries import unit_rows
-from partial_fc.losses import Loss, check_range, register, softplus
+from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.losses.margins import CosFace
 from partial_fc.losses.pair_losses import mean_of
 from partial_fc.pairs import later_rows, pair_statistics
-from partial_fc.substitution import positives_of
+from partial_fc.positives import positives_of
+from partial_fc.unit_rows import unit_rows
 
 
 @register("center")
-@dataclass(frozen=True)
 class Center(Loss):
     """CosFace + center_weight mean |x_i - w_{y_i}|^2 / 2 of unit vectors, which is center_weight mean (1 - t). Wen et al., "A
     Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016, eq. 5: there softmax on features of any norm stands in
@@ -29,23 +27,18 @@ class Center(Loss):
     center_weight  lambda; theirs, 0.003, is for features of any norm
     """
 
-    use: ClassVar[str] = "Compact identities where distances are thresholded; the weight matters."
-    scale: float = 64.0
-    margin: float = 0.4
-    center_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        CosFace(self.scale, self.margin)  # for what it refuses
-        check_range("center_weight", self.center_weight, 0.0, math.inf, "it weighs the distances to the centres")
+    use = "Compact identities where distances are thresholded; the weight matters."
+    scale: Scale = 64.0
+    margin: Margin = 0.4
+    center_weight: Weight = 1.0
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         loss_B = softplus(statistics.non_target_B - self.scale * (statistics.target_B - self.margin))
         return (loss_B + self.center_weight * (1 - statistics.target_B)).mean()
 
 
 @register("range")
-@dataclass(frozen=True)
 class Range(Loss):
     """intra_weight mean over identities of k / sum_{l <= k} 1 / D_l, the harmonic mean of the k largest squared distances D of its images,
     + inter_weight relu(margin - smallest squared distance of two identities' centres). Zhang et al., "Range Loss for Deep Face Recognition
@@ -59,17 +52,11 @@ class Range(Loss):
     Costs two `pair_statistics`.
     """
 
-    use: ClassVar[str] = "Sets with a long tail, in a sum with a sample-to-class loss."
-    k: int = 2
-    margin: float = 1.0
-    intra_weight: float = 0.5
-    inter_weight: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_range("k", self.k, 1, 64, "it counts the largest distances of an identity")
-        check_range("margin", self.margin, 0.0, 4.0, "squared distances of unit vectors are at most 4")
-        check_range("intra_weight", self.intra_weight, 0.0, math.inf, "it weighs distances within identities")
-        check_range("inter_weight", self.inter_weight, 0.0, math.inf, "it weighs the distance of centres")
+    use = "Sets with a long tail, in a sum with a sample-to-class loss."
+    k: Annotated[int, Within(1, 64, "it counts the largest distances of an identity")] = 2
+    margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit vectors are at most 4")] = 1.0
+    intra_weight: Weight = 0.5
+    inter_weight: Weight = 0.5
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         return self.intra_weight * self._intra(batch) + self.inter_weight * self._inter(batch)
@@ -106,7 +93,6 @@ class Range(Loss):
 
 
 @register("intra")
-@dataclass(frozen=True)
 class Intra(Loss):
     """A reconstruction of IntraLoss ("Further Margin via Gradient-Enhancing Term for Deep Face Recognition", arXiv 2107.03352), whose
     formula we do not have; its abstract asks for more gradient where an identity reaches far in some directions, until it is as wide in
@@ -117,16 +103,11 @@ class Intra(Loss):
     sharpness  r of both; ours: 16
     """
 
-    use: ClassVar[str] = "Identities of uneven width; an experiment."
-    scale: float = 64.0
-    margin: float = 0.4
-    intra_weight: float = 1.0
-    sharpness: float = 16.0
-
-    def __post_init__(self) -> None:
-        CosFace(self.scale, self.margin)  # for what it refuses
-        check_range("intra_weight", self.intra_weight, 0.0, math.inf, "it weighs the pull within identities")
-        check_range("sharpness", self.sharpness, 1e-3, 1e3, "it scales cosines")
+    use = "Identities of uneven width; an experiment."
+    scale: Scale = 64.0
+    margin: Margin = 0.4
+    intra_weight: Weight = 1.0
+    sharpness: Annotated[float, Within(1e-3, 1e3, "it scales cosines")] = 16.0
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         def soft_minimum(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Cosine, Margin, Scale, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
+from partial_fc.losses.base import Loss, register, softplus
 
 NOTHING = -1e30  # log of a sum without terms, as a number: infinities have no gradient
 
@@ -29,7 +29,6 @@ def log_sum_of_others(values_M: Tensor, labels_M: Tensor, labels_B: Tensor) -> t
 
 
 @register("gce")
-@dataclass(frozen=True)
 class GCE(Loss):
     """Global Cross-Entropy: reconstruction of the loss of GFace (Zhao et al., TIP 2025, of which the abstract alone is at hand).
 
@@ -46,25 +45,15 @@ class GCE(Loss):
     queue                so many samples of earlier steps and micro-batches also count as other samples: two numbers and a label of each
     """
 
-    use: ClassVar[str] = "Where similarities of different samples must be comparable: one threshold for all. Figures above."
-    scale: float = 64.0
-    target_margin: float = 0.4
-    non_target_margin: float = 0.05
-    out_sample_weight: float = 1.0
-    alpha: float = 0.5
+    use = "Where similarities of different samples must be comparable: one threshold for all. Figures above."
+    scale: Scale = 64.0
+    target_margin: Margin = 0.4
+    non_target_margin: Margin = 0.05
+    out_sample_weight: Annotated[float, Within(0.0, 1e6, "it weighs the terms of other samples")] = 1.0
+    alpha: Annotated[float, Within(0.0, 1.0, "it is the target term's share")] = 0.5
     out_samples: Literal["mean", "sum"] = "mean"
     out_sample_gradient: bool = False
-    queue: int = 0
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.target_margin, "target_margin")
-        check_margin(self.non_target_margin, "non_target_margin")
-        check_range("out_sample_weight", self.out_sample_weight, 0.0, 1e6, "it weighs the terms of other samples")
-        check_range("alpha", self.alpha, 0.0, 1.0, "it is the target term's share")
-        check_range("queue", self.queue, 0, 1 << 24, "it is a number of samples")
-        if self.out_samples not in ("mean", "sum"):
-            raise ValueError(f"out_samples is {self.out_samples!r}, but must be 'mean' or 'sum'")
+    queue: Annotated[int, Within(0, 1 << 24, "it is a number of samples")] = 0
 
     def tracked(self) -> dict[str, float | Tensor]:
         if not self.queue:
@@ -72,7 +61,7 @@ class GCE(Loss):
         return {"queue": torch.zeros(2, self.queue), "queue_labels": torch.full((self.queue,), -1)}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         below_B, above_B = statistics.non_target_B.clamp(min=NOTHING), -self.scale * statistics.target_B
         all_below_B, all_above_B = self._with_others(batch, below_B, above_B)
         target_B = softplus(all_below_B + above_B + self.scale * self.target_margin)
@@ -99,7 +88,6 @@ class GCE(Loss):
 
 
 @register("gb_cosface")
-@dataclass(frozen=True)
 class GBCosFace(Loss):
     """(softplus(2 s (b - t + margin)) + softplus(2 s (n - b + margin))) / 2, n = log-sum-exp(s n_j) / s. The boundary b of a sample is the
     middle of its own t and n, moved a little to the global boundary, a running mean of these middles; it has no gradient. "GB-CosFace:
@@ -110,30 +98,26 @@ class GBCosFace(Loss):
     least, most  the global boundary stays between them
     """
 
-    use: ClassVar[str] = "As CosFace, with a boundary that is common to all samples; small effect, no cost."
-    scale: float = 32.0
-    margin: float = 0.16
-    pull: float = 0.15
-    share: float = 0.01
+    use = "As CosFace, with a boundary that is common to all samples; small effect, no cost."
+    scale: Scale = 32.0
+    margin: Margin = 0.16
+    pull: Annotated[float, Within(0.0, 1.0, "it is the way from a sample's boundary to the global one")] = 0.15
+    share: Annotated[float, Within(0.0, 1.0, "it is the part of a batch in a running mean")] = 0.01
     least: float = 0.5
-    most: float = 0.7
+    most: Cosine = 0.7
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        check_range("pull", self.pull, 0.0, 1.0, "it is the way from a sample's boundary to the global one")
-        check_range("share", self.share, 0.0, 1.0, "it is the part of a batch in a running mean")
-        check_range("most", self.most, -1.0, 1.0, "it is a cosine")
-        check_range("least", self.least, -1.0, self.most, "it is a cosine, and not above `most`")
+        super().__post_init__()
+        Within(-1.0, self.most, "it is a cosine, and not above `most`")("least", self.least)
 
     def tracked(self) -> dict[str, float | Tensor]:
         return {"boundary": -2.0}  # none yet
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         target_B, others_B = statistics.target_B, (statistics.non_target_B / self.scale).clamp(min=-2)  # where there is no other class
         middle_B = (target_B + others_B).detach() / 2
-        running, mean = batch.tracked[batch.prefix + "boundary"].to(middle_B.dtype), middle_B.mean()
+        running, mean = batch.kept("boundary").to(middle_B.dtype), middle_B.mean()
         boundary = torch.where(running < -1.5, mean, running).clamp(self.least, self.most)
         batch.track("boundary", torch.lerp(boundary, mean, self.share), 1.0)
         boundary_B = middle_B + self.pull * (boundary - middle_B)

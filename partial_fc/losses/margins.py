@@ -4,95 +4,63 @@ All are softplus(non_target - scale * phi(target)), which is softmax cross-entro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import ANGLE, COSINES, Angle, Margin, Scale, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.maps import sloped
 
 
 @register("cosface")
-@dataclass(frozen=True)
 class CosFace(Loss):
     """phi(t) = t - margin. Wang et al., CVPR 2018, eq. 4: scale 64, margin 0.35 (0.4 on Glint360K and WebFace)."""
 
-    use: ClassVar[str] = "The first choice, for thousands to a hundred million identities; better with substitution."
-    scale: float = 64.0
-    margin: float = 0.4
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
+    use = "The first choice, for thousands to a hundred million identities; better with substitution."
+    scale: Scale = 64.0
+    margin: Margin = 0.4
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         return softplus(statistics.non_target_B - self.scale * (statistics.target_B - self.margin)).mean()
 
 
 @register("arcface")
-@dataclass(frozen=True)
 class ArcFace(Loss):
     """phi(t) = cos(arccos t + margin), margin in radians. Deng et al., CVPR 2019, eq. 3: scale 64, margin 0.5.
 
     slope  "exact": sin(theta + margin) / sin(theta) per unit of cosine. "straight_through": 1, as arcface_torch's code has it
     """
 
-    use: ClassVar[str] = (
-        "As CosFace, with more pull on targets that are nearly right; the usual choice where its published figures are compared with."
-    )
-    scale: float = 64.0
-    margin: float = 0.5
+    use = "As CosFace, with more pull on targets that are nearly right; the usual choice where its published figures are compared with."
+    scale: Scale = 64.0
+    margin: Angle = 0.5
     slope: Literal["exact", "straight_through"] = "exact"
 
-    def __post_init__(self) -> None:
-        check_angular(self.scale, self.margin, self.slope)
-
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         return softplus(statistics.non_target_B - self.scale * angular(statistics.target_B, 1.0, self.margin, self.slope)).mean()
 
 
 @register("combined")
-@dataclass(frozen=True)
 class Combined(Loss):
     """phi(t) = cos(angle_factor arccos t + angle_margin) - margin: (m1, m2, m3) of Deng et al., CVPR 2019, eq. 4. (1, 0.5, 0) is ArcFace,
     (1, 0, 0.35) CosFace; theirs are (1, 0.3, 0.2) and (0.9, 0.4, 0.15)."""
 
-    use: ClassVar[str] = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."
-    scale: float = 64.0
-    angle_factor: float = 1.0
-    angle_margin: float = 0.3
-    margin: float = 0.2
+    use = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."
+    scale: Scale = 64.0
+    angle_factor: Annotated[float, Within(0.1, 8.0, "it multiplies the angle")] = 1.0
+    angle_margin: Angle = 0.3
+    margin: Margin = 0.2
     slope: Literal["exact", "straight_through"] = "exact"
 
-    def __post_init__(self) -> None:
-        check_angular(self.scale, self.angle_margin, self.slope)
-        check_range("angle_factor", self.angle_factor, 0.1, 8.0, "it multiplies the angle")
-        check_margin(self.margin)
-
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         phi_B = angular(statistics.target_B, self.angle_factor, self.angle_margin, self.slope) - self.margin
         return softplus(statistics.non_target_B - self.scale * phi_B).mean()
-
-
-def check_angular(scale: float, margin: float, slope: str) -> None:
-    check_scale(scale)
-    check_range("margin", margin, 0.0, 1.57, "it is an angle in radians, below pi / 2")
-    check_slope(slope)
-
-
-def check_slope(slope: str) -> None:
-    if slope not in ("exact", "straight_through"):
-        raise ValueError(f"slope is {slope!r}, but must be 'exact' or 'straight_through'")
-
-
-def sloped(phi_B: Tensor, target_B: Tensor, slope: str) -> Tensor:
-    """phi with its own slope ("exact"), or with the target's ("straight_through")."""
-    return phi_B if slope == "exact" else target_B + (phi_B - target_B).detach()
 
 
 def least_of(dtype: torch.dtype) -> float:
@@ -126,3 +94,12 @@ def angular(target_B: Tensor, factor: float, margin: float | Tensor, slope: str 
         angle_B = factor * angles(target_B) + margin
         phi_B = torch.where(angle_B < math.pi, torch.cos(angle_B), -2 - torch.cos(angle_B))
     return sloped(phi_B, target_B, slope)
+
+
+def with_margin(target_B: Tensor, margin: float, kind: str) -> Tensor:
+    """The target with a margin on its cosine, or for "arc" and "arcface" on its angle."""
+    return angular(target_B, 1.0, margin) if kind in ("arc", "arcface") else target_B - margin
+
+
+def check_margin(margin: float, kind: str) -> None:
+    (ANGLE if kind in ("arc", "arcface") else COSINES)("margin", margin)

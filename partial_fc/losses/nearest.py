@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Margin, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_margin, register
+from partial_fc.losses.base import Loss, register
+from partial_fc.statistics import TopK
 
 
 @register("npt")
-@dataclass(frozen=True)
 class NPT(Loss):
     """sum over the k nearest other prototypes of relu(n_(k) - t + margin): what CosFace / scale tends to as its scale grows, for k = 1.
     Khalid et al., "NPT-Loss", TPAMI 2023 (arXiv 2103.03503): margin 0.5, their Delta / (2 r^2);
@@ -24,21 +25,14 @@ class NPT(Loss):
                    it sorts; not in the paper
     """
 
-    use: ClassVar[str] = (
-        "Fine-tuning, when only the nearest identities still matter; no scale to choose. Its gradient to prototypes is sparse."
-    )
-    margin: float = 0.5
-    k: int = 1
+    use = "Fine-tuning, when only the nearest identities still matter; no scale to choose. Its gradient to prototypes is sparse."
+    margin: Margin = 0.5
+    k: Annotated[int, Within(1, math.inf, "it is the number of nearest prototypes")] = 1
     zero_negative: bool = False
-
-    def __post_init__(self) -> None:
-        check_margin(self.margin)
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}, but must be 1 or more: the number of nearest prototypes")
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         k = min(self.k, batch.num_classes)
-        statistics = batch.with_classes(scale=1.0, reduction="top_k", k=k)
+        statistics = batch.against_classes(scale=1.0, statistic=TopK(k))
         nearest_Bk = statistics.non_target_B
         if self.zero_negative:
             nearest_Bk = torch.cat([nearest_Bk, torch.zeros_like(nearest_Bk[:, :1])], dim=1).topk(k, dim=1).values

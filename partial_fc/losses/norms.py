@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Angle, Margin, Scale, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
+from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.losses.margins import angular
 
 SMALLEST_NORM, LARGEST_NORM, EPSILON = 0.001, 100.0, 0.001  # of AdaFace's code
 
 
 @register("magface")
-@dataclass(frozen=True)
 class MagFace(Loss):
     """phi(t) = cos(arccos t + m(a)) with a = |x| clipped to [lower_norm, upper_norm] and m(a) linear in a, from lower_margin to
     upper_margin (radians); plus weight x mean of g(a) = a / upper_norm^2 + 1 / a, which rewards large norms. Meng et al., CVPR 2021:
@@ -29,26 +28,23 @@ class MagFace(Loss):
     easy  leaves targets below 0 without a margin, as their code does; phi then jumps there
     """
 
-    use: ClassVar[str] = "Where the feature norm shall tell how good an image is; needs a backbone whose norms lie in the given range."
-    scale: float = 64.0
-    lower_norm: float = 10.0
+    use = "Where the feature norm shall tell how good an image is; needs a backbone whose norms lie in the given range."
+    scale: Scale = 64.0
+    lower_norm: Annotated[float, Within(1e-3, 1e6, "norms are positive")] = 10.0
     upper_norm: float = 110.0
     lower_margin: float = 0.45
-    upper_margin: float = 0.8
-    weight: float = 35.0
+    upper_margin: Angle = 0.8
+    weight: Weight = 35.0
     easy: bool = False
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_range("lower_norm", self.lower_norm, 1e-3, 1e6, "norms are positive")
+        super().__post_init__()
         if not self.lower_norm < self.upper_norm < math.inf:
             raise ValueError(f"upper_norm is {self.upper_norm}, but must be above lower_norm, which is {self.lower_norm}")
-        check_range("upper_margin", self.upper_margin, 0.0, 1.57, "it is an angle in radians, below pi / 2")
-        check_range("lower_margin", self.lower_margin, 0.0, self.upper_margin, "the margin grows with the norm, up to upper_margin")
-        check_range("weight", self.weight, 0.0, math.inf, "it weighs the reward of large norms")
+        Within(0.0, self.upper_margin, "the margin grows with the norm, up to upper_margin")("lower_margin", self.lower_margin)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         norms_B = statistics.norms_B.clamp(self.lower_norm, self.upper_norm)
         slope = (self.upper_margin - self.lower_margin) / (self.upper_norm - self.lower_norm)
         phi_B = angular(statistics.target_B, 1.0, self.lower_margin + slope * (norms_B - self.lower_norm))
@@ -59,7 +55,6 @@ class MagFace(Loss):
 
 
 @register("adaface")
-@dataclass(frozen=True)
 class AdaFace(Loss):
     """phi(t) = cos(arccos t - margin z) - (margin + margin z), z = clip(h (|x| - mean) / deviation, -1, 1) without gradient. At
     z = 0 this is CosFace; at -1 (small norms, taken for bad images) ArcFace, whose gradient spares hard images; at 1 a margin that
@@ -70,23 +65,17 @@ class AdaFace(Loss):
     share          of the newest batch in the running mean and deviation, which start at 20 and 100 as in their code
     """
 
-    use: ClassVar[str] = "Data with many images of low quality, such as surveillance; reads the quality off the feature norm."
-    scale: float = 64.0
-    margin: float = 0.4
-    concentration: float = 0.333
-    share: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_range("margin", self.margin, 0.0, 1.0, "the target gives up to twice this much")
-        check_range("concentration", self.concentration, 0.0, 1e3, "it multiplies the normalised norm")
-        check_range("share", self.share, 0.0, 1.0, "it is the share of the newest batch in running figures")
+    use = "Data with many images of low quality, such as surveillance; reads the quality off the feature norm."
+    scale: Scale = 64.0
+    margin: Annotated[float, Within(0.0, 1.0, "the target gives up to twice this much")] = 0.4
+    concentration: Annotated[float, Within(0.0, 1e3, "it multiplies the normalised norm")] = 0.333
+    share: Annotated[float, Within(0.0, 1.0, "it is the share of the newest batch in running figures")] = 0.01
 
     def tracked(self) -> dict[str, float | Tensor]:
         return {"norm_mean": 20.0, "norm_deviation": 100.0}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         z_B = self._quality(batch, statistics.norms_B.detach().clamp(SMALLEST_NORM, LARGEST_NORM))
         phi_B = angular(statistics.target_B, 1.0, -self.margin * z_B) - self.margin * (1 + z_B)
         return softplus(statistics.non_target_B - self.scale * phi_B).mean()
@@ -99,7 +88,6 @@ class AdaFace(Loss):
 
 
 @register("frequency_margin")
-@dataclass(frozen=True)
 class FrequencyMargin(Loss):
     """phi(t) = t - m_y with a larger margin for rarer identities: m_y = margin (rarest / n_y)^power, at most margin, for an identity of n_y
     images. This is LDAM, Cao et al., NeurIPS 2019: m_y proportional to n_y^(-1/4), and their code's scale 30 and largest margin
@@ -111,22 +99,19 @@ class FrequencyMargin(Loss):
     power          0 gives CosFace
     """
 
-    use: ClassVar[str] = "Sets in which a few identities have most of the images."
-    scale: float = 30.0
-    margin: float = 0.5
+    use = "Sets in which a few identities have most of the images."
+    scale: Scale = 30.0
+    margin: Margin = 0.5
     common_margin: float = 0.0
-    rarest: int = 1
-    power: float = 0.25
+    rarest: Annotated[int, Within(1, 1e9, "it is a number of images")] = 1
+    power: Annotated[float, Within(0.0, 4.0, "the margin falls with the number of images to this power")] = 0.25
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        check_range("common_margin", self.common_margin, 0.0, self.margin, "rare identities have the larger margin")
-        check_range("rarest", self.rarest, 1, 1e9, "it is a number of images")
-        check_range("power", self.power, 0.0, 4.0, "the margin falls with the number of images to this power")
+        super().__post_init__()
+        Within(0.0, self.margin, "rare identities have the larger margin")("common_margin", self.common_margin)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         counts_B = batch.class_counts().to(statistics.target_B.dtype).clamp(min=self.rarest)
         margins_B = self.common_margin + (self.margin - self.common_margin) * torch.pow(self.rarest / counts_B, self.power)
         return softplus(statistics.non_target_B - self.scale * (statistics.target_B - margins_B)).mean()

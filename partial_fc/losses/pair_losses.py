@@ -4,15 +4,15 @@ give nothing for a sample without one, so batches need several images of an iden
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Margin, Scale, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
-from partial_fc.losses.margins import CosFace, angular
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.margins import CosFace, check_margin, with_margin
 from partial_fc.pairs import later_rows, negative_quantiles
 
 
@@ -27,7 +27,6 @@ def mean_of(sums_B: Tensor, counts_B: Tensor) -> Tensor:
 
 
 @register("contrastive")
-@dataclass(frozen=True)
 class Contrastive(Loss):
     """mean over positive pairs of relu(D - positive_margin)^2 / 2 + mean over negative pairs of relu(negative_margin - D)^2 / 2, D the
     Euclidean distance of unit features, in [0, 2]. Hadsell et al., CVPR 2006, eq. 4, where positive_margin is 0 and the sum goes over
@@ -36,13 +35,9 @@ class Contrastive(Loss):
     negative_margin  ours: 1, a cosine of 0.5. Two random features have a distance of 1.41
     """
 
-    use: ClassVar[str] = "A baseline, or in a sum."
-    positive_margin: float = 0.0
-    negative_margin: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_range("positive_margin", self.positive_margin, 0.0, 2.0, "it is a distance of unit features")
-        check_range("negative_margin", self.negative_margin, 0.0, 2.0, "it is a distance of unit features")
+    use = "A baseline, or in a sum."
+    positive_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 0.0
+    negative_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 1.0
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         def sums(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +51,6 @@ class Contrastive(Loss):
 
 
 @register("triplet")
-@dataclass(frozen=True)
 class Triplet(Loss):
     """relu(margin + D(hardest positive) - D(hardest negative)) with the farthest positive and the nearest negative of each anchor in the
     global batch (batch hard: Hermans et al., "In Defense of the Triplet Loss", 2017, eq. 5), the mean over anchors that have both.
@@ -65,14 +59,9 @@ class Triplet(Loss):
               D = |x - z|, which Hermans et al. found better
     """
 
-    use: ClassVar[str] = "Fine-tuning with large batches; or in a sum."
-    margin: float = 0.2
+    use = "Fine-tuning with large batches; or in a sum."
+    margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit features differ by at most 4")] = 0.2
     distance: Literal["squared", "euclidean"] = "squared"
-
-    def __post_init__(self) -> None:
-        check_range("margin", self.margin, 0.0, 4.0, "squared distances of unit features differ by at most 4")
-        if self.distance not in ("squared", "euclidean"):
-            raise ValueError(f"distance is {self.distance!r}, but must be 'squared' or 'euclidean'")
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         positive_B, negative_B = batch.pairs()
@@ -83,7 +72,6 @@ class Triplet(Loss):
 
 
 @register("unpg")
-@dataclass(frozen=True)
 class UNPG(Loss):
     """CosFace or ArcFace with the batch's negative pairs q in every sample's denominator, the same for all:
     -log e^{s phi(t)} / (e^{s phi(t)} + sum_j e^{s n_j} + sum_q e^{s q}). Jung et al., "Unified Negative Pair Generation toward
@@ -95,23 +83,19 @@ class UNPG(Loss):
     base, `negative_quantiles` and one `pair_statistics`. Gradient flows through the pairs, not through the quartiles.
     """
 
-    use: ClassVar[str] = "Batches large enough to hold hard pairs; adds pairs of samples to the negatives of CosFace or ArcFace."
-    scale: float = 64.0
+    use = "Batches large enough to hold hard pairs; adds pairs of samples to the negatives of CosFace or ArcFace."
+    scale: Scale = 64.0
     margin: float = 0.5
     base: Literal["cosface", "arcface"] = "cosface"
-    whisker: float = 1.5
+    whisker: Annotated[float, Within(0.0, math.inf, "it counts interquartile ranges")] = 1.5
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        if self.base not in ("cosface", "arcface"):
-            raise ValueError(f"base is {self.base!r}, but must be 'cosface' or 'arcface'")
-        why = "cosines differ by at most 2" if self.base == "cosface" else "it is an angle in radians, below pi / 2"
-        check_range("margin", self.margin, 0.0, 2.0 if self.base == "cosface" else 1.57, why)
-        check_range("whisker", self.whisker, 0.0, math.inf, "it counts interquartile ranges")
+        super().__post_init__()
+        check_margin(self.margin, self.base)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
-        phi_B = statistics.target_B - self.margin if self.base == "cosface" else angular(statistics.target_B, 1.0, self.margin)
+        statistics = batch.against_classes(scale=self.scale)
+        phi_B = with_margin(statistics.target_B, self.margin, self.base)
         others_B = torch.logaddexp(statistics.non_target_B, self._pairs(batch))
         return softplus(others_B - self.scale * phi_B).mean()
 
@@ -133,7 +117,6 @@ class UNPG(Loss):
 
 
 @register("anchorface")
-@dataclass(frozen=True)
 class AnchorFace(Loss):
     """A reconstruction of AnchorFace (AAAI 2022), which trains for TAR at one FAR: only its hyper-parameters are known to us.
     CosFace + far_weight mean over negative pairs of sigmoid((q - t) / tau) + tar_weight (1 - mean over positive pairs of the same), with
@@ -149,20 +132,13 @@ class AnchorFace(Loss):
     CosFace, `negative_quantiles` and one `pair_statistics`.
     """
 
-    use: ClassVar[str] = "To train for one FAR."
-    scale: float = 64.0
-    margin: float = 0.4
-    far: float = 1e-3
-    tau: float = 0.01
-    far_weight: float = 1000.0
-    tar_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        CosFace(self.scale, self.margin)  # for what it refuses
-        check_range("far", self.far, 0.0, 1.0, "it is a share of the negative pairs")
-        check_range("tau", self.tau, 1e-4, 2.0, "it is a difference of cosines")
-        check_range("far_weight", self.far_weight, 0.0, math.inf, "it weighs the negative pairs")
-        check_range("tar_weight", self.tar_weight, 0.0, math.inf, "it weighs the positive pairs")
+    use = "To train for one FAR."
+    scale: Scale = 64.0
+    margin: Margin = 0.4
+    far: Annotated[float, Within(0.0, 1.0, "it is a share of the negative pairs")] = 1e-3
+    tau: Annotated[float, Within(1e-4, 2.0, "it is a difference of cosines")] = 0.01
+    far_weight: Weight = 1000.0
+    tar_weight: Weight = 1.0
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         (threshold,) = negative_quantiles(batch.features_BD, batch.labels_B, (1 - self.far,), group=batch.group)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Angle, Scale, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
-from partial_fc.losses.margins import angular, check_angular
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.margins import angular, check_margin, with_margin
 from partial_fc.maps import Map
+
+Hardness = Annotated[float, Within(0.0, 10.0, "it is added to hard cosines")]
 
 
 @register("sv_softmax")
-@dataclass(frozen=True)
 class SVSoftmax(Loss):
     """Non-targets nearer than the target, n_j > t, count more: as (1 + hardness) n_j + hardness, that is exp(s n_j) times
     exp(s hardness (n_j + 1)). Wang et al., "Support Vector Guided Softmax Loss", arXiv 1812.11317: scale 32, hardness 0.2.
@@ -27,24 +28,24 @@ class SVSoftmax(Loss):
     target    what the margin does: "cosine" t - margin, "arc" cos(arccos t + margin)
     """
 
-    use: ClassVar[str] = "To stress negatives that are nearer than the target; prefer mv_softmax with a margin."
-    scale: float = 32.0
+    use = "To stress negatives that are nearer than the target; prefer mv_softmax with a margin."
+    scale: Scale = 32.0
     margin: float = 0.0
-    hardness: float = 0.2
+    hardness: Hardness = 0.2
     emphasis: Literal["adaptive", "fixed"] = "adaptive"
     target: Literal["cosine", "arc"] = "cosine"
 
     def __post_init__(self) -> None:
-        _check(self.scale, self.margin, self.hardness, self.emphasis, self.target)
+        super().__post_init__()
+        check_margin(self.margin, self.target)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        emphasised = emphasis_on_hard(self.hardness, self.emphasis)
-        statistics = batch.with_classes(scale=self.scale, map=emphasised, map_parameter_B=batch.targets())
-        return softplus(statistics.non_target_B - self.scale * _phi(statistics.target_B, self.margin, self.target)).mean()
+        emphasised = emphasis_on_hard(self.hardness, self.emphasis, batch.targets())
+        statistics = batch.against_classes(scale=self.scale, map=emphasised)
+        return softplus(statistics.non_target_B - self.scale * with_margin(statistics.target_B, self.margin, self.target)).mean()
 
 
 @register("mv_softmax")
-@dataclass(frozen=True)
 class MVSoftmax(Loss):
     """Non-targets nearer than the target with its margin, n_j > phi(t), count more: as (1 + hardness) n_j + hardness. Wang et al.,
     "Mis-classified Vector Guided Softmax Loss", AAAI 2020: scale 32, margin 0.35, hardness 0.2 (0.12 in FaceX-Zoo).
@@ -55,28 +56,29 @@ class MVSoftmax(Loss):
     easy      the target has its margin only where t > 0, the comparison has it always: the code's default, not in the paper
     """
 
-    use: ClassVar[str] = "Large clean sets, late in training: misclassified negatives count more. Noisy labels count more too."
-    scale: float = 32.0
+    use = "Large clean sets, late in training: misclassified negatives count more. Noisy labels count more too."
+    scale: Scale = 32.0
     margin: float = 0.35
-    hardness: float = 0.2
+    hardness: Hardness = 0.2
     emphasis: Literal["adaptive", "fixed"] = "adaptive"
     target: Literal["cosine", "arc"] = "cosine"
     easy: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.scale, self.margin, self.hardness, self.emphasis, self.target)
+        super().__post_init__()
+        check_margin(self.margin, self.target)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        emphasised, limit_B = emphasis_on_hard(self.hardness, self.emphasis), _phi(batch.targets(), self.margin, self.target)
-        statistics = batch.with_classes(scale=self.scale, map=emphasised, map_parameter_B=limit_B)
-        phi_B = _phi(statistics.target_B, self.margin, self.target)
+        emphasised = emphasis_on_hard(self.hardness, self.emphasis, with_margin(batch.targets(), self.margin, self.target))
+        statistics = batch.against_classes(scale=self.scale, map=emphasised)
+        phi_B = with_margin(statistics.target_B, self.margin, self.target)
         if self.easy:
             phi_B = torch.where(statistics.target_B > 0, phi_B, statistics.target_B)
         return softplus(statistics.non_target_B - self.scale * phi_B).mean()
 
 
-def emphasis_on_hard(hardness: float, emphasis: str) -> Map:
-    """n -> (1 + hardness) n + hardness, or n + hardness, where n is above the row's parameter. Largest at n = 1."""
+def emphasis_on_hard(hardness: float, emphasis: str, limit_B: Tensor) -> Map:
+    """n -> (1 + hardness) n + hardness, or n + hardness, where n is above the row's limit. Largest at n = 1."""
     factor = 1 + hardness if emphasis == "adaptive" else 1.0
 
     def function(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
@@ -88,28 +90,10 @@ def emphasis_on_hard(hardness: float, emphasis: str) -> Map:
         cosines_Bn += torch.mul(cosines_Bn, factor - 1, out=spare_Bn).add_(hardness).mul_(is_hard_Bn)
         slope_Bn.mul_(factor - 1).add_(1)
 
-    return Map(function, bound=factor + hardness, in_place=in_place)
-
-
-def _phi(target_B: Tensor, margin: float, target: str) -> Tensor:
-    return target_B - margin if target == "cosine" else angular(target_B, 1.0, margin)
-
-
-def _check(scale: float, margin: float, hardness: float, emphasis: str, target: str) -> None:
-    if target not in ("cosine", "arc"):
-        raise ValueError(f"target is {target!r}, but must be 'cosine' or 'arc'")
-    if emphasis not in ("adaptive", "fixed"):
-        raise ValueError(f"emphasis is {emphasis!r}, but must be 'adaptive' or 'fixed'")
-    check_range("hardness", hardness, 0.0, 10.0, "it is added to hard cosines")
-    if target == "arc":
-        check_angular(scale, margin, "exact")
-    else:
-        check_scale(scale)
-        check_margin(margin)
+    return Map(function, bound=factor + hardness, in_place=in_place, parameter_B=limit_B)
 
 
 @register("curricularface")
-@dataclass(frozen=True)
 class CurricularFace(Loss):
     """ArcFace with hard non-targets, n_j > cos(arccos t + margin), as n_j (mean + n_j): they count little at first, and more as the mean
     target cosine grows. Huang et al., CVPR 2020: scale 64, margin 0.5 in radians.
@@ -117,14 +101,10 @@ class CurricularFace(Loss):
     share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port
     """
 
-    use: ClassVar[str] = "As mv_softmax, with easy samples first: one loss for the whole of a run."
-    scale: float = 64.0
-    margin: float = 0.5
-    share: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_angular(self.scale, self.margin, "exact")
-        check_range("share", self.share, 0.0, 1.0, "it is the part of a batch in a running mean")
+    use = "As mv_softmax, with easy samples first: one loss for the whole of a run."
+    scale: Scale = 64.0
+    margin: Angle = 0.5
+    share: Annotated[float, Within(0.0, 1.0, "it is the part of a batch in a running mean")] = 0.01
 
     def tracked(self) -> dict[str, float | Tensor]:
         return {"mean_target": 0.0}
@@ -134,12 +114,12 @@ class CurricularFace(Loss):
         mean = batch.track("mean_target", target_B.mean(), self.share)
         # As in their code this limit rises again past pi - margin; the target's own phi does not.
         limit_B = torch.cos(torch.arccos(target_B.clamp(-1, 1)) + self.margin)
-        statistics = batch.with_classes(scale=self.scale, map=curriculum(mean), map_parameter_B=limit_B)
+        statistics = batch.against_classes(scale=self.scale, map=curriculum(mean, limit_B))
         return softplus(statistics.non_target_B - self.scale * angular(statistics.target_B, 1.0, self.margin)).mean()
 
 
-def curriculum(mean: Tensor) -> Map:
-    """n -> n (mean + n) where n is above the row's parameter; mean is a scalar without gradient, at most 1."""
+def curriculum(mean: Tensor, limit_B: Tensor) -> Map:
+    """n -> n (mean + n) where n is above the row's limit; mean is a scalar without gradient, at most 1."""
 
     def function(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
         assert limit_B1 is not None
@@ -151,11 +131,10 @@ def curriculum(mean: Tensor) -> Map:
         slope_Bn.mul_(cosines_Bn).add_(factor_Bn)
         cosines_Bn *= factor_Bn
 
-    return Map(function, bound=2.0, in_place=in_place)
+    return Map(function, bound=2.0, in_place=in_place, parameter_B=limit_B)
 
 
 @register("search_softmax")
-@dataclass(frozen=True)
 class SearchSoftmax(Loss):
     """-log p_m with p_m = p / (a p + 1 - a), p the softmax probability of the target and a <= 0. Wang et al., "Loss Function Search for
     Face Recognition", ICML 2020: scale 32. The search itself, which draws a anew for each model of a population and keeps
@@ -165,12 +144,12 @@ class SearchSoftmax(Loss):
                 Several are for p in so many equal parts of (0, 1], the first for the smallest p (their local mode has 10)
     """
 
-    use: ClassVar[str] = "To find a margin-like factor by search; with one factor it is CosFace."
-    scale: float = 32.0
+    use = "To find a margin-like factor by search; with one factor it is CosFace."
+    scale: Scale = 32.0
     modulation: float | tuple[float, ...] = -8000.0
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        super().__post_init__()
         if not self._parts:
             raise ValueError("modulation is empty, but must be a number, or one for each part of (0, 1]")
         for a in self._parts:
@@ -182,7 +161,7 @@ class SearchSoftmax(Loss):
         return self.modulation if isinstance(self.modulation, tuple) else (self.modulation,)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         loss_B = softplus(statistics.non_target_B - self.scale * statistics.target_B)
         probability_B, parts = torch.exp(-loss_B.detach()), self._parts
         a_B = torch.full_like(loss_B, parts[-1])

@@ -3,20 +3,17 @@ prototypes alone: train them beside a sample-to-class loss, or for their feature
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Cosine, Margin, Scale, Weight
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.kernels.entries import EPSILON
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.statistics import SoftplusSum
+from partial_fc.unit_rows import EPSILON
 
 
 @register("sample_softmax")
-@dataclass(frozen=True)
 class SampleSoftmax(Loss):
     """-log e^{s (p - margin)} / (e^{s (p - margin)} + sum_j e^{s n_j}): softmax among samples, p the cosine with another sample of the
     identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 17 and 24: scale 64, margin 0.1.
@@ -25,22 +22,17 @@ class SampleSoftmax(Loss):
     Needs batches with several images of an identity: anchors without a positive count as 0 in the mean over the batch.
     """
 
-    use: ClassVar[str] = "Beside a sample-to-class loss, where a learned threshold is not wanted."
-    scale: float = 64.0
-    margin: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
+    use = "Beside a sample-to-class loss, where a learned threshold is not wanted."
+    scale: Scale = 64.0
+    margin: Margin = 0.1
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        statistics, has_positive_B = batch.with_samples(scale=self.scale)
+        statistics, has_positive_B = batch.against_samples(scale=self.scale)
         loss_B = softplus(statistics.non_target_B - self.scale * (statistics.target_B - self.margin))
         return loss_B.where(has_positive_B, 0).mean()
 
 
 @register("sample_bce")
-@dataclass(frozen=True)
 class SampleBCE(Loss):
     """softplus(b_y - s (p - margin)) + sum_j softplus(s n_j - b_j): USS with a learned threshold b for each class in place of one for all.
     Li et al., "UniTSFace", NeurIPS 2023, eqs. 22 and 24: scale 64, margin 0.1 with which it is worse than USS in their tables.
@@ -51,16 +43,10 @@ class SampleBCE(Loss):
     threshold  first value of all the learned ones, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch, as in USS
     """
 
-    use: ClassVar[str] = "To repeat the comparison of the UniTSFace paper, in which it is worse than uss."
-    scale: float = 64.0
-    margin: float = 0.1
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        if self.threshold is not None:
-            check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
+    use = "To repeat the comparison of the UniTSFace paper, in which it is worse than uss."
+    scale: Scale = 64.0
+    margin: Margin = 0.1
+    threshold: Cosine | None = None
 
     def learned_by_class(self, num_classes: int) -> dict[str, float]:
         return {"thresholds": 0.0 if self.threshold is None else self.scale * self.threshold}
@@ -71,15 +57,14 @@ class SampleBCE(Loss):
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.threshold is None:
             with torch.no_grad():
-                batch.start("thresholds", batch.with_samples(scale=self.scale)[0].non_target_B)
+                batch.start("thresholds", batch.against_samples(scale=self.scale)[0].non_target_B)
         b_B = batch.of_labels(batch.parameter("thresholds"))
-        statistics, has_positive_B = batch.with_samples(scale=self.scale, reduction="softplus_sum", label_bias_B=-b_B)
+        statistics, has_positive_B = batch.against_samples(scale=self.scale, statistic=SoftplusSum(), label_bias_B=-b_B)
         positive_B = softplus(b_B - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
         return (positive_B + statistics.non_target_B).mean()
 
 
 @register("n_plus_1_tuplet")
-@dataclass(frozen=True)
 class NPlus1Tuplet(Loss):
     """log(1 + sum_j exp(x.n_j - x.p)): one positive p of the anchor x, and one negative of every other identity. Sohn, "Improved Deep
     Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eqs. 6 and 7. Anchors without a positive count as 0 in the mean
@@ -90,21 +75,17 @@ class NPlus1Tuplet(Loss):
     norm_weight lambda of norm_weight mean |x|^2 / 2, which keeps such features short (section 3.2.2; there is no number in the paper)
     """
 
-    use: ClassVar[str] = "Few images of very many identities, where prototypes would be hardly trained; or in a sum."
-    scale: float = 64.0
+    use = "Few images of very many identities, where prototypes would be hardly trained; or in a sum."
+    scale: Scale = 64.0
     normalizes: bool = True
-    norm_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_range("norm_weight", self.norm_weight, 0.0, math.inf, "it weighs the squared norms")
+    norm_weight: Weight = 0.0
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.normalizes:
-            statistics, has_positive_B = batch.with_samples(scale=self.scale)
+            statistics, has_positive_B = batch.against_samples(scale=self.scale)
             positive_B = self.scale * statistics.target_B
         else:
-            statistics, has_positive_B = batch.with_samples(scale=batch.norms().clamp(min=EPSILON), normalize_prototypes=False)
+            statistics, has_positive_B = batch.against_samples(scale=batch.norms().clamp(min=EPSILON), normalize=False)
             positive_B = statistics.norms_B * statistics.target_B
         loss = softplus(statistics.non_target_B - positive_B).where(has_positive_B, 0).mean()
         return loss if self.norm_weight == 0 else loss + self.norm_weight / 2 * statistics.norms_B.square().mean()

@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Scale, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.kernels.entries import EPSILON
-from partial_fc.losses import Loss, check_range, check_scale, register, softplus
-from partial_fc.losses.margins import angles, check_slope, sloped
-from partial_fc.maps import Map
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.margins import angles
+from partial_fc.maps import Map, sloped
+from partial_fc.unit_rows import EPSILON
+
+Lambda = Annotated[float, Within(0.0, 1e9, "the share of the margin is 1 / (1 + lambda)")]
 
 
 @register("softmax")
-@dataclass(frozen=True)
 class Softmax(Loss):
     """Cross-entropy of <x, w_j>, neither normalised, no bias: what margins were measured against. The norm of a prototype then says how
     often its identity is guessed, which is of no use for identities outside the training set."""
 
-    use: ClassVar[str] = "A baseline; its prototypes depend on how often an identity was seen."
+    use = "A baseline; its prototypes depend on how often an identity was seen."
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         norms_B = norms_of(batch)
-        statistics = batch.with_classes(scale=norms_B, normalize_prototypes=False)
+        statistics = batch.against_classes(scale=norms_B, normalize=False)
         return softplus(statistics.non_target_B - norms_B * statistics.target_B).mean()  # that target is <x, w_y> / |x|
 
 
 @register("normalized_softmax")
-@dataclass(frozen=True)
 class NormalizedSoftmax(Loss):
     """Cross-entropy of |x| cos(theta_j): the prototypes are normalised, the features are not. "Modified softmax" in
     Liu et al., CVPR 2017."""
 
-    use: ClassVar[str] = "A baseline without margin, and what SphereFace becomes for m = 1."
+    use = "A baseline without margin, and what SphereFace becomes for m = 1."
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         norms_B = norms_of(batch)
-        statistics = batch.with_classes(scale=norms_B)
+        statistics = batch.against_classes(scale=norms_B)
         return softplus(statistics.non_target_B - norms_B * statistics.target_B).mean()
 
 
 @register("sphereface")
-@dataclass(frozen=True)
 class SphereFace(Loss):
     """A-Softmax: |x| is the scale, and the target's cosine becomes (lambda cos(theta) + psi(theta)) / (1 + lambda) with
     psi(theta) = (-1)^k cos(m theta) - 2 k for theta in [k pi / m, (k + 1) pi / m]. Liu et al., CVPR 2017: m = 4.
@@ -57,25 +56,22 @@ class SphereFace(Loss):
                   does a third thing, which is not here: it normalises the direction of the target's gradient by feature
     """
 
-    use: ClassVar[str] = "To compare with its publications; sensitive to the annealing, and to feature norms."
-    angle_factor: int = 4
-    first_lambda: float = 1000.0
-    lambda_decay: float = 0.12
-    lambda_power: float = 1.0
-    least_lambda: float = 5.0
+    use = "To compare with its publications; sensitive to the annealing, and to feature norms."
+    angle_factor: Annotated[int, Within(1, 8, "it multiplies the angle")] = 4
+    first_lambda: Lambda = 1000.0
+    lambda_decay: Lambda = 0.12
+    lambda_power: Lambda = 1.0
+    least_lambda: Lambda = 5.0
     slope: Literal["exact", "straight_through"] = "exact"
 
     def __post_init__(self) -> None:
-        check_range("angle_factor", self.angle_factor, 1, 8, "it multiplies the angle")
+        super().__post_init__()
         if self.angle_factor != int(self.angle_factor):
             raise ValueError(f"angle_factor is {self.angle_factor}, but must be a whole number: sphereface_r takes fractions")
-        for name in ("first_lambda", "lambda_decay", "lambda_power", "least_lambda"):
-            check_range(name, getattr(self, name), 0.0, 1e9, "the share of the margin is 1 / (1 + lambda)")
-        check_slope(self.slope)
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         norms_B = norms_of(batch)
-        statistics = batch.with_classes(scale=norms_B)
+        statistics = batch.against_classes(scale=norms_B)
         weight = max(self.least_lambda, self.first_lambda * (1 + self.lambda_decay * batch.step) ** -self.lambda_power)
         psi_B = falling_cosine(statistics.target_B, int(self.angle_factor))
         phi_B = (weight * statistics.target_B + psi_B) / (1 + weight)
@@ -83,7 +79,6 @@ class SphereFace(Loss):
 
 
 @register("sphereface_r")
-@dataclass(frozen=True)
 class SphereFaceR(Loss):
     """Cross-entropy of scale x cosines, with the margin as a factor m of angles. Liu et al., "SphereFace Revived", TPAMI 2022, with
     normalised features ("hard feature normalisation"): scale 30, m = 1.5. Their code multiplies the loss by 50 / scale besides.
@@ -93,24 +88,17 @@ class SphereFaceR(Loss):
              beyond pi / m
     """
 
-    use: ClassVar[str] = "A multiplicative margin that trains without annealing."
-    scale: float = 30.0
-    angle_factor: float = 1.5
+    use = "A multiplicative margin that trains without annealing."
+    scale: Scale = 30.0
+    angle_factor: Annotated[float, Within(1.0, 8.0, "it multiplies the target's angle")] = 1.5
     version: Literal["v1", "v2"] = "v1"
     slope: Literal["exact", "straight_through"] = "straight_through"
 
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_range("angle_factor", self.angle_factor, 1.0, 8.0, "it multiplies the target's angle")
-        if self.version not in ("v1", "v2"):
-            raise ValueError(f"version is {self.version!r}, but must be 'v1' or 'v2'")
-        check_slope(self.slope)
-
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.version == "v2":
-            statistics = batch.with_classes(scale=self.scale, map=Map(self._closer, self.slope))
+            statistics = batch.against_classes(scale=self.scale, map=Map(self._closer, self.slope))
             return softplus(statistics.non_target_B - self.scale * statistics.target_B).mean()
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         phi_B = torch.cos((self.angle_factor * angles(statistics.target_B)).clamp(max=math.pi))
         return softplus(statistics.non_target_B - self.scale * sloped(phi_B, statistics.target_B, self.slope)).mean()
 

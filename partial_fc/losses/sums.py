@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, build, name_of, register
+from partial_fc.losses.base import Loss, build, name_of, register
 from partial_fc.losses.margins import CosFace
 from partial_fc.losses.thresholds import USS
 
@@ -43,7 +43,6 @@ class _Parts(Loss):
 
 
 @register("unitsface")
-@dataclass(frozen=True)
 class UniTSFace(_Parts):
     """CosFace plus USS. Li et al., NeurIPS 2023: scale 64, margins 0.4 and 0.1.
 
@@ -51,7 +50,7 @@ class UniTSFace(_Parts):
     weighting  "sum": weights 1 and 1, as the authors' code has it. "average": one half each, as the paper's text has it
     """
 
-    use: ClassVar[str] = "Among the best of this page on the small set all were tried on; needs batches with several images of an identity."
+    use = "Among the best of this page on the small set all were tried on; needs batches with several images of an identity."
     scale: float = 64.0
     margin: float = 0.4
     sample_margin: float = 0.1
@@ -62,8 +61,7 @@ class UniTSFace(_Parts):
     weighting: Literal["sum", "average"] = "sum"
 
     def __post_init__(self) -> None:
-        if self.weighting not in ("sum", "average"):
-            raise ValueError(f"weighting is {self.weighting!r}, but must be 'sum' or 'average'")
+        super().__post_init__()
         self.weighted()  # checks the rest
 
     def weighted(self) -> list[tuple[str, float, Loss]]:
@@ -73,7 +71,6 @@ class UniTSFace(_Parts):
 
 
 @register("sum")
-@dataclass(frozen=True)
 class Sum(_Parts):
     """A weighted sum of any losses.
 
@@ -81,11 +78,12 @@ class Sum(_Parts):
     weights  one per part; 1 each by default
     """
 
-    use: ClassVar[str] = "Any combination, from a recipe: parts and weights."
+    use = "Any combination, from a recipe: parts and weights."
     parts: tuple[Mapping[str, Any], ...] = ({"name": "cosface"}, {"name": "uss"})
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.parts or any(not isinstance(part, Mapping) or not isinstance(part.get("name"), str) for part in self.parts):
             raise ValueError("a sum needs at least one part, and each part a 'name': parts=({'name': 'cosface'}, {'name': 'uss'})")
         if self.weights and len(self.weights) != len(self.parts):

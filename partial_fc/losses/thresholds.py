@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from partial_fc.fields import Cosine, Margin, Scale, Steps, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
-from partial_fc.maps import Map
+from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.maps import Map, sloped
+from partial_fc.statistics import SoftplusSum
 
 
 @register("uce")
-@dataclass(frozen=True)
 class UCE(Loss):
     """softplus(b - s (t - margin)) + weight sum_j softplus(s n_j - b), b = s threshold + log(C - 1) learned. Zhou et al., "UniFace: Unified
     Cross-Entropy Loss", ICCV 2023, eqs. 23, 31 and 32: scale 64, margin 0.4, weight 0.7 (UCE-mb) on WebFace.
@@ -25,18 +25,11 @@ class UCE(Loss):
     weight     of the non-targets; with the classifier's sample_rate the r of eq. 32
     """
 
-    use: ClassVar[str] = "Where one threshold for all identities is wanted, as in open-set verification at one operating point."
-    scale: float = 64.0
-    margin: float = 0.4
-    threshold: float | None = None
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        check_range("weight", self.weight, 0.0, math.inf, "it weighs the non-targets")
-        if self.threshold is not None:
-            check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
+    use = "Where one threshold for all identities is wanted, as in open-set verification at one operating point."
+    scale: Scale = 64.0
+    margin: Margin = 0.4
+    threshold: Cosine | None = None
+    weight: Weight = 1.0
 
     def learned(self, num_classes: int) -> dict[str, float]:
         if self.threshold is None:
@@ -45,12 +38,11 @@ class UCE(Loss):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         b = batch.parameter("threshold")
-        statistics = batch.with_classes(scale=self.scale, reduction="softplus_sum", threshold=b)
+        statistics = batch.against_classes(scale=self.scale, statistic=SoftplusSum(b))
         return (softplus(b - self.scale * (statistics.target_B - self.margin)) + self.weight * statistics.non_target_B).mean()
 
 
 @register("uss")
-@dataclass(frozen=True)
 class USS(Loss):
     """softplus(b - s (p - margin)) + sum_j softplus(s n_j - b): UCE with samples in place of prototypes, p the cosine with another sample
     of the identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11 and 24: scale 64,
@@ -64,24 +56,13 @@ class USS(Loss):
     staleness  with the bank: steps after which a feature counts no more; by default it always counts, as theirs
     """
 
-    use: ClassVar[str] = "Beside a sample-to-class loss (see unitsface); alone it lets prototypes be."
-    scale: float = 64.0
-    margin: float = 0.1
-    threshold: float | None = None
+    use = "Beside a sample-to-class loss (see unitsface); alone it lets prototypes be."
+    scale: Scale = 64.0
+    margin: Margin = 0.1
+    threshold: Cosine | None = None
     source: Literal["batch", "bank"] = "batch"
-    start: int = 0
-    staleness: int | None = None
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        if self.threshold is not None:
-            check_range("threshold", self.threshold, -1.0, 1.0, "it is a cosine")
-        if self.source not in ("batch", "bank"):
-            raise ValueError(f"source is {self.source!r}, but must be 'batch' or 'bank'")
-        check_range("start", self.start, 0, math.inf, "it is a step")
-        if self.staleness is not None:
-            check_range("staleness", self.staleness, 1, math.inf, "it is a number of steps")
+    start: Annotated[int, Within(0, math.inf, "it is a step")] = 0
+    staleness: Steps | None = None
 
     def learned(self, num_classes: int) -> dict[str, float]:
         return {"threshold": 0.0 if self.threshold is None else self.scale * self.threshold}
@@ -93,22 +74,21 @@ class USS(Loss):
         return self.source == "bank"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        ask = batch.with_samples
+        ask = batch.against_samples
         if self.source == "bank":
             if batch.step < self.start:
                 return 0 * batch.norms().sum()
-            ask = partial(batch.with_bank, staleness=self.staleness)
+            ask = partial(batch.against_bank, staleness=self.staleness)
         if self.threshold is None:
             with torch.no_grad():
                 batch.start("threshold", ask(scale=self.scale)[0].non_target_B)
         b = batch.parameter("threshold")
-        statistics, has_positive_B = ask(scale=self.scale, reduction="softplus_sum", threshold=b)
+        statistics, has_positive_B = ask(scale=self.scale, statistic=SoftplusSum(b))
         positive_B = softplus(b - self.scale * (statistics.target_B - self.margin)).where(has_positive_B, 0)
         return (positive_B + statistics.non_target_B).mean()
 
 
 @register("sphereface2")
-@dataclass(frozen=True)
 class SphereFace2(Loss):
     """(weight / s) (target_weight softplus(-s (g(t) - margin) - b) + (1 - target_weight) sum_j softplus(s (g(n_j) + margin) + b)) with
     g(z) = 2 ((z + 1) / 2)^power - 1 and one learned bias b. Wen et al., "SphereFace2", ICLR 2022, type C (a margin on both sides), with the
@@ -119,23 +99,18 @@ class SphereFace2(Loss):
     slope          "straight_through": the code's, 1 for g; or "exact"
     """
 
-    use: ClassVar[str] = "Noisy labels, or where each pair of sample and class shall be judged by itself."
-    scale: float = 40.0
-    margin: float = 0.4
-    power: float = 3.0
+    use = "Noisy labels, or where each pair of sample and class shall be judged by itself."
+    scale: Scale = 40.0
+    margin: Margin = 0.4
+    power: Annotated[float, Within(1.0, 16.0, "1 leaves cosines as they are, 3 is usual")] = 3.0
     target_weight: float = 0.7
-    weight: float = 50.0
+    weight: Weight = 50.0
     slope: Literal["straight_through", "exact"] = "straight_through"
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_margin(self.margin)
-        check_range("power", self.power, 1.0, 16.0, "1 leaves cosines as they are, 3 is usual")
-        check_range("weight", self.weight, 0.0, math.inf, "it weighs the loss")
+        super().__post_init__()
         if not 0 < self.target_weight < 1:
             raise ValueError(f"target_weight is {self.target_weight}, but must lie between 0 and 1: non-targets have the rest")
-        if self.slope not in ("straight_through", "exact"):
-            raise ValueError(f"slope is {self.slope!r}, but must be 'straight_through' or 'exact'")
 
     def learned(self, num_classes: int) -> dict[str, float]:
         """The b at which the loss of orthogonal features and prototypes is smallest."""
@@ -152,10 +127,8 @@ class SphereFace2(Loss):
     def __call__(self, batch: GlobalBatch) -> Tensor:
         bias, shaped = batch.parameter("bias"), Map(self._shape, slope=self.slope)
         threshold = -(self.scale * self.margin + bias)
-        statistics = batch.with_classes(scale=self.scale, reduction="softplus_sum", threshold=threshold, map=shaped)
-        target_B = self._shape(statistics.target_B)
-        if self.slope == "straight_through":
-            target_B = statistics.target_B + (target_B - statistics.target_B).detach()
+        statistics = batch.against_classes(scale=self.scale, statistic=SoftplusSum(threshold), map=shaped)
+        target_B = sloped(self._shape(statistics.target_B), statistics.target_B, self.slope)
         of_targets_B = softplus(-self.scale * (target_B - self.margin) - bias)
         loss_B = self.target_weight * of_targets_B + (1 - self.target_weight) * statistics.non_target_B
         return self.weight / self.scale * loss_B.mean()

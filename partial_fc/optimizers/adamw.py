@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from partial_fc.classifier import PartialFC
-from partial_fc.optimizers.rows import RowOptimizer
+from partial_fc.optimizers.row_optimizer import RowOptimizer
 
 LARGEST_GAP = 0.5  # each term of "lazy"'s series is at most so much of the one before
 

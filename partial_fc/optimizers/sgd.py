@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from partial_fc.classifier import PartialFC
-from partial_fc.optimizers.rows import RowOptimizer
+from partial_fc.optimizers.row_optimizer import RowOptimizer
 
 
 class RowSGD(RowOptimizer):

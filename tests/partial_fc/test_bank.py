@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from partial_fc import PartialFC, RowSGD, bank, grow, losses
-from partial_fc.bank import Bank, Mixed, check_fits, last_of_each
-from partial_fc.sources import Matrix, SampledRows
+from partial_fc.bank import Bank, check_fits, last_of_each
+from partial_fc.prototype_sources import AllRows, MixedRows, SampledRows
 
 WIDTH = 4
 BANK = {"substitution_rate": 0.5, "substitution_source": "bank"}
@@ -131,8 +131,8 @@ def test_without_an_end_of_the_step_little_is_kept():
     classifier, _ = classifier_of()
     for _ in range(100):
         classifier(*features_of(1))
-    assert len(classifier._brought) == 64
-    assert not copy.deepcopy(classifier)._brought
+    assert len(classifier.current.brought) == 64
+    assert not copy.deepcopy(classifier).current.brought
 
 
 def test_it_is_saved_and_loaded():
@@ -178,8 +178,8 @@ def test_mixed_prototypes_and_their_gradient_equal_autograd(is_sampled):
     prototypes.requires_grad_()
     rows = torch.tensor([5, 0, 3, 6]) if is_sampled else torch.arange(7)
     share = torch.tensor([0.0, 1.0, 0.3, 0.5, 0.2, 1.0, 0.7], dtype=torch.float64)[rows]
-    inner = SampledRows(prototypes, rows, torch.ones(4, dtype=torch.bool)) if is_sampled else Matrix(prototypes)
-    source = Mixed(inner, features, rows if is_sampled else None, share)
+    inner = SampledRows(prototypes, rows, torch.ones(4, dtype=torch.bool)) if is_sampled else AllRows(prototypes)
+    source = MixedRows(inner, features, rows if is_sampled else None, share)
     chosen = prototypes[rows]
     units = chosen / chosen.norm(dim=1, keepdim=True).clamp(min=1e-12)
     expected = (1 - share[:, None]) * units + share[:, None] * features[rows]
@@ -256,7 +256,7 @@ def test_numbers_learned_by_class_move_with_their_classes():
             return {"bias": 0.25}
 
         def __call__(self, batch):
-            statistics = batch.with_classes(scale=8.0, class_bias_S=batch.parameter("bias"))
+            statistics = batch.against_classes(scale=8.0, class_bias_S=batch.parameter("bias"))
             return (statistics.non_target_B - 8.0 * statistics.target_B).mean()
 
     classifier = PartialFC(4, WIDTH, Biased())

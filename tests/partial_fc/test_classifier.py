@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from partial_fc import PartialFC, RowSGD, collectives, losses, similarity_statistics
+from partial_fc import LogSumExp, PartialFC, RowSGD, collectives, losses, of_classes, similarity_statistics
 from partial_fc.shards import ClassShard, initial_prototypes
 from tests.partial_fc.oracle import loss_and_gradients, relative_error
 
@@ -124,10 +124,9 @@ def norms_step(classes, width, rows):
     features_BD = collectives.gather_rows(features_bD)
     statistics = similarity_statistics(
         features_BD,
-        prototypes[shard.first : shard.first + shard.rows].double(),
-        labels,
+        of_classes(prototypes[shard.first : shard.first + shard.rows].double(), labels, shard.first),
+        LogSumExp(),
         scale=features_BD.norm(dim=1),
-        first_class=shard.first,
     )
     loss = (statistics.non_target_B - statistics.target_B + 0.1 * statistics.norms_B).mean()
     loss.backward()

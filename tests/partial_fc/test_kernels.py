@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from partial_fc import similarity_statistics
-from partial_fc.kernels import chunked, walk
+from partial_fc import LogSumExp, SoftplusSum, TopK, of_classes, similarity_statistics
+from partial_fc.columns import Mask
+from partial_fc.kernels import tiles
 from partial_fc.losses.reweighted import curriculum
 from partial_fc.maps import Map
-from partial_fc.sources import Matrix
+from partial_fc.prototype_sources import AllRows
+from partial_fc.statistics import softplus
 
 KERNELS = ["reference", "chunked"]
 SHAPES = [(1, 1, 1), (1, 7, 3), (6, 1, 4), (7, 13, 5), (33, 700, 17), (16, 256, 32), (16, 700, 32), (5, 257, 8)]  # batch, classes, width
 HARD_TWICE = Map(lambda n, f: torch.where(n > f, 1.5 * n + 0.2, n), bound=1.7)
 HARD_TWICE_UNBOUNDED = Map(HARD_TWICE.function, bound=9.0)  # at a scale of 20 not for exponentials without a maximum
-CURRICULUM = curriculum(torch.tensor(0.4))
+CURRICULUM = curriculum(torch.tensor(0.4), torch.zeros(1))
 CURRICULUM_UNBOUNDED = replace(CURRICULUM, bound=9.0)
 SQUARED = Map(lambda n, _: 2 * ((n + 1) / 2).pow(3) - 1)
 SQUARED_THROUGH = Map(SQUARED.function, slope="straight_through")
@@ -30,7 +32,7 @@ SQUARED_THROUGH = Map(SQUARED.function, slope="straight_through")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(walk, "TILE_BYTES", 1)  # 256 classes
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)  # 256 classes
 
 
 def make(batch, classes, width, dtype=torch.float64, seed=0):
@@ -49,7 +51,7 @@ def make(batch, classes, width, dtype=torch.float64, seed=0):
         "parameter": randn(batch) * 0.3,
         "included": torch.rand(classes, generator=generator) < 0.7,
         "column_labels": torch.randint(0, max(1, classes // 2), (classes,), generator=generator),
-        "weights": [randn(batch), randn(batch), randn(classes)],
+        "weights": [randn(batch), randn(batch)],
     }
 
 
@@ -58,8 +60,8 @@ def unit(x):
     return torch.where(x.norm(dim=1, keepdim=True) > 0, functional.normalize(x), 0 * x)
 
 
-def dense(case, x, w, scale, bias, threshold, *, reduction, map, masks, included, normalize, columns):
-    """(target cosine, non-target statistic, column statistic) from the whole matrix."""
+def dense(case, x, w, scale, bias, threshold, *, reduction, map, masks, included, normalize):
+    """(target cosine, non-target statistic) from the whole matrix."""
     labels = case["labels"]
     cosines = unit(x) @ (unit(w) if normalize else w).T
     target = cosines.gather(1, labels[:, None])[:, 0]
@@ -79,9 +81,8 @@ def dense(case, x, w, scale, bias, threshold, *, reduction, map, masks, included
     if included:
         mask = mask | ~case["included"]
     logits = logits.masked_fill(mask, -math.inf)
-    softplus = torch.logaddexp(logits, torch.zeros_like(logits))
-    value = softplus.sum(dim=1) if reduction == "softplus_sum" else torch.logsumexp(logits, dim=1)
-    return target, value, torch.logsumexp(logits, dim=0) if columns else None
+    terms = torch.logaddexp(logits, torch.zeros_like(logits))
+    return target, terms.sum(dim=1) if reduction == "softplus_sum" else torch.logsumexp(logits, dim=1)
 
 
 def gradients(case, function, scale_is_vector, with_bias, with_threshold):
@@ -93,12 +94,33 @@ def gradients(case, function, scale_is_vector, with_bias, with_threshold):
     scale = rest.pop(0) if scale_is_vector else 20.0
     bias = rest.pop(0) if with_bias else None
     outputs = function(inputs[0], inputs[1], scale, bias, rest.pop(0) if with_threshold else None)
-    value = sum(
-        (weight * output.where(torch.isfinite(output), 0)).sum()
-        for weight, output in zip(case["weights"], outputs, strict=True)
-        if output is not None
+    value = sum((weight * output.where(torch.isfinite(output), 0)).sum() for weight, output in zip(case["weights"], outputs, strict=True))
+    return list(outputs), torch.autograd.grad(value, inputs)
+
+
+def statistic_of(name, threshold=None, k=1):
+    return {"log_sum_exp": LogSumExp(), "softplus_sum": SoftplusSum(threshold), "top_k": TopK(k)}[name]
+
+
+def columns_of(case, w, option, bias=None, columns=slice(None), first_class=0):
+    """The columns that an option asks for, of all classes or of a slice of them."""
+    found = of_classes(
+        w,
+        case["labels"],
+        first_class,
+        bias_S=bias,
+        included_S=case["included"][columns] if option.get("included") else None,
+        normalize=option.get("normalize", True),
     )
-    return [output for output in outputs if output is not None], torch.autograd.grad(value, inputs)
+    if "columns" in case:  # where the targets are, in place of where the labels say
+        found = found._replace(targets_B=case["columns"])
+    if option.get("masks"):
+        found = found._replace(mask=Mask(labels=(case["column_labels"][case["labels"]], case["column_labels"][columns])))
+    return found._replace(bias_is_bounded=option.get("bounded", False))
+
+
+def map_of(case, option):
+    return None if option.get("map") is None else replace(option["map"], parameter_B=case["parameter"])
 
 
 OPTIONS = {
@@ -107,8 +129,6 @@ OPTIONS = {
     "bias": {"bias": True},
     "included": {"included": True},
     "included and bounded bias": {"included": True, "bias": True, "bounded": True},
-    "columns": {"columns": True},
-    "columns, bias, vector scale": {"columns": True, "bias": True, "vector": True},
     "several columns of a label": {"masks": True},
     "unnormalised prototypes": {"normalize": False},
     "map": {"map": SQUARED},
@@ -128,31 +148,14 @@ OPTIONS = {
 
 def both(case, kernel, option, dtype="float32"):
     """((outputs, gradients) of the primitive, the same of the dense computation)."""
-    flags = {"reduction": "log_sum_exp", "map": None, "masks": False, "included": False, "normalize": True, "columns": False}
+    flags = {"reduction": "log_sum_exp", "map": None, "masks": False, "included": False, "normalize": True}
     flags |= {key: value for key, value in option.items() if key in flags}
     chosen = [option.get("vector", False), option.get("bias", False), option.get("threshold", False)]
 
     def ours(x, w, scale, bias, threshold):
-        statistics = similarity_statistics(
-            x,
-            w,
-            case["column_labels"][case["labels"]] if flags["masks"] else case["labels"],
-            scale=scale,
-            reduction=flags["reduction"],
-            threshold=threshold,
-            column_bias_S=bias,
-            bias_is_bounded=option.get("bounded", False),
-            included_S=case["included"] if flags["included"] else None,
-            map=flags["map"],
-            map_parameter_B=case["parameter"] if flags["map"] is not None else None,
-            column_labels_S=case["column_labels"] if flags["masks"] else None,
-            target_columns_B=case["labels"],
-            normalize_prototypes=flags["normalize"],
-            column_statistics=flags["columns"],
-            dtype=dtype,
-            kernel=kernel,
-        )
-        return statistics.target_B, statistics.non_target_B, statistics.column_S
+        statistic = statistic_of(flags["reduction"], threshold)
+        columns = columns_of(case, w, option, bias)
+        return similarity_statistics(x, columns, statistic, scale=scale, map=map_of(case, option), dtype=dtype, kernel=kernel)[:2]
 
     def oracle(x, w, scale, bias, threshold):
         return dense(case, x, w, scale, bias, threshold, **flags)
@@ -230,7 +233,7 @@ def test_low_precision_is_as_good_as_the_dense_computation_in_it(option, dtype):
 def test_top_k(kernel, shape, k):
     case = make(*shape)
     inputs = [case[name].clone().requires_grad_() for name in ("features", "prototypes")]
-    found = similarity_statistics(*inputs, case["labels"], scale=1.0, reduction="top_k", k=k, kernel=kernel, first_class=0)
+    found = similarity_statistics(inputs[0], of_classes(inputs[1], case["labels"]), TopK(k), scale=1.0, kernel=kernel)
     exact_inputs = [case[name].clone().requires_grad_() for name in ("features", "prototypes")]
     cosines = unit(exact_inputs[0]) @ unit(exact_inputs[1]).T
     others = cosines.scatter(1, case["labels"][:, None], -2.0)
@@ -250,24 +253,16 @@ def test_top_k(kernel, shape, k):
             torch.testing.assert_close(slope, exact, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("option", ["plain", "bias", "map", "softplus, threshold", "columns, bias, vector scale"])
+@pytest.mark.parametrize("option", ["plain", "bias", "map", "softplus, threshold", "map with parameter, vector scale, bias"])
 def test_finite_differences(option):
     case, flags = make(3, 7, 4), OPTIONS[option]
     inputs = [case[name].clone().requires_grad_() for name in ("features", "prototypes", "bias", "scale", "threshold")]
 
     def value(x, w, bias, scale, threshold):
-        statistics = similarity_statistics(
-            x,
-            w,
-            case["labels"],
-            scale=scale if flags.get("vector") else 20.0,
-            reduction=flags.get("reduction", "log_sum_exp"),
-            threshold=threshold if flags.get("threshold") else None,
-            column_bias_S=bias if flags.get("bias") else None,
-            map=flags.get("map"),
-            column_statistics=flags.get("columns", False),
-        )
-        return [output for output in (statistics.target_B, statistics.non_target_B, statistics.column_S) if output is not None]
+        columns = columns_of(case, w, {}, bias if flags.get("bias") else None)
+        statistic = statistic_of(flags.get("reduction", "log_sum_exp"), threshold if flags.get("threshold") else None)
+        by_row = scale if flags.get("vector") else 20.0
+        return list(similarity_statistics(x, columns, statistic, scale=by_row, map=map_of(case, flags))[:2])
 
     assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
 
@@ -279,7 +274,7 @@ def test_rows_without_direction_have_cosine_0_and_no_gradient(kernel, reduction)
     features[1] = prototypes[2] = prototypes[5] = 0
     labels = torch.tensor([0, 1, 2, 3])
     inputs = [features.requires_grad_(), prototypes.requires_grad_()]
-    statistics = similarity_statistics(*inputs, labels, scale=64.0, reduction=reduction, k=8, kernel=kernel)
+    statistics = similarity_statistics(inputs[0], of_classes(inputs[1], labels), statistic_of(reduction, k=8), scale=64.0, kernel=kernel)
     assert statistics.target_B[1] == 0 and statistics.target_B[2] == 0
     (statistics.non_target_B.sum() - statistics.target_B.sum() + statistics.norms_B.sum()).backward()
     assert features.grad[1].abs().max() == 0 and prototypes.grad[[2, 5]].abs().max() == 0
@@ -287,7 +282,7 @@ def test_rows_without_direction_have_cosine_0_and_no_gradient(kernel, reduction)
     assert features.grad[0].abs().max() > 0 and prototypes.grad[0].abs().max() > 0
 
 
-class Mixture(Matrix):
+class Mixture(AllRows):
     """What another source looks like: every prototype is mixed with a constant direction."""
 
     def __init__(self, prototypes, memory):
@@ -317,7 +312,9 @@ def test_prototypes_from_another_source(kernel, reduction):
     memory = torch.randn(600, 6, dtype=torch.float64)
     prototypes = [case["prototypes"].clone().requires_grad_() for _ in range(2)]
     for source, leaf in ((Mixture(prototypes[0], memory), prototypes[0]), (0.8 * prototypes[1] + 0.2 * memory, prototypes[1])):
-        statistics = similarity_statistics(case["features"], source, case["labels"], scale=9.0, reduction=reduction, k=3, kernel=kernel)
+        statistics = similarity_statistics(
+            case["features"], of_classes(source, case["labels"]), statistic_of(reduction, k=3), scale=9.0, kernel=kernel
+        )
         (statistics.non_target_B.sum() - 3 * statistics.target_B.sum()).backward()
         assert leaf.grad is not None
     torch.testing.assert_close(prototypes[0].grad, prototypes[1].grad)
@@ -335,8 +332,8 @@ def test_bfloat16_gradients_are_within_a_percent_from_first_to_last_step(dtype, 
     found = []
     for kind, kernel, number in ((dtype, "chunked", torch.float32), ("float32", "reference", torch.float64)):
         inputs = [features.to(number).requires_grad_(), prototypes.to(number).requires_grad_()]
-        statistics = similarity_statistics(*inputs, labels, scale=64.0, dtype=kind, kernel=kernel)
-        loss = chunked.softplus(statistics.non_target_B - 64 * (statistics.target_B - 0.4)).mean()
+        statistics = similarity_statistics(inputs[0], of_classes(inputs[1], labels), LogSumExp(), scale=64.0, dtype=kind, kernel=kernel)
+        loss = softplus(statistics.non_target_B - 64 * (statistics.target_B - 0.4)).mean()
         found.append([slope.double() for slope in torch.autograd.grad(loss, inputs)])
     for slope, exact in zip(*found, strict=True):
         assert float((slope - exact).norm() / exact.norm()) < (0.01 if dtype == "bfloat16" else 1e-4)
@@ -347,7 +344,7 @@ def test_an_empty_shard_has_no_part():
     prototypes = case["prototypes"][:0].clone().requires_grad_()
     features = case["features"].clone().requires_grad_()
     for reduction in ("log_sum_exp", "softplus_sum", "top_k"):
-        statistics = similarity_statistics(features, prototypes, case["labels"], scale=4.0, reduction=reduction)
+        statistics = similarity_statistics(features, of_classes(prototypes, case["labels"]), statistic_of(reduction), scale=4.0)
         (statistics.target_B.sum() + statistics.non_target_B.clamp(min=-9).sum()).backward()
         assert prototypes.grad.shape == (0, 4) and features.grad.abs().max() == 0
 
@@ -356,21 +353,21 @@ def test_an_empty_shard_has_no_part():
     ("options", "sentence"),
     [
         ({"kernel": "cuda"}, "kernel 'cuda' is unknown: choose one of"),
-        ({"reduction": "mean"}, "reduction 'mean' is unknown"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown"),
-        ({"reduction": "top_k", "k": 0}, "top_k takes k >= 1"),
-        ({"reduction": "top_k", "map": SQUARED}, "neither map nor column_statistics"),
-        ({"threshold": torch.tensor(1.0)}, "a threshold belongs to softplus_sum"),
+        ({"statistic": TopK(1), "map": SQUARED}, "TopK takes no map"),
     ],
 )
 def test_bad_options_end_in_a_sentence(options, sentence):
     case = make(3, 4, 2)
     with pytest.raises(ValueError, match=sentence):
-        similarity_statistics(case["features"], case["prototypes"], case["labels"], scale=1.0, **options)
-    with pytest.raises(ValueError, match="slope of a map is 'none'"):
+        columns, statistic = of_classes(case["prototypes"], case["labels"]), options.pop("statistic", LogSumExp())
+        similarity_statistics(case["features"], columns, statistic, scale=1.0, **options)
+    with pytest.raises(ValueError, match="TopK takes k >= 1, but got k = 0"):
+        TopK(0)
+    with pytest.raises(ValueError, match="slope is 'none', but must be"):
         Map(torch.neg, slope="none")
     with pytest.raises(ValueError, match="features have width 2, but the prototypes have width 3"):
-        similarity_statistics(case["features"], torch.ones(4, 3), case["labels"], scale=1.0)
+        similarity_statistics(case["features"], of_classes(torch.ones(4, 3), case["labels"]), LogSumExp(), scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -384,7 +381,9 @@ def test_a_class_left_out_is_nobodys_hardest(dtype):
     included[:6] = False
     found = []
     for kind, kernel in ((dtype, "chunked"), ("float32", "reference")):
-        statistics = similarity_statistics(features, prototypes, labels, scale=4.0, included_S=included, dtype=kind, kernel=kernel)
+        statistics = similarity_statistics(
+            features, of_classes(prototypes, labels, included_S=included), LogSumExp(), scale=4.0, dtype=kind, kernel=kernel
+        )
         found.append([statistics.non_target_B, *torch.autograd.grad(statistics.non_target_B.sum(), [features, prototypes])])
     for value, exact in zip(*found, strict=True):
         torch.testing.assert_close(value, exact, rtol=3e-2, atol=1e-2 if dtype == "bfloat16" else 1e-5)
@@ -405,7 +404,9 @@ def test_a_region_of_mixed_precision_changes_nothing(option):
 def test_no_rows_at_all():
     features, prototypes = torch.randn(0, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
     for dtype in ("float32", "bfloat16"):
-        statistics = similarity_statistics(features, prototypes, torch.zeros(0, dtype=torch.int64), scale=4.0, dtype=dtype)
+        statistics = similarity_statistics(
+            features, of_classes(prototypes, torch.zeros(0, dtype=torch.int64)), LogSumExp(), scale=4.0, dtype=dtype
+        )
         statistics.non_target_B.sum().backward()
         assert prototypes.grad.abs().max() == 0
 
@@ -413,7 +414,7 @@ def test_no_rows_at_all():
 def test_prototypes_that_change_between_forward_and_backward_are_noticed():
     features, prototypes = torch.randn(3, 8), torch.randn(9, 8, requires_grad=True)
     for reduction in ("log_sum_exp", "top_k"):
-        statistics = similarity_statistics(features, prototypes, torch.arange(3), scale=4.0, reduction=reduction)
+        statistics = similarity_statistics(features, of_classes(prototypes, torch.arange(3)), statistic_of(reduction), scale=4.0)
         with torch.no_grad():
             prototypes += 1
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -423,11 +424,12 @@ def test_prototypes_that_change_between_forward_and_backward_are_noticed():
 def test_two_backward_passes_and_two_forwards_before_them():
     case = make(12, 700, 8)
     leaf = case["prototypes"].clone().requires_grad_()
-    losses = [similarity_statistics(case["features"] + shift, leaf, case["labels"], scale=9.0).non_target_B.sum() for shift in (0, 1)]
+    columns = of_classes(leaf, case["labels"])
+    losses = [similarity_statistics(case["features"] + shift, columns, LogSumExp(), scale=9.0).non_target_B.sum() for shift in (0, 1)]
     found = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (*losses, *losses)]
     for first, second in ((0, 2), (1, 3)):
         torch.testing.assert_close(found[first], found[second], rtol=1e-12, atol=1e-14)
-    exact = similarity_statistics(case["features"], leaf, case["labels"], scale=9.0, kernel="reference").non_target_B.sum()
+    exact = similarity_statistics(case["features"], columns, LogSumExp(), scale=9.0, kernel="reference").non_target_B.sum()
     torch.testing.assert_close(found[0], torch.autograd.grad(exact, leaf)[0])
 
 
@@ -444,13 +446,15 @@ def test_weights_kept_under_smaller_maxima(dtype, sign, monkeypatch):
 
     def slopes(kernel, precision, **options):
         inputs = [tensor.to(precision, copy=True).requires_grad_() for tensor in (features, prototypes)]
-        found = similarity_statistics(*inputs, labels, scale=400.0, included_S=included, kernel=kernel, **options)
+        found = similarity_statistics(
+            inputs[0], of_classes(inputs[1], labels, included_S=included), LogSumExp(), scale=400.0, kernel=kernel, **options
+        )
         return torch.autograd.grad(found.non_target_B.sum(), inputs)
 
     exact = slopes("reference", torch.float64)
     precision, products = (torch.float32, "bfloat16") if dtype == "bfloat16" else (getattr(torch, dtype), "float32")
     kept = slopes("chunked", precision, dtype=products)
-    monkeypatch.setattr(Matrix, "room", lambda source: None)
+    monkeypatch.setattr(AllRows, "room", lambda source: None)
     again = slopes("chunked", precision, dtype=products)
     for one, other, true in zip(kept, again, exact, strict=True):
         assert (one - true).norm() <= 1.1 * (other - true).norm() + 1e-12 * true.norm()

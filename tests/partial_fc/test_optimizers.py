@@ -27,7 +27,7 @@ RULES = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("partial_fc.optimizers.rows.CHUNK_ELEMENTS", 8 * WIDTH)  # several chunks, the last one short
+    monkeypatch.setattr("partial_fc.optimizers.row_optimizer.CHUNK_ELEMENTS", 8 * WIDTH)  # several chunks, the last one short
 
 
 def classifier_of(rate=1.0, dtype=torch.float64, classes=CLASSES, **options):

@@ -5,45 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partial_fc import similarity_statistics
-from partial_fc.kernels import walk
+from partial_fc import TopK, of_classes, similarity_statistics
+from partial_fc.kernels import tiles
 from partial_fc.shards import ClassShard
-from tests.partial_fc.test_kernels import OPTIONS, dense, gradients, make, unit
+from tests.partial_fc.test_kernels import OPTIONS, columns_of, dense, gradients, make, map_of, statistic_of, unit
 
 
 def on_one_rank(shape, option, kernel):
     """This rank's outputs and gradients: features, prototypes, then scale, bias and threshold as far as the option has them."""
     import torch.distributed as dist
 
-    walk.TILE_BYTES = 1
+    tiles.TILE_BYTES = 1
     case, flags = make(*shape), OPTIONS[option]
     shard = ClassShard.of_rank(shape[1], dist.get_rank(), dist.get_world_size())
     mine = slice(shard.first, shard.first + shard.rows)
     local = case | {"prototypes": case["prototypes"][mine], "bias": case["bias"][mine]}
-    local["weights"] = [*case["weights"][:2], case["weights"][2][mine]]
-    masks = flags.get("masks", False)
 
     def ours(x, w, scale, bias, threshold):
-        columns = case["labels"] - shard.first
-        statistics = similarity_statistics(
-            x,
-            w,
-            case["column_labels"][case["labels"]] if masks else case["labels"],
-            scale=scale,
-            reduction=flags.get("reduction", "log_sum_exp"),
-            threshold=threshold,
-            column_bias_S=bias,
-            bias_is_bounded=flags.get("bounded", False),
-            included_S=case["included"][mine] if flags.get("included") else None,
-            map=flags.get("map"),
-            map_parameter_B=case["parameter"] if flags.get("map") is not None else None,
-            column_labels_S=case["column_labels"][mine] if masks else None,
-            target_columns_B=columns.where((columns >= 0) & (columns < shard.rows), -1),
-            normalize_prototypes=flags.get("normalize", True),
-            column_statistics=flags.get("columns", False),
-            kernel=kernel,
-        )
-        return statistics.target_B, statistics.non_target_B, statistics.column_S
+        statistic = statistic_of(flags.get("reduction", "log_sum_exp"), threshold)
+        columns = columns_of(case, w, flags, bias, mine, shard.first)
+        return similarity_statistics(x, columns, statistic, scale=scale, map=map_of(case, flags), kernel=kernel)[:2]
 
     chosen = [flags.get("vector", False), flags.get("bias", False), flags.get("threshold", False)]
     outputs, slopes = gradients(local, ours, *chosen)
@@ -54,7 +35,7 @@ def on_one_rank(shape, option, kernel):
 @pytest.mark.parametrize("shape", [(7, 13, 5), (5, 2, 4), (9, 700, 6)])
 def test_every_option_on_ranks(ranks, size, shape):
     for option, flags in OPTIONS.items():
-        defaults = {"reduction": "log_sum_exp", "map": None, "masks": False, "included": False, "normalize": True, "columns": False}
+        defaults = {"reduction": "log_sum_exp", "map": None, "masks": False, "included": False, "normalize": True}
         chosen = defaults | {key: value for key, value in flags.items() if key in defaults}
         case = make(*shape)
 
@@ -65,10 +46,8 @@ def test_every_option_on_ranks(ranks, size, shape):
         exact_outputs, exact_slopes = gradients(case, oracle, *present)
         found = ranks(size).run(on_one_rank, shape, option, "chunked")
         for outputs, _ in found:
-            for value, exact in zip(outputs[:2], exact_outputs[:2], strict=True):
+            for value, exact in zip(outputs, exact_outputs, strict=True):
                 torch.testing.assert_close(value, exact.detach(), rtol=1e-9, atol=1e-11, msg=option)
-        if chosen["columns"]:
-            torch.testing.assert_close(torch.cat([outputs[2] for outputs, _ in found]), exact_outputs[2].detach(), msg=option)
         names = ["features", "prototypes", *(n for n, is_in in zip(("scale", "bias", "threshold"), present, strict=True) if is_in)]
         for place, name in enumerate(names):
             parts = [slopes[place] for _, slopes in found]
@@ -86,7 +65,7 @@ def top_on_one_rank(shape, k):
     case = make(*shape)
     shard = ClassShard.of_rank(shape[1], dist.get_rank(), dist.get_world_size())
     inputs = [case["features"].requires_grad_(), case["prototypes"][shard.first : shard.first + shard.rows].requires_grad_()]
-    found = similarity_statistics(*inputs, case["labels"], scale=1.0, reduction="top_k", k=k, first_class=shard.first)
+    found = similarity_statistics(inputs[0], of_classes(inputs[1], case["labels"], shard.first), TopK(k), scale=1.0)
     weights = torch.linspace(-1, 2, found.non_target_B.numel(), dtype=torch.float64).view_as(found.non_target_B)
     value = (weights * found.non_target_B).where(found.classes_Bk >= 0, 0).sum() + (found.target_B**2).sum()
     return found.non_target_B.detach(), found.classes_Bk, torch.autograd.grad(value, inputs)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partial_fc import similarity_statistics
-from partial_fc.kernels import walk
-from partial_fc.similarity import hardest_non_target
+from partial_fc import (
+    Columns,
+    LogSumExp,
+    Map,
+    SoftplusSum,
+    TopK,
+    of_bank,
+    of_classes,
+    of_sampled,
+    of_samples,
+    similarity_statistics,
+)
+from partial_fc.columns import Mask, Placement
+from partial_fc.kernels import tiles
 
 
 def make(batch, classes, width, dtype=torch.float64, seed=0):
@@ -43,7 +56,7 @@ def gradients(function, inputs, weights):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("batch", "classes", "width"), [(1, 2, 1), (7, 13, 5), (33, 1001, 17), (64, 256, 32), (16, 700, 32), (5, 257, 8)])
 def test_values_and_gradients_equal_dense_float64(kernel, scale, with_bias, batch, classes, width, monkeypatch):
-    monkeypatch.setattr(walk, "TILE_BYTES", 1)  # tiles of 256 classes
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)  # tiles of 256 classes
     features, prototypes, labels = make(batch, classes, width)
     inputs = [features, prototypes]
     if scale == "vector":
@@ -54,7 +67,9 @@ def test_values_and_gradients_equal_dense_float64(kernel, scale, with_bias, batc
     def ours(x, w, *rest):
         rest = list(rest)
         by_row = rest.pop(0) if scale == "vector" else scale
-        statistics = similarity_statistics(x, w, labels, scale=by_row, column_bias_S=rest[0] if with_bias else None, kernel=kernel)
+        statistics = similarity_statistics(
+            x, of_classes(w, labels, bias_S=rest[0] if with_bias else None), LogSumExp(), scale=by_row, kernel=kernel
+        )
         return statistics.target_B, statistics.non_target_B
 
     def oracle(x, w, *rest):
@@ -75,17 +90,17 @@ def test_chunked_equals_reference_at_any_size(batch, classes, width, seed, scale
     features, prototypes, labels = make(batch, classes, width, seed=seed)
     weights = [torch.randn(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)] * 2
     results = []
-    original, walk.TILE_BYTES = walk.TILE_BYTES, 1
+    original, tiles.TILE_BYTES = tiles.TILE_BYTES, 1
     try:
         for kernel in ("reference", "chunked"):
 
             def statistics(x, w, kernel=kernel):
-                target, non_target = similarity_statistics(x, w, labels, scale=scale, kernel=kernel)[:2]
+                target, non_target = similarity_statistics(x, of_classes(w, labels), LogSumExp(), scale=scale, kernel=kernel)[:2]
                 return target, non_target.clamp(min=-1e6)  # one class alone has -inf
 
             results.append(gradients(statistics, [features, prototypes], weights))
     finally:
-        walk.TILE_BYTES = original
+        tiles.TILE_BYTES = original
     for value, exact in zip([*results[1][0], *results[1][1]], [*results[0][0], *results[0][1]], strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-10)
 
@@ -95,7 +110,7 @@ def test_finite_differences():
     bias = torch.zeros(7, dtype=torch.float64)
 
     def value(x, w, s, b):
-        return similarity_statistics(x, w, labels, scale=s, column_bias_S=b)[:2]
+        return similarity_statistics(x, of_classes(w, labels, bias_S=b), LogSumExp(), scale=s)[:2]
 
     inputs = [features, prototypes, torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64), bias]
     assert torch.autograd.gradcheck(value, [tensor.requires_grad_() for tensor in inputs], eps=1e-6, atol=1e-6)
@@ -105,7 +120,7 @@ def test_finite_differences():
 def test_one_class_has_zero_gradients_not_nan(scale):
     features = torch.randn(4, 8, requires_grad=True)
     prototypes = torch.randn(1, 8, requires_grad=True)
-    statistics = similarity_statistics(features, prototypes, torch.zeros(4, dtype=torch.int64), scale=scale)
+    statistics = similarity_statistics(features, of_classes(prototypes, torch.zeros(4, dtype=torch.int64)), LogSumExp(), scale=scale)
     assert statistics.non_target_B.tolist() == [-float("inf")] * 4
     torch.nn.functional.softplus(statistics.non_target_B - scale * statistics.target_B).mean().backward()
     assert features.grad.abs().max() == 0 and prototypes.grad.abs().max() == 0
@@ -115,17 +130,17 @@ def test_one_class_has_zero_gradients_not_nan(scale):
 def test_finite_when_perfectly_right_and_perfectly_wrong(sign):
     prototypes = torch.eye(16).requires_grad_()
     features = (sign * torch.eye(16)).requires_grad_()
-    statistics = similarity_statistics(features, prototypes, torch.arange(16), scale=64.0)
+    statistics = similarity_statistics(features, of_classes(prototypes, torch.arange(16)), LogSumExp(), scale=64.0)
     torch.nn.functional.softplus(statistics.non_target_B - 64 * (statistics.target_B - 0.4)).mean().backward()
     assert torch.isfinite(features.grad).all() and torch.isfinite(prototypes.grad).all()
 
 
-def test_hardest_non_target():
+def test_the_hardest_non_target():
     features, prototypes, labels = make(9, 700, 6)
     cosines = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(prototypes).T
     exact = cosines.scatter(1, labels[:, None], -2).amax(dim=1)
-    target, hardest = hardest_non_target(features, prototypes, labels)
-    torch.testing.assert_close(hardest, exact)
+    target, hardest, *_ = similarity_statistics(features, of_classes(prototypes, labels), TopK(), scale=1.0)
+    torch.testing.assert_close(hardest[:, 0], exact)
     torch.testing.assert_close(target, cosines.gather(1, labels[:, None])[:, 0])
 
 
@@ -141,11 +156,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_size_batch_by_classes_is_ever_made(monkeypatch):
-    monkeypatch.setattr(walk, "TILE_BYTES", 64 * 512 * 4)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 64 * 512 * 4)
     features, prototypes, labels = make(64, 20_000, 16, dtype=torch.float32)
     features.requires_grad_(), prototypes.requires_grad_()
     with LargestTensor() as seen:
-        statistics = similarity_statistics(features, prototypes, labels, scale=64.0)
+        statistics = similarity_statistics(features, of_classes(prototypes, labels), LogSumExp(), scale=64.0)
         (statistics.non_target_B - statistics.target_B).mean().backward()
     assert seen.bytes == 4 * prototypes.numel()  # the gradient of the prototypes; B x C would be four times as large
 
@@ -157,4 +172,11 @@ def test_bad_input_ends_in_a_sentence(change, sentence):
     features, prototypes, labels = make(4, 5, change.get("width", 8))
     prototypes = torch.randn(5, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match=sentence):
-        similarity_statistics(features, prototypes, labels, scale=64.0, kernel=change.get("kernel", "chunked"))
+        similarity_statistics(features, of_classes(prototypes, labels), LogSumExp(), scale=64.0, kernel=change.get("kernel", "chunked"))
+
+
+def test_few_parameters():
+    """What a stranger must learn at once: at most 10 parameters, and 7 of what it takes."""
+    assert len(inspect.signature(similarity_statistics).parameters) <= 10
+    makers = [of_classes, of_sampled, of_samples, of_bank, Columns, Mask, Placement, Map, LogSumExp, SoftplusSum, TopK]
+    assert max(len(inspect.signature(maker).parameters) for maker in makers) <= 7

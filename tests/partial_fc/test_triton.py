@@ -13,15 +13,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from partial_fc import similarity, similarity_statistics
-from partial_fc.kernels import chunked, fused, walk
-from partial_fc.sources import SampledRows
+from partial_fc import LogSumExp, TopK, of_classes, similarity_statistics
+from partial_fc.columns import Mask
+from partial_fc.kernels import NeededGradients, Problem, reference, tiles, triton_kernel
+from partial_fc.prototype_sources import SampledRows
+from partial_fc.statistics import softplus
 from tests.partial_fc import test_kernels as kernels
 from tests.partial_fc.test_similarity import LargestTensor
+from tests.partial_fc.test_statistics import HingeSum
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in test_in_the_interpreter")
-OPTIONS = {name: option for name, option in kernels.OPTIONS.items() if "map" not in option and "columns" not in option}
+OPTIONS = {name: option for name, option in kernels.OPTIONS.items() if "map" not in option}
 SHAPES = [(1, 1, 1), (6, 1, 4), (7, 13, 5), (17, 65, 16), (5, 257, 18)]  # batch, classes, width; blocks are 16 x 64 x 16
 
 
@@ -35,7 +38,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    for module, name in ((walk, "TILE_BYTES"), (fused, "UNITS_BYTES"), (fused, "WEIGHTS_BYTES"), (fused, "PARTIAL_BYTES")):
+    for module, name in ((tiles, "TILE_BYTES"), *((triton_kernel, f"{kind}_BYTES") for kind in ("UNITS", "WEIGHTS", "PARTIAL"))):
         monkeypatch.setattr(module, name, 1)  # 256 classes, and one chunk of partial sums
 
 
@@ -52,24 +55,9 @@ def answers(case, kernel, option, dtype="float32"):
     """(outputs, gradients)."""
 
     def ours(x, w, scale, bias, threshold):
-        has_masks = option.get("masks", False)
-        statistics = similarity_statistics(
-            x,
-            w,
-            case["column_labels"][case["labels"]] if has_masks else case["labels"],
-            scale=scale,
-            reduction=option.get("reduction", "log_sum_exp"),
-            threshold=threshold,
-            column_bias_S=bias,
-            bias_is_bounded=option.get("bounded", False),
-            included_S=case["included"] if option.get("included") else None,
-            column_labels_S=case["column_labels"] if has_masks else None,
-            target_columns_B=case.get("columns", case["labels"]),
-            normalize_prototypes=option.get("normalize", True),
-            dtype=dtype,
-            kernel=kernel,
-        )
-        return statistics.target_B, statistics.non_target_B, None
+        statistic = kernels.statistic_of(option.get("reduction", "log_sum_exp"), threshold)
+        columns = kernels.columns_of(case, w, option, bias)
+        return similarity_statistics(x, columns, statistic, scale=scale, dtype=dtype, kernel=kernel)[:2]
 
     chosen = (option.get("vector", False), option.get("bias", False), option.get("threshold", False))
     outputs, slopes = kernels.gradients(case, ours, *chosen)
@@ -124,7 +112,7 @@ def test_top_k(shape, k, small_chunks):
     results = []
     for kernel, asked in (("reference", case), ("triton", single(case))):
         inputs = [asked[name].clone().requires_grad_() for name in ("features", "prototypes")]
-        statistics = similarity_statistics(*inputs, asked["labels"], scale=1.0, reduction="top_k", k=k, kernel=kernel)
+        statistics = similarity_statistics(inputs[0], of_classes(inputs[1], asked["labels"]), TopK(k), scale=1.0, kernel=kernel)
         value = (statistics.non_target_B * torch.linspace(-1, 2, k)).sum() + (statistics.target_B**2).sum()
         results.append((statistics, torch.autograd.grad(value, inputs)))
     (exact, exact_slopes), (found, slopes) = results
@@ -151,8 +139,8 @@ def relative_errors(features, prototypes, labels, dtype, scale=64.0):
     found = []
     for kind, kernel, number in ((dtype, "triton", torch.float32), ("float32", "reference", torch.float64)):
         inputs = [features.to(number).requires_grad_(), prototypes.to(number).requires_grad_()]
-        statistics = similarity_statistics(*inputs, labels, scale=scale, dtype=kind, kernel=kernel)
-        loss = chunked.softplus(statistics.non_target_B - scale * (statistics.target_B - 0.4)).mean()
+        statistics = similarity_statistics(inputs[0], of_classes(inputs[1], labels), LogSumExp(), scale=scale, dtype=kind, kernel=kernel)
+        loss = softplus(statistics.non_target_B - scale * (statistics.target_B - 0.4)).mean()
         found.append([slope.double() for slope in torch.autograd.grad(loss, inputs)])
     return [float((slope - exact).norm() / exact.norm()) for slope, exact in zip(*found, strict=True)]
 
@@ -172,10 +160,10 @@ def test_operands_may_be_rounded_while_all_else_is_float64(small_chunks):
     case = kernels.make(9, 300, 5)
     features, prototypes, labels = case["features"], case["prototypes"], case["labels"]
     labels[0], prototypes[7] = 3, features[0] / 7  # one that dominates
-    question = similarity.Question(functional.normalize(features) * 60, labels, dtype=torch.float32)
-    rows = fused.forward(question, similarity.Matrix(prototypes))
-    exact = similarity.reference.forward(question, similarity.Matrix(prototypes))
-    assert rows.apart_B[0] == 7 and rows.sum_B.dtype is torch.float64
+    columns = of_classes(prototypes, labels)
+    problem = Problem(functional.normalize(features) * 60, columns, LogSumExp(), dtype=torch.float32)
+    rows, exact = (kernel.forward(problem, NeededGradients()) for kernel in (triton_kernel, reference))
+    assert rows.exact_columns_B[0] == 7 and rows.sum_B.dtype is torch.float64
     torch.testing.assert_close(rows.sum_B, exact.sum_B, rtol=1e-5, atol=0)
     torch.testing.assert_close(rows.sum_B[0], exact.sum_B[0], rtol=2e-7, atol=0)
 
@@ -190,9 +178,8 @@ def test_rows_without_direction_have_cosine_0_and_no_gradient(reduction):
 def test_an_empty_shard_has_no_part():
     prototypes, features = torch.empty(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     for reduction in ("log_sum_exp", "softplus_sum", "top_k"):
-        statistics = similarity_statistics(
-            features, prototypes, torch.zeros(5, dtype=torch.int64), scale=4.0, reduction=reduction, kernel="triton"
-        )
+        columns, statistic = of_classes(prototypes, torch.zeros(5, dtype=torch.int64)), kernels.statistic_of(reduction)
+        statistics = similarity_statistics(features, columns, statistic, scale=4.0, kernel="triton")
         (statistics.target_B.sum() + statistics.non_target_B.clamp(min=-9).sum()).backward()
         assert prototypes.grad.shape == (0, 4) and features.grad.abs().max() == 0
 
@@ -205,7 +192,8 @@ def test_sampled_rows(small_chunks):
     for kernel in ("reference", "triton"):
         prototypes = case["prototypes"].clone().requires_grad_()
         source = SampledRows(prototypes, rows, torch.ones(270, dtype=torch.bool))
-        statistics = similarity_statistics(case["features"], source, case["labels"], scale=9.0, target_columns_B=columns, kernel=kernel)
+        sampled = of_classes(source, case["labels"])._replace(targets_B=columns)
+        statistics = similarity_statistics(case["features"], sampled, LogSumExp(), scale=9.0, kernel=kernel)
         (statistics.non_target_B.sum() - statistics.target_B.sum()).backward()
         slopes.append(prototypes.grad.to_dense())
     torch.testing.assert_close(*slopes)
@@ -218,9 +206,8 @@ def test_strided_inputs():
     for strided in (False, True):
         inputs = [(case[name].T.contiguous().T if strided else case[name]).requires_grad_() for name in ("features", "prototypes")]
         labels = torch.stack([case["labels"]] * 2, dim=1)[:, 0] if strided else case["labels"]
-        statistics = similarity_statistics(
-            *inputs, labels, scale=9.0, target_columns_B=labels, column_labels_S=torch.arange(80)[::2] // 2, kernel="triton"
-        )
+        columns = of_classes(inputs[1], labels)._replace(targets_B=labels, mask=Mask(labels=(labels, torch.arange(80)[::2] // 2)))
+        statistics = similarity_statistics(inputs[0], columns, LogSumExp(), scale=9.0, kernel="triton")
         results.append(torch.autograd.grad(statistics.non_target_B.sum(), inputs))
     torch.testing.assert_close(*results)
 
@@ -229,7 +216,7 @@ def test_strided_inputs():
 def test_no_tensor_of_size_batch_by_classes_is_ever_made(small_chunks):
     inputs = [torch.randn(32, 4, requires_grad=True), torch.randn(600, 4, requires_grad=True)]
     with LargestTensor() as seen:
-        statistics = similarity_statistics(*inputs, torch.arange(32), scale=64.0, kernel="triton")
+        statistics = similarity_statistics(inputs[0], of_classes(inputs[1], torch.arange(32)), LogSumExp(), scale=64.0, kernel="triton")
         (statistics.non_target_B - statistics.target_B).mean().backward()
     assert seen.bytes <= 32 * 256 * 4
 
@@ -238,15 +225,17 @@ def test_no_tensor_of_size_batch_by_classes_is_ever_made(small_chunks):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"map": kernels.SQUARED}, "computes neither maps nor column statistics: choose kernel 'auto'"),
-        ({"column_statistics": True}, "computes neither maps nor column statistics: choose kernel 'auto'"),
+        ({"map": kernels.SQUARED}, "computes no maps: choose kernel 'auto'"),
+        ({"statistic": HingeSum()}, "has no program for HingeSum: choose kernel 'auto'"),
         ({"features": torch.ones(3, 2, dtype=torch.float64)}, "multiplies in float32 or bfloat16, but was asked for torch.float64"),
     ],
 )
 def test_what_it_cannot_do_ends_in_a_sentence(options, sentence):
     inputs = {"features": torch.ones(3, 2), "prototypes": torch.ones(4, 2), "labels": torch.zeros(3, dtype=torch.int64)} | options
     with pytest.raises(ValueError, match=f"kernel 'triton' {sentence}"):
-        similarity_statistics(inputs.pop("features"), inputs.pop("prototypes"), inputs.pop("labels"), scale=1.0, kernel="triton", **inputs)
+        columns = of_classes(inputs.pop("prototypes"), inputs.pop("labels"))
+        statistic = inputs.pop("statistic", LogSumExp())
+        similarity_statistics(inputs.pop("features"), columns, statistic, scale=1.0, kernel="triton", **inputs)
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="about a machine that does not interpret")
@@ -254,26 +243,28 @@ def test_what_it_cannot_do_ends_in_a_sentence(options, sentence):
     ("installed", "sentence"), [(True, "needs a GPU, but the features are on cpu"), (False, "needs the package triton")]
 )
 def test_without_a_gpu_or_triton_it_refuses_and_auto_takes_another(installed, sentence, monkeypatch):
-    monkeypatch.setattr(fused, "_is_installed", lambda: installed)
-    inputs = torch.ones(3, 2), torch.ones(4, 2), torch.zeros(3, dtype=torch.int64)
+    monkeypatch.setattr(triton_kernel, "_is_installed", lambda: installed)
+    inputs = torch.ones(3, 2), of_classes(torch.ones(4, 2), torch.zeros(3, dtype=torch.int64)), LogSumExp()
     with pytest.raises(ValueError, match=f"kernel 'triton' {sentence}"):
         similarity_statistics(*inputs, scale=1.0, kernel="triton")
     similarity_statistics(*inputs, scale=1.0, dtype="bfloat16", kernel="auto")
 
 
 @pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize(("program", "reduction"), [("row_sums", "exp2"), ("weights", "shifted")])
-def test_compiles_for_tensor_cores_without_a_gpu(program, reduction, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("program", "terms", "shifts"), [("row_sums", "exp2", False), ("weights", "exp2", True), ("weights", "softplus", False)]
+)
+def test_compiles_for_tensor_cores_without_a_gpu(program, terms, shifts, tmp_path, monkeypatch):
     """What the interpreter does not see: types, layouts, and that products of bfloat16 are those of Hopper."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, blocks = getattr(fused._tiles(), program), fused.ROUNDED[1]
-    constants = {"WIDTH": 512, "REDUCTION": reduction, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k}
-    constants |= {"labels": None, "column_labels": None} | ({"apart": None} if program == "row_sums" else {"bias": None})
-    pointers = {"queries": "*bf16", "units": "*bf16", "out": "*bf16", "shift": "*bf16", "targets": "*i64", "apart": "*i64"}
+    kernel, blocks = getattr(triton_kernel._programs(), program), triton_kernel.ROUNDED[1]
+    constants = {"WIDTH": 512, "TERMS": terms, "SHIFTS": shifts, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k}
+    constants |= {"labels": None, "column_labels": None} | ({"exact": None} if program == "row_sums" else {"bias": None})
+    pointers = {"queries": "*bf16", "units": "*bf16", "out": "*bf16", "shift": "*bf16", "masked": "*i64", "exact": "*i64"}
     pointers |= {"bias": "*fp32", "sums": "*fp32", "largest": "*fp32", "places": "*i32"}
     names = kernel.arg_names
     source = ASTSource(

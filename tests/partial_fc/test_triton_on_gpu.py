@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partial_fc import similarity_statistics
+from partial_fc import TopK, of_classes, similarity_statistics
 from tests.partial_fc import test_kernels as kernels
 from tests.partial_fc.test_triton import (
     IS_INTERPRETED,
@@ -62,7 +62,7 @@ def test_top_1():
     case = single(kernels.make(65, 3001, 256), "cuda")
     results = [
         similarity_statistics(
-            case["features"], case["prototypes"], case["labels"], scale=1.0, reduction="top_k", dtype=dtype, kernel=kernel
+            case["features"], of_classes(case["prototypes"], case["labels"]), TopK(), scale=1.0, dtype=dtype, kernel=kernel
         )
         for dtype, kernel in (("bfloat16", "triton"), ("float32", "triton"), ("float32", "reference"))
     ]

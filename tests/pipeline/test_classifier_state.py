@@ -44,7 +44,7 @@ class Keeping(Loss):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         offset_S = batch.parameter("offset")
-        statistics = batch.with_classes(scale=self.scale, class_bias_S=offset_S)
+        statistics = batch.against_classes(scale=self.scale, class_bias_S=offset_S)
         hardness = batch.track("hardness", statistics.target_B.detach().mean(), 0.2)
         target_B = self.scale * (statistics.target_B - self.margin * (1 + hardness)) + batch.of_labels(offset_S) + batch.parameter("shift")
         return softplus(statistics.non_target_B - target_B).mean()

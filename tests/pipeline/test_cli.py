@@ -243,7 +243,7 @@ class Mine(Loss):
         return {"threshold": self.threshold or 0.0}
 
     def __call__(self, batch):
-        statistics = batch.with_classes(scale=self.scale)
+        statistics = batch.against_classes(scale=self.scale)
         logit_B = self.scale * (statistics.target_B - self.margin)
         return softplus(statistics.non_target_B - logit_B).mean() + batch.parameter("threshold") ** 2
 

@@ -59,7 +59,7 @@ def test_one_class_has_nothing_near(k):
     [
         ({"margin": -0.5}, "margin is -0.5, but must lie in"),
         ({"margin": 2.5}, "margin is 2.5"),
-        ({"k": 0}, "k is 0, but must be 1 or more"),
+        ({"k": 0}, "k is 0, but must lie in .*: it is the number of nearest prototypes"),
     ],
 )
 def test_bad_parameters_are_refused(parameters, sentence):

@@ -107,21 +107,22 @@ def test_bfloat16_is_finite(name):
 def test_maps_reach_their_bound_and_no_further(parameter):
     grid, limit = torch.linspace(-1, 1, 401, dtype=torch.float64)[None], torch.full((1, 1), parameter, dtype=torch.float64)
     for kind in ("adaptive", "fixed"):
-        map = emphasis_on_hard(0.3, kind)
+        map = emphasis_on_hard(0.3, kind, torch.zeros(1))
         assert abs(map.function(grid, limit).abs().max() - map.bound) < 1e-12
     for mean in (-1.0, 0.3, 1.0):
-        map = curriculum(torch.tensor(mean))
+        map = curriculum(torch.tensor(mean), torch.zeros(1))
         assert map.function(grid, limit).abs().max() <= map.bound
-    assert curriculum(torch.tensor(1.0)).function(grid, limit).max() == curriculum(torch.tensor(1.0)).bound
+    assert curriculum(torch.tensor(1.0), torch.zeros(1)).function(grid, limit).max() == curriculum(torch.tensor(1.0), torch.zeros(1)).bound
 
 
 @given(st.integers(0, 10**6), st.floats(-1, 1), st.sampled_from(["adaptive", "fixed", "curriculum"]))
 def test_maps_in_place_are_their_functions(seed, mean, kind):
     generator = torch.Generator().manual_seed(seed)
     cosines, limits = (2 * torch.rand(5, columns, generator=generator, dtype=torch.float64) - 1 for columns in (9, 1))
-    map = curriculum(torch.tensor(mean)) if kind == "curriculum" else emphasis_on_hard(0.3, kind)
-    mapped, slope = map.with_slope(cosines.clone(), limits)
-    found, found_slope = map.with_slope(cosines.clone(), limits, memory=(torch.full_like(cosines, 7), torch.full_like(cosines, 7)))
+    limit = limits[:, 0]
+    map = curriculum(torch.tensor(mean), limit) if kind == "curriculum" else emphasis_on_hard(0.3, kind, limit)
+    mapped, slope = map.with_slope(cosines.clone())
+    found, found_slope = map.with_slope(cosines.clone(), memory=(torch.full_like(cosines, 7), torch.full_like(cosines, 7)))
     torch.testing.assert_close(found, mapped, rtol=0, atol=1e-14)
     torch.testing.assert_close(found_slope, slope, rtol=0, atol=1e-14)
 

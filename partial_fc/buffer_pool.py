@@ -22,7 +22,7 @@ class Block(NamedTuple):
     call: int  # that gave it out
 
 
-class Memory:
+class BufferPool:
     """Gives out tensors, and the same memory again once nobody refers to a tensor in it. On a GPU torch's own allocator does that."""
 
     def __init__(self) -> None:
@@ -46,4 +46,4 @@ class Memory:
         return block.user() is None and self.calls - block.call > IDLE_CALLS
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, ()  # a copy has memory of its own
+        return BufferPool, ()  # a copy has memory of its own

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from partial_fc import PartialFC, RowSGD, losses
+from partial_fc.batch_check import BatchCheck
 from partial_fc.classifier import MOST_CHECKS
-from partial_fc.inputs import Check
 from tests.partial_fc.test_classifier import batch
 
 CLASSES, WIDTH = 37, 8
@@ -26,7 +26,7 @@ def build(rate=1.0, **options):
 
 def knowing(is_late):
     """Late is as on a GPU: the host learns what is in a batch when it asks."""
-    return mock.patch.object(Check, "is_ready", False) if is_late else contextlib.nullcontext()
+    return mock.patch.object(BatchCheck, "is_ready", False) if is_late else contextlib.nullcontext()
 
 
 def parameters(classifier, optimizer):

@@ -1,4 +1,4 @@
-"""The Triton programs of the fused kernel (fused.py calls them): a product with prototypes whose logits stay in registers.
+"""The programs that triton_kernel.py runs: a product with unit columns whose logits stay in registers.
 Imports triton, which a machine without a GPU need not have. Tensors are contiguous; offsets of elements are int64."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+PROGRAMS = ("exp2", "softplus")  # what _terms and _weights know
 GROUP = tl.constexpr(8)  # blocks of classes that are worked on together with all rows, so that prototypes are read from memory once
 
 
@@ -26,7 +27,7 @@ def unit_rows(units, prototypes, inverse, count, WIDTH: tl.constexpr, PADDED: tl
 
 
 @triton.jit(do_not_specialize=["count"])
-def prototype_gradients(gradient, prototypes, inverse, starts, extra, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+def column_gradients(gradient, prototypes, inverse, starts, extra, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """In place: from the gradient of w / |w| to that of w, plus the rows starts[r] to starts[r + 1] of `extra`, in this order."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inner = tl.arange(0, PADDED)
@@ -67,7 +68,7 @@ def _local(place, first, columns):
 
 @triton.jit
 def _logits(
-    queries, units, bias, targets, labels, column_labels, apart, first, rows, cols, batch, columns,
+    queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits [BLOCK_M, BLOCK_N] of these rows and columns in float32, -inf where there are no non-targets."""
@@ -92,14 +93,14 @@ def _logits(
     else:
         logits += tl.load(bias + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)[None, :]
     if labels is None:
-        target = _local(tl.load(targets + rows, mask=rows < batch, other=-1), first, columns)
-        logits = tl.where(cols[None, :] == target[:, None], float("-inf"), logits)
+        masked_place = _local(tl.load(masked + rows, mask=rows < batch, other=-1), first, columns)
+        logits = tl.where(cols[None, :] == masked_place[:, None], float("-inf"), logits)
     else:
         label = tl.load(labels + rows, mask=rows < batch, other=0)
         column_label = tl.load(column_labels + cols, mask=cols < columns, other=0)
         logits = tl.where(column_label[None, :] == label[:, None], float("-inf"), logits)
-    if apart is not None:
-        place = _local(tl.load(apart + rows, mask=rows < batch, other=-1), first, columns)
+    if exact is not None:
+        place = _local(tl.load(exact + rows, mask=rows < batch, other=-1), first, columns)
         logits = tl.where(cols[None, :] == place[:, None], float("-inf"), logits)
     return logits
 
@@ -112,28 +113,43 @@ def softplus(x):
     return tl.maximum(x, 0.0) + tl.where(t < 0.0625, small, tl.log2(1.0 + t) * LN_2)
 
 
+@triton.jit
+def _terms(z, TERMS: tl.constexpr):
+    """f(z) of the statistic whose `program` is TERMS."""
+    if TERMS == "softplus":
+        return softplus(z)
+    else:
+        return tl.exp2(z)
+
+
+@triton.jit
+def _weights(z, TERMS: tl.constexpr):
+    """f'(z); of a power of two without its factor log(2), as statistics.py has it."""
+    if TERMS == "softplus":
+        return 1.0 / (1.0 + tl.exp2(-z * LOG2_E))
+    else:
+        return tl.exp2(z)
+
+
 @triton.jit(do_not_specialize=["offset", "first", "batch", "columns"])
 def row_sums(
     sums, largest, places, offset,
-    queries, units, bias, targets, labels, column_labels, apart, first, batch, columns,
-    WIDTH: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    queries, units, bias, masked, labels, column_labels, exact, first, batch, columns,
+    WIDTH: tl.constexpr, TERMS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Of every row and block of columns, each [blocks, B] from block `offset` on: the sum, the largest logit and its class (row of the
-    shard). REDUCTION "exp2" sums 2^z, "shifted" 2^(z - largest), "softplus" log(1 + e^z)."""
+    """For every row and block of columns, each [blocks, B] from block `offset` on: the sum of terms, of logits less the largest one with
+    SHIFTS; the largest logit; its column."""
     block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = _logits(
-        queries, units, bias, targets, labels, column_labels, apart, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+        queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
     )
     top = tl.max(logits, axis=1)
     place = tl.max(tl.where(logits == top[:, None], cols[None, :], -1), axis=1)
-    if REDUCTION == "softplus":
-        values = softplus(logits)
-    elif REDUCTION == "shifted":
-        values = tl.exp2(logits - tl.maximum(top, -1e30)[:, None])  # -inf minus -inf would be NaN
-    else:
-        values = tl.exp2(logits)
+    if SHIFTS:
+        logits -= tl.maximum(top, -1e30)[:, None]  # -inf minus -inf would be NaN
+    values = _terms(logits, TERMS)
     at = (offset + block_n).to(tl.int64) * batch + rows
     tl.store(sums + at, tl.sum(values, axis=1), mask=rows < batch)
     tl.store(largest + at, top, mask=rows < batch)
@@ -143,21 +159,19 @@ def row_sums(
 @triton.jit(do_not_specialize=["first", "batch", "columns"])
 def weights(
     out, shift, stride,
-    queries, units, bias, targets, labels, column_labels, apart, first, batch, columns,
-    WIDTH: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    queries, units, bias, masked, labels, column_labels, exact, first, batch, columns,
+    WIDTH: tl.constexpr, TERMS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [B, stride] = 2^z, 2^(z - shift) or sigmoid(z), rounded; 0 where there are no non-targets, and up to the edge of the block."""
+    """out [B, stride] = weights of z, or with SHIFTS of z - shift, rounded; 0 where there are no non-targets, and up to the edge of the
+    block."""
     block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = _logits(
-        queries, units, bias, targets, labels, column_labels, apart, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+        queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
     )
-    if REDUCTION == "softplus":
-        values = 1.0 / (1.0 + tl.exp2(-logits * LOG2_E))
-    elif REDUCTION == "shifted":
-        values = tl.exp2(logits - tl.load(shift + rows, mask=rows < batch, other=0.0).to(tl.float32)[:, None])
-    else:
-        values = tl.exp2(logits)
+    if SHIFTS:
+        logits -= tl.load(shift + rows, mask=rows < batch, other=0.0).to(tl.float32)[:, None]
+    values = _weights(logits, TERMS)
     # Rows of `out` hold whole blocks: without a mask for columns, which would be one per entry, stores are wide.
     tl.store(out + rows.to(tl.int64)[:, None] * stride + cols[None, :], values.to(out.dtype.element_ty), mask=(rows < batch)[:, None])

@@ -25,7 +25,7 @@ def check_labels(labels_b: Tensor) -> None:
         )
 
 
-class Check:
+class BatchCheck:
     """The values of one global batch: are labels classes, and features finite? Made without waiting for the device; see `faults`.
 
     counts           rows per rank, for naming the rank of a row

@@ -254,9 +254,9 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError("prototypes.grad is set, but in_backward=True would never use it: call zero_grad() before backward")
 
     def _refuse_several_samples(self) -> None:
-        if self.classifier.draws > 1:
+        if self.classifier.current.draws > 1:
             raise ValueError(
-                f"{self.classifier.draws} samples of classes were drawn since the last step, so that their gradients do not add up: "
+                f"{self.classifier.current.draws} samples of classes were drawn since the last step, and their gradients do not add up: "
                 "call classifier.begin_step(labels of all micro-batches) first"
             )
 

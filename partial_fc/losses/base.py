@@ -1,0 +1,87 @@
+"""What a loss is, and what losses share: a registry by name, checks of their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+from typing_extensions import dataclass_transform  # which torch brings
+
+from partial_fc.fields import check_fields, hint_at
+from partial_fc.global_batch import GlobalBatch
+from partial_fc.statistics import softplus as softplus  # for losses to import from here
+
+
+class Loss(Protocol):
+    """What losses inherit: nothing is learned or tracked."""
+
+    formula: ClassVar[str] = ""  # in LaTeX, with the symbols of docs/losses-reference.md
+    use: ClassVar[str] = ""  # what the loss is for, in a sentence
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, batch: GlobalBatch) -> Tensor:
+        """Mean loss over the global batch, a scalar, equal on every rank."""
+        ...
+
+    def learned(self, num_classes: int) -> dict[str, float]:
+        """First values of scalars that are trained with the prototypes, by the same optimizer: batch.parameter(name)."""
+        return {}
+
+    def learned_by_class(self, num_classes: int) -> dict[str, float]:
+        """The same, one number per class."""
+        return {}
+
+    def tracked(self) -> dict[str, float | Tensor]:
+        """First values of what is kept from step to step: running figures, batch.track(name, value, share), or tensors,
+        batch.kept(name) and batch.keep(name, value)."""
+        return {}
+
+    def with_margins(self, share: float) -> Loss:
+        """The loss with each margin (a field called so, or ending so) multiplied by `share`, for a warm-up."""
+        margins = {item.name: share * getattr(self, item.name) for item in fields(self) if item.name.endswith("margin")}  # type: ignore
+        return replace(self, **margins)  # type: ignore[type-var]
+
+    def queued(self) -> dict[str, int]:
+        """The rows of tensors [rows, width], zeros at first, that are kept likewise, with names of their own."""
+        return {}
+
+    def uses_bank(self) -> bool:
+        """Whether it asks for the bank of last features: batch.fresh, batch.against_bank."""
+        return False
+
+
+REGISTRY: dict[str, type] = {}
+_L = TypeVar("_L", bound=type)
+
+
+@dataclass_transform(frozen_default=True)
+def register(name: str) -> Callable[[_L], _L]:
+    """Makes a class a frozen dataclass and gives it a name."""
+
+    def add(cls: _L) -> _L:
+        REGISTRY[name] = dataclass(frozen=True)(cls)
+        return cls
+
+    return add
+
+
+def build(name: str, **parameters: Any) -> Loss:
+    """The loss called `name` with its fields set, e.g. build("cosface", scale=64.0, margin=0.4)."""
+    if name not in REGISTRY:
+        raise ValueError(f"loss {name!r} is unknown: {hint_at(name, REGISTRY)}")
+    known = [field.name for field in fields(REGISTRY[name])]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(f"loss {name!r} has no parameter {parameter!r}: it takes {', '.join(known)}")
+    return REGISTRY[name](**parameters)
+
+
+def name_of(loss: Loss) -> str:
+    for name, cls in REGISTRY.items():
+        if type(loss) is cls:
+            return name
+    raise ValueError(f'loss {type(loss).__name__} has no name: put @register("NAME") above its class')
