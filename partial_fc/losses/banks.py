@@ -15,6 +15,8 @@ from partial_fc.losses import Loss, check_margin, check_range, check_scale, regi
 from partial_fc.losses.margins import angular, check_angular
 from partial_fc.similarity import Statistics
 
+TITLE = "Features and prototypes of earlier steps"
+
 
 @register("vpl")
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from partial_fc.losses.pair_losses import mean_of
 from partial_fc.pairs import later_rows, pair_statistics
 from partial_fc.substitution import positives_of
 
+TITLE = "Compact identities"
+
 
 @register("center")
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 
+TITLE = "Thresholds from the whole batch"
+
 NOTHING = -1e30  # log of a sum without terms, as a number: infinities have no gradient
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 
+TITLE = "Margins on the target"
+
 
 @register("cosface")
 @dataclass(frozen=True)

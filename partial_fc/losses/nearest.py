@@ -11,6 +11,8 @@ from torch import Tensor
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses import Loss, check_margin, register
 
+TITLE = "Nearest prototypes"
+
 
 @register("npt")
 @dataclass(frozen=True)

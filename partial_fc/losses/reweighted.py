@@ -14,6 +14,8 @@ from partial_fc.losses import Loss, check_margin, check_range, check_scale, regi
 from partial_fc.losses.margins import angular, check_angular
 from partial_fc.maps import Map
 
+TITLE = "Reweighted non-targets and probabilities"
+
 
 @register("sv_softmax")
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from partial_fc.global_batch import GlobalBatch
 from partial_fc.kernels.entries import EPSILON
 from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 
+TITLE = "Samples in place of prototypes"
+
 
 @register("sample_softmax")
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from partial_fc.losses import Loss, check_range, check_scale, register, softplus
 from partial_fc.losses.margins import angles, check_slope, sloped
 from partial_fc.maps import Map
 
+TITLE = "Softmax and SphereFace"
+
 
 @register("softmax")
 @dataclass(frozen=True)

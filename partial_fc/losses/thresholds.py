@@ -14,6 +14,8 @@ from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses import Loss, check_margin, check_range, check_scale, register, softplus
 from partial_fc.maps import Map
 
+TITLE = "Learned thresholds"
+
 
 @register("uce")
 @dataclass(frozen=True)
