@@ -101,8 +101,9 @@ def reference() -> Iterator[str]:
 
 
 def _entry(cls: type[losses.Loss], cost: dict[str, str]) -> Iterator[str]:
-    if formula := getattr(cls, "formula", ""):
-        yield f"$$\n{formula}\n$$\n"
+    formula = getattr(cls, "formula", "")
+    for equation in formula.split(r",\qquad ") if formula else []:
+        yield f"$$\n{equation}\n$$\n"
     text, *options = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
     yield text.replace("<x", "&lt;x")  # which is no HTML
     for option in options:
