@@ -1,12 +1,10 @@
-"""What the documentation tells readers to run."""
+"""What the documentation tells readers to run, and where its links lead."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,28 +12,51 @@ import torch
 from partial_fc import losses
 from tests.partial_fc.losses.parity import check_finite, check_finite_differences, cosines, exact, largest_error, step
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def python_block(page: str) -> str:
-    with open(os.path.join(ROOT, "docs", page)) as file:
-        (block,) = re.findall(r"```python\n(.*?)```", file.read(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     return block
 
 
-@pytest.mark.timeout(300)
-def test_the_example_of_an_own_training_loop_gives_the_same_losses_on_1_and_3_ranks(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(python_block("own_training_loop.md"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    found = []
-    for ranks in (1, 3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=140)
-        assert run.returncode == 0, run.stderr
-        found.append([float(loss) for loss in re.findall(r"step \d+ loss (\S+)", run.stdout)])
-    assert len(found[0]) == 4 and found[0][-1] < 0.2 * found[0][0]
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
+def pages() -> list[Path]:
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as GitHub makes them: lower case, punctuation left out, hyphens for spaces, a number for the repeated."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+    return {name if not number else f"{name}-{number}" for name, count in found.items() for number in range(count + 1)}
+
+
+def broken_links(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not re.match(r"https?://", link) and (not target.exists() or (anchor and anchor not in anchors(target))):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "other.md").write_text("# Two words: `here`\n## Twice\n## Twice\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text("[a](other.md#two-words-here) [b](other.md#twice-1) [c](https://x.org/y) `[d](none.md)` [e](#own)\n# Own\n")
+    assert broken_links(page) == []
+    page.write_text("[a](none.md) [b](other.md#no-heading) [c](other.md#twice-2) [d](#own)\n")
+    assert broken_links(page) == ["none.md", "other.md#no-heading", "other.md#twice-2", "#own"]
 
 
 def focal_cosface(dense, scale, margin, focus):

@@ -15,6 +15,8 @@ from partial_fc.losses.margins import angular, check_margin, with_margin
 from partial_fc.similarity import Statistics
 from partial_fc.unit_rows import inverse_norms
 
+TITLE = "Features and prototypes of earlier steps"
+
 
 @register("vpl")
 class VPL(Loss):

@@ -16,6 +16,8 @@ from partial_fc.pairs import later_rows, pair_statistics
 from partial_fc.positives import positives_of
 from partial_fc.unit_rows import unit_rows
 
+TITLE = "Compact identities"
+
 
 @register("center")
 class Center(Loss):

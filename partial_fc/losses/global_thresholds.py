@@ -12,6 +12,8 @@ from partial_fc.fields import Cosine, Margin, Scale, Within
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses.base import Loss, register, softplus
 
+TITLE = "Thresholds from the whole batch"
+
 NOTHING = -1e30  # log of a sum without terms, as a number: infinities have no gradient
 
 

@@ -14,6 +14,8 @@ from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.maps import sloped
 
+TITLE = "Margins on the target"
+
 
 @register("cosface")
 class CosFace(Loss):

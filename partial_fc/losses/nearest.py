@@ -13,6 +13,8 @@ from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses.base import Loss, register
 from partial_fc.statistics import TopK
 
+TITLE = "Nearest prototypes"
+
 
 @register("npt")
 class NPT(Loss):

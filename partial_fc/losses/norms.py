@@ -13,6 +13,8 @@ from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.losses.margins import angular
 
+TITLE = "Margins by feature norm or image count"
+
 SMALLEST_NORM, LARGEST_NORM, EPSILON = 0.001, 100.0, 0.001  # of AdaFace's code
 
 

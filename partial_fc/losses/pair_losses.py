@@ -15,6 +15,8 @@ from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.losses.margins import CosFace, check_margin, with_margin
 from partial_fc.pairs import later_rows, negative_quantiles
 
+TITLE = "Pairs of samples"
+
 
 def distances(cosines: Tensor) -> Tensor:
     """Euclidean distances of unit features. Those below 3e-4, which float32 cannot tell from 0, have no gradient."""

@@ -14,6 +14,7 @@ from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.losses.margins import angular, check_margin, with_margin
 from partial_fc.maps import Map
 
+TITLE = "Reweighted non-targets and probabilities"
 Hardness = Annotated[float, Within(0.0, 10.0, "it is added to hard cosines")]
 
 

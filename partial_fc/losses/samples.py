@@ -12,6 +12,8 @@ from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.statistics import SoftplusSum
 from partial_fc.unit_rows import EPSILON
 
+TITLE = "Samples in place of prototypes"
+
 
 @register("sample_softmax")
 class SampleSoftmax(Loss):

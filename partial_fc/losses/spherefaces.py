@@ -17,6 +17,8 @@ from partial_fc.unit_rows import EPSILON
 
 Lambda = Annotated[float, Within(0.0, 1e9, "the share of the margin is 1 / (1 + lambda)")]
 
+TITLE = "Softmax and SphereFace"
+
 
 @register("softmax")
 class Softmax(Loss):

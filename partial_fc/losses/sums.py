@@ -15,6 +15,8 @@ from partial_fc.losses.base import Loss, build, name_of, register
 from partial_fc.losses.margins import CosFace
 from partial_fc.losses.thresholds import USS
 
+TITLE = "Sums of losses"
+
 
 class _Parts(Loss):
     """A loss made of others, each with names of its own for what it keeps."""

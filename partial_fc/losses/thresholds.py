@@ -15,6 +15,8 @@ from partial_fc.losses.base import Loss, register, softplus
 from partial_fc.maps import Map, sloped
 from partial_fc.statistics import SoftplusSum
 
+TITLE = "Learned thresholds"
+
 
 @register("uce")
 class UCE(Loss):

@@ -1,4 +1,4 @@
-"""What the benchmarks on losses measure, and the page that shows it."""
+"""What the benchmarks on losses measure, and the pages that show it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,28 @@ def test_sizes_that_cannot_be_measured_are_refused(change):
         list(loss_cost.rows(["cosface"], **{"classes": 50, "batch": 8, "width": 8, "dtype": "float32", "pairs": 1} | change))
 
 
-def test_the_page_is_what_the_registry_says():
-    with open(loss_page.PAGE) as file:
-        assert file.read() == loss_page.page(), "run python -m benchmarks.loss_page"
-    assert {cls.__module__.rpartition(".")[2] for cls in losses.REGISTRY.values() if cls.__module__.startswith("partial_fc")} == set(
-        loss_page.FAMILIES
-    )
+def test_the_pages_are_what_the_registry_says():
+    for path, text in loss_page.pages().items():
+        with open(path) as file:
+            assert file.read() == text, f"{path} is out of date: run python -m benchmarks.loss_page"
+
+
+def test_every_loss_belongs_to_a_family_with_a_title():
+    found = [name for title, members in loss_page.families() for name in members if title]
+    assert sorted(found) == sorted(name for name, cls in losses.REGISTRY.items() if cls.__module__.startswith("partial_fc."))
+
+
+def test_needs_are_found_by_trying():
+    assert loss_page.needs("cosface") == loss_page.needs("unpg") == []
+    assert loss_page.needs("prototype_memory") == ["a bank of last features"]
+    assert loss_page.needs("triplet") == ["several images of an identity in a batch"]
+    assert loss_page.needs("frequency_margin") == ["class_counts"]
+    assert loss_page.needs("magface") == ["feature norms"]
+
+
+def test_of_a_setting_named_twice_the_last_counts():
+    row = {"settings": 'loss=sum loss.parts=[{"name": "range", "k": 2}] data.images_per_identity=4 loss.k=1 loss.k=10'}
+    assert loss_page.settings(row) == 'loss=sum loss.parts=[{"name": "range", "k": 2}] data.images_per_identity=4 loss.k=10'
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
