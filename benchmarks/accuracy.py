@@ -39,7 +39,7 @@ def batch_of(
     loss: float, negatives: Literal["easy", "hard"], classes: int, batch: int, width: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(features, prototypes, labels) whose mean CosFace loss is `loss`: each feature mixes its own prototype, noise, and with "hard"
-    negatives one wrong prototype; the share of its own is found by bisection. Neither side comes normalised."""
+    negatives one wrong prototype; the share of its own is found by bisection. Neither features nor prototypes are normalised."""
     generator = torch.Generator().manual_seed(seed)
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     units_CD = functional.normalize(normal(classes, width))
@@ -52,7 +52,7 @@ def batch_of(
     cosines_3BC = parts_3BD @ units_CD.T
 
     def shares(own: float) -> Tensor:
-        """Of the parts, so that the result has norm 1 and the cosines `own` and, if there is one, HARDEST."""
+        """The shares of the parts that give a result of norm 1 with the cosines `own` and, if there is one, HARDEST."""
         wrong_B1 = (HARDEST - own * between_B1) / (1 - between_B1**2).sqrt() if negatives == "hard" else torch.zeros_like(between_B1)
         return torch.stack([torch.full_like(wrong_B1, own), wrong_B1, (1 - own**2 - wrong_B1**2).clamp(min=0).sqrt()])
 
@@ -69,7 +69,7 @@ def batch_of(
 
 
 def _apart(x_BD: Tensor, *units: Tensor) -> Tensor:
-    """The directions of x, less what they have of orthonormal others."""
+    """The directions of x without their components along the orthonormal `units`."""
     for unit_BD in units:
         x_BD = x_BD - (x_BD * unit_BD).sum(dim=1, keepdim=True) * unit_BD
     return functional.normalize(x_BD)

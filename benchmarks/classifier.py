@@ -24,8 +24,8 @@ SCALE, MARGIN = 64.0, 0.4
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 Allocator = Literal["default", "keeping"]
 ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
-# glibc's malloc maps large blocks anew each time and the system clears their pages: much of the eager side's time.
-# Without its caches of small blocks, the rests that aligned blocks leave no longer stop freed neighbours from merging.
+# glibc's malloc maps large blocks again at every allocation, and the system clears their pages: that is much of the eager side's time.
+# Switching off its caches of small blocks lets freed neighbours merge, which the leftovers of aligned blocks otherwise prevent.
 KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.tcache_count=0"
 
 
@@ -60,7 +60,7 @@ def rows(settings: list[Setting], allocators: Sequence[Allocator]) -> Iterator[d
     """One row of figures per setting and allocator, each measured in new processes."""
     if torch.cuda.is_available():
         if any(setting.ranks > torch.cuda.device_count() for setting in settings):
-            raise ValueError(f"--ranks asks for one GPU each, but there are {torch.cuda.device_count()}: use at most so many")
+            raise ValueError(f"--ranks asks for one GPU each, but there are {torch.cuda.device_count()}: use at most that many")
         allocators = ["default"]  # torch's own allocator on a GPU
     for setting in settings:
         for allocator in allocators:
@@ -142,7 +142,7 @@ def _ours(setting: Setting, device: torch.device, group: dist.ProcessGroup | Non
 def _sides(setting: Setting, rank: int, device: torch.device) -> dict[str, Side]:
     features_bD, labels_b = (x.chunk(setting.ranks)[rank].to(device) for x in _batch(setting))
     classifier = _ours(setting, device)
-    lr = 0.1 * setting.batch / 1024  # the field's
+    lr = 0.1 * setting.batch / 1024  # the usual rate for faces
     sides = {}
     if not setting.skip_eager:
         eager = EagerClassifier(classifier.shard, classifier.prototypes.detach().clone(), SCALE, MARGIN, setting.rate)
@@ -168,7 +168,7 @@ def _figures(setting: Setting, rank: int, device: torch.device) -> dict[str, Any
             before = _over_ranks(min, rate.measure()) if name == "ours" else 0.0
             times[name].append(_over_ranks(max, seconds(side.step, device)))
             side.clear()
-        # Virtual machines change their speed within seconds: what counts is the rate just before and just after.
+        # Virtual machines change their speed within seconds, so a step is compared with the rate just before and just after it.
         rates.append((before + _over_ranks(min, rate.measure())) / 2)
     for name, values in times.items():
         figures |= _quartiles(f"{name}_s", values)
@@ -181,7 +181,7 @@ def _figures(setting: Setting, rank: int, device: torch.device) -> dict[str, Any
 
 
 def _first_steps(name: str, side: Side | None, device: torch.device) -> dict[str, Any]:
-    """Loss, traffic and memory, from two steps that are not timed; of all ranks the most memory."""
+    """Loss, traffic and memory of two steps that are not timed; the memory is that of the rank that takes most."""
     names = [f"{name}_{what}" for what in ("loss", "state_mib", "extra_mib", "peak_mib", "sent_bytes", "calls")]
     if side is None:
         return dict.fromkeys(names)
@@ -189,7 +189,7 @@ def _first_steps(name: str, side: Side | None, device: torch.device) -> dict[str
         loss = float(side.step())
     side.clear()
     if isinstance(side.classifier, PartialFC):
-        side.classifier.pool = BufferPool()  # what it keeps from step to step counts
+        side.classifier.pool = BufferPool()  # the memory that it keeps from step to step is counted too
     extra, peak = peak_memory(side.step, device)
     side.clear()
     memory = [round(_over_ranks(max, value) / 2**20, 1) for value in (side.state_bytes(), extra, peak)]

@@ -1,5 +1,5 @@
 """The baseline: a model-parallel CosFace classifier in eager float32, in the order of operations of arcface_torch's PartialFC V2. Written
-here from a description of that order. Like it, it stores the B x S logits several times over and has a dense gradient at any rate."""
+here from a description of that order. Like that one, it stores the B x S logits several times and has a dense gradient at any rate."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
 class EagerClassifier(nn.Module):
     """CosFace over the classes of all ranks; `prototypes_SD`, float32, are this rank's. Trained with torch.optim.SGD.
 
-    sample_rate below 1 takes the classes of the batch and fills up at random to sample_rate S, by indexing the whole parameter.
+    With sample_rate below 1 it takes the classes of the batch, adds random ones up to sample_rate S, and indexes the whole parameter.
     """
 
     def __init__(self, shard: ClassShard, prototypes_SD: Tensor, scale: float, margin: float, sample_rate: float = 1.0) -> None:

@@ -27,7 +27,7 @@ def rows(names: list[str], classes: int, batch: int, width: int, dtype: str, pai
         loss = losses.build(name)
         other = PartialFC(classes, width, loss, dtype=dtype, device=device, class_counts=class_counts)
         other.prototypes, other.pool = plain.prototypes, plain.pool
-        other.step = 10_000  # past what begins later
+        other.step = 10_000  # past the step at which some losses switch parts on
         times = np.array([[seconds(_step(side, features_BD, labels_B), device) for side in (plain, other)] for _ in range(pairs + 2)][2:])
         quartiles = np.quantile(times[:, 1] / times[:, 0], (0.5, 0.25, 0.75)).tolist()
         row: dict[str, Any] = {"loss": name, "classes": classes, "batch": batch, "width": width, "dtype": dtype, "pairs": pairs}

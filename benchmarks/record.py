@@ -1,4 +1,4 @@
-"""Shows and keeps measurements: one CSV row each, with what is needed to judge it: commit, date, hardware, command."""
+"""Shows and keeps measurements. Each is one CSV row, with what is needed to judge it: commit, date, hardware, command."""
 
 from __future__ import annotations
 

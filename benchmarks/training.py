@@ -1,5 +1,5 @@
-"""Trains every loss on small data, all with the same images, network and number of steps, and keeps what the verification of other
-identities says. Margins are chosen on identities carved out of the training set, never on the test set."""
+"""Trains every loss on small data, all with the same images, network and number of steps, and keeps how well each verifies
+other identities. Margins are chosen on identities carved out of the training set, never on the test set."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FIGURES = {
 
 
 def rows(entries: list[str], seeds: list[int], jobs: int, tune: bool) -> Iterator[dict[str, Any]]:
-    """One row per entry and seed, as they finish; with `tune` per candidate of the entries, on carved-out identities. A training takes one
-    core; `jobs` run at a time."""
+    """One row per entry and seed, as they finish; with `tune`, one per candidate of the entries, on identities held out of the training
+    set. A training takes one core; `jobs` run at a time."""
     for name in entries:
         if name not in ENTRIES:
             raise ValueError(f"there is no entry {name!r}: choose from {', '.join(ENTRIES)}")
@@ -61,7 +61,7 @@ def _train(name: str, candidate: tuple[str, ...], seed: int, sets: tuple[str, st
             found |= json.loads(line)
     prefix = os.path.splitext(os.path.basename(sets[1]))[0]
     figures = {key: found.get(f"{prefix}/{figure}") for key, figure in FIGURES.items()}
-    # In a sum the name begins with that of the part.
+    # In a sum of losses the name of a threshold begins with the name of its part.
     threshold = next((value for key, value in found.items() if key.endswith("threshold") and "/" not in key), None)
     chosen = [*ENTRIES[name], *candidate]
     return {

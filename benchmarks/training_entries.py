@@ -12,7 +12,7 @@ BUDGET = (
 )
 PAIRED = ("data.images_per_identity=2",)
 
-# Settings beside the loss's defaults. Chosen among CANDIDATES on identities carved out of the training set.
+# Settings that differ from the loss's defaults. They were chosen among CANDIDATES on identities held out of the training set.
 ENTRIES: dict[str, tuple[str, ...]] = {
     "cosface": ("loss=cosface", "loss.scale=24", "loss.margin=0.2"),
     "cosface paired": ("loss=cosface", "loss.scale=24", "loss.margin=0.2", *PAIRED),

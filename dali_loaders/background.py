@@ -21,7 +21,8 @@ class Background(Generic[T]):
         self._ready: queue.Queue = queue.Queue(depth)
         stop = threading.Event()
         thread = threading.Thread(target=_produce, args=(items, self._ready, stop), name="protoshard-data", daemon=True)
-        # Also runs when the iterator is dropped or the interpreter ends, since a daemon thread inside a native library crashes the exit.
+        # The finalizer also runs when the iterator is dropped or the interpreter ends: a daemon thread inside a native library would crash
+        # the exit.
         self._finalizer = weakref.finalize(self, _finish, thread, self._ready, stop)
         thread.start()
 

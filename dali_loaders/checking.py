@@ -70,7 +70,7 @@ def check(path: str, reader: str = "native", threads: int = 0) -> CheckReport:
 
 
 def _unreadable(decoder: Decoder, encoded: list[bytes]) -> set[int]:
-    """Places of the images that cannot be decoded; broken headers come first, then broken bodies."""
+    """Places of the images that cannot be decoded. The decoder names broken headers first, then broken bodies."""
     good = list(range(len(encoded)))
     while good:
         try:

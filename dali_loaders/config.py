@@ -11,7 +11,7 @@ class AugmentConfig:
     """Random changes of a training image; zero switches one off. Each is drawn uniformly and symmetrically around no change."""
 
     flip: bool = True  # mirrors left and right with probability 1/2
-    rotate: float = 0.0  # up to so many degrees either way
+    rotate: float = 0.0  # largest angle in degrees, either way
     zoom: float = 0.0  # scale between 1 - zoom and 1 + zoom
     shift: float = 0.0  # up to this fraction of the side, in x and in y
     brightness: float = 0.0  # factor between 1 - brightness and 1 + brightness
@@ -39,9 +39,9 @@ class DataConfig:
     train: str = ""  # folder, .tar or .rec
     reader: str = "native"  # or "mxnet", for .rec only
     min_images: int = 2  # an identity with fewer is refused; 1 admits all
-    images_per_identity: int = 1  # K of P x K batches: so many of one identity stand together; 1 draws images without regard to identity
+    images_per_identity: int = 1  # K of P x K batches: K images of an identity stand together; 1 ignores identities
     image_size: int = 112  # side in pixels; other sizes are stretched to it
-    threads: int = 0  # for reading and for decoding; 0 shares the cores among the ranks of this machine
+    threads: int = 0  # for reading, and as many for decoding; 0 shares the cores among the ranks of this machine
     prefetch: int = 2  # batches kept ready ahead of the training step
     augment: AugmentConfig = AugmentConfig()
 

@@ -1,6 +1,6 @@
 """The DALI graph: encoded bytes -> decoded, resized, augmented and normalised images, on the CPU or decoded by the GPU ('mixed').
 
-DALI draws no random numbers here: every sample's flip, matrix, brightness and contrast come in as arguments computed from counters."""
+DALI draws no random numbers here: the flip, matrix, brightness and contrast of every sample are arguments computed from counters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dali_loaders.config import AugmentConfig
-from dali_loaders.config import DataConfig as DataConfig  # recipe files written before import it from here
+from dali_loaders.config import DataConfig as DataConfig  # older recipe files import it from here
 from dali_loaders.order import uniform
 from dali_loaders.sources import Source
 
@@ -67,7 +67,8 @@ class Decoder:
 
     def __call__(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> torch.Tensor:
         """Raises UnreadableImagesError, after which other images can be decoded."""
-        # Headers first: the decoder of DALI 2.4 crashes the process (its threads outlive the error) on one that cannot be parsed.
+        # Headers are read first, because one that cannot be parsed makes the decoder of DALI 2.4 crash the process (its threads outlive
+        # the error).
         sizes_b2 = self._headers.sizes(encoded)
         if not sizes_b2.all():
             raise UnreadableImagesError(np.flatnonzero(sizes_b2[:, 0] == 0).tolist())
@@ -104,7 +105,7 @@ class Decoder:
         return output
 
     def _unreadable(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> list[int]:
-        """Places of the images that cannot be decoded, which DALI does not tell: by bisection."""
+        """Places of the images that cannot be decoded. DALI does not name them, so they are found by bisection."""
         try:
             self._run(encoded, arguments)
             return []
@@ -169,7 +170,7 @@ class HeaderReader:
     def sizes(self, encoded: Sequence[bytes]) -> np.ndarray:
         """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early.
 
-        JPEG, PNG and WebP only: a BMP with a header that no decoder accepts crashes DALI 2.4 (see read_image)."""
+        It reads JPEG, PNG and WebP only: a BMP with a header that no decoder accepts crashes DALI 2.4 (see read_image)."""
         sizes_b2 = np.zeros((len(encoded), 2), np.int64)
         complete = [at for at, data in enumerate(encoded) if is_complete(data)]
         if complete:

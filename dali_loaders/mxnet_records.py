@@ -1,4 +1,4 @@
-"""Records through the mxnet package itself: for whoever wants its reader in the path, and the reference that the tests compare with."""
+"""Reads records with the mxnet package itself: for users who want its reader, and as the reference that the tests compare with."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from dali_loaders.records import index_path
 
 
 class MXNetReader:
-    """The same records through the mxnet package, for whoever wants its reader in the path. Needs PATH.idx; one read at a time."""
+    """The same records, read by the mxnet package. It needs PATH.idx and reads one record at a time."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -17,7 +17,7 @@ class UniformOrder:
     """An endless stream of epochs; each epoch is its own pseudo-random permutation of [0, num_samples).
 
     The permutation is a Feistel network over the smallest power of four >= num_samples with cycle walking (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002), so it costs no memory and the same at any position, with 100 million images as with a thousand.
+    with arbitrary finite domains", 2002). It takes no memory, and the same time at any position and for any number of images.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
@@ -40,7 +40,7 @@ class UniformOrder:
         return _permuted(values, np.full(len(values), self.num_samples, np.uint64), keys).astype(np.int64)
 
     def replacements(self, index: int) -> Iterator[int]:
-        """Where to look for an image to stand in for an unreadable one: `index`, then the next ones of the set, wrapping around."""
+        """Candidates to stand in for an unreadable image: `index` itself, then the next ones of the set, wrapping around."""
         return ((index + step) % self.num_samples for step in range(self.num_samples))
 
 
@@ -49,9 +49,9 @@ class GroupedOrder:
 
     An epoch has ceil(n_i / K) groups of every identity i with n_i images, in a pseudo-random order (UniformOrder over the groups). Group s
     of identity i takes the places [s K, s K + K), modulo n_i, of a permutation of its images that depends on (seed, epoch, identity). So an
-    epoch holds every image; its K ceil(n_i / K) - n_i places too many repeat the permutation's first images, others in every epoch.
-    The images of a group differ where n_i >= K; otherwise they cycle through all n_i. Nothing keeps two groups of one identity apart:
-    they may stand in one batch, and may then share an image if n_i is no multiple of K.
+    epoch holds every image; the K ceil(n_i / K) - n_i places left over repeat the first images of the permutation, which differ from
+    epoch to epoch. The images of a group differ where n_i >= K; otherwise they cycle through all n_i. Nothing keeps two groups of one
+    identity apart: they may stand in one batch, and may then share an image if n_i is no multiple of K.
 
     Memory: 16 bytes per identity, and 8 per image where the images of an identity do not lie together in the set.
     ValueError for K < 2, and for identities with fewer than 2 images, which cannot form a pair.
@@ -93,8 +93,8 @@ class GroupedOrder:
         return self._by_identity(self._first_image[identities] + within.astype(np.int64))
 
     def replacements(self, index: int) -> Iterator[int]:
-        """Where to look for an image to stand in for an unreadable one: `index`, then the next ones of its identity, wrapping around; then
-        the next ones of the set."""
+        """Candidates to stand in for an unreadable image: `index` itself, then the next ones of its identity, wrapping around; then the
+        next ones of the set."""
         identity = self._labels[index]
         images = self._by_identity(np.arange(self._first_image[identity], self._first_image[identity + 1]))
         yield from np.roll(images, -int(np.searchsorted(images, index))).tolist()
@@ -116,7 +116,7 @@ Order = UniformOrder | GroupedOrder
 
 
 def build_order(source: Source, images_per_identity: int, seed: int) -> Order:
-    """The order of a data set: uniform for images_per_identity = 1, else in groups of so many."""
+    """The order of a data set: uniform for images_per_identity = 1, else in groups of that many."""
     return UniformOrder(len(source), seed) if images_per_identity == 1 else GroupedOrder(source, images_per_identity, seed)
 
 

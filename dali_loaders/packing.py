@@ -26,7 +26,7 @@ def pack(source: Source, out_path: str) -> None:
     MXNet and arcface_torch read the first two; the third keeps names, and spares this project a look at every record when it opens the
     file. Images are copied as they are, undecoded."""
     if not out_path.endswith(".rec"):
-        raise ValueError(f"the packed file is to be named {out_path}; give it a name that ends in .rec.")
+        raise ValueError(f"the packed file would be named {out_path}; give it a name that ends in .rec.")
     images = len(source)
     if images + 1 + len(source.identities) > _EXACT:
         log.warning("%s has more than 2**24 records, whose numbers other readers round; keep its .identities.txt beside it", out_path)

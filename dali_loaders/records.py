@@ -108,7 +108,7 @@ class RecordWriter:
     def __exit__(self, kind: object, cause: object, _: object) -> None:
         try:
             for file in (self._record, self._index):
-                file.close()  # writes what is buffered, so that a full disk may show here
+                file.close()  # writes what is buffered, so a full disk may show here
             if kind is None:
                 for temporary, path in zip(self._temporary, self._paths, strict=True):
                     os.replace(temporary, path)
@@ -196,7 +196,7 @@ class IndexedRecordReader:
     def scan_headers(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First label float32 [n] and whether a payload follows the header, bool [n], of the image records at `offsets`.
 
-        Gathered from the mapped file without a Python loop: about a million records a second once the file is in memory."""
+        They are gathered from the mapped file without a Python loop, about a million records a second once the file is in memory."""
         labels, has_image = np.empty(len(offsets), np.float32), np.empty(len(offsets), bool)
         with warnings.catch_warnings(), self._file.map() as mapped:
             words = np.frombuffer(mapped, np.uint32, self._file.size // 4)
@@ -224,7 +224,7 @@ class IndexedRecordReader:
 def _read_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(path, encoding="ascii") as file, warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # how numpy says that it met something else than a number
+            warnings.simplefilter("error", DeprecationWarning)  # numpy warns when it meets something that is not a number
             table = np.fromstring(file.read(), np.int64, sep=" ")
         keys, offsets = table.reshape(-1, 2).T
     except (OSError, ValueError, DeprecationWarning) as error:

@@ -76,7 +76,7 @@ class FolderSource:
 
 
 class TarSource:
-    """An uncompressed tar of IDENTITY/IMAGE files: its headers are read once, its images at their offsets without unpacking."""
+    """An uncompressed tar of IDENTITY/IMAGE files. Its headers are read once; its images are read at their offsets, without unpacking."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -102,7 +102,7 @@ class TarSource:
 class RecordSource:
     """The image records of a .rec file in key order; records without an image (InsightFace's headers) are left out.
 
-    Labels that are not 0..C-1 are numbered anew in rising order; identity names are the original labels, or those of the sidecar that
+    Labels that are not 0..C-1 are renumbered in rising order; identity names are the original labels, or those of the sidecar that
     `pack` writes (it also spares reading a header per image)."""
 
     def __init__(self, path: str, reader: str = "native") -> None:
@@ -146,8 +146,8 @@ def single_image_identities(source: Source) -> list[str]:
 
 
 def check_images_per_identity(source: Source, least: int, why: str, remedy: str) -> np.ndarray:
-    """int64 [identities]: images of each. ValueError if one has fewer than `least`; `why` says what asks for them, `remedy` what to do but
-    remove them."""
+    """int64 [identities]: images of each. ValueError if one has fewer than `least`; `why` says what asks for them, `remedy` what to do
+    instead of removing them."""
     counts = np.bincount(source.labels, minlength=len(source.identities))
     few = np.flatnonzero(counts < least)
     if len(few):
@@ -169,7 +169,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_image(name: str) -> bool:
-    """Whether a path has an image's extension; hidden files and what lies in hidden folders are passed over."""
+    """Whether a path has an image's extension; hidden files, and files in hidden folders, are left out."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not any(part.startswith(".") for part in name.split("/"))
 
 

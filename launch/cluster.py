@@ -45,7 +45,7 @@ class Node:
         command = [python, "-m", "launch.ray_node"]
         if not host.local:
             command = [*SSH, "--", host.target, f"cd {shlex.quote(root)} && exec {shlex.join(command)}"]
-        self.process = subprocess.Popen(  # its own session: Ctrl-C at the terminal is for the launcher, which stops nodes in order
+        self.process = subprocess.Popen(  # in a session of its own: Ctrl-C at the terminal is for the launcher, which stops nodes in order
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

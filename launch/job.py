@@ -74,7 +74,8 @@ def run(client: JobSubmissionClient, entrypoint: str, env_vars: dict[str, str], 
 
 
 def submit(client: JobSubmissionClient, job_id: str, entrypoint: str, env_vars: dict[str, str]) -> None:
-    """Tries again for SUBMIT_SECONDS: a new cluster answers before it takes jobs. The fixed name keeps a second try from a second job."""
+    """Tries again for SUBMIT_SECONDS, because a new cluster answers before it takes jobs. The fixed name keeps a second try from starting a
+    second job."""
     deadline = time.monotonic() + SUBMIT_SECONDS
     while True:
         try:
@@ -98,7 +99,7 @@ async def follow(client: JobSubmissionClient, job_id: str, check: Callable[[], N
 
 
 async def print_log(client: JobSubmissionClient, job_id: str) -> None:
-    """Prints the log until the job ends. After a lost connection the server sends it from the start: what was printed is skipped."""
+    """Prints the log until the job ends. After a lost connection the server sends it again from the start; what was printed is skipped."""
     printed = 0
     while True:
         received = 0

@@ -19,7 +19,7 @@ JOB_SERVER_SECONDS = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: the job's; 2 for bad input; 130 or 143 when interrupted."""
+    """The exit code: that of the job, 2 for bad input, 130 or 143 when interrupted."""
     options = parser().parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
@@ -113,7 +113,7 @@ def passed_on(options: argparse.Namespace) -> dict[str, str]:
     """Variables of this shell that the ranks get too, and those that keep Ray quick and readable."""
     defaults = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line comes twice
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line comes twice
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # needs train loops that report to Ray
         "RAY_DEDUP_LOGS": "0",
         "RAY_COLOR_PREFIX": "0",

@@ -78,7 +78,7 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
             storage_path=storage,
             failure_config=FailureConfig(max_failures=options.max_failures, controller_failure_limit=NODE_WAITS),
             callbacks=[OnFailure(options.max_failures)],
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # OnFailure says in a line what Ray logs as three tracebacks
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # OnFailure says in one line what Ray logs as three tracebacks
         ),
     )
     try:

@@ -1,5 +1,5 @@
 """One Ray node, alive only as long as its standard input: launch/cluster.py starts this on every machine, directly or over ssh.
-A closed input (also by a killed launcher or a lost connection) stops the node, so nothing is ever left running."""
+The node stops when its input closes, which a killed launcher or a lost connection does too, so nothing is left running."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Any, NoReturn
 
-OBJECT_STORE_BYTES = 100_000_000  # batches and checkpoints never pass through Ray: near its minimum instead of its 30 % of memory
+OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 
 
@@ -88,7 +88,7 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
     else:
         say("failed", reason=" ".join(filter(None, tail)))
         return
-    threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # read on, or a full pipe would block Ray
+    threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # keeps reading, because a full pipe would block Ray
     if order["head"] is None:
         say("ready", head=f"{order['address']}:{order['port']}", dashboard=f"http://{order['address']}:{order['dashboard_port']}")
     else:
@@ -105,7 +105,7 @@ def stop(node: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         node.kill()
         node.wait()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # the node leads its own session: whatever outlived it there
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # ends what is left of the session that the node led
         with suppress(ProcessLookupError):
             if os.getsid(int(pid)) == node.pid:
                 os.kill(int(pid), signal.SIGKILL)

@@ -1,5 +1,5 @@
 """The Ray Train side of a run: the train loop of one worker, and what the controller does when workers fail.
-Apart from launch/ray_driver.py because Ray must import it by name: classes of a main module differ from process to process."""
+It is not part of launch/ray_driver.py because Ray must import it by name: classes of a main module differ from process to process."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ def run_rank(settings: dict[str, Any]) -> dict[str, float]:
         resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
         return train(config, resume=resume)
     except ValueError as error:
-        sentence = describe(error)  # here, where its traceback tells whose it is; Ray does not carry that on
+        sentence = describe(error)  # here, because the traceback, which tells whose error it is, does not pass through Ray
         if sentence is None:
             raise
         raise BadInputError(sentence) from None

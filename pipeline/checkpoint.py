@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-INFO = "protoshard.json"  # what the checkpoint is of, and the size and CRC-32 of every other file in it; written last
+INFO = "protoshard.json"  # describes the checkpoint, with the size and CRC-32 of every other file in it; written last
 NAME = "step-{:08d}"
 PARTIAL = ".partial"
 SUPERSEDED = ".superseded"
@@ -64,7 +64,7 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
     first = _rank() == 0
     if first:
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            if name.endswith(PARTIAL):  # of a save that was broken off
+            if name.endswith(PARTIAL):  # left by a save that was broken off
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         os.makedirs(partial)
     _barrier()
@@ -107,8 +107,8 @@ def newest(folder: str) -> str | None:
 
 
 def supersede(folder: str, step: int) -> None:
-    """Renames the checkpoints in FOLDER that are newer than `step`, from which a run goes on: they belong to a future that was given up,
-    and would be taken for the newest. Every rank calls it."""
+    """Renames the checkpoints in FOLDER that are newer than `step`, from which a run goes on: they belong to a
+    course that was given up, and would be taken for the newest. Every rank calls it."""
     if _rank() == 0:
         for name in complete(folder):
             if int(name.removeprefix("step-")) > step:
@@ -119,7 +119,7 @@ def supersede(folder: str, step: int) -> None:
 
 
 def set_aside(folder: str) -> None:
-    """Renames an earlier run's folder, so that starting anew loses nothing. Every rank calls it."""
+    """Renames an earlier run's folder, so that a new start loses nothing. Every rank calls it."""
     if _rank() == 0 and os.path.isdir(folder) and os.listdir(folder):
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
         os.rename(folder, f"{folder}.{number}")

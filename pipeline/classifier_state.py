@@ -12,7 +12,7 @@ from partial_fc.losses import Loss, name_of
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint
 
-OF_THE_LOSS = ("learned.", "tracked_", "bank_")  # how names of tensors begin that another loss may not have
+OF_THE_LOSS = ("learned.", "tracked_", "bank_")  # beginnings of the names of tensors that another loss may not have
 
 
 def state_of(classifier: PartialFC, optimizer: RowOptimizer) -> dict[str, Tensor]:
@@ -34,10 +34,10 @@ def state_of(classifier: PartialFC, optimizer: RowOptimizer) -> dict[str, Tensor
 def load(path: str, info: dict[str, Any], classifier: PartialFC, optimizer: RowOptimizer) -> list[str]:
     """Fills what the checkpoint at `path` has too, and leaves the rest as a new classifier has it. Returns a line on each difference.
 
-    info  what `checkpoint.read_info` says of it
+    info: what `checkpoint.read_info` says about it
     """
     ours, saved = state_of(classifier, optimizer), checkpoint.tensors(path)
-    # Other prototypes are an error of the user's, which loading them names; of another loss only what fits can be taken.
+    # Prototypes of another shape are the user's error, and loading them says so; from another loss only what fits can be taken.
     common = {name for name, tensor in ours.items() if name in saved and (name == "prototypes" or saved[name][0] == tensor.shape)}
     checkpoint.load(path, {name: ours[name] for name in common})
     anew = [name for name in ours if name not in common]
@@ -49,12 +49,12 @@ def load(path: str, info: dict[str, Any], classifier: PartialFC, optimizer: RowO
     if anew:
         lines.append(f"the checkpoint has no {', '.join(anew)}: started anew")
     if left:
-        lines.append(f"the checkpoint's {', '.join(sorted(left))}: left out, for want of a counterpart")
+        lines.append(f"the checkpoint's {', '.join(sorted(left))}: left out, because this run has no counterpart")
     return lines
 
 
 def small_tensors(classifier: PartialFC) -> list[Tensor]:
-    """What a loss may write while it is computed, but for the bank: a step that is left out must leave these as they were."""
+    """What a loss may write while it is computed, except for the bank: a step that is left out must not change these."""
     return [
         *(parameter.data for parameter in classifier.learned.values() if parameter.ndim == 0),
         *(buffer for name, buffer in classifier.named_buffers() if name.startswith("tracked_")),
@@ -63,7 +63,7 @@ def small_tensors(classifier: PartialFC) -> list[Tensor]:
 
 def figures(classifier: PartialFC) -> dict[str, float]:
     """What the loss has learned and tracks, as metrics. Thresholds (numbers whose name ends so) are divided by the loss's scale, so that
-    they are cosines; of numbers per class it is the mean. Every rank calls it, and waits for its device. 1 all-reduce per number per class.
+    they are cosines; numbers per class are averaged. Every rank calls it, and waits for its device. 1 all-reduce per number per class.
     """
     num_classes, loss = classifier.shard.num_classes, classifier.loss
     scalars = loss.learned(num_classes)
@@ -86,7 +86,7 @@ def figures(classifier: PartialFC) -> dict[str, float]:
 
 
 def _scale_of(loss: Loss, name: str) -> float | None:
-    """The scale of the loss that learns `name`; in a sum of losses that of the part whose name begins it."""
+    """The scale of the loss that learns `name`; in a sum of losses, the scale of the part whose name begins it."""
     for part, _, inner in loss.weighted() if hasattr(loss, "weighted") else []:
         if name.startswith(f"{part}_"):
             return _scale_of(inner, name.removeprefix(f"{part}_"))

@@ -172,7 +172,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--storage-dtype", default="float32", choices=("float32", "bfloat16"), help="of the prototypes (float32)")
     plan.add_argument("--in-backward", action="store_true", help="prototypes are updated during backward: no gradient of all of them")
     plan.add_argument("--bank", action="store_true", help="with a bank of last features, for substitution_source=bank and losses that ask")
-    plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in some seconds, or a preset (here)")
+    plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in a few seconds, or a preset (here)")
     plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 

@@ -43,7 +43,7 @@ def join() -> Place:
     on_gpu = (
         "nccl" in dist.get_backend() if dist.is_initialized() else torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
     )
-    # Modulo, because a launcher may show each process its own GPU only, which is then number 0.
+    # Modulo, because a launcher may show each process only its own GPU, which is then number 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -89,8 +89,8 @@ class FolderLock:
 
 
 def describe(error: ValueError) -> str | None:
-    """The sentence of a ValueError raised by this project's own code; None for a library's, which deserves its traceback, and for all
-    of them where PROTOSHARD_TRACEBACK is set."""
+    """The sentence of a ValueError raised by this project's own code; None for a library's, whose traceback should be shown, and for
+    all of them where PROTOSHARD_TRACEBACK is set."""
     if os.environ.get("PROTOSHARD_TRACEBACK"):
         return None
     trace = error.__traceback__
@@ -117,7 +117,7 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
             while not processes.join():
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            # A rank that only lost its peer may be noticed before the one that said why.
+            # A rank that only lost its peer may be noticed before the one that gives the reason.
             if not sentences.empty():
                 raise ValueError(sentences.get()) from None
             if isinstance(error, mp.ProcessRaisedException):
@@ -137,7 +137,7 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
 
 
 def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # If the command itself is ended, so are its ranks. torch asks for SIGINT here, which a process started in the background ignores.
+    # Ranks should end with the command itself. torch asks for SIGINT here, which a process started in the background ignores.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
     logging.basicConfig(format="%(message)s")

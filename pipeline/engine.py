@@ -64,7 +64,7 @@ class Engine(Protocol):
     def step(self, lr: float) -> None: ...
 
     def skip(self) -> None:
-        """Instead of `step`: forgets the gradients, leaves weights and optimizer state as they are, and goes on to the next step."""
+        """Called instead of `step`: forgets the gradients, leaves weights and optimizer state as they are, and goes on to the next step."""
         ...
 
     def gradient_norm(self) -> float:
@@ -104,7 +104,7 @@ class DDPEngine:
         self.parallel: nn.Module = module
         if place.world_size > 1:
             devices = [place.device] if place.device.type == "cuda" else None
-            # torch 2.13 calls this argument forward_sync_buffers and warns, 2.11 knows the old name only.
+            # torch 2.13 calls this argument forward_sync_buffers and warns; 2.11 knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # 1x1 kernels, channels last
             self.parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False)
@@ -173,11 +173,11 @@ class DeepSpeedEngine:
             model=module,
             optimizer=build_optimizer(optimizer, module),
             config={
-                "train_micro_batch_size_per_gpu": 1,  # of no effect: the loader decides
+                "train_micro_batch_size_per_gpu": 1,  # without effect: the loader decides
                 "gradient_accumulation_steps": accumulation,
                 "gradient_clipping": optimizer.clip,  # its own default is 1.0
                 "zero_allow_untested_optimizer": True,
-                # One bucket of the network's size, where its default takes 2 GB per dtype.
+                # One bucket of the size of the network; the default takes 2 GB per dtype.
                 "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": sum(p.numel() for p in module.parameters())},
                 "torch_autocast": {"enabled": config.autocasts(place.device), "dtype": "bfloat16"},
                 "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward pass
@@ -200,7 +200,7 @@ class DeepSpeedEngine:
         self.engine.step()
 
     def skip(self) -> None:
-        # It leaves out, on all ranks alike, a step whose gradient is not finite. One that is would have passed; this makes sure of it.
+        # DeepSpeed leaves out, on all ranks, a step whose gradient is not finite, and would take one whose gradient is: so make it NaN.
         for gradients in self.engine.optimizer.averaged_gradients.values():
             for gradient in gradients or []:
                 gradient.fill_(torch.nan)
@@ -248,7 +248,7 @@ class DeepSpeedEngine:
                 values["step"] = steps[0].clone()
 
     def _make_optimizer_state(self) -> None:
-        """One step without gradient at rate 0, after which every entry exists that `load` then overwrites."""
+        """Takes one step without gradient at rate 0, after which every entry exists that `load` overwrites."""
         for _ in range(self.engine.gradient_accumulation_steps()):
             zero = sum((parameter.sum() for parameter in self.module.parameters() if parameter.requires_grad), torch.zeros(())) * 0
             self.engine.backward(zero, scale_wrt_gas=False)

@@ -44,8 +44,8 @@ def seconds(step: Step, device: torch.device) -> float:
 def peak_memory(step: Step, device: torch.device) -> tuple[int, int]:
     """(bytes above the level before the step, bytes in all), at the step's peak.
 
-    On CPU resident memory of this process, after free pages were handed back, so that the step must take what it needs from the system.
-    On a GPU what torch allocated.
+    On CPU this is resident memory of the process. Free pages are handed back first, so that the step must take what it needs from the
+    system. On a GPU it is what torch allocated.
     """
     gc.collect()
     _wait(device)
@@ -100,7 +100,7 @@ class MatrixRate:
                 torch.mm(left, right, out=out)
 
     def measure(self) -> float:
-        """About 0.1 s."""
+        """Takes about 0.1 s."""
         return self.passes * self.operations / seconds(self._run, self.device)
 
 

@@ -1,4 +1,4 @@
-"""`--set section.field=value`: texts become values of the fields' types, and the sections check them anew."""
+"""`--set section.field=value`: texts become values of the fields' types, and the sections check them again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.config import RENAMED, TrainConfig, with_tuples
 
 def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """`config` with `section.field=value` overrides applied. ValueError with one sentence names the first that cannot be."""
-    # Another loss has fields of its own: chosen last, it would undo what was set of it.
+    # The loss is chosen first: chosen last, it would undo what was set of its fields.
     ordered = sorted(map(_split, overrides), key=lambda change: change[0] != "loss")
     for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
         config = _set(config, section.split(".") if section else [], list(changes))
@@ -43,8 +43,8 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
-    """`part` with fields of one section below it replaced, in one go, because what one of them may be can depend on another; the
-    dataclasses on the way check their values anew."""
+    """`part` with fields of one section below it replaced, all at once, because the values allowed for one can depend on another; the
+    dataclasses on the way check their values again."""
     if section:
         value, _ = _field(part, section[0], changes[0][0])
         if not is_dataclass(value):
@@ -64,7 +64,7 @@ def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
 
 
 def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
-    """Value and type."""
+    """The value of a field and its type."""
     known = [item.name for item in fields(part)]
     if name not in known:
         raise ValueError(f"--set {path}: {name!r} is unknown: {nearest(name, known)}")
@@ -86,7 +86,7 @@ def parse(path: str, text: str, kind: Any) -> Any:
             raise ValueError(f"{error} or None" if len(options) < len(get_args(kind)) else str(error)) from None
     if get_origin(kind) is tuple:
         return _parse_tuple(path, text, get_args(kind)[0])
-    kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # which of its values are admitted, the section says
+    kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # the section itself checks which of the values are allowed
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]

@@ -1,5 +1,5 @@
 """What a classifier will need, before anything of it is allocated: bytes of each rank, the least time of a step, and what to try where it
-does not fit. The backbone is left aside: it takes what the classifier leaves."""
+does not fit. The backbone is not counted: it takes what the classifier leaves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """Of one rank. Peak rates: what is computed from them is the least time, of which good matrix products reach two thirds."""
+    """What one rank has. The rates are peaks, so times computed from them are the least possible; good matrix products reach two thirds
+    of the rate."""
 
     name: str
     memory: int  # bytes
@@ -69,12 +70,12 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Classes of the rank that has most."""
+        """Classes of the rank that has the most."""
         return -(-self.identities // self.ranks)
 
     @property
     def sampled(self) -> float:
-        """Of its classes, how many take part in a step, on average."""
+        """How many of these classes take part in a step, on average."""
         return self.rows if self.rate == 1 else min(self.rows, self.rows * self.rate + self.batch / self.ranks)
 
 
@@ -141,7 +142,7 @@ def seconds(job: Job, hardware: Hardware) -> dict[str, float]:
 
 
 def alternatives(job: Job, hardware: Hardware) -> dict[str, int]:
-    """What to change, and the bytes of a rank after it; the last one fits, unless the batch alone is too large for any number of ranks."""
+    """What to change, and the bytes of a rank with it; the last one fits, unless the batch alone is too large for any number of ranks."""
     changed: dict[str, Job] = {}
     if not job.in_backward:
         changed["--in-backward"] = replace(job, in_backward=True)
@@ -161,7 +162,7 @@ def alternatives(job: Job, hardware: Hardware) -> dict[str, int]:
 
 
 def _ranks_that_fit(job: Job, hardware: Hardware) -> int | None:
-    """The fewest; None where even one class to a rank does not fit."""
+    """The fewest ranks; None where not even one class per rank fits."""
 
     def fits(ranks: int) -> bool:
         return sum(memory(replace(job, ranks=ranks)).values()) <= hardware.memory * USABLE
@@ -194,7 +195,7 @@ def _measured(job: Job) -> Hardware:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sharing = 1 if on_gpu else job.ranks
-    classes, batch = min(job.rows, 1 << 16), min(job.batch, 1024)  # large enough for the full rate, small enough to be there
+    classes, batch = min(job.rows, 1 << 16), min(job.batch, 1024)  # large enough for the full rate, small enough to fit
     float32, bfloat16 = (MatrixRate(batch, classes, job.width, dtype, device).measure() for dtype in (torch.float32, torch.bfloat16))
     float32, bfloat16 = float32 / sharing, bfloat16 / sharing
     source = torch.ones(1 << 26, device=device)  # 256 MB: no cache holds it
@@ -204,7 +205,7 @@ def _measured(job: Job) -> Hardware:
     if not on_gpu:
         return Hardware(f"here ({hardware()})", _available() // sharing, float32, bfloat16, memory_rate, _loopback() / sharing)
     if torch.cuda.device_count() < 2:
-        network = PRESETS["h100-80gb"].network  # nothing to measure it with
+        network = PRESETS["h100-80gb"].network  # cannot be measured with one GPU
     else:
         other = torch.empty_like(source, device="cuda:1")
         network = source.nbytes / min(seconds(lambda: other.copy_(source), device) for _ in range(5))

@@ -1,4 +1,4 @@
-"""From a recipe's name, or a file of the user's, to the configuration that a run uses."""
+"""Turns the name of a recipe, or a recipe file, into the configuration that a run uses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
         spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses and type hints of a loss that it defines look for names
+        sys.modules[spec.name] = module  # dataclasses and type hints of a loss that the file defines look for names there
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:

@@ -18,7 +18,7 @@ def train_recipe(recipe: str, overrides: list[str], resume: str = "auto") -> dic
 def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
     """Trains `config` to its end in this process's place in the job and returns the last evaluation's figures.
 
-    resume: "auto" continues the newest complete checkpoint of the run's folder, "none" starts anew (an earlier run is kept under another
+    resume: "auto" continues the newest complete checkpoint of the run's folder, "none" starts afresh (an earlier run is kept under another
     name), a path starts from that checkpoint. Bad input raises ValueError with one sentence.
     """
     logging.basicConfig(format="%(message)s")

@@ -31,7 +31,7 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
 from pipeline.schedule import rate_factor
 
-LABELS = {"identities": "identity names with the checksum"}  # what a checkpoint calls shortly, for sentences
+LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
 MOST_SKIPPED = 100  # steps in a row
 
 
@@ -99,7 +99,7 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps that are done."""
         return self.consumed // self.config.run.batch
 
     def fit(self) -> dict[str, float]:
@@ -138,7 +138,7 @@ class Trainer:
             batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
             self.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
         total = torch.zeros((), device=self.place.device)
-        # Statistics of features that are not finite would stay so for ever: of the batch, and those that the loss keeps.
+        # One batch of features that are not finite would spoil the running statistics of the backbone and of the loss forever.
         kept = [*self.engine.module.buffers(), *classifier_state.small_tensors(self.classifier)]
         buffers = [(buffer, buffer.clone()) for buffer in kept if self.config.classifier.non_finite == "skip"]
         for micro, batch in enumerate(batches, start=1):
@@ -258,7 +258,7 @@ class Trainer:
             "config": as_dict(self.config),
         }
         state = {**self.engine.state(), **classifier_state.state_of(self.classifier, self.classifier_optimizer)}
-        # A checkpoint that cannot be continued must not push out one that can.
+        # A checkpoint that cannot be continued should not push out one that can.
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state.values())
         self._check_finite(tensor for tensor in local if tensor.is_floating_point())
         return checkpoint.save(self._checkpoints, self.step, state, info, self.config.checkpoint.keep)

@@ -21,7 +21,7 @@ from dali_loaders.packing import pack
 from dali_loaders.sources import TarSource
 
 SMALLEST, LARGEST = 16, 1024  # sides in pixels
-_IMAGES_WORTH_A_PROCESS = 500  # drawing so many takes about as long as starting a process
+_IMAGES_WORTH_A_PROCESS = 500  # drawing them takes about as long as starting a process
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def develop(face_SS3: np.ndarray, image: Conditions, rng: np.random.Generator) -
         pixels = cv2.resize(cv2.resize(pixels, (small, small), interpolation=cv2.INTER_AREA), (size, size), interpolation=cv2.INTER_LINEAR)
     if image.blur:
         pixels = cv2.GaussianBlur(pixels, (0, 0), image.blur * size / 112)
-    # Uniform noise, as the normal distribution costs ten times as much; bytes have a deviation of 73.9.
+    # The noise is uniform, because the normal distribution costs ten times as much; bytes have a standard deviation of 73.9.
     noise = np.frombuffer(rng.bytes(pixels.size), np.int8).reshape(pixels.shape).astype(np.float32)
     return cv2.addWeighted(pixels, 1, noise, image.noise / 73.9, 0, dtype=cv2.CV_8U)
 
@@ -132,7 +132,7 @@ def _draw_all(config: FacesConfig, workers: int) -> Iterator[tuple[str, bytes]]:
         for identity in identities:
             yield from draw(identity)
         return
-    # Spawned, not forked: the caller may have threads, whose locks a forked child would find taken for ever.
+    # Processes are spawned, not forked: the caller may have threads, whose locks would stay taken forever in a forked child.
     with multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (1,)) as pool:
         for files in pool.imap(draw, identities, chunksize=min(16, 1 + config.identities // (4 * workers))):
             yield from files

@@ -21,7 +21,7 @@ SPLINE = 0.5 * np.stack([-_T + 2 * _T**2 - _T**3, 2 - 5 * _T**2 + 3 * _T**3, _T 
 
 
 class Canvas:
-    """Shapes in the order of drawing. They are projected all together, which takes a third of the time of one by one."""
+    """Shapes in the order of drawing. They are all projected together, which takes a third of the time of projecting them one by one."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[np.ndarray, Colour, float, bool]] = []  # points [n, 2], colour, line width (0: filled), smooth

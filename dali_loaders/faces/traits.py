@@ -146,7 +146,7 @@ class Traits:
 class Conditions:
     """What changes from image to image and must not identify anyone."""
 
-    # Pose and framing: shifts are in half image sides, zoom is the share of it that half a head's width takes
+    # Pose and framing: shifts are in half image sides, zoom is the share of it that half the width of a head takes
     yaw: float = between(-25, 25)
     pitch: float = between(-13, 13)
     roll: float = between(-9, 9)

@@ -126,8 +126,9 @@ def evaluate_bin(
 def score_pairs(distance_P: np.ndarray, issame_P: np.ndarray, *, unreadable: int = 0, name: str = "the pair set") -> BinReport:
     """The protocol of InsightFace's verification on squared distances: contiguous folds, each judged by the threshold of the others.
 
-    Accuracy: of the distances 0, .01, ... 3.99 the first that is right most often on the other folds. TAR@FAR=1e-3: grid of .001,
-    linear in FAR between its points. 10 folds; a set of P < 10 pairs has P folds of one pair. Fold sizes differ by at most one.
+    The accuracy of a fold uses the distance, of 0, .01, ... 3.99, that is right most often on the other folds (the first of equals).
+    TAR@FAR=1e-3 uses a grid of .001 and is linear in FAR between its points. There are 10 folds, whose sizes differ by at most one; a set
+    of P < 10 pairs has P folds of one pair.
     Raises ValueError on a set without a genuine or without an impostor pair.
     """
     genuine = int(issame_P.sum())

@@ -17,7 +17,7 @@ from dali_loaders.config import DataConfig
 from dali_loaders.sources import Source
 
 logger = logging.getLogger(__name__)
-NAMED = 5  # unreadable images that a message names before it only counts
+NAMED = 5  # unreadable images that a message names; more are only counted
 
 
 def embed(
@@ -69,7 +69,7 @@ def embed(
 
 @contextmanager
 def _eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Module by module, because a training loop may keep some modules (frozen batch norms) in eval mode all the time."""
+    """Modes are restored module by module, because a training loop may keep some (frozen batch norms) in eval mode all the time."""
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
         if isinstance(model, nn.Module):

@@ -77,7 +77,11 @@ NO_COUNTERPART = {
 
 @dataclass(frozen=True)
 class ImportedConfig:
-    """fields: value by dotted name of this project's configuration. unmapped: "option: reason" for all that is not taken over."""
+    """What a config file says.
+
+    fields: value by dotted name of this project's configuration.
+    unmapped: "option: reason" for everything that is not taken over.
+    """
 
     fields: dict[str, Any]
     unmapped: list[str]
@@ -117,7 +121,7 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
     elif folder:
         fields["data.train"] = f"{folder.rstrip('/')}/train.rec"
         fields["evaluation.pairs"] = tuple(f"{folder.rstrip('/')}/{name}.bin" for name in options.get("val_targets", ()))
-    if options.get("num_image"):  # it evaluates every so many micro-batches, we every so many epochs
+    if options.get("num_image"):  # arcface_torch counts micro-batches between evaluations, this project epochs
         fields["evaluation.every_epochs"] = round(options["verbose"] * options["batch_size"] * ranks / options["num_image"], 3)
     fields["engine.precision"] = "bfloat16" if options.get("fp16") else "float32"
     if options.get("fp16"):
@@ -159,7 +163,7 @@ def load_backbone(path: str | Path, network: str, width: int = 512, image_size: 
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(
-                f"{path} has no parameter {name}, of which {network} needs one shaped {tuple(tensor.shape)}: is it another network?"
+                f"{path} has no parameter {name}, which {network} needs with the shape {tuple(tensor.shape)}: is it another network?"
             )
         shape = tuple(found[name].shape) if isinstance(found[name], torch.Tensor) else type(found[name]).__name__
         if shape != tuple(tensor.shape):
@@ -211,7 +215,7 @@ def _margin(options: Mapping[str, Any]) -> tuple[str, dict[str, float], list[str
         return "arcface", {"margin": m2}, []
     if (m1, m2) == (1.0, 0.0):
         return "cosface", {"margin": m3}, []
-    # losses.CombinedMarginLoss there: CosFace whenever m3 > 0, ArcFace if m1 = 1 and m3 = 0, else an exception.
+    # losses.CombinedMarginLoss of arcface_torch is CosFace whenever m3 > 0, ArcFace if m1 = 1 and m3 = 0, else an exception.
     theirs = f"trains with {m3} alone, which is --set loss=cosface loss.margin={m3}" if m3 > 0 else "refuses them"
     remark = f"margin_list: {(m1, m2, m3)} are all used, cos({m1} angle + {m2}) - {m3}; arcface_torch's own code {theirs}"
     return "combined", {"angle_factor": m1, "angle_margin": m2, "margin": m3}, [remark]
@@ -264,7 +268,7 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
     info: dict[str, Any] = {"consumed": 0, "num_classes": None}
     if models:
         if "backbone.name" not in imported.fields:
-            raise ValueError(f"{config} trains a network that does not exist here, so that the weights in {models[0]} have no place")
+            raise ValueError(f"{config} trains a network that does not exist here, so the weights in {models[0]} cannot be used")
         network, width = imported.fields["backbone.name"], imported.fields["backbone.width"]
         state = {f"backbone.{name}": value for name, value in load_backbone(models[0], network, width).items()}
         if len(models) > 1 or "state_dict_softmax_fc" in _load(models[0]):

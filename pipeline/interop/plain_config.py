@@ -49,7 +49,7 @@ def _execute(statement: ast.stmt, variables: dict[str, Any]) -> None:
         case ast.Import() | ast.Expr(value=ast.Constant()):
             pass
         case ast.ImportFrom(module=module, level=0) if module and module.partition(".")[0] != "configs":
-            pass  # whatever is imported has no value here, so that using it is an error
+            pass  # an imported name has no value here, so using it is an error
         case ast.Assign(targets=targets, value=value):
             result = _evaluate(value, variables)
             for target in targets:

@@ -22,8 +22,8 @@ class Monitor:
 
     total_steps: steps of the whole run, for the progress line.
     first_step: the first step this run will report. Whatever an interrupted run wrote for this step or a later one is dropped from
-        metrics.jsonl and hidden in TensorBoard, so that curves do not double after a resume. 0 starts both anew.
-    every: on a terminal one line is updated in place; elsewhere (a log file, a pipe) a plain line is written at most every so many steps.
+        metrics.jsonl and hidden in TensorBoard, so that curves do not double after a resume. 0 starts both afresh.
+    every: on a terminal one line is updated in place; elsewhere (a log file, a pipe) a plain line at most once in that many steps.
     stream: where the console goes, standard error unless given.
 
     Nothing here reads a device: pass numbers that are on the host already.
@@ -81,7 +81,7 @@ class Monitor:
             )
 
     def figure(self, step: int, name: str, figure: "Figure") -> None:
-        """A matplotlib figure, which stays the caller's to close."""
+        """A matplotlib figure, which the caller closes."""
         if self._board:
             self._board.add_figure(name, figure, step, close=False)
 

@@ -1,4 +1,4 @@
-"""Progress for people: one line updated in place on a terminal, one plain line every so many steps in a log."""
+"""Progress for people: one line updated in place on a terminal, one plain line every few steps in a log."""
 
 import shutil
 import time
@@ -45,11 +45,11 @@ class Console:
             self._write(line + "\n")
 
     def say(self, message: str) -> None:
-        """A line of its own; the progress line stays below it."""
+        """Writes a line of its own; the progress line stays below it."""
         self._write((CLEAR_LINE if self._line else "") + message + "\n" + self._line)
 
     def close(self) -> None:
-        """Leaves the last progress line standing, the cursor below it."""
+        """Keeps the last progress line on the screen, with the cursor below it."""
         if self._line:
             self._line = ""
             self._write("\n")

@@ -1,4 +1,4 @@
-"""Recipes for the field's large face sets on GPUs, with arcface_torch's settings: SGD, lr 0.1 per 1024 images, 128 images a GPU, 20 epochs.
+"""Recipes for the usual large face sets on GPUs, with arcface_torch's settings: SGD, lr 0.1 per 1024 images, 128 images a GPU, 20 epochs.
 None of them was run here: they hold its published results for comparison."""
 
 from __future__ import annotations

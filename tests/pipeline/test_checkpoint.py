@@ -16,7 +16,7 @@ ROWS, WIDTH = 10, 3  # over 4 ranks: 3, 3, 3, 1
 
 
 def local_part(rows):
-    """This rank's rows of a matrix of so many."""
+    """This rank's rows of a matrix with that many."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     shard = ClassShard.of_rank(rows, rank, size)
     return torch.arange(rows * WIDTH, dtype=torch.float32).view(rows, WIDTH)[shard.first : shard.first + shard.rows].clone()

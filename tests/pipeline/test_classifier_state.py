@@ -156,7 +156,7 @@ def test_another_loss_takes_over_what_fits(tmp_path):
         "the checkpoint was trained with loss 'test_keeping', this run has 'uce': what both keep goes on",
         "the checkpoint has no learned.threshold, learned.threshold.step, learned.threshold.momentum_buffer: started anew",
         "the checkpoint's learned.offset, learned.offset.momentum_buffer, learned.offset.step, learned.shift, "
-        "learned.shift.momentum_buffer, learned.shift.step, tracked_hardness: left out, for want of a counterpart",
+        "learned.shift.momentum_buffer, learned.shift.step, tracked_hardness: left out, because this run has no counterpart",
     ]
 
 
