@@ -46,7 +46,7 @@ def test_no_modules_import_in_a_circle(project):
 
 
 def test_the_classifier_needs_only_torch_and_numpy(project):
-    """And typing_extensions, which torch needs itself. Triton belongs to the kernel that is written in it."""
+    """typing_extensions comes with torch, which needs it. Only the kernel that is written in Triton imports triton."""
     known = {"partial_fc", "torch", "numpy", "typing_extensions", *sys.stdlib_module_names}
     foreign = {
         (module, package)

@@ -19,9 +19,8 @@ def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str
     place = join()
     path = checkpoint.locate(path)
     saved = checkpoint.read_info(path)["config"]
-    config = from_dict(
-        {name: part for name, part in saved.items() if name != "loss"}
-    )  # a loss may come from a recipe file that is not at hand
+    # The loss is left out, because it may be defined in a recipe file that is not at hand.
+    config = from_dict({name: part for name, part in saved.items() if name != "loss"})
     with torch.device(place.device):
         module = backbones.build(config.backbone, config.data.image_size)
     weights = checkpoint.load_replicated(path, "backbone.")

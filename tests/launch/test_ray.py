@@ -1,4 +1,4 @@
-"""Jobs on two Ray nodes of this machine, and a cluster that the launcher starts itself. The trainer is stub/pipeline, but for one test.
+"""Jobs on two Ray nodes of this machine, and a cluster that the launcher starts itself. The trainer is stub/pipeline, except in one test.
 Only processes started here are ever signalled, other Ray clusters of the machine stay as they are."""
 
 import json
