@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "multinode.sh"
 PYTHONPATH = os.pathsep.join([str(ROOT / "tests" / "launch" / "stub"), str(ROOT)])

@@ -23,6 +23,7 @@ from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.trainer import Trainer
 from tests.pipeline.runs import configuration, faces, train_losses, train_until
 
+pytestmark = pytest.mark.slow
 STEPS, CLASSES, WIDTH = 16, 10, 3  # 10 classes over 4 ranks: 3, 3, 3, 1
 
 

@@ -82,6 +82,7 @@ def test_one_rank_with_the_default_engine(trained, monkeypatch):
     assert main(train(trained, "engine.name=deepspeed", run="alone")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_ending_the_command_ends_its_ranks(trained, number, capsys):
     settings = ["run.epochs=1000", "evaluation.at_start=false"]
@@ -112,6 +113,7 @@ def test_ending_the_command_ends_its_ranks(trained, number, capsys):
     assert not alive
 
 
+@pytest.mark.slow
 def test_torchrun(trained):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli"]
     done = subprocess.run([*command, *train(trained, run="torchrun")], capture_output=True, text=True, timeout=120, check=False)
@@ -215,6 +217,7 @@ def test_a_checkpoint_from_before_there_were_groups_has_none(trained, capsys):
     assert main(train(trained, run="old")) == 0
 
 
+@pytest.mark.slow
 def test_bad_input_to_several_processes(trained):
     """The sentence comes once, from the command itself."""
     command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", "backbone.width=8")]
@@ -252,6 +255,7 @@ def recipe():
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_file_with_a_loss_of_its_own_on_two_ranks(trained):
     file = trained / "mine.py"
     file.write_text(RECIPE_WITH_A_LOSS)
@@ -266,6 +270,7 @@ def test_a_recipe_file_with_a_loss_of_its_own_on_two_ranks(trained):
     assert main(["eval", str(trained / "mine"), "--data", str(trained / "faces.tar")]) == 0  # which knows nothing of the recipe
 
 
+@pytest.mark.slow
 def test_more_ranks_than_classes(trained):
     write_faces(str(trained / "two.tar"), FacesConfig(identities=2, images_per_identity=6, size=32), workers=1)
     command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", data="two.tar", run="three")]

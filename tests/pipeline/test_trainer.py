@@ -19,6 +19,7 @@ from pipeline.train import train
 from pipeline.trainer import Trainer
 from tests.pipeline.runs import BATCH, configuration, faces, train_losses, train_until
 
+pytestmark = pytest.mark.slow
 STEPS = 30
 
 
