@@ -32,5 +32,5 @@ class _UnitRows(torch.autograd.Function):
 
 
 def unit_rows(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """(x / |x| [B, D], |x| [B]), with gradient; a row without direction gives zeros and has no gradient."""
+    """(x / |x| [B, D], |x| [B]), with gradient; a row without a direction gives zeros and has no gradient."""
     return _UnitRows.apply(x_BD)

@@ -117,7 +117,7 @@ class GBCosFace(Loss):
         Within(-1.0, self.most, "it is a cosine, and not above `most`")("least", self.least)
 
     def tracked(self) -> dict[str, float | Tensor]:
-        return {"boundary": -2.0}  # stands for none yet
+        return {"boundary": -2.0}  # none yet
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics = batch.against_classes(scale=self.scale)

@@ -69,8 +69,8 @@ class Triplet(Loss):
     """The farthest positive and the nearest negative of each anchor in the global batch ("batch hard": Hermans et al., "In Defense of the
     Triplet Loss", 2017, eq. 5), averaged over anchors that have both.
 
-    distance  "squared": D = |x - z|^2 of unit features as in FaceNet (Schroff et al., CVPR 2015, eq. 2), margin 0.2; "euclidean": D = |x -
-              z|, which Hermans et al. found better"""
+    distance  "squared": |x - z|^2 of unit features (FaceNet, Schroff et al., CVPR 2015, eq. 2), margin 0.2; "euclidean": |x - z|, better in
+              Hermans et al."""
 
     formula = r"\max\left(0, m + \max_{k: y_k = y_i, k\ne i} D_{ik} - \min_{k: y_k\ne y_i} D_{ik}\right)"
     use = "Fine-tuning with large batches; or in a sum."

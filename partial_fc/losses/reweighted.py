@@ -56,8 +56,7 @@ class MVSoftmax(Loss):
     hardness  t - 1 in the paper, t in its code; 0 gives CosFace, or ArcFace
     emphasis  "adaptive" as in the formula, or "fixed": n_j + hardness
     target    phi: "cosine" t - margin, "arc" cos(arccos t + margin)
-    easy      applies the margin to targets only where t > 0, in the comparison always: the default of the authors' code, not in the
-              paper"""
+    easy      applies the margin to targets only where t > 0, in the comparison always: the code's default, not in the paper"""
 
     formula = (
         r"\mathrm{softplus}\left(\log\sum_j e^{s h_i(n_{ij})} - s (t_i - m)\right),\qquad h_i(n) = (1+\tau) n + \tau\text{ if } n > t_i - "
@@ -102,8 +101,8 @@ def emphasis_on_hard(hardness: float, emphasis: str, limit_B: Tensor) -> Map:
 
 @register("curricularface")
 class CurricularFace(Loss):
-    """Huang et al., CVPR 2020: scale 64, margin 0.5 in radians. ArcFace in which hard non-targets count little at first, and more as the
-    mean target cosine grows.
+    """Huang et al., CVPR 2020: scale 64, margin 0.5 in radians. Hard non-targets count little at first, and more as the mean target cosine
+    grows.
 
     share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port"""
 
@@ -150,8 +149,7 @@ class SearchSoftmax(Loss):
     <= 0. The search itself is not included: it draws alpha anew for each model of a population and keeps the best on a validation set.
 
     modulation  alpha. One number acts as the margin log(1 - alpha) / scale of CosFace: 0.28 by default, about what the authors' code draws,
-                -0.2 e^(scale/3). Several numbers apply to equal parts of (0, 1], the range of q, the smallest first (the authors' local
-                mode has 10)"""
+                -0.2 e^(scale/3). Several numbers apply to equal parts of (0, 1], q's range, smallest first (their local mode: 10)"""
 
     formula = r"-\log\frac{q_i}{\alpha q_i + 1 - \alpha},\qquad q_i = \frac{1}{1 + e^{a_i - s t_i}},\qquad \alpha = \text{modulation}"
     use = "To find a margin-like factor by search; with one factor it is CosFace."

@@ -45,8 +45,7 @@ class UCE(Loss):
 @register("uss")
 class USS(Loss):
     """UCE with samples in place of prototypes: p_i is the cosine with another sample of the identity, n_ij that with one sample of every
-    other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11 and 24: scale 64, margin 0.1. Anchors without a positive have no first
-    term.
+    other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11, 24: scale 64, margin 0.1. Anchors without a positive have no first term.
 
     threshold  first value of the learned threshold, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch that has
                non-targets, as in the authors' code
