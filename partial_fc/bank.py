@@ -1,8 +1,6 @@
 """The bank: the last feature of each class of this rank and its step, sharded like the prototypes, which it can replace or be mixed
 with."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import NamedTuple

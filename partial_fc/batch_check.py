@@ -1,8 +1,6 @@
 """Checks of the classifier's input. Shapes are checked at once; values are checked on the device, from the gathered batch, so that every
 rank finds the same, and the host reads the result when the optimizer is about to use the step."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Memory reused from step to step: on a CPU each page that the system hands out anew costs a fault, slower than filling it."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """PartialFC: the model-parallel classifier. Each rank holds the prototypes of its own classes; the loss is the global batch's."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,8 +50,7 @@ class PartialFC(nn.Module):
                       "global": the gradient of the returned loss. This factor appears nowhere else
 
     `prototypes` is this rank's [S, D] parameter; keep it out of the data-parallel engine, which would average it over ranks. Ranks beyond
-    the number of classes have no rows. The buffers `bank_features` [S, D] and `bank_steps` [S] exist if substitution or the loss uses the
-    bank of last features: see bank.py."""
+    the number of classes have no rows. Buffers `bank_features` [S, D] and `bank_steps` [S] exist if substitution or the loss uses them."""
 
     def __init__(
         self,
@@ -128,8 +125,7 @@ class PartialFC(nn.Module):
     def begin_step(self, labels_b: Tensor) -> None:
         """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank. The
         optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
-        all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts before it, and with hard_negatives what `nearest_classes`
-        says."""
+        all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts, and with hard_negatives what `nearest_classes` says."""
         check_labels(labels_b)
         if self.config.sample_rate < 1:
             labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))

@@ -1,8 +1,6 @@
 """The collectives of one classifier step. Each docstring counts calls and the bytes that a rank sends on a ring of N ranks. Without an
 initialised process group each of them is the identity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 

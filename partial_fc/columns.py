@@ -184,8 +184,7 @@ def of_samples(
 def of_bank(
     bank: Bank, shard: ClassShard, labels_B: Tensor, is_fresh_S: Tensor, *, leaves_out_batch: bool = False, pool: BufferPool | None = None
 ) -> Columns:
-    """The last, fresh features of this rank's classes, without gradient. leaves_out_batch: classes of the batch are targets, never
-    non-targets."""
+    """The fresh last features of this rank's classes, without gradient. leaves_out_batch: classes of the batch are only targets."""
     if leaves_out_batch:
         is_fresh_S = is_fresh_S & ~shard.mask_of(labels_B)
     return of_classes(AllRows(bank.features_SD, pool=pool), labels_B, shard.first, included_S=is_fresh_S)

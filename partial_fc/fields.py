@@ -1,7 +1,5 @@
 """Rules of options, as annotations of their fields: `share: Annotated[float, Within(0.0, 1.0, "it is a share")]`."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """A classifier for more identities than before: new ones are added, or several sets merged. Learned prototypes are kept."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -52,8 +50,7 @@ def grow(
     new_labels    int64, the new label of each old class. By default the new classes follow the old ones.
     class_counts  int64 [num_classes], images of each identity, if the classifier has them
 
-    Communicates, for the prototypes and each tensor with a row per class, the all-to-alls of `move_rows`; at its peak memory holds the old
-    and the new copy of one of them."""
+    Communicates as `move_rows` for the prototypes and each tensor with a row per class; keeps an old and a new copy of one at a time."""
     old, ranks = classifier.shard, collectives.world_size(classifier.group)
     new = ClassShard.of_rank(num_classes, collectives.rank(classifier.group), ranks)
     _check_labels(new_labels, old.num_classes, num_classes)

@@ -1,8 +1,6 @@
 """Element-wise maps of non-target cosines, for losses that reweigh negatives. Each is a formula; its slope follows from autograd, or is
 taken as 1 (straight-through) where the loss's authors do so."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

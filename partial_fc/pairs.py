@@ -1,8 +1,6 @@
 """The B x B matrix of cosines between the samples of the global batch, reduced row by row like the one with prototypes, for losses on pairs
 and triplets. Rows are divided among ranks and computed in blocks, which backward recomputes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

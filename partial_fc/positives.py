@@ -1,7 +1,5 @@
 """Which samples of a batch share an identity, and which of them are this rank's columns if samples stand in for prototypes."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,8 +1,6 @@
 """Where the prototypes of a step come from, chunk by chunk, and where their gradient goes: all rows of a matrix, sampled rows, rows mixed
 with a bank, rows of two sources; into a gradient or directly into an optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

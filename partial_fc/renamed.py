@@ -1,7 +1,5 @@
 """Old names of modules and their contents: using one raises an error that gives the new name."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from importlib.abc import MetaPathFinder

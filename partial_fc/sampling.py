@@ -1,8 +1,6 @@
 """Partial-FC: the classes of one step, all positives and a random share of the others (An et al., CVPR 2022). Each class is decided by
 counter-based random numbers keyed (seed, step, class id), so the sample does not depend on the number of ranks."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -32,8 +30,7 @@ def capacity(rows: int, rate: float, certain: int) -> int:
 
 def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int) -> ClassSample:
     """The sample of `step`: every class of `certain_n` (global ids, repeated or not; other ranks' classes and -1 are ignored), and each
-    other class with probability `rate`. Beyond `capacity` (probability 1e-9) the last ones by class id are left out, but never certain
-    ones."""
+    other class with probability `rate`. Beyond `capacity` (probability 1e-9) the last ones by class id are left out, never certain ones."""
     ids_S = torch.arange(shard.first, shard.first + shard.rows, device=certain_n.device)
     is_certain_S = shard.mask_of(certain_n)
     is_wanted_S = is_certain_S | (uniform(ids_S, seed, step) < rate)

@@ -1,8 +1,6 @@
 """The primitive: the B x C matrix of cosines, reduced to the few numbers per row that a loss needs, without ever storing it. Classes are
 sharded over ranks and gradients exact; a loss is a few lines on the resulting vectors."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +51,7 @@ def similarity_statistics(
     map          replaces non-target cosines element by element (partial_fc.maps)
     dtype        of the products with columns: "float32" (float64 for float64 features), or "bfloat16" with sums in float32 and target
                  entries from float32 rows
-    kernel       "auto" (triton for bfloat16 on a GPU, otherwise chunked), "chunked", "triton" (GPU; no map) or "reference" (stores B x n;
-                 the float64 oracle)
+    kernel       "auto" (triton for bfloat16 on a GPU, otherwise chunked), "chunked", "triton" (GPU; no map), "reference" (B x n; oracle)
 
     Communicates 1 packed all-reduce of 2 B floats, or what the statistic says. Memory beyond inputs and gradients: one tile of B x chunk (8
     MB) and chunks of columns. On a CPU forward already takes the memory of the columns' gradient, for the weight cache."""

@@ -1,8 +1,6 @@
 """Statistics of a row of the similarity matrix: what they sum, how ranks are merged, and their gradient. A new one is a class here, and the
 name of its terms in kernels/triton_programs.py."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

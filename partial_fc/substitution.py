@@ -1,8 +1,6 @@
 """Pairwise substitution: for one step, sample features stand in for the prototypes of some classes. The abstract of GFace (Zhao et al., TIP
 2025) names the mechanism; the form is ours. Features come from the gathered batch, with gradient to both sides, or from the bank."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Directions of rows: x / |x| and 1 / |x|, with one rule for rows too short to have a direction."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x n matrix (`chunked`, `triton`). A
 kernel sees one rank's columns and never communicates."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch

@@ -1,7 +1,4 @@
-"""The kernel that goes over the columns in chunks, on CPU and GPU: one B x chunk tile exists at a time. Backward recomputes the tile,
-unless forward kept its weights."""
-
-from __future__ import annotations
+"""The kernel in chunks of columns, on CPU and GPU: one B x chunk tile at a time, which backward recomputes unless its weights were kept."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,4 @@
-"""Single entries of the similarity matrix, one per row, computed from float32 rows beside the tiles: targets and, with rounded tiles, the
-largest non-target of each row."""
+"""Single entries of the matrix, one per row, from float32 rows: targets and, with rounded tiles, the largest non-target of each row."""
 
 from __future__ import annotations
 

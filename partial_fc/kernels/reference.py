@@ -1,8 +1,6 @@
 """The dense kernel: the B x n matrix in a few lines of torch, in the dtype of its inputs (float64 for the oracle). It defines what the
 other kernels must compute; autograd derives its backward."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The loop over the columns in chunks: memory, logits and weights of one B x chunk tile at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,8 +1,6 @@
 """The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights that stays in the L2 cache, and
 leaves its two products to cuBLAS. The rest (targets, gradients of exact entries, collectors) is shared with the chunked kernel."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

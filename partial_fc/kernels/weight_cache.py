@@ -1,8 +1,6 @@
 """What forward leaves to backward on a CPU, where products are slow and memory is plentiful: weights of the similarity matrix, in the
 memory that the gradient of prototypes will fill. A GPU recomputes weights faster than it writes and reads them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Losses that keep features or prototypes of earlier steps."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 

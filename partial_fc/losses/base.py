@@ -25,7 +25,6 @@ class Loss(Protocol):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         """Mean loss over the global batch, a scalar, equal on every rank."""
-        ...
 
     def learned(self, num_classes: int) -> dict[str, float]:
         """First values of scalars that the prototypes' optimizer trains too: batch.parameter(name)."""

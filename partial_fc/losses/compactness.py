@@ -1,7 +1,5 @@
 """Losses that draw the images of an identity together: towards its prototype, towards each other, or the farthest of them first."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

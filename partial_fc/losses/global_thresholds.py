@@ -1,7 +1,5 @@
 """GCE and GB-CosFace: thresholds computed from the whole batch."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -38,8 +36,7 @@ class GCE(Loss):
     alpha                weight of the target's term
     out_samples          "mean" over K_i, which makes the loss independent of the batch size, or "sum"
     out_sample_gradient  False: terms of other samples are an adaptive threshold without gradient; see docs/losses.md
-    queue                samples of earlier steps and micro-batches that also count as other samples; keeps two numbers and a label of
-                         each"""
+    queue                samples of earlier steps and micro-batches that also count as other samples; keeps 2 numbers and a label each"""
 
     formula = (
         r"\alpha \mathrm{softplus}\left(A_i - s (t_i - m_t)\right) + (1-\alpha) \mathrm{softplus}\left(a_i + s m_n + R_i\right),\qquad A_i "
@@ -92,8 +89,7 @@ class GCE(Loss):
 @register("gb_cosface")
 class GBCosFace(Loss):
     """The authors' code of "GB-CosFace: Rethinking Softmax-based Face Recognition", arXiv 2111.11186: scale 32, margin 0.16, pull 0.15. The
-    boundary b of a sample is the middle v of its target and non-target similarity, moved a little to the global boundary, a running mean of
-    these middles. It has no gradient.
+    boundary b of a sample, without gradient, is the middle v of its target and non-targets, moved a little to a running mean of middles.
 
     pull         how far a sample's boundary moves to the global one; 0 ignores the global one
     share        of each batch in the running mean, which starts with that of the first batch; a batch sees the mean of those before it

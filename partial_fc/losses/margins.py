@@ -1,8 +1,6 @@
 """Margins on the target similarity: CosFace, ArcFace and the combined margin.
 All are softplus(non_target - scale * phi(target)), which is softmax cross-entropy with the target logit replaced."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -48,8 +46,8 @@ class ArcFace(Loss):
 
 @register("combined")
 class Combined(Loss):
-    """The margins (m1, m2, m3) of Deng et al., CVPR 2019, eq. 4. (1, 0.5, 0) is ArcFace and (1, 0, 0.35) is CosFace; the authors use (1,
-    0.3, 0.2) and (0.9, 0.4, 0.15)."""
+    """Margins (m1, m2, m3), Deng et al., CVPR 2019, eq. 4: (1, 0.3, 0.2), (0.9, 0.4, 0.15). (1, 0.5, 0) is ArcFace, (1, 0, 0.35)
+    CosFace."""
 
     formula = r"\mathrm{softplus}(a_i - s (\cos(m_1\theta_i + m_2) - m_3)),\quad m_1, m_2, m_3 = \text{angle factor, angle margin, margin}"
     use = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."

@@ -1,7 +1,5 @@
 """NPT-Loss: only the nearest prototypes count."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Margins that depend on the feature norm, or on how rare an identity is."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -1,8 +1,6 @@
 """Losses on the cosines of all pairs of the batch: they pull an identity together and push identities apart. A sample without a positive
 contributes nothing where a positive is needed, so batches need several images per identity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Losses that give hard non-targets, or the whole probability, another weight."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -146,7 +144,7 @@ def curriculum(mean: Tensor, limit_B: Tensor) -> Map:
 @register("search_softmax")
 class SearchSoftmax(Loss):
     """Wang et al., "Loss Function Search for Face Recognition", ICML 2020: scale 32. q is the softmax probability of the target, and alpha
-    <= 0. The search itself is not included: it draws alpha anew for each model of a population and keeps the best on a validation set.
+    <= 0. The search itself is not included: it draws an alpha for each model of a population and keeps the best on a validation set.
 
     modulation  alpha. One number acts as the margin log(1 - alpha) / scale of CosFace: 0.28 by default, about what the authors' code draws,
                 -0.2 e^(scale/3). Several numbers apply to equal parts of (0, 1], q's range, smallest first (their local mode: 10)"""

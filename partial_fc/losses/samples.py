@@ -1,8 +1,6 @@
 """Losses that compare each sample with one sample of every identity of the batch, as a classifier does with prototypes. They do not train
 prototypes: use them in addition to a sample-to-class loss, or for the features only."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

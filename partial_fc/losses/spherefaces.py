@@ -1,7 +1,5 @@
 """Plain softmax and the SphereFace family: the feature norm as scale, and margins that multiply the target's angle."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 

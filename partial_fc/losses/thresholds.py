@@ -1,7 +1,5 @@
 """Losses with one learned threshold, which judge every similarity by itself."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Annotated, Literal

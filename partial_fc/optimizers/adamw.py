@@ -1,7 +1,5 @@
 """AdamW on the rows of a PartialFC."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 
@@ -24,8 +22,7 @@ class RowAdamW(RowOptimizer):
 
     "lazy" makes up missed steps with a series, cut where the rest is below rounding: a few passes over a chunk in cache, more for more
     steps that may have been missed. To keep them few, all rows are brought up to date whenever epsilon has doubled relative to the root of
-    a second moment without gradient: with the default betas after 4, 20, 82 and 298 steps, then every `most_missed` steps; more often for a
-    smaller second beta."""
+    a second moment without gradient: after 4, 20, 82 and 298 steps, then every `most_missed`; more often for a second beta below 0.999."""
 
     state_names = ("exp_avg", "exp_avg_sq")
     most_missed = 256

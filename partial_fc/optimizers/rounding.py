@@ -1,7 +1,4 @@
-"""Stochastic rounding to bfloat16 with counter-based random numbers: weights kept in bfloat16 lose no small update on average, and the
-result does not depend on the number of ranks."""
-
-from __future__ import annotations
+"""Stochastic rounding to bfloat16 with counter-based random numbers: the same on any number of ranks, and unbiased for small updates."""
 
 import torch
 from torch import Tensor

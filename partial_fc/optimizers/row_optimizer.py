@@ -1,8 +1,6 @@
 """What the row optimizers share: which rows move, when and in what precision. Rows move chunk by chunk, in cache; with a sample rate below
 1 only sampled rows and their state are read and written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """SGD with momentum on the rows of a PartialFC."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np
