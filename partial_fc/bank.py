@@ -1,5 +1,4 @@
-"""The bank: the last feature of each class of this rank and its step, sharded like the prototypes, which it can replace or be mixed
-with."""
+"""The bank: the last feature of each class of this rank and its step, sharded like the prototypes; its rows can replace prototypes."""
 
 import math
 from pathlib import Path

@@ -76,8 +76,7 @@ class GlobalBatch:
     ) -> Statistics:
         """Statistics against the classes of this step: see `similarity_statistics`.
 
-        scale         a number, or a vector [B] with gradient, complete on every rank, such as `norms`; backward then adds 1 all-reduce of B
-                      floats
+        scale         a number, or a vector [B] with gradient, complete on every rank, such as `norms`; adds 1 all-reduce of B floats to backward
         class_bias_S  by row of this rank's shard, with gradient: added to the logits of non-targets
         bank_share_S  by row: each unit prototype, including targets, is mixed with this share of its class's last feature
         normalize     False takes prototypes as they are"""
@@ -153,8 +152,7 @@ class GlobalBatch:
         return replace(self, columns=self.columns.frozen())
 
     def with_features(self, features_nD: Tensor, labels_n: Tensor) -> GlobalBatch:
-        """Other samples, the same on every rank, against the classes of this step. Those whose class has no column anywhere have no
-        target."""
+        """Other samples, the same on every rank, against the classes of this step. Classes without a column on any rank are no targets."""
         columns = self.columns._replace(targets_B=self.columns.of_labels(labels_n, self.shard))
         return replace(self, features_BD=features_nD, labels_B=labels_n, columns=columns)
 
@@ -191,8 +189,7 @@ class GlobalBatch:
 
     @torch.no_grad()
     def track(self, name: str, value: Tensor, share: float) -> Tensor:
-        """Moves a running figure by `share` towards a value, but not without gradient or with non-finite features, as `keep`; returns
-        it."""
+        """Moves a running figure by `share` towards a value and returns it; not without gradient or with non-finite features, as `keep`."""
         tracked = self.tracked[self.prefix + name]
         self.keep(name, torch.lerp(tracked, value.to(tracked.dtype), share))
         return tracked.clone()

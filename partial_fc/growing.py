@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 24  # a rank sends this much of a matrix at a time (64 MB 
 
 def merge_identities(sets: Sequence[Sequence[str]], same_name: bool = True) -> tuple[list[str], list[np.ndarray]]:
     """(names of the merged set; for each set an int64 array that maps its labels to those of the merged set), in order of appearance.
-    same_name: a name in several sets is one identity; otherwise it is another in each, and names get the number of their set as prefix,
+    same_name: a name in several sets is one identity; otherwise it is another in each, and the number of the set becomes a prefix,
     "1/anna"."""
     label_of: dict[str, int] = {}
     maps = []

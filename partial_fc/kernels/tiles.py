@@ -136,8 +136,7 @@ class TileLoop:
         return self.wide_tiles[place][: batch * columns].view(batch, columns)
 
     def weigh(self, chunk: Chunk, shift_B1: Tensor | None) -> tuple[Tensor, Tile]:
-        """(weights f'(z - shift) [B, n] of backward's products, their tile). Without row factors, so the exponential is the tile's only
-        full pass."""
+        """(weights f'(z - shift) [B, n] of backward's products, their tile), without row factors: the exponential is the only full pass."""
         tile = self.tile_of(chunk, wants_slope=True)
         logits_Bn = tile.logits_Bn if shift_B1 is None else tile.logits_Bn.sub_(shift_B1)
         return self.problem.statistic.weights_(logits_Bn), tile

@@ -46,8 +46,7 @@ class ArcFace(Loss):
 
 @register("combined")
 class Combined(Loss):
-    """Margins (m1, m2, m3), Deng et al., CVPR 2019, eq. 4: (1, 0.3, 0.2), (0.9, 0.4, 0.15). (1, 0.5, 0) is ArcFace, (1, 0, 0.35)
-    CosFace."""
+    """Deng et al., CVPR 2019, eq. 4: margins (1, 0.3, 0.2) and (0.9, 0.4, 0.15). (1, 0.5, 0) is ArcFace, (1, 0, 0.35) CosFace."""
 
     formula = r"\mathrm{softplus}(a_i - s (\cos(m_1\theta_i + m_2) - m_3)),\quad m_1, m_2, m_3 = \text{angle factor, angle margin, margin}"
     use = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."

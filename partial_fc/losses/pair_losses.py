@@ -67,8 +67,8 @@ class Triplet(Loss):
     """The farthest positive and the nearest negative of each anchor in the global batch ("batch hard": Hermans et al., "In Defense of the
     Triplet Loss", 2017, eq. 5), averaged over anchors that have both.
 
-    distance  "squared": |x - z|^2 of unit features (FaceNet, Schroff et al., CVPR 2015, eq. 2), margin 0.2; "euclidean": |x - z|, better in
-              Hermans et al."""
+    distance  "squared": |x - z|^2 of unit features (Schroff et al., CVPR 2015, eq. 2), margin 0.2; "euclidean": |x - z|, better in
+              Hermans"""
 
     formula = r"\max\left(0, m + \max_{k: y_k = y_i, k\ne i} D_{ik} - \min_{k: y_k\ne y_i} D_{ik}\right)"
     use = "Fine-tuning with large batches; or in a sum."

@@ -99,8 +99,7 @@ def emphasis_on_hard(hardness: float, emphasis: str, limit_B: Tensor) -> Map:
 
 @register("curricularface")
 class CurricularFace(Loss):
-    """Huang et al., CVPR 2020: scale 64, margin 0.5 in radians. Hard non-targets count little at first, and more as the mean target cosine
-    grows.
+    """Huang et al., CVPR 2020: scale 64, margin 0.5 in radians. Hard non-targets count little at first, and more as the mean target grows.
 
     share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port"""
 

@@ -62,8 +62,7 @@ class SampleBCE(Loss):
 @register("n_plus_1_tuplet")
 class NPlus1Tuplet(Loss):
     """Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eqs. 6 and 7: one positive of the anchor,
-    and one negative of every other identity. Anchors without a positive count as 0 in the mean. With cosines this is sample_softmax without
-    margin.
+    and one negative of every other identity. Anchors without a positive count as 0 in the mean. With cosines: sample_softmax with margin 0.
 
     scale        of cosines
     normalizes   False: products of the features as they are, without scale, as in the paper
