@@ -1,4 +1,4 @@
-"""The model-parallel classifier: usable alone, in any training loop. Imports nothing from the other folders."""
+"""The model-parallel classifier, usable alone in any training loop. It imports nothing from the other folders."""
 
 from partial_fc import losses
 from partial_fc.classifier import PartialFC

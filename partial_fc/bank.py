@@ -1,7 +1,4 @@
-"""The bank: the last feature of each class of this rank, and the step that brought it. It is sharded like the prototypes, in place of
-which its rows may stand, or with which they are mixed."""
-
-from __future__ import annotations
+"""The bank: the last feature of each class of this rank and its step, sharded like the prototypes; its rows can replace prototypes."""
 
 import math
 from pathlib import Path
@@ -14,20 +11,20 @@ from partial_fc.unit_rows import EPSILON, unit_rows
 
 
 class Bank(NamedTuple):
-    """Written after a step, from its gathered batch, and read in later ones; it has no gradient."""
+    """Written after a step from its gathered batch, and read in later steps; it has no gradient."""
 
-    features_SD: Tensor  # unit rows in float32; of a class without a feature 0
-    steps_S: Tensor  # int64: the step that brought each; -1 for none
+    features_SD: Tensor  # unit rows in float32; 0 for a class without a feature
+    steps_S: Tensor  # int64: the step of each feature; -1 for none
 
     def fresh(self, step: int, staleness: int | None = None) -> Tensor:
-        """bool [S]: whose feature is at most so many steps old in this step; with None, whoever has one."""
+        """bool [S]: classes whose feature is at most `staleness` steps old in this step; with None all classes that have one."""
         is_there_S = self.steps_S >= 0
         return is_there_S if staleness is None else is_there_S & (self.steps_S >= step - staleness)
 
     @torch.no_grad()
     def write(self, features_BD: Tensor, labels_B: Tensor, first_class: int, step: int) -> None:
-        """Keeps the unit feature of each class of the shard that is in the batch; of several samples the last one's. Features without a
-        direction are left out. Communicates nothing, and the host waits for nothing."""
+        """Keeps the unit feature of each class of the shard that is in the batch: with several samples, that of the last one. Features
+        without a direction are left out. Communicates nothing, and the host waits for nothing."""
         rows = len(self.steps_S)
         if not rows or not len(labels_B):
             return
@@ -35,8 +32,8 @@ class Bank(NamedTuple):
         rows_B = labels_B - first_class
         is_kept_B = (rows_B >= 0) & (rows_B < rows) & (norms_B >= EPSILON)
         sample_B = last_of_each(rows_B.where(is_kept_B, -1))
-        # Samples of one class write the same row the same, so that their order does not matter. The others repeat what the first of
-        # these writes, or where there is none, what a row holds: picking them out would need the host to wait for the device.
+        # Samples of one class write the same values, so their order does not matter. All other samples repeat the first kept sample's
+        # write, or write what the row holds if none is kept: selecting the kept ones would make the host wait for the device.
         first_1 = is_kept_B.byte().argmax(dim=0, keepdim=True)
         is_any_1 = is_kept_B.index_select(0, first_1)
         sample_B = sample_B.where(is_kept_B, sample_B.index_select(0, first_1))
@@ -48,7 +45,7 @@ class Bank(NamedTuple):
 
 
 def last_of_each(keys_B: Tensor) -> Tensor:
-    """int64 [B]: the place of the last one of the same key."""
+    """int64 [B]: the place of the last entry with the same key."""
     sorted_B, order_B = keys_B.sort(stable=True)
     return order_B[torch.searchsorted(sorted_B, keys_B, right=True) - 1]
 
@@ -70,9 +67,9 @@ def check_fits(rows: int, width: int, available: float) -> None:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Of memory on a device; infinite where nobody tells."""
+    """Free memory of a device; infinite where it is unknown."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free to be used
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free to use
         return torch.cuda.mem_get_info(device)[0] + cached
     table = Path("/proc/meminfo")
     if device.type == "cpu" and table.exists():

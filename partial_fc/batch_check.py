@@ -1,7 +1,5 @@
-"""What a classifier requires of its input. Shapes are checked at once; values on the device, from the gathered batch, so that every
-rank finds the same and says the same, and the host reads the finding when the optimizer is about to use the step."""
-
-from __future__ import annotations
+"""Checks of the classifier's input. Shapes are checked at once; values are checked on the device, from the gathered batch, so that every
+rank finds the same, and the host reads the result when the optimizer is about to use the step."""
 
 import torch
 from torch import Tensor
@@ -26,11 +24,10 @@ def check_labels(labels_b: Tensor) -> None:
 
 
 class BatchCheck:
-    """The values of one global batch: are labels classes, and features finite? Made without waiting for the device; see `faults`.
+    """Checks of one global batch: labels are classes, and features finite. Made without waiting for the device; see `faults`.
 
-    counts           rows per rank, for naming the rank of a row
-    step_labels_B    the only labels that may occur, where `begin_step` has fixed the classes of a step
-    """
+    counts         rows per rank, to name the rank of a row
+    step_labels_B  the only labels allowed, if `begin_step` has fixed the classes of a step"""
 
     def __init__(
         self, features_BD: Tensor, labels_B: Tensor, num_classes: int, counts: list[int], step: int, step_labels_B: Tensor | None = None
@@ -41,7 +38,7 @@ class BatchCheck:
         if step_labels_B is not None and len(step_labels_B):
             sorted_B = step_labels_B.sort().values  # torch.isin would wait for the device
             is_unknown_B = sorted_B[torch.searchsorted(sorted_B, labels_B).clamp_(max=len(sorted_B) - 1)] != labels_B
-        smallest_B, largest_B = features_BD.detach().amin(dim=1), features_BD.detach().amax(dim=1)  # both pass NaN on; isfinite is slow
+        smallest_B, largest_B = features_BD.detach().amin(dim=1), features_BD.detach().amax(dim=1)  # both propagate NaN; isfinite is slow
         is_infinite_B = ~(smallest_B.isfinite() & largest_B.isfinite())
         bad_3B = torch.stack([is_wrong_B, is_unknown_B, is_infinite_B])
         row_3 = bad_3B.byte().argmax(dim=1)  # the first of several
@@ -53,11 +50,11 @@ class BatchCheck:
 
     @property
     def is_ready(self) -> bool:
-        """Whether `faults` will surely not wait."""
+        """Whether `faults` will certainly not wait."""
         return self.copied is None
 
     def faults(self) -> tuple[str | None, str | None]:
-        """(what is wrong with labels, what is wrong with features), in a sentence each. Waits for the device."""
+        """(what is wrong with labels, what is wrong with features), each a sentence or None. Waits for the device."""
         if self.copied is not None:
             self.copied.synchronize()
         (wrong, unknown, infinite), (wrong_row, unknown_row, infinite_row), (wrong_label, unknown_label, _) = self.found.tolist()

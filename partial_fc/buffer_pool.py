@@ -1,7 +1,4 @@
-"""Memory that is used again from step to step. On a CPU every page that the system hands out anew costs a fault,
-which takes longer than filling it."""
-
-from __future__ import annotations
+"""Memory reused from step to step: on a CPU each page that the system hands out anew costs a fault, slower than filling it."""
 
 import math
 import weakref
@@ -11,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEAST_BYTES = 1 << 20  # less than this malloc keeps by itself
+LEAST_BYTES = 1 << 20  # malloc itself keeps smaller blocks
 ALIGNMENT = 64
-IDLE_CALLS = 64  # some steps: memory that nobody wanted for so long goes back to the system
+IDLE_CALLS = 64  # a few steps; memory that stays unused for longer goes back to the system
 
 
 class Block(NamedTuple):
     memory: np.ndarray
     user: weakref.ref[np.ndarray]  # to the part that a tensor lies in
-    call: int  # that gave it out
+    call: int  # the call that gave it out
 
 
 class BufferPool:
-    """Gives out tensors, and the same memory again once nobody refers to a tensor in it. On a GPU torch's own allocator does that."""
+    """Gives out tensors, and reuses their memory once nothing refers to them. On a GPU torch's own allocator does that."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
@@ -37,7 +34,7 @@ class BufferPool:
         fitting = [block.memory for block in self.blocks if block.user() is None and size <= len(block.memory) - ALIGNMENT <= 2 * size]
         memory = min(fitting, key=len) if fitting else np.empty(size + ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % ALIGNMENT
-        used = memory[start : start + size]  # lives as long as the tensor's storage, whoever holds that
+        used = memory[start : start + size]  # lives as long as the tensor's storage
         others = [block for block in self.blocks if block.memory is not memory and not self._is_idle(block)]
         self.blocks = [*others, Block(memory, weakref.ref(used), self.calls)]
         return torch.from_numpy(used).view(dtype).view(shape)

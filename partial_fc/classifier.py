@@ -1,7 +1,5 @@
 """PartialFC: the model-parallel classifier. Each rank holds the prototypes of its own classes; the loss is the global batch's."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,29 +30,26 @@ __all__ = ["ClassifierConfig", "PartialFC"]
 
 
 class PartialFC(nn.Module):
-    """Prototype matrix [num_classes, width] sharded by rows over the ranks of `group`, with a loss on top.
+    """Prototype matrix [num_classes, width], sharded by rows over the ranks of `group`, with a loss on top.
 
-    num_classes        identities of the whole job
-    width              features per sample, D
-    loss               from `losses.build`; may be replaced between steps by one of its kind (margin warm-up). What it learns are
-                       parameters in `learned`, what it tracks buffers `tracked_...`: equal on every rank, but for numbers per class
-    sample_rate        below 1: a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then
-                       a sparse tensor of the sampled rows, which RowSGD alone updates
-    options            fields of ClassifierConfig: dtype, storage_dtype, correct_rate, hard_negatives, non_finite, gather_dtype,
-                       substitution_rate and others
-    uneven_batches     ranks may bring different numbers of rows, none included, in any step; costs one more all-gather, of one number per
-                       rank, for which the host waits. Without it every rank must bring equally many rows
-    seed               of first prototypes and samples, which depend on the class id (and step) alone and not on the number of ranks
-    group              process group; without an initialised one this is an ordinary single-process module
-    kernel             "auto" or a name in similarity.KERNELS; see similarity_statistics
-    class_counts       int64 [num_classes], images of each identity in the training set, for losses that ask for them
-    feature_gradient   "averaged": multiplied by the world size, because a data-parallel engine (DDP, DeepSpeed) then averages over
-                       ranks; "global": the gradient of the returned loss itself. Nowhere else does this factor appear.
+    num_classes       identities of the whole job
+    width             features per sample, D
+    loss              from `losses.build`; may be replaced between steps by one of its kind (margin warm-up). What it learns are parameters
+                      in `learned`, what it tracks buffers `tracked_...`; all of these but numbers per class are equal on every rank
+    sample_rate       below 1, a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then a
+                      sparse tensor of the sampled rows, which only RowSGD and RowAdamW update
+    options           fields of ClassifierConfig, such as dtype, storage_dtype, correct_rate, hard_negatives and substitution_rate
+    uneven_batches    lets ranks bring different numbers of rows, including none, in any step; costs one more all-gather of one number per
+                      rank, for which the host waits. By default every rank must bring the same number of rows
+    seed              of initial prototypes and samples, which depend only on the class id (and step), not on the number of ranks
+    group             process group; without an initialised one this is an ordinary single-process module
+    kernel            "auto" or a name in similarity.KERNELS; see similarity_statistics
+    class_counts      int64 [num_classes], images of each identity in the training set, for losses that need them
+    feature_gradient  "averaged": multiplied by the world size, because a data-parallel engine (DDP, DeepSpeed) then averages over ranks;
+                      "global": the gradient of the returned loss. This factor appears nowhere else
 
-    `prototypes` is this rank's [S, D] parameter, kept out of the data-parallel engine (which would average it over ranks). Ranks beyond
-    the number of classes have none. `bank_features` and `bank_steps`, buffers [S, D] and [S], are there if substitution or the loss uses
-    the bank of last features: see bank.py.
-    """
+    `prototypes` is this rank's [S, D] parameter; keep it out of the data-parallel engine, which would average it over ranks. Ranks beyond
+    the number of classes have no rows. Buffers `bank_features` [S, D] and `bank_steps` [S] exist if substitution or the loss uses them."""
 
     def __init__(
         self,
@@ -83,13 +78,13 @@ class PartialFC(nn.Module):
         self.width, self.loss, self.seed, self.group, self.uneven_batches = width, loss, seed, group, uneven_batches
         self.current = Step()
         self.skipped_steps = 0
-        self.before_use: Callable[[Tensor], None] | None = None  # called with the rows of a new sample: a lazy optimizer's
+        self.before_use: Callable[[Tensor], None] | None = None  # a lazy optimizer's, called with the rows of a new sample
         self.consumer: Consumer | None = None  # takes the gradient of prototypes chunk by chunk during backward
         self.kernel = kernel
         self.pool = BufferPool()
         self.gradient_factor = float(ranks) if feature_gradient == "averaged" else 1.0
         self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[self.config.storage_dtype]))
-        # What the loss learns and tracks; of a loss put in its place later, the same.
+        # What the loss learns and tracks; a loss put in its place later uses the same.
         scalars = {name: torch.tensor(value, device=device) for name, value in loss.learned(num_classes).items()}
         vectors = {name: torch.full((self.shard.rows,), value, device=device) for name, value in loss.learned_by_class(num_classes).items()}
         self.learned = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in (scalars | vectors).items()})
@@ -114,7 +109,7 @@ class PartialFC(nn.Module):
 
     @property
     def step(self) -> int:
-        """Counts samples of classes, or at rate 1 the optimizer's steps; a caller who resumes sets it."""
+        """Number of samples of classes, or at rate 1 of optimizer steps; set it to resume."""
         return self.current.next_draw
 
     @step.setter
@@ -127,11 +122,9 @@ class PartialFC(nn.Module):
         return self.current.sample
 
     def begin_step(self, labels_b: Tensor) -> None:
-        """Opens a step of several micro-batches, whose labels on this rank are `labels_b`: all of them see one sample of classes. The
-        optimizer's `step` closes it. Without it every call of `forward` is a step of its own.
-
-        If classes are sampled, communicates 1 all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts before it, and
-        what `sampling.nearest` says."""
+        """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank. The
+        optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
+        all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts, and with hard_negatives what `nearest_classes` says."""
         check_labels(labels_b)
         if self.config.sample_rate < 1:
             labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
@@ -139,10 +132,10 @@ class PartialFC(nn.Module):
             self.current.labels_B, self.current.is_begun = labels_B, True
 
     def end_step(self) -> None:
-        """What the optimizer does after its update: the step's features go into the bank, if there is one and they are finite, and the next
-        call of `forward` or `begin_step` is a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor RowAdamW."""
+        """Ends a step after the optimizer's update: its features go into the bank, if there is one and they are finite, and the next call
+        of `forward` or `begin_step` starts a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor RowAdamW."""
         if self.is_finite() and (kept := self.bank) is not None:
-            for features_BD, labels_B, step in self.current.brought:  # in order: of several micro-batches the last one's feature stays
+            for features_BD, labels_B, step in self.current.brought:  # in order: the feature of the last micro-batch stays
                 kept.write(features_BD, labels_B, self.shard.first, step)
         self.current = self.current.next(self.config.sample_rate < 1)
 
@@ -151,12 +144,10 @@ class PartialFC(nn.Module):
         return Bank(self.get_buffer("bank_features"), self.get_buffer("bank_steps")) if self.has_bank else None
 
     def is_finite(self) -> bool:
-        """Whether an optimizer may use this step; on False no optimizer must, the backbone's included. The same on every rank.
-
-        Waits until the device has checked this step's input, which it does before the first product: call it after `backward`, which
-        keeps the device busy meanwhile. Raises ValueError for a label that is no class and, with non_finite="raise", for NaN or infinity
-        in features; with "skip" these make the step False. A step is bad if one of its micro-batches is. On CPU `forward` raises already.
-        """
+        """Whether optimizers, including that of the backbone, may use this step; the same on every rank. Waits until the device has checked
+        the step's input, which it does before the first product: call it after `backward`, which keeps the device busy meanwhile. Raises
+        ValueError for a label that is not a class and, with non_finite="raise", for NaN or infinity in features; with "skip" these make the
+        step False. A step is bad if one of its micro-batches is bad. On CPU `forward` already raises."""
         checks, self.current.checks = self.current.checks, []
         for check in checks:
             if not self._judge(check) and self.current.is_finite:
@@ -167,14 +158,14 @@ class PartialFC(nn.Module):
     def _judge(self, check: BatchCheck) -> bool:
         labels, features = check.faults()
         if labels or (features and self.config.non_finite == "raise"):
-            self.current.is_finite = False  # for whoever goes on
+            self.current.is_finite = False  # if the caller goes on
             raise ValueError(labels or features)
         return not features
 
     def _check(self, features_BD: Tensor, labels_B: Tensor, counts: list[int]) -> None:
         check = BatchCheck(features_BD, labels_B, self.shard.num_classes, counts, self.current.number, self.current.labels_B)
         if not torch.is_grad_enabled():
-            self._judge(check)  # no optimizer will ask
+            self._judge(check)  # no optimizer will
             return
         self.current.checks.append(check)
         if check.is_ready or len(self.current.checks) == MOST_CHECKS:
@@ -191,7 +182,7 @@ class PartialFC(nn.Module):
         return counts
 
     def _draw(self, labels_B: Tensor) -> ClassSample:
-        """A new sample for this step; without gradient (a validation loss) one that leaves no trace."""
+        """A new sample for this step; without gradient (a validation loss) it leaves no trace."""
         k, certain_n = self.config.hard_negatives, labels_B
         if k:
             options = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
@@ -207,26 +198,30 @@ class PartialFC(nn.Module):
     def forward(self, features_bD: Tensor, labels_b: Tensor) -> Tensor:
         """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
 
-        features_bD  float [b, D], with gradient     labels_b  int64 [b], global class ids
-        Communicates 1 all-gather of B D floats (2 or 4 bytes each: gather_dtype), 1 of B labels (8 bytes) and what the loss asks
-        for (see GlobalBatch);
-        backward 1 reduce-scatter of B D floats of 4 bytes. uneven_batches: 1 all-gather of N counts (8 bytes) before them, and rows
-        travel padded to the largest local batch m: N m rows instead of B.
-        NaN or infinity, and labels that are no class, end in a ValueError or a skipped step: see `is_finite`.
-        """
-        check_shapes(features_bD, labels_b, self.width)
-        counts = self._counts(labels_b)
+        features_bD  float [b, D], with gradient
+        labels_b     int64 [b], global class ids
+
+        Communicates 1 all-gather of B D floats (2 or 4 bytes each: gather_dtype), 1 of B labels (8 bytes) and what the loss asks for (see
+        GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. uneven_batches adds 1 all-gather of N counts (8 bytes) before
+        them, and rows travel padded to the largest local batch m: N m rows instead of B. NaN, infinity and labels that are not classes end
+        in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
-        if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
-            features_bD = features_bD.detach().requires_grad_()  # a rank without rows has a part in the reduce-scatter too
-        features_bD = features_bD.to(torch.promote_types(self.prototypes.dtype, torch.float32))
-        features_BD = collectives.gather_rows(features_bD, self.group, self.gradient_factor, counts, gather_dtype)
-        labels_B = collectives.gather_constant(labels_b, self.group, counts)
+        features_BD, labels_B, counts = self._gather(features_bD, labels_b, gather_dtype)
         self._check(features_BD, labels_B, counts)
         return self.loss(self.global_batch(features_BD, labels_B))
 
+    def _gather(self, features_bD: Tensor, labels_b: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, list[int]]:
+        """(features of all ranks, their labels, rows of each rank); features travel as `dtype`."""
+        check_shapes(features_bD, labels_b, self.width)
+        counts = self._counts(labels_b)
+        if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
+            features_bD = features_bD.detach().requires_grad_()  # a rank without rows takes part in the reduce-scatter too
+        features_bD = features_bD.to(torch.promote_types(self.prototypes.dtype, torch.float32))
+        features_BD = collectives.gather_rows(features_bD, self.group, self.gradient_factor, counts, dtype)
+        return features_BD, collectives.gather_constant(labels_b, self.group, counts), counts
+
     def global_batch(self, features_BD: Tensor, labels_B: Tensor) -> GlobalBatch:
-        """What a loss sees; draws the step's sample of classes, unless `begin_step` has."""
+        """What a loss sees. Draws the step's sample of classes unless `begin_step` has."""
         step = self.current.number
         if self.has_bank and torch.is_grad_enabled():
             self.current.brought.append((features_BD.detach(), labels_B, step))
@@ -244,39 +239,34 @@ class PartialFC(nn.Module):
         )
 
     def _columns(self, features_BD: Tensor, labels_B: Tensor, step: int) -> Columns:
-        """Classes of the step; some prototypes may be replaced by features."""
-        found, rate = self._of_step(labels_B), self.config.substitution_rate
-        if not rate:
-            return found
-        if self.config.substitution_source == "bank":
-            assert self.bank is not None
-            return substitute_from_bank(found, self.bank, self.config.substitution_staleness, rate, self.seed, step)
-        return substitute(found, features_BD, labels_B, rate, self.seed, step, self.group)
-
-    def _of_step(self, labels_B: Tensor) -> Columns:
-        if self.config.sample_rate == 1:
-            return of_classes(AllRows(self.prototypes, self.consumer, self.pool), labels_B, self.shard.first)
-        sample = self.current.sample if self.current.is_begun else self._draw(labels_B)
-        assert sample is not None
-        rate = self.config.sample_rate if self.config.correct_rate else None
-        return of_sampled(self.shard, self.prototypes, labels_B, sample, rate, self.consumer, self.pool)
+        """The classes of the step; some prototypes may be replaced by features."""
+        config = self.config
+        if config.sample_rate == 1:
+            columns = of_classes(AllRows(self.prototypes, self.consumer, self.pool), labels_B, self.shard.first)
+        else:
+            sample = self.current.sample if self.current.is_begun else self._draw(labels_B)
+            assert sample is not None
+            corrected_rate = config.sample_rate if config.correct_rate else None
+            columns = of_sampled(self.shard, self.prototypes, labels_B, sample, corrected_rate, self.consumer, self.pool)
+        if not config.substitution_rate:
+            return columns
+        if config.substitution_source == "batch":
+            return substitute(columns, features_BD, labels_B, config.substitution_rate, self.seed, step, self.group)
+        assert self.bank is not None
+        return substitute_from_bank(columns, self.bank, config.substitution_staleness, config.substitution_rate, self.seed, step)
 
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
         """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass.
-
         Communicates 1 all-gather of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`. Values are not
-        checked: of a row with NaN or a label that is no class the cosines mean nothing."""
-        check_shapes(features_bD, labels_b, self.width)
-        counts = self._counts(labels_b)
-        features_BD = collectives.gather_constant(features_bD.float(), self.group, counts)
-        labels_B = collectives.gather_constant(labels_b, self.group, counts)
+        checked: cosines of a row with NaN, or with a label that is not a class, mean nothing."""
+        features_BD, labels_B, _ = self._gather(features_bD, labels_b)
         columns = of_classes(self.prototypes, labels_B, self.shard.first)
         statistics = similarity_statistics(features_BD, columns, TopK(), scale=1.0, group=self.group)
         return statistics.target_B, statistics.non_target_B[:, 0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no optimizer, and its bank gets what it is brought itself."""
+        """A copy has no optimizer, and its bank keeps only what the copy itself is given."""
         current = replace(self.current, brought=deque(maxlen=MOST_CHECKS))
         return {**self.__dict__, "before_use": None, "consumer": None, "current": current}
 

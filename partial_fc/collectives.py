@@ -1,7 +1,5 @@
-"""The collectives of one classifier step. Each docstring counts calls and the bytes a rank sends on a ring of N ranks.
-Without an initialised process group every one of them is the identity."""
-
-from __future__ import annotations
+"""The collectives of one classifier step. Each docstring counts calls and the bytes that a rank sends on a ring of N ranks. Without an
+initialised process group each of them is the identity."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +26,7 @@ def rank(group: Group = None) -> int:
 
 
 def gather_counts(rows: int, device: torch.device, group: Group = None) -> list[int]:
-    """The number of rows that each rank brings, for the host, which waits for it. 1 all-gather of N integers, (N-1)/N of 8 N bytes."""
+    """Number of rows of each rank, for which the host waits. 1 all-gather of N integers, (N-1)/N of 8 N bytes."""
     if world_size(group) == 1:
         return [rows]
     return gather_constant(torch.tensor([rows], device=device), group).tolist()
@@ -40,7 +38,7 @@ class _GatherRows(torch.autograd.Function):
         ctx: Any, x_bD: Tensor, group: Group, gradient_factor: float, counts: list[int] | None, dtype: torch.dtype | None
     ) -> Tensor:
         ctx.group, ctx.gradient_factor, ctx.counts, ctx.rows = group, gradient_factor, counts, len(x_bD)
-        # A single process rounds too: results must not depend on the number of ranks.
+        # A single process rounds too, so that results do not depend on the number of ranks.
         gathered_BD = gather_constant(x_bD.to(dtype or x_bD.dtype), group, counts).to(x_bD.dtype)
         return gathered_BD.view_as(gathered_BD)
 
@@ -58,19 +56,14 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(
-    x_bD: Tensor,
-    group: Group = None,
-    gradient_factor: float = 1.0,
-    counts: list[int] | None = None,
-    dtype: torch.dtype | None = None,
+    x_bD: Tensor, group: Group = None, gradient_factor: float = 1.0, counts: list[int] | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """All ranks' rows [B, D] in rank order. Every rank brings the same b, or as many as `counts` says (from `gather_counts`; 0 is allowed).
 
-    Values travel as `dtype` and come back in their own, rounded once. Backward gives each rank the *sum over ranks* of its rows'
-    gradients, times `gradient_factor`; they travel in x's own dtype, because a sum over ranks in bfloat16 would round at every addition.
-    Forward: 1 all-gather, (N-1)/N of B D elements of `dtype`. Backward: 1 reduce-scatter of the same number of x's.
-    Rows travel padded to the largest count, m, so where counts differ B is N m here.
-    """
+    Values travel as `dtype`, rounded once, and come back in their own dtype. Backward gives each rank the *sum over ranks* of its rows'
+    gradients, times `gradient_factor`; gradients travel in the dtype of x, because a sum over ranks in bfloat16 would round at every
+    addition. Forward: 1 all-gather, (N-1)/N of B D elements of `dtype`. Backward: 1 reduce-scatter of as many elements of x's dtype. If
+    counts differ, rows travel padded to the largest count m, and B is N m in these figures."""
     return _GatherRows.apply(x_bD, group, gradient_factor, counts, dtype)
 
 
@@ -79,7 +72,7 @@ def _differ(counts: list[int] | None) -> bool:
 
 
 def _padded(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """The parts behind each other, each with zeros up to so many rows."""
+    """The parts in a row, each padded with zeros to `rows`."""
     padded = parts[0].new_zeros(len(parts), rows, *parts[0].shape[1:])
     for place, part in zip(padded, parts, strict=True):
         place[: len(part)] = part
@@ -101,14 +94,14 @@ class _Apply(torch.autograd.Function):
 
 def divide_gradient(x: Tensor, group: Group = None) -> Tensor:
     """x itself, for a value that every rank computes alike from gathered rows. Each rank's loss sends it the whole gradient, and the
-    reduce-scatter behind `gather_rows` adds N of them, so backward passes on a share of 1/N."""
+    reduce-scatter behind `gather_rows` adds N of them, so backward passes on 1/N."""
     ranks = world_size(group)
     return _Apply.apply(x, lambda x: x, lambda gradient: gradient / ranks)
 
 
 def sum_gradient(x: Tensor, group: Group = None) -> Tensor:
-    """x itself, for a parameter that every rank holds alike and applies to its own columns: each rank's part of the gradient becomes
-    the sum over ranks. Backward: 1 all-reduce, 2 (N-1)/N of its elements."""
+    """x itself, for a parameter that is equal on every rank and that each rank applies to its own columns: backward sums the ranks' parts
+    of the gradient. Backward: 1 all-reduce, 2 (N-1)/N of its elements."""
     return _Apply.apply(x, lambda x: x, lambda gradient: sum_packed([gradient.contiguous()], group)[0])
 
 
@@ -149,8 +142,8 @@ def gather_packed(vectors: list[Tensor], group: Group = None) -> list[Tensor]:
 
 
 def exchange(x: Tensor, sent: list[int], received: list[int], group: Group = None) -> Tensor:
-    """Gives the first sent[0] rows to rank 0, the next sent[1] to rank 1 ...; returns what came, in rank order, received[r] rows
-    from rank r. 1 all-to-all; a rank sends the rows that are for others."""
+    """Sends the first sent[0] rows to rank 0, the next sent[1] to rank 1 and so on; returns received[r] rows from each rank r, in rank
+    order. 1 all-to-all; a rank sends the rows that are for others."""
     if world_size(group) == 1:
         return x
     arrived = x.new_empty(sum(received), *x.shape[1:])
@@ -158,7 +151,7 @@ def exchange(x: Tensor, sent: list[int], received: list[int], group: Group = Non
     return arrived
 
 
-if not TYPE_CHECKING:  # which would then find any name
+if not TYPE_CHECKING:  # a type checker would then accept any name
 
     def __getattr__(name: str) -> Any:
         refuse(__name__, name, {"replicated": "divide_gradient", "shared": "sum_gradient", "summed": "sum_values"})

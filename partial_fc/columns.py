@@ -1,5 +1,5 @@
-"""The columns of the similarity matrix on one rank: which prototypes or samples a row meets, which column is its target, and which are
-not its non-targets. Built by `of_classes`, `of_sampled`, `of_samples` and `of_bank`."""
+"""The columns of the similarity matrix on one rank: which prototypes or samples a row meets, which column is its target, and which are not
+its non-targets. Built by `of_classes`, `of_sampled`, `of_samples` and `of_bank`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from partial_fc.shards import ClassShard
 
 
 class Mask(NamedTuple):
-    """Which columns are not non-targets. By default each row's target alone. Samples with several labels would have several columns here,
-    as they would have several targets."""
+    """The columns that are not non-targets of a row: by default its target; with several labels per sample there would be several."""
 
-    columns_B: Tensor | None = None  # int64: one column of each row, -1 where another rank has it; None for the target
-    labels: tuple[Tensor, Tensor] | None = None  # (of rows [B], of columns [n]): all columns of a row's label, in place of one
-    included_n: Tensor | None = None  # bool: False for a column that is nobody's non-target
+    columns_B: Tensor | None = None  # int64: one column per row, -1 if another rank has it; None for the target
+    labels: tuple[Tensor, Tensor] | None = None  # (of rows [B], of columns [n]): all columns with the row's label instead
+    included_n: Tensor | None = None  # bool: False for a column that is no row's non-target
 
 
 class Placement(NamedTuple):
-    """Which class stands in which column."""
+    """The class of each column."""
 
-    first_class: int = 0  # of this rank's shard
-    classes_n: Tensor | None = None  # int64 class of each column; None where the columns are the classes from first_class on, in order
-    rows_n: Tensor | None = None  # int64 row of the shard of each column; None where all rows are columns, in order
+    first_class: int = 0  # first class of this rank's shard
+    classes_n: Tensor | None = None  # int64 class of each column; None if they are the classes from first_class on, in order
+    rows_n: Tensor | None = None  # int64 row of the shard of each column; None if all rows are columns, in order
     column_S: Tensor | None = None  # int64 column of each row of the shard, -1 for none; None as above
     samples: slice | None = None  # samples of the batch that are columns too, behind the classes
 
@@ -42,10 +41,10 @@ class Columns(NamedTuple):
     """n columns of this rank."""
 
     source: PrototypeSource  # what the columns are made of
-    targets_B: Tensor  # int64: the column of each row's target; -1 where another rank has it
+    targets_B: Tensor  # int64: the column of each row's target; -1 if another rank has it
     mask: Mask = Mask()
     bias_n: Tensor | None = None  # added to the logits of non-targets, never to a target's; with gradient
-    bias_is_bounded: bool = False  # promises 1e-8 < sum of exp(bias) over all ranks' columns < 1e8, so that no maximum is needed
+    bias_is_bounded: bool = False  # promises 1e-8 < sum of exp(bias) over all ranks' columns < 1e8: no maximum needed
     placement: Placement = Placement()
     normalize: bool = True  # whether columns are divided by their norms
 
@@ -54,7 +53,7 @@ class Columns(NamedTuple):
         return self.source.shape[0]
 
     def masked_columns(self) -> Tensor:
-        """int64 [B]: the one column of each row that is no non-target, where `mask.labels` is None."""
+        """int64 [B]: the only column of each row that is not a non-target, if `mask.labels` is None."""
         return self.targets_B if self.mask.columns_B is None else self.mask.columns_B
 
     def classes(self) -> Tensor:
@@ -65,12 +64,12 @@ class Columns(NamedTuple):
         return torch.arange(placement.first_class, placement.first_class + self.size, device=self.targets_B.device)
 
     def of_labels(self, labels_n: Tensor, shard: ClassShard) -> Tensor:
-        """int64 [n]: the column of each class, whether of this batch or not; -1 where this rank has none."""
+        """int64 [n]: the column of each class, in this batch or not; -1 if this rank has none."""
         rows_n = shard.rows_of(labels_n)
         return rows_n if self.placement.column_S is None else _places(self.placement.column_S, rows_n)
 
     def by_column(self, vector_S: Tensor, of_samples_B: Tensor | None = None) -> Tensor:
-        """[n]: a vector by row of the shard, as a vector by column. Columns that are samples get theirs from a vector by sample, or 0."""
+        """[n]: a vector by row of the shard, reordered by column. Columns that are samples take theirs from a vector by sample, or 0."""
         rows_n, samples = self.placement.rows_n, self.placement.samples
         vector_n = vector_S if rows_n is None else vector_S.index_select(0, rows_n)
         if samples is None:
@@ -82,12 +81,12 @@ class Columns(NamedTuple):
         return self._replace(bias_n=bias_n if self.bias_n is None else self.bias_n + bias_n, bias_is_bounded=False)
 
     def frozen(self) -> Columns:
-        """The same columns, to which no gradient flows."""
+        """The same columns, without gradient."""
         return self._replace(source=FrozenRows(self.source))
 
     def mixed(self, bank: Bank, share_S: Tensor) -> Columns:
-        """The columns with each prototype mixed with its class's row of the bank: see MixedRows. share_S lies in [0, 1], by row of the
-        shard. Columns that are samples stay what they are."""
+        """The columns, with each prototype mixed with its class's row of the bank: see MixedRows. share_S, by row of the shard, lies in [0,
+        1]. Columns that are samples stay as they are."""
         if not len(bank.steps_S):
             return self
         rows_n = self.placement.rows_n
@@ -97,7 +96,7 @@ class Columns(NamedTuple):
 
 
 def _places(column_S: Tensor, rows_n: Tensor) -> Tensor:
-    """column_S[rows_n], and -1 where a row is -1."""
+    """column_S[rows_n], or -1 where a row is -1."""
     return column_S.index_select(0, rows_n.clamp(min=0)).where(rows_n >= 0, -1) if len(column_S) else rows_n
 
 
@@ -112,12 +111,11 @@ def of_classes(
 ) -> Columns:
     """All classes of this rank.
 
-    prototypes   of the classes [first_class, first_class + S): a matrix [S, D] of any norm, or a source; S = 0 is allowed
-    labels_B     int64 global class ids
-    bias_S       added to the logits of non-targets, with gradient
-    included_S   bool: False leaves a class out of all rows' non-targets
-    normalize    False takes products with prototypes as they are in place of cosines
-    """
+    prototypes  of the classes [first_class, first_class + S): a matrix [S, D] of any norm, or a source; S = 0 is allowed
+    labels_B    int64 global class ids
+    bias_S      added to the logits of non-targets, with gradient
+    included_S  bool: False leaves a class out of the non-targets of all rows
+    normalize   False takes products with prototypes as they are in place of cosines"""
     source: PrototypeSource = AllRows(prototypes) if isinstance(prototypes, Tensor) else prototypes
     rows_B = labels_B - first_class
     return Columns(
@@ -139,7 +137,7 @@ def of_sampled(
     consumer: Consumer | None = None,
     pool: BufferPool | None = None,
 ) -> Columns:
-    """The classes of a step's sample. With corrected_rate, the rate of the sample, each class in it by chance counts 1 / rate times."""
+    """The classes of a step's sample. With corrected_rate, the sample's rate, each class drawn by chance counts 1 / rate times."""
     correction_K = None
     if corrected_rate is not None:
         wide = torch.promote_types(prototypes_SD.dtype, torch.float32)
@@ -163,11 +161,10 @@ def of_samples(
     label_bias_B: Tensor | None = None,
     normalize: bool = True,
 ) -> tuple[Columns, Tensor]:
-    """(B / N samples of the gathered batch, with gradient, [B] whether a row has a target). The target is another sample of the identity
+    """(B / N samples of the gathered batch, with gradient; [B] whether a row has a target). The target is another sample of the identity
     (see `positives_of`). Non-targets are one sample of every other identity of the batch, or all of them. A sample never meets itself.
 
-    label_bias_B  added to the logits of non-targets, by sample, complete on every rank
-    """
+    label_bias_B  added to the logits of non-targets, by sample, complete on every rank"""
     positives, mine = positives_of(labels_B), share_of(len(labels_B), group)
     labels_n = labels_B[mine]
     mask = Mask(labels=(labels_B, labels_n))
@@ -187,11 +184,7 @@ def of_samples(
 def of_bank(
     bank: Bank, shard: ClassShard, labels_B: Tensor, is_fresh_S: Tensor, *, leaves_out_batch: bool = False, pool: BufferPool | None = None
 ) -> Columns:
-    """The last feature of every class of this rank whose feature is fresh, without gradient. With leaves_out_batch, classes of this batch
-    are targets, but nobody's non-targets."""
-    rows_B = shard.rows_of(labels_B)
+    """The fresh last features of this rank's classes, without gradient. leaves_out_batch: classes of the batch are only targets."""
     if leaves_out_batch:
-        in_batch_S = torch.zeros(shard.rows + 1, dtype=torch.bool, device=rows_B.device)
-        in_batch_S[rows_B.where(rows_B >= 0, shard.rows)] = True  # the last one takes what is not here
-        is_fresh_S = is_fresh_S & ~in_batch_S[:-1]
+        is_fresh_S = is_fresh_S & ~shard.mask_of(labels_B)
     return of_classes(AllRows(bank.features_SD, pool=pool), labels_B, shard.first, included_S=is_fresh_S)

@@ -1,7 +1,5 @@
 """Options of the classifier."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -13,16 +11,16 @@ Probability = Annotated[float, Within(0.0, 1.0, "it is a probability")]
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    sample_rate: float = 1.0  # share of the classes without a sample in the batch that take part in a step; 0.1 is usual above a million
+    sample_rate: float = 1.0  # share of the classes outside the batch that take part in a step; 0.1 is usual above a million classes
     correct_rate: bool = False  # weigh each sampled negative by 1 / sample_rate, so that log-sum-exps estimate those over all classes
-    hard_negatives: int = 0  # so many nearest classes of each class of the batch are always in the sample; costs a product with all classes
+    hard_negatives: int = 0  # nearest classes of each class of the batch that are always sampled; costs a product with all classes
     dtype: Dtype = "float32"  # of the products with prototypes; sums are float32
     storage_dtype: Dtype = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
-    gather_dtype: Dtype = "float32"  # in which features travel, rounded once; their gradient travels as float32
-    substitution_rate: Probability = 0.0  # with which a class's prototype is replaced by a feature of it: see substitution.py
-    substitution_source: Literal["batch", "bank"] = "batch"  # of these features: the gathered batch, with gradient, or the last ones kept
-    substitution_staleness: Steps = 200  # steps after which a feature of the bank stands in for nothing; VPL's
-    non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features: end the run, or leave the step out
+    gather_dtype: Dtype = "float32"  # of features between ranks, rounded once; their gradient travels as float32
+    substitution_rate: Probability = 0.0  # of replacing the prototype of a class by one of its features: see substitution.py
+    substitution_source: Literal["batch", "bank"] = "batch"  # of features: the gathered batch, with gradient, or the last ones
+    substitution_staleness: Steps = 200  # steps after which a feature of the bank is no longer used; VPL's
+    non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features ends the run or is left out
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:

@@ -1,6 +1,4 @@
-"""Rules of options, as annotations of the fields that hold them: `share: Annotated[float, Within(0.0, 1.0, "it is a share")]`."""
-
-from __future__ import annotations
+"""Rules of options, as annotations of their fields: `share: Annotated[float, Within(0.0, 1.0, "it is a share")]`."""
 
 import difflib
 import math
@@ -12,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 @dataclass(frozen=True)
 class Within:
-    """least <= value <= most, or ValueError with the reason."""
+    """Requires least <= value <= most; otherwise ValueError with the reason."""
 
     least: float
     most: float
@@ -40,7 +38,7 @@ Steps = Annotated[int, Within(1, math.inf, "it is a number of steps")]
 
 
 def check_fields(options: Any) -> None:
-    """ValueError unless each field of a dataclass has a value that its annotation allows: of a Literal, or by the rules of an Annotated."""
+    """ValueError unless each field of a dataclass has a value that its annotation allows: one of a Literal, or as an Annotated rules."""
     hints = get_type_hints(type(options), include_extras=True)
     for item in fields(options):
         _check(item.name, getattr(options, item.name), hints[item.name])
@@ -59,6 +57,6 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def hint_at(name: str, known: Iterable[str]) -> str:
-    """For the end of a sentence on a name that does not exist."""
+    """The end of a sentence about a name that does not exist."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"

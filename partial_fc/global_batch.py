@@ -1,5 +1,5 @@
-"""The global batch as a loss sees it: what it may ask for (statistics against classes, against samples, of pairs), and what it may keep
-from step to step (learned thresholds, running means). Every answer is equal on every rank."""
+"""The global batch as a loss sees it: what it may ask for (statistics against classes, against samples, of pairs) and what it may keep from
+step to step (learned thresholds, running means). Every answer is equal on every rank."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class GlobalBatch:
     labels_B: Tensor  # int64 global class ids
     step: int  # of the classifier
     shard: ClassShard  # this rank's classes
-    columns: Columns  # those that take part in this step
+    columns: Columns  # the classes of this step
     options: Mapping[str, Any] = field(default_factory=dict)  # dtype, kernel and group of similarity_statistics
     learned: Mapping[str, Tensor] = field(default_factory=dict)  # by name, trained with the prototypes: scalars, or [S] by class
     tracked: Mapping[str, Tensor] = field(default_factory=dict)  # running figures of the loss by name; see `track`
-    class_counts_S: Tensor | None = None  # images of each class of this rank, if the classifier was given them
-    bank: Bank | None = None  # of last features, if substitution or the loss uses it
+    class_counts_S: Tensor | None = None  # images of each class of this rank, if the classifier has them
+    bank: Bank | None = None  # last features, if substitution or the loss uses them
     prefix: str = ""
-    trains: bool = field(default_factory=torch.is_grad_enabled)  # or is a validation loss, which leaves no trace
-    uses: list[bool] = field(default_factory=list)  # of prototypes that move in backward
+    trains: bool = field(default_factory=torch.is_grad_enabled)  # False for a validation loss, which leaves no trace
+    uses: list[bool] = field(default_factory=list)  # one entry per use of prototypes that move in backward
 
     @property
     def group(self) -> Group:
@@ -61,7 +61,7 @@ class GlobalBatch:
         return self.shard.num_classes
 
     def norms(self) -> Tensor:
-        """|features| [B], with gradient: a scale for losses that do not normalise them."""
+        """|features| [B], with gradient: a scale for losses that do not normalise features."""
         return collectives.divide_gradient(unit_rows(self.features_BD)[1], self.group)
 
     def against_classes(
@@ -76,11 +76,10 @@ class GlobalBatch:
     ) -> Statistics:
         """Statistics against the classes of this step: see `similarity_statistics`.
 
-        scale         a number, or a vector [B] with gradient, complete on every rank, as `norms` is; backward then 1 all-reduce of B floats
-        class_bias_S  by row of this rank's shard, with gradient: added to logits of non-targets
-        bank_share_S  by row: each unit prototype, of targets too, is mixed with this share of its class's last feature
-        normalize     False takes prototypes as they are
-        """
+        scale         a number, or a vector [B] with gradient, complete on every rank, such as `norms`; adds 1 all-reduce of B floats to backward
+        class_bias_S  by row of this rank's shard, with gradient: added to the logits of non-targets
+        bank_share_S  by row: each unit prototype, including targets, is mixed with this share of its class's last feature
+        normalize     False takes prototypes as they are"""
         if torch.is_grad_enabled() and self.columns.source.is_consumed:
             if self.uses:
                 raise ValueError(
@@ -89,7 +88,7 @@ class GlobalBatch:
             self.uses.append(True)
         columns = self.columns._replace(normalize=normalize)
         if isinstance(statistic, TopK):
-            columns = columns._replace(bias_n=None)  # of logits: it would rank sampled classes before those of the batch
+            columns = columns._replace(bias_n=None)  # a bias would rank sampled classes before those of the batch
         if bank_share_S is not None:
             columns = columns.mixed(self._bank(), bank_share_S)
         if class_bias_S is not None:
@@ -106,7 +105,7 @@ class GlobalBatch:
 
     @torch.no_grad()
     def targets(self) -> Tensor:
-        """cos(x_i, w_{y_i}) [B] without gradient, for maps that need it before they look at the others. 1 all-reduce of B floats."""
+        """cos(x_i, w_{y_i}) [B] without gradient, for maps that need it in advance. 1 all-reduce of B floats."""
         target_B = target_products(Problem(unit_rows(self.features_BD)[0], self.columns, LOG_SUM_EXP))
         return collectives.sum_packed([target_B], self.group)[0]
 
@@ -119,21 +118,11 @@ class GlobalBatch:
         label_bias_B: Tensor | None = None,
         normalize: bool = True,
     ) -> tuple[Statistics, Tensor]:
-        """(statistics against the samples of this batch in place of prototypes, whether a sample has a positive [B]). The target is another
-        sample of the identity, non-targets are one sample of every other identity of the batch, or all of them: see `of_samples`. Gradients
-        flow to both sides. A sample never meets itself; where it has no positive, the target is 0 and means nothing.
-
-        label_bias_B  added to the logits of non-targets, by sample that is one
-
-        Each rank computes B / N columns. Communicates what `similarity_statistics` says.
-        """
+        """(statistics against the samples of this batch in place of prototypes; [B] whether a sample has a positive). See `of_samples` for
+        targets, non-targets and label_bias_B. Gradients flow to both sides. Without a positive the target is 0 and means nothing. Each rank
+        computes B / N columns; communicates what `similarity_statistics` says."""
         columns, has_positive_B = of_samples(
-            self.features_BD,
-            self.labels_B,
-            self.group,
-            one_per_identity=one_per_identity,
-            label_bias_B=label_bias_B,
-            normalize=normalize,
+            self.features_BD, self.labels_B, self.group, one_per_identity=one_per_identity, label_bias_B=label_bias_B, normalize=normalize
         )
         return self._statistics(columns, scale, statistic), has_positive_B
 
@@ -143,33 +132,27 @@ class GlobalBatch:
         return self.bank
 
     def fresh(self, staleness: int | None = None) -> Tensor:
-        """bool [S]: the classes of this rank whose last feature is at most so many steps old; with None all that have one."""
+        """bool [S]: classes of this rank whose last feature is at most `staleness` steps old; with None all that have one."""
         return self._bank().fresh(self.step, staleness)
 
     def against_bank(
         self, *, scale: float, statistic: Statistic = LOG_SUM_EXP, staleness: int | None = None, leaves_out_batch: bool = False
     ) -> tuple[Statistics, Tensor]:
-        """(statistics against the last features of earlier steps in place of prototypes, whether there is one of a sample's own class [B]).
-        Classes count whose feature is fresh, in the sample of classes or not. A sample's own class is its target, which means nothing where
-        it has no feature. No gradient flows to features of the bank.
-
-        leaves_out_batch  classes of this batch are targets, but nobody's non-targets
-
-        2 B S D operations, in backward 2 more. Communicates 1 all-reduce of B floats and what `similarity_statistics` says.
-        """
+        """(statistics against the last features of earlier steps in place of prototypes; [B] whether a sample's own class has one). All
+        classes with a fresh feature count, in the sample of classes or not. The target is a sample's own class and means nothing if that
+        has no feature. No gradient flows to the bank. With leaves_out_batch, classes of this batch are targets but never non-targets. 2 B S
+        D operations, 2 more in backward. Communicates 1 all-reduce of B floats and what `similarity_statistics` says."""
         bank, is_fresh_S = self._bank(), self.fresh(staleness)
         pool = self.columns.source.pool
         columns = of_bank(bank, self.shard, self.labels_B, is_fresh_S, leaves_out_batch=leaves_out_batch, pool=pool)
-        statistics = self._statistics(columns, scale, statistic)
-        return statistics, self.of_labels(is_fresh_S.to(bank.features_SD.dtype)) > 0
+        return self._statistics(columns, scale, statistic), self.of_labels(is_fresh_S.to(bank.features_SD.dtype)) > 0
 
     def with_frozen_prototypes(self) -> GlobalBatch:
-        """The same batch against prototypes to which no gradient flows."""
+        """The same batch against prototypes without gradient."""
         return replace(self, columns=self.columns.frozen())
 
     def with_features(self, features_nD: Tensor, labels_n: Tensor) -> GlobalBatch:
-        """Other samples against the classes of this step, the same on every rank. Samples whose class has no column on any rank have no
-        target."""
+        """Other samples, the same on every rank, against the classes of this step. Classes without a column on any rank are no targets."""
         columns = self.columns._replace(targets_B=self.columns.of_labels(labels_n, self.shard))
         return replace(self, features_BD=features_nD, labels_B=labels_n, columns=columns)
 
@@ -188,16 +171,14 @@ class GlobalBatch:
         return found_nx[:, :-1], found_nx[:, -1] > 0
 
     def pairs(self, reduction: Reduction = hardest) -> tuple[Tensor, ...]:
-        """What `reduction` makes of each sample's cosines with all samples: see `pair_statistics`."""
+        """The result of `reduction` on each sample's cosines with all samples: see `pair_statistics`."""
         return pair_statistics(self.features_BD, self.labels_B, reduction, group=self.group)
 
     def of_labels(self, vector_S: Tensor) -> Tensor:
-        """[B]: what belongs to each sample's class, of a vector by row of this rank's shard, with gradient. 1 all-reduce of B numbers."""
-        rows_B = self.labels_B - self.shard.first
-        own_B = vector_S.new_zeros(len(rows_B))
+        """[B]: the value of each sample's class in a vector by row of this rank's shard, with gradient. 1 all-reduce of B numbers."""
+        rows_B, own_B = self.shard.rows_of(self.labels_B), vector_S.new_zeros(len(self.labels_B))
         if self.shard.rows:
-            is_here_B = (rows_B >= 0) & (rows_B < self.shard.rows)
-            own_B = vector_S.index_select(0, rows_B.clamp(0, self.shard.rows - 1)).where(is_here_B, 0)
+            own_B = vector_S.index_select(0, rows_B.clamp(min=0)).where(rows_B >= 0, 0)
         return collectives.sum_values(own_B, self.group)
 
     def class_counts(self) -> Tensor:
@@ -208,28 +189,27 @@ class GlobalBatch:
 
     @torch.no_grad()
     def track(self, name: str, value: Tensor, share: float) -> Tensor:
-        """Moves a running figure this share of the way to a value, and returns it; without gradient (a validation loss), or where features
-        are not finite, it stays."""
+        """Moves a running figure by `share` towards a value and returns it; not without gradient or with non-finite features, as `keep`."""
         tracked = self.tracked[self.prefix + name]
         self.keep(name, torch.lerp(tracked, value.to(tracked.dtype), share))
         return tracked.clone()
 
     def kept(self, name: str) -> Tensor:
-        """What was kept under this name; not to be written to."""
+        """The tensor kept under this name; do not write to it."""
         return self.tracked[self.prefix + name]
 
     @torch.no_grad()
     def keep(self, name: str, value: Tensor) -> None:
-        """Keeps values for later steps, in a tensor of their shape; without gradient (a validation loss), or where features are not
-        finite, in a step that nobody makes, nothing changes."""
+        """Keeps values for later steps, in a tensor of their shape. Nothing changes without gradient (a validation loss), or if features
+        are not finite, because no optimizer makes that step."""
         if self.trains:
             kept = self.tracked[self.prefix + name]
             kept.copy_(torch.where(self.features_BD.isfinite().all(), value.to(kept.dtype), kept))
 
     @torch.no_grad()
     def start(self, name: str, values_B: Tensor) -> None:
-        """Gives a learned parameter its first value, where only data can tell it: the mean of `values_B`, of those above -inf, in the first
-        step that has any; not without gradient, or where features are not finite."""
+        """Sets a learned parameter whose first value only data can tell: to the mean of those `values_B` above -inf, in the first step that
+        has any; not without gradient, or if features are not finite."""
         if not self.trains:
             return
         learned, is_started = self.learned[self.prefix + name], self.tracked[f"{self.prefix}{name}_is_started"]
@@ -243,10 +223,10 @@ class GlobalBatch:
         return self.learned[self.prefix + name]
 
     def part(self, name: str) -> GlobalBatch:
-        """The same batch for a loss that is a part of another, with names of its own for what it keeps."""
+        """The same batch for a part of a loss, which has its own names for what it keeps."""
         return replace(self, prefix=f"{self.prefix}{name}_")
 
-    if not TYPE_CHECKING:  # which would then find any attribute
+    if not TYPE_CHECKING:  # a type checker would then accept any attribute
 
         def __getattr__(self, name: str) -> Any:
             refuse("GlobalBatch", name, RENAMED, AttributeError)

@@ -1,6 +1,4 @@
-"""A classifier for more identities than before: some added to its own, or several sets merged. Prototypes learned so far are kept."""
-
-from __future__ import annotations
+"""A classifier for more identities than before: new ones are added, or several sets merged. Learned prototypes are kept."""
 
 import math
 from collections import Counter
@@ -20,11 +18,9 @@ BLOCK_ELEMENTS = 1 << 24  # a rank sends this much of a matrix at a time (64 MB 
 
 
 def merge_identities(sets: Sequence[Sequence[str]], same_name: bool = True) -> tuple[list[str], list[np.ndarray]]:
-    """(names of the merged set, for each set an int64 array that maps its labels to labels of the merged set), in order of appearance.
-
-    same_name: a name that occurs in several sets is one identity. False: it is another person in every set, and all names get their
-    set's number as prefix, "1/anna".
-    """
+    """(names of the merged set; for each set an int64 array that maps its labels to those of the merged set), in order of appearance.
+    same_name: a name in several sets is one identity; otherwise it is another in each, and the number of the set becomes a prefix,
+    "1/anna"."""
     label_of: dict[str, int] = {}
     maps = []
     for number, names in enumerate(sets):
@@ -46,18 +42,17 @@ def grow(
 ) -> None:
     """Gives a classifier `num_classes` classes, between two steps. Every rank calls it.
 
-    Old prototypes, and their rows of the optimizer's state, are kept to the bit, whichever rank owns them now; the others are what
-    a new classifier of that size would begin with, their state zero. `classifier.prototypes` is another tensor afterwards, which the
-    optimizer knows. So with what the loss has learned by class, and with the bank of last features. Scalars that the loss has learned,
-    and what it tracks, stay as they are; a queue of BroadFace among them, unless new_labels make its labels others', which is refused.
+    Old prototypes and their rows of the optimizer's state are kept to the bit, whichever rank owns them afterwards; new ones start like
+    those of a new classifier of that size, with zero state. So do the loss's learned values by class, and the bank of last features.
+    `classifier.prototypes` becomes another tensor, which the optimizer knows. Learned scalars and tracked values stay; a queue of BroadFace
+    is among them, so new_labels, which would change the meaning of its labels, are refused.
 
-    new_labels    int64, label of each old class among the new ones. Without it the new classes stand behind the old ones.
+    new_labels    int64, the new label of each old class. By default the new classes follow the old ones.
     class_counts  int64 [num_classes], images of each identity, if the classifier has them
 
-    For the prototypes and each tensor with a row per class as many rounds of 1 all-to-all as `move_rows` says; at its peak memory holds
-    the old and the new copy of one of them.
-    """
-    old, new = classifier.shard, _shard(classifier, num_classes)
+    Communicates as `move_rows` for the prototypes and each tensor with a row per class; keeps an old and a new copy of one at a time."""
+    old, ranks = classifier.shard, collectives.world_size(classifier.group)
+    new = ClassShard.of_rank(num_classes, collectives.rank(classifier.group), ranks)
     _check_labels(new_labels, old.num_classes, num_classes)
     if classifier.current.draws:
         raise ValueError("a classifier grows between two steps: call the optimizer's step() and zero_grad() before")
@@ -75,7 +70,7 @@ def grow(
         return new_S
 
     def replaced(before: nn.Parameter, first_S: Tensor) -> nn.Parameter:
-        """What the optimizer has in its place from now on."""
+        """The parameter that takes the place of another, in the optimizer too."""
         after = nn.Parameter(moved(before.data, first_S.to(before)))
         if optimizer is not None:
             for group in optimizer.param_groups:
@@ -102,9 +97,8 @@ def grow(
 
 @torch.no_grad()
 def copy_prototypes(source: PartialFC, target: PartialFC, new_labels: np.ndarray) -> None:
-    """Prototype c of `source` becomes prototype new_labels[c] of `target`, on whichever ranks of their common group they are.
-
-    So the classifier of a merged set starts from those of its parts, where they share an identity from the one copied last:
+    """Prototype c of `source` becomes prototype new_labels[c] of `target`, whichever ranks of their common group own them. The classifier
+    of a merged set can thus start from those of its parts; where these share an identity, the last copy counts:
 
         names, maps = merge_identities([names_a, names_b])
         merged = PartialFC(len(names), ...)
@@ -118,16 +112,14 @@ def copy_prototypes(source: PartialFC, target: PartialFC, new_labels: np.ndarray
 
 
 def move_rows(old_S: Tensor, old: ClassShard, new_S: Tensor, new: ClassShard, new_labels: np.ndarray | None, group: Group) -> None:
-    """Writes row c of a matrix [old.num_classes, ...] into row new_labels[c] of one of [new.num_classes, ...], both sharded over `group`.
-
-    In rounds of at most BLOCK_ELEMENTS from each rank. A round is 1 all-to-all, in which each row travels once. Every rank knows
-    who sends what, so nothing else is exchanged."""
+    """Writes row c of a matrix [old.num_classes, ...] into row new_labels[c] of one of [new.num_classes, ...], both sharded over `group`,
+    in rounds of at most BLOCK_ELEMENTS from each rank: 1 all-to-all each, and each row travels once. Nothing else is exchanged."""
     ranks, rank = collectives.world_size(group), collectives.rank(group)
     rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(old_S.shape[1:])))
     rows_per_rank = ClassShard.of_rank(new.num_classes, 0, ranks).rows
 
     def parcel(sender: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row at the sender, new label, receiver) of all that a rank sends in the round from row `first` on, by receiver."""
+        """(row at the sender, new label, receiver) of all that a rank sends in the round that starts at row `first`, by receiver."""
         shard = ClassShard.of_rank(old.num_classes, sender, ranks)
         sent = np.arange(first, max(first, min(first + rows, shard.rows)))
         labels = sent + shard.first if new_labels is None else new_labels[sent + shard.first]
@@ -145,10 +137,6 @@ def move_rows(old_S: Tensor, old: ClassShard, new_S: Tensor, new: ClassShard, ne
             group,
         )
         new_S[torch.from_numpy(np.concatenate(arriving) - new.first).to(new_S.device)] = received.to(new_S.dtype)
-
-
-def _shard(classifier: PartialFC, num_classes: int) -> ClassShard:
-    return ClassShard.of_rank(num_classes, collectives.rank(classifier.group), collectives.world_size(classifier.group))
 
 
 def _check_labels(new_labels: np.ndarray | None, old_classes: int, new_classes: int) -> None:

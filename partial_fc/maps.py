@@ -1,8 +1,6 @@
 """Element-wise maps of non-target cosines, for losses that reweigh negatives. Each is a formula; its slope follows from autograd, or is
 taken as 1 (straight-through) where the loss's authors do so."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,19 +14,18 @@ def check_slope(slope: str) -> None:
 
 
 def sloped(mapped: Tensor, cosines: Tensor, slope: str) -> Tensor:
-    """A mapped cosine with its own slope ("exact"), or with the cosine's ("straight_through")."""
+    """A mapped cosine with its own slope ("exact") or that of the cosine ("straight_through")."""
     return mapped if slope == "exact" else cosines + (mapped - cosines).detach()
 
 
 @dataclass(frozen=True, eq=False)
 class Map:
     """cosines -> function(cosines, parameter). `function` maps [B, n] cosines with the rows' parameters [B, 1] (None if there are none),
-    element by element, in torch operations. `slope` is that of the function, or 1 with "straight_through".
+    element by element, in torch operations. `slope` is "exact" or "straight_through" (1).
 
-    in_place     (cosines, parameter, slope, spare), [B, n] but for the parameter: the same without new memory, which on a CPU takes longer
-                 than the arithmetic. It writes the function over the cosines, its slope into `slope`, and into `spare` what it likes
-    parameter_B  a number per row, without gradient
-    """
+    in_place     (cosines, parameter, slope, spare), [B, n] except the parameter: the same without new memory, which on a CPU takes longer
+                 than the arithmetic. It overwrites the cosines with the function, fills `slope`, and may use `spare`
+    parameter_B  a number per row, without gradient"""
 
     function: Callable[[Tensor, Tensor | None], Tensor]
     slope: str = "exact"
@@ -46,8 +43,7 @@ class Map:
     def with_slope(
         self, cosines_Bn: Tensor, wants_slope: bool = True, memory: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(mapped, slope) of a tile; None stands for a slope of 1, or perhaps for one that is not wanted. With memory for the slope and
-        what else it takes, both [B, n], it may overwrite the tile."""
+        """(mapped, slope) of a tile; a slope None is 1 or not wanted. With memory (slope, scratch) [B, n] it may overwrite the tile."""
         parameter_B1 = self.parameter()
         if self.in_place is not None and memory is not None and parameter_B1 is not None:
             self.in_place(cosines_Bn, parameter_B1, *memory)

@@ -1,7 +1,5 @@
-"""The B x B matrix of cosines between the samples of the global batch, reduced row by row like the one with prototypes: for losses on
-triplets and pairs. Rows are shared out over ranks, and computed in blocks that backward computes again."""
-
-from __future__ import annotations
+"""The B x B matrix of cosines between the samples of the global batch, reduced row by row like the one with prototypes, for losses on pairs
+and triplets. Rows are divided among ranks and computed in blocks, which backward recomputes."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,27 +11,26 @@ from partial_fc import collectives
 from partial_fc.collectives import Group
 from partial_fc.unit_rows import unit_rows
 
-BLOCK_BYTES = 16 << 20  # of one block of rows; a reduction makes a few of this size
+BLOCK_BYTES = 16 << 20  # of a block of rows; a reduction makes a few of this size
 
 Reduction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def hardest(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, Tensor]:
-    """(smallest cosine with another sample of the same identity, 2 if there is none; largest with another identity, -2 if none), [n]."""
+    """(smallest cosine with another sample of the identity, 2 if there is none; largest with another identity, -2 if none), [n] each."""
     return cosines_nB.masked_fill(~is_positive_nB, 2.0).amin(dim=1), cosines_nB.masked_fill(~is_negative_nB, -2.0).amax(dim=1)
 
 
 def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction = hardest, *, group: Group = None) -> tuple[Tensor, ...]:
-    """What `reduction` makes of every sample's cosines with all samples, [B] or [B, k] each, equal on every rank.
+    """The result of `reduction` on every sample's cosines with all samples, [B] or [B, k] each, equal on every rank.
 
     features_BD  global batch (the same rows on every rank), any norm; the gradient is this rank's part, as in similarity_statistics
     labels_B     int64 global class ids
-    reduction    maps (cosines [n, B], is_positive [n, B], is_negative [n, B]) of a block of n samples to float tensors [n] or [n, k], in
-                 torch operations, row by row; it is called again in backward. A sample is neither its own positive nor its negative
+    reduction    maps (cosines [n, B], is_positive [n, B], is_negative [n, B]) of a block of n samples to float tensors [n] or [n, k], row
+                 by row, in torch operations; backward calls it again. A sample is neither its own positive nor its own negative
 
     A rank computes B / N rows: 2 B^2 D / N operations, 6 more in backward. Communicates 1 all-gather of all results; backward 1
-    reduce-scatter of the same. Memory beyond inputs: a block of 16 MB, a few times.
-    """
+    reduce-scatter of the same. Memory beyond inputs: a few times a block of 16 MB."""
     units_BD, _ = unit_rows(features_BD)
     batch, ranks = len(labels_B), collectives.world_size(group)
     counts, parts = _rows(batch, units_BD.element_size(), group)
@@ -50,14 +47,14 @@ def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction 
     if ranks == 1:
         return tuple(columns)
     wide = [column[:, None] if column.dim() == 1 else column for column in columns]
-    # Every rank's loss sends all results the same gradient; of N such, the reduce-scatter's sum is N times one.
+    # Every rank's loss sends all results the same gradient, so the reduce-scatter sums N equal ones.
     packed_BK = collectives.gather_rows(torch.cat(wide, dim=1), group, 1 / ranks, counts)
     split = packed_BK.split([part.shape[1] for part in wide], dim=1)
     return tuple(part[:, 0] if column.dim() == 1 else part for part, column in zip(split, columns, strict=True))
 
 
 def _rows(batch: int, element_size: int, group: Group) -> tuple[list[int], list[tuple[int, int]]]:
-    """(rows of each rank, blocks of this rank's from start to stop). A rank without rows has an empty block, for the shapes."""
+    """(rows of each rank; start and stop of this rank's blocks). A rank without rows has an empty block, for the shapes."""
     share, rank = -(-batch // collectives.world_size(group)), collectives.rank(group)
     counts = [max(0, min(share, batch - other * share)) for other in range(collectives.world_size(group))]
     first, size = min(batch, rank * share), max(1, BLOCK_BYTES // max(1, batch * element_size))
@@ -66,21 +63,18 @@ def _rows(batch: int, element_size: int, group: Group) -> tuple[list[int], list[
 
 
 def later_rows(is_positive_nB: Tensor, is_negative_nB: Tensor) -> Tensor:
-    """bool [n, B], for a reduction that counts each pair once: whether the column's sample comes after the row's own."""
+    """bool [n, B]: whether the column's sample comes after the row's, for a reduction that counts each pair once."""
     own_n1 = (~(is_positive_nB | is_negative_nB)).byte().argmax(dim=1, keepdim=True)
     return torch.arange(is_positive_nB.shape[1], device=own_n1.device) > own_n1
 
 
 @torch.no_grad()
 def negative_quantiles(features_BD: Tensor, labels_B: Tensor, shares: Sequence[float], *, group: Group = None) -> Tensor:
-    """Quantiles [len(shares)], each share in [0, 1], of the cosines of all pairs of samples of different identities, each pair once;
-    between two cosines linear, as torch.quantile, which refuses more than 16 million numbers. 0 without such pairs. No gradient.
-
-    Exact, in the memory of one block, without waiting for the device: the order statistics are found digit by digit, 16 bits at a time,
-    each time by counting the pairs by their next digit. The counts are summed over ranks, so every rank finds the same.
-
-    A rank computes B^2 D / N products 2 times (float64: 4), as often communicates 1 all-reduce of 1 MB for each share.
-    """
+    """Quantiles [len(shares)], each share in [0, 1], of the cosines of all pairs of samples of different identities, each pair once; 0
+    without such pairs. No gradient. Linear between two cosines like torch.quantile, which takes at most 16 million numbers. Exact, in the
+    memory of one block, without waiting for the device: order statistics are found digit by digit, 16 bits at a time, by counting the pairs
+    by their next digit. Counts are summed over ranks, so every rank finds the same. A rank computes B^2 D / N products 2 times (float64: 4
+    times), each time with 1 all-reduce of 1 MB per share."""
     units_BD, batch = unit_rows(features_BD)[0], len(labels_B)
     sorted_B, place_B = labels_B.sort().values, torch.arange(batch, device=labels_B.device)
     of_identity_B = torch.searchsorted(sorted_B, labels_B, right=True) - torch.searchsorted(sorted_B, labels_B)
@@ -88,7 +82,7 @@ def negative_quantiles(features_BD: Tensor, labels_B: Tensor, shares: Sequence[f
     places = torch.stack([share * (pairs - 1).double() for share in shares])
     wanted_K = torch.cat([places.floor(), places.ceil()]).long().clamp_(min=0)  # among the pairs that begin with the digits found so far
     start_K = torch.full_like(wanted_K, -DIGITS // 2)  # the smallest number that does; all of them, as numbers have a sign
-    spare_B = DIGITS + place_B % DIGITS  # where others are counted; a single place would be a queue
+    spare_B = DIGITS + place_B % DIGITS  # where others are counted; in a single place the additions would queue up
     for shift in range(8 * units_BD.element_size() - 16, -1, -16):
         counts_KD = start_K.new_zeros(len(start_K), 2 * DIGITS)
         for start, stop in _rows(batch, 8, group)[1]:
@@ -116,6 +110,6 @@ def _integers(x: Tensor) -> torch.dtype:
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """The bits of floats as integers of the same order. Of the bits of such integers, the bits of the floats."""
+    """The bits of floats as integers in the same order. Applied to such integers, it gives the bits of the floats."""
     bits = x.view(_integers(x))
     return bits ^ ((bits >> (8 * x.element_size() - 1)) & torch.iinfo(bits.dtype).max)

@@ -1,6 +1,4 @@
-"""Which samples of a batch share an identity, and which of them are this rank's columns where samples stand in for prototypes."""
-
-from __future__ import annotations
+"""Which samples of a batch share an identity, and which of them are this rank's columns if samples stand in for prototypes."""
 
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ from partial_fc.collectives import Group
 
 
 class Positives(NamedTuple):
-    """For each sample of a batch:"""
+    """For each sample of a batch, the samples of its identity."""
 
     first_B: Tensor  # int64: the first sample of its identity, by place in the batch
     is_first_B: Tensor  # bool
@@ -37,6 +35,6 @@ def share_of(batch: int, group: Group) -> slice:
 
 
 def within(places_B: Tensor, mine: slice, is_wanted_B: Tensor | None = None) -> Tensor:
-    """Places of samples within a slice of the batch; -1 for those outside it, or not wanted."""
+    """Places of samples within a slice of the batch; -1 for those outside it or not wanted."""
     is_here_B = (places_B >= mine.start) & (places_B < mine.stop)
     return (places_B - mine.start).where(is_here_B if is_wanted_B is None else is_here_B & is_wanted_B, -1)

@@ -1,7 +1,5 @@
-"""Where the prototypes of one step come from, chunk by chunk, and where their gradient goes: all rows of a matrix, sampled rows, rows
-mixed with a bank, rows of two sources; into a gradient or straight into an optimizer."""
-
-from __future__ import annotations
+"""Where the prototypes of a step come from, chunk by chunk, and where their gradient goes: all rows of a matrix, sampled rows, rows mixed
+with a bank, rows of two sources; into a gradient or directly into an optimizer."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -17,12 +15,10 @@ class Collector(Protocol):
     """Takes the gradient of one backward pass."""
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
-        """The gradient of these rows, once for every row of the source, ascending. The tensor is reused afterwards: copy it."""
-        ...
+        """Takes the gradient of these rows, once for every row of the source, ascending. The tensor is reused afterwards: copy it."""
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of the source's `tensors`, in their order; None where there is nothing for autograd to add."""
-        ...
+        """Gradients of the source's `tensors`, in their order; None where autograd has nothing to add."""
 
 
 class PrototypeSource(Protocol):
@@ -32,13 +28,11 @@ class PrototypeSource(Protocol):
     is_consumed: bool  # whether backward moves the prototypes, so that they serve once
 
     def load(self, rows: slice | Tensor) -> Tensor:
-        """Prototypes [n, D] of these rows, of any norm; of a slice valid until the next slice is loaded. Not written to."""
-        ...
+        """Prototypes [n, D] of these rows, any norm. Do not write to them. Those of a slice are valid until the next slice is loaded."""
 
     def room(self) -> Tensor | None:
-        """New memory [rows, width] for the gradient of one backward pass, to pass to `collect`; None where no such memory is needed.
-        Until the gradient of a row is stored there, others may use it, and compute that gradient there."""
-        ...
+        """New memory [rows, width] for the gradient of one backward pass, to pass to `collect`; None if no such memory is needed. Until the
+        gradient of a row is stored there, others may use it, and may compute that gradient in it."""
 
     def collect(self, room: Tensor | None = None) -> Collector: ...
 
@@ -52,7 +46,7 @@ class Consumer(Protocol):
 
 
 class AllRows:
-    """All rows of a matrix [S, D]. Its gradient is dense."""
+    """All rows of a matrix [S, D], with a dense gradient."""
 
     def __init__(self, prototypes_SD: Tensor, consumer: Consumer | None = None, pool: BufferPool | None = None) -> None:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
@@ -72,7 +66,7 @@ class AllRows:
 
 
 class SampledRows:
-    """Rows `rows_K` of a matrix [S, D], distinct. Its gradient is a sparse tensor of these rows. `is_real_K` is False for padding."""
+    """Distinct rows `rows_K` of a matrix [S, D], with a sparse gradient of these rows. `is_real_K` is False for padding."""
 
     def __init__(
         self, prototypes_SD: Tensor, rows_K: Tensor, is_real_K: Tensor, consumer: Consumer | None = None, pool: BufferPool | None = None
@@ -115,11 +109,11 @@ class FrozenRows:
         return None
 
     def collect(self, room: Tensor | None = None) -> Collector:
-        raise AssertionError("nobody asks for the gradient of what has none")
+        raise AssertionError("frozen rows have no gradient")
 
 
 class ConcatenatedRows:
-    """The rows of one source, and behind them those of another."""
+    """The rows of one source, followed by those of another."""
 
     def __init__(self, first: PrototypeSource, second: PrototypeSource) -> None:
         self.first, self.second, self.pool, self.is_consumed = first, second, first.pool, first.is_consumed
@@ -153,8 +147,8 @@ class ConcatenatedRows:
 
 
 class MixedRows:
-    """(1 - share) w / |w| + share f: prototypes w of another source, with rows f of a bank, of which nothing flows back. Where the share is
-    1, nothing flows to w either. rows_n: the row of the bank of each prototype; None where they are all, in order."""
+    """(1 - share) w / |w| + share f: prototypes w of another source mixed with rows f of a bank, which has no gradient; w has none either
+    where the share is 1. rows_n: the row of the bank of each prototype; None if they are all rows, in order."""
 
     def __init__(self, prototypes: PrototypeSource, bank_SD: Tensor, rows_n: Tensor | None, share_n: Tensor) -> None:
         self.prototypes, self.bank_SD, self.rows_n = prototypes, bank_SD, rows_n
@@ -185,19 +179,19 @@ def _empty(source: AllRows | SampledRows, shape: tuple[int, int]) -> Tensor:
 
 
 def _widened(prototypes_nD: Tensor) -> Tensor:
-    """Stored in bfloat16 or not, prototypes are normalised in float32."""
+    """Prototypes stored in bfloat16 are normalised in float32."""
     return prototypes_nD.float() if prototypes_nD.dtype is torch.bfloat16 else prototypes_nD
 
 
 class _Stored:
-    """Keeps the gradient in `memory`; `finish` makes of it what autograd gets."""
+    """Keeps the gradient in `memory`; `finish` turns it into what autograd gets."""
 
     def __init__(self, memory_nD: Tensor, finish: Callable[[Tensor], Tensor]) -> None:
         self.memory_nD, self.finish = memory_nD, finish
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
         place_nD = self.memory_nD[rows]
-        if gradient_nD.data_ptr() != place_nD.data_ptr():  # else it was computed there
+        if gradient_nD.data_ptr() != place_nD.data_ptr():  # otherwise it was computed there
             place_nD.copy_(gradient_nD)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
@@ -210,10 +204,8 @@ class _Consumed:
         consumer.begin_update()
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
-        if self.rows_K is None or self.is_real_K is None:
-            self.consumer.consume(rows, gradient_nD, None)
-        else:
-            self.consumer.consume(self.rows_K[rows], gradient_nD, self.is_real_K[rows])
+        is_real_n = None if self.is_real_K is None else self.is_real_K[rows]
+        self.consumer.consume(rows if self.rows_K is None else self.rows_K[rows], gradient_nD, is_real_n)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (None,)

@@ -1,6 +1,4 @@
-"""Old names of modules and of what was in them. Whoever still uses one is told the new one."""
-
-from __future__ import annotations
+"""Old names of modules and their contents: using one raises an error that gives the new name."""
 
 import sys
 from collections.abc import Mapping
@@ -30,7 +28,7 @@ sys.meta_path.append(_Finder())  # the last one is asked only for modules that d
 
 
 def refuse(owner: str, name: str, renamed: Mapping[str, str], error: type[Exception] = ImportError) -> NoReturn:
-    """What the `__getattr__` of a module ends with, or with AttributeError of a class. An ImportError passes through `from ... import`."""
+    """The end of the `__getattr__` of a module, or with AttributeError of a class. An ImportError passes through `from ... import`."""
     if name in renamed:
         raise error(f"{owner}.{name} is now {renamed[name]}")
     raise AttributeError(f"{owner} has no attribute {name!r}")

@@ -1,7 +1,5 @@
-"""Partial-FC: the classes of one step, all positives and a random share of the others (An et al., CVPR 2022). Decided class by class
-with counter-based random numbers keyed (seed, step, class id), so that the sample does not depend on the number of ranks."""
-
-from __future__ import annotations
+"""Partial-FC: the classes of one step, all positives and a random share of the others (An et al., CVPR 2022). Each class is decided by
+counter-based random numbers keyed (seed, step, class id), so the sample does not depend on the number of ranks."""
 
 import math
 from typing import NamedTuple
@@ -19,37 +17,29 @@ GOLDEN, FIRST, SECOND = (int(np.int64(np.uint64(x))) for x in (0x9E3779B97F4A7C1
 class ClassSample(NamedTuple):
     """This rank's classes of one step, packed into a fixed number K of columns, so that no step waits for a count from the device."""
 
-    rows_K: Tensor  # int64, distinct rows of the shard; the first ones are the sample, ascending, the rest is padding
+    rows_K: Tensor  # int64, distinct rows of the shard: first the sample, ascending, then padding
     is_real_K: Tensor  # bool: sampled, not padding
-    is_certain_K: Tensor  # bool: class of a label, or always in for another reason; the others are in by chance
-    column_S: Tensor  # int64: column of each row of the shard, -1 for what is not in the sample
+    is_certain_K: Tensor  # bool: class of a label, or always sampled for another reason; the others by chance
+    column_S: Tensor  # int64: column of each row of the shard, -1 if not in the sample
 
 
 def capacity(rows: int, rate: float, certain: int) -> int:
-    """Columns that hold every sample: mean number of chance's choices + six standard deviations + as many certain ones as there can be."""
+    """Columns for every sample: the mean number drawn by chance + six standard deviations + as many certain ones as there can be."""
     return min(rows, math.ceil(rows * rate + 6 * math.sqrt(rows * rate * (1 - rate))) + min(certain, rows))
 
 
 def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int) -> ClassSample:
-    """The sample of `step`: every class of `certain_n` (global ids, repeated or not: the labels; other ranks' classes and -1 are ignored),
-    and each other class with probability `rate`.
-
-    Should more classes be drawn than `capacity` holds (probability 1e-9), the last ones by class id are left out, certain ones never.
-    """
+    """The sample of `step`: every class of `certain_n` (global ids, repeated or not; other ranks' classes and -1 are ignored), and each
+    other class with probability `rate`. Beyond `capacity` (probability 1e-9) the last ones by class id are left out, never certain ones."""
     ids_S = torch.arange(shard.first, shard.first + shard.rows, device=certain_n.device)
-    wanted_n = certain_n - shard.first
-    is_here_n = (wanted_n >= 0) & (wanted_n < shard.rows)
-    # One row more takes the classes of other ranks, which would otherwise have to be picked out.
-    is_certain_S = torch.zeros(shard.rows + 1, dtype=torch.bool, device=certain_n.device)
-    is_certain_S[torch.where(is_here_n, wanted_n, shard.rows)] = True
-    is_certain_S = is_certain_S[:-1]
+    is_certain_S = shard.mask_of(certain_n)
     is_wanted_S = is_certain_S | (uniform(ids_S, seed, step) < rate)
 
     size = capacity(shard.rows, rate, len(certain_n))
     room = size - is_certain_S.sum()  # for the others
     by_chance_S = is_wanted_S & ~is_certain_S
     is_wanted_S = is_certain_S | (by_chance_S & (by_chance_S.cumsum(0) <= room))
-    # Sampled rows go to the front and the others behind them, both in order; what lies within the first K columns is kept.
+    # Sampled rows come first, then the others, both in order; the first K columns are kept.
     wanted_S, row_S = is_wanted_S.cumsum(0), ids_S - shard.first
     place_S = torch.where(is_wanted_S, wanted_S - 1, row_S - wanted_S + is_wanted_S.sum())
     rows = torch.empty_like(place_S)
@@ -59,8 +49,8 @@ def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int
 
 
 def uniform(ids: Tensor, seed: int, step: int, *stream: int) -> Tensor:
-    """Numbers in [0, 1), float64, a function of (seed, step, id) alone: splitmix64's finalizer over id, with a key from seed and step.
-    `stream`, a number, keeps different uses apart."""
+    """Numbers in [0, 1), float64, that depend only on (seed, step, id): splitmix64's finalizer over id, with a key from seed and step. The
+    number `stream` separates different uses."""
     x = mix_(ids * GOLDEN + key_of((seed, step, *stream)))
     return (x >> 11).bitwise_and_((1 << 53) - 1).double() * 2.0**-53
 
@@ -73,7 +63,7 @@ def key_of(numbers: tuple[int, ...]) -> int:
 def mix_(x: Tensor) -> Tensor:
     """splitmix64's finalizer, in place."""
     for bits, factor in ((30, FIRST), (27, SECOND), (31, 1)):
-        # The mask makes the shift a logical one; int64's own repeats the sign.
+        # The mask makes the shift logical; that of int64 repeats the sign.
         x.bitwise_xor_((x >> bits).bitwise_and_((1 << (64 - bits)) - 1))
         if factor != 1:
             x.mul_(factor)

@@ -1,4 +1,4 @@
-"""Which classes a rank owns, and the first values of their prototypes; both a function of the global class id alone."""
+"""Which classes a rank owns, and the initial values of their prototypes; both depend only on the global class id."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-INIT_BLOCK = 1024  # classes drawn from one generator: large enough to be fast, small enough that a shard draws little it does not own
+INIT_BLOCK = 1024  # classes per generator: large enough to be fast, small enough that a shard draws little that it does not own
 
 
 @dataclass(frozen=True)
 class ClassShard:
-    """The classes [first, first + rows) of `num_classes`, owned by one rank.
-
-    The split is torch.chunk's (ceil division; the last ranks may be short or empty, so there may be more ranks than classes), which
-    torch.distributed.checkpoint requires of a row-sharded matrix: any other split loses rows silently at load.
-    """
+    """The classes [first, first + rows) of `num_classes`, owned by one rank. The split is that of torch.chunk (ceil division; the last
+    ranks may be short or empty, so there may be more ranks than classes). torch.distributed.checkpoint requires it of a row-sharded matrix:
+    with any other split it silently loses rows at load."""
 
     num_classes: int
     first: int
@@ -32,16 +30,20 @@ class ClassShard:
         return cls(num_classes, first, min(per_rank, num_classes - first))
 
     def rows_of(self, labels_n: Tensor) -> Tensor:
-        """int64 [n]: the row of each class in this shard, -1 for those of other ranks."""
+        """int64 [n]: the row of each class in this shard, -1 for classes of other ranks."""
         rows_n = labels_n - self.first
         return rows_n.where((rows_n >= 0) & (rows_n < self.rows), -1)
 
+    def mask_of(self, labels_n: Tensor) -> Tensor:
+        """bool [rows]: the rows of this shard whose class is among the labels; classes of other ranks and -1 are ignored."""
+        is_among = torch.zeros(self.rows + 1, dtype=torch.bool, device=labels_n.device)  # the last one takes what is not here:
+        is_among[self.rows_of(labels_n)] = True  # selecting the others would make the host wait for the device
+        return is_among[:-1]
+
 
 def initial_prototypes(shard: ClassShard, width: int, seed: int, std: float = 0.01) -> Tensor:
-    """Normal prototypes [rows, width] (float32, CPU) of one shard, the same for a class however the classes are shared out.
-
-    std 0.01 is the field's (arcface_torch). Classes are drawn in blocks of 1024, each from its own generator keyed (seed, block).
-    """
+    """Normal prototypes [rows, width] (float32, CPU) of one shard, equal for a class however the classes are sharded. std 0.01 is usual in
+    the field (arcface_torch). Classes are drawn in blocks of 1024, each from its own generator keyed (seed, block)."""
     prototypes_SD = torch.empty(shard.rows, width)
     for block in range(shard.first // INIT_BLOCK, -(-(shard.first + shard.rows) // INIT_BLOCK)):
         key = int(np.random.SeedSequence((seed, block)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,7 +1,5 @@
-"""The one primitive: the B x C matrix of cosines, reduced to the few numbers per row that a loss needs, without ever storing it.
-Class shards over ranks, exact gradients; a loss is a few lines on the vectors that come out."""
-
-from __future__ import annotations
+"""The primitive: the B x C matrix of cosines, reduced to the few numbers per row that a loss needs, without ever storing it. Classes are
+sharded over ranks and gradients exact; a loss is a few lines on the resulting vectors."""
 
 from typing import Any, NamedTuple
 
@@ -45,20 +43,18 @@ def similarity_statistics(
 ) -> Statistics:
     """Target cosine and non-target statistic of every sample of the global batch against the columns of all ranks.
 
-    features_BD  global batch (the same rows on every rank), any norm; the gradient is this rank's part of the sum over columns.
-                 A row without direction (norm 0) has cosines 0 and no gradient; a column likewise
-    columns      this rank's prototypes or samples, with targets and masks: `of_classes(prototypes_SD, labels_B)` and others of columns.py
+    features_BD  global batch (the same rows on every rank), any norm; the gradient is this rank's part of the sum over columns. A row or
+                 column without a direction (norm 0) has cosines 0 and no gradient
+    columns      this rank's prototypes or samples, with targets and masks: `of_classes(prototypes_SD, labels_B)` and others in columns.py
     statistic    of the logits z_ij = s_i cos_ij + bias_j over the non-targets j of row i: LogSumExp(), SoftplusSum(threshold) or TopK(k)
     scale        s, a number, or a vector [B] with gradient (feature norms)
     map          replaces non-target cosines element by element (partial_fc.maps)
     dtype        of the products with columns: "float32" (float64 for float64 features), or "bfloat16" with sums in float32 and target
                  entries from float32 rows
-    kernel       "auto" (triton for bfloat16 on a GPU, else chunked); "chunked"; "triton" (GPU; no map); "reference" (stores B x n; the
-                 float64 oracle)
+    kernel       "auto" (triton for bfloat16 on a GPU, otherwise chunked), "chunked", "triton" (GPU; no map), "reference" (B x n; oracle)
 
-    Communicates 1 packed all-reduce of 2 B floats, or what the statistic says. Memory beyond inputs and gradients: one tile of B x chunk
-    (8 MB) and chunks of columns. On a CPU forward takes the memory of the columns' gradient already, for the weight cache.
-    """
+    Communicates 1 packed all-reduce of 2 B floats, or what the statistic says. Memory beyond inputs and gradients: one tile of B x chunk (8
+    MB) and chunks of columns. On a CPU forward already takes the memory of the columns' gradient, for the weight cache."""
     if not isinstance(columns, Columns):
         raise TypeError("similarity_statistics takes columns where it took prototypes and labels: of_classes(prototypes_SD, labels_B)")
     if features_BD.shape[1] != columns.source.shape[1]:
@@ -69,13 +65,12 @@ def similarity_statistics(
         raise ValueError(f"{type(statistic).__name__} takes no map: it returns cosines as they are")
     features_BD, norms_B = unit_rows(features_BD)
     columns = statistic.biased(columns, group)
-    by_row = isinstance(scale, Tensor)
     bound = float("inf") if isinstance(scale, Tensor) else abs(scale) * (map.bound if map is not None else 1.0)
     is_bounded = columns.normalize and bound <= LARGEST_UNSHIFTED and (columns.bias_n is None or columns.bias_is_bounded)
     scale_B1 = scale[:, None] if isinstance(scale, Tensor) else features_BD.new_full((len(features_BD), 1), scale)
-    is_scaled_later = map is not None or not statistic.takes_map  # a map is scaled after it, and cosines as they are not at all
+    is_scaled_later = map is not None or not statistic.takes_map  # mapped cosines are scaled after the map, those of TopK not at all
     problem = Problem(
-        queries_BD=features_BD if is_scaled_later else features_BD * (scale_B1 if by_row else scale),
+        queries_BD=features_BD if is_scaled_later else features_BD * (scale_B1 if isinstance(scale, Tensor) else scale),
         columns=columns,
         statistic=statistic,
         shifts=statistic.may_shift and not is_bounded,
@@ -84,14 +79,14 @@ def similarity_statistics(
         dtype=features_BD.dtype if dtype == "float32" else DTYPES[dtype],
     )
     target_B, non_target_B, *classes_Bk = statistic.evaluate(problem, _choose(kernel, problem), group)
-    # The rest depends on the rows alone, not on this rank's columns.
+    # From here on all depends on the rows alone, not on this rank's columns.
     if not is_scaled_later:
         target_B = target_B / (collectives.divide_gradient(scale, group) if isinstance(scale, Tensor) else scale)
     return Statistics(target_B, non_target_B, collectives.divide_gradient(norms_B, group), *classes_Bk)
 
 
 def _choose(kernel: str, problem: Problem) -> Kernel:
-    """Of its own accord "triton" for bfloat16 on a GPU, where it can; the products of float32 are faster in cuBLAS."""
+    """The kernel; "auto" is triton for bfloat16 on a GPU, where it can, since float32 products are faster in cuBLAS."""
     if kernel == "auto":
         is_faster = problem.queries_BD.is_cuda and problem.dtype is torch.bfloat16
         return triton_kernel if is_faster and triton_kernel.refusal(problem) is None else chunked
@@ -104,11 +99,8 @@ def _choose(kernel: str, problem: Problem) -> Kernel:
 
 @torch.no_grad()
 def nearest_classes(shard: ClassShard, prototypes: PrototypeSource, labels_B: Tensor, k: int, **options: Any) -> Tensor:
-    """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few.
-
-    options  dtype, kernel and group of similarity_statistics
-
-    2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) B."""
+    """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few. Options: dtype, kernel and group
+    of similarity_statistics. 2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) B."""
     own_BD = torch.zeros(len(labels_B), prototypes.shape[1], device=labels_B.device)
     if shard.rows:
         rows_B = shard.rows_of(labels_B)

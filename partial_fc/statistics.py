@@ -1,7 +1,5 @@
-"""Statistics of a row of the similarity matrix: what they sum, how they are merged over ranks, and their gradient. A new one is a class
-here, and the name of its terms in kernels/triton_programs.py."""
-
-from __future__ import annotations
+"""Statistics of a row of the similarity matrix: what they sum, how ranks are merged, and their gradient. A new one is a class here, and the
+name of its terms in kernels/triton_programs.py."""
 
 import math
 from dataclasses import dataclass
@@ -48,9 +46,8 @@ class Statistic(Terms):
 
 
 class LogSumExp(Statistic):
-    """log sum_j exp(z_ij) over the non-targets j of row i; -inf where there is none. The gradient is dense.
-
-    If logits may exceed 64, float32 needs the row's largest one: 1 all-gather of 3 B floats in place of the all-reduce."""
+    """log sum_j exp(z_ij) over the non-targets j of row i; -inf if there are none. The gradient is dense. If logits may exceed 64, float32
+    needs the largest one of each row: 1 all-gather of 3 B floats in place of the all-reduce."""
 
     may_shift = True
     base = LOG2_E  # exponentials of tiles are powers of 2: on a CPU torch's exp2 is faster than its exp
@@ -66,8 +63,7 @@ class LogSumExp(Statistic):
     def term(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         return torch.exp(z - shift)
 
-    def weight(self, z_B: Tensor, shift_B: Tensor | float = 0.0) -> Tensor:
-        return torch.exp(z_B - shift_B)
+    weight = term
 
     def row_factors(self, slope_B: Tensor, value_B: Tensor, shifts: bool, rounds: bool) -> tuple[Tensor, Tensor | None]:
         # A row without non-targets has the statistic -inf and no gradient, rather than exp(inf) x 0.
@@ -91,10 +87,8 @@ LOG_SUM_EXP = LogSumExp()
 
 @dataclass(frozen=True, eq=False)
 class SoftplusSum(Statistic):
-    """sum_j log(1 + exp(z_ij - threshold)) over the non-targets j of row i. The gradient is dense.
-
-    threshold  scalar, complete on every rank, with gradient: backward then 1 all-reduce of a scalar
-    """
+    """sum_j log(1 + exp(z_ij - threshold)) over the non-targets j of row i. The gradient is dense. `threshold` is a scalar with gradient,
+    complete on every rank; backward then adds 1 all-reduce of a scalar."""
 
     threshold: Tensor | None = None
     program = "softplus"
@@ -113,14 +107,14 @@ class SoftplusSum(Statistic):
     def term(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         return softplus(z)
 
-    def weight(self, z_B: Tensor, shift_B: Tensor | float = 0.0) -> Tensor:
-        return z_B.sigmoid()
+    def weight(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        return z.sigmoid()
 
 
 @dataclass(frozen=True)
 class TopK(Statistic):
-    """The k largest non-target cosines of row i (bias and scale only rank them; -2 where there are fewer), with their classes (-1). The
-    gradient reaches these alone. Communicates 1 all-gather of (3 k + 1) B floats."""
+    """The k largest non-target cosines of row i (bias and scale only rank them; -2 where there are fewer), with their classes (-1). Only
+    these have a gradient. Communicates 1 all-gather of (3 k + 1) B floats."""
 
     k: int = 1
     takes_map = False
@@ -140,7 +134,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Products here have the precision that was asked for, also inside a region of mixed precision."""
+    """Products have the requested precision, also inside a region of mixed precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -160,7 +154,7 @@ class _SumFunction(torch.autograd.Function):
         needed: NeededGradients,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        # Without their history: the arguments beside them are what autograd follows.
+        # Detached: autograd follows the arguments, not the problem.
         problem = problem._replace(
             queries_BD=queries_BD.detach(),
             columns=problem.columns._replace(bias_n=None if bias_n is None else bias_n.detach()),
@@ -170,7 +164,7 @@ class _SumFunction(torch.autograd.Function):
             shard = kernel.forward(problem, needed)
         target_B, value_B = statistic.merge(shard, problem.shifts, group)
         ctx.save_for_backward(*tensors)  # for torch to notice if they change before backward
-        # An output kept as it is would keep this node, and itself, alive.
+        # Detached: an output would keep this node, and so itself, alive.
         ctx.problem, ctx.kernel, ctx.result = problem, kernel, ForwardResult(value_B.detach(), shard.exact_columns_B, shard.cache)
         return target_B, value_B
 
@@ -202,7 +196,7 @@ class _TopFunction(torch.autograd.Function):
         cosines_Bk, ids_Bk = torch.zeros_like(ranking_Bk), torch.zeros_like(columns_Bk)
         if columns.size:
             ids_Bk = classes_n[columns_Bk]
-            for place in range(k):  # what ranked them may be rounded and holds the bias: the values come from float32 rows
+            for place in range(k):  # ranked by logits that may be rounded and biased; the values come from float32 rows
                 cosines_Bk[:, place] = ExactEntries.of(problem.queries_BD, columns, columns_Bk[:, place]).product_B
         bits = {4: torch.int32, 8: torch.int64}[ranking_Bk.element_size()]  # class ids travel as the bits of floats
         partials = torch.cat([target_B[:, None], ranking_Bk, cosines_Bk, ids_Bk.to(bits).view(ranking_Bk.dtype)], dim=1)
@@ -240,7 +234,7 @@ class _TopFunction(torch.autograd.Function):
 
 
 def _store_entries(source: PrototypeSource, columns_m: Tensor, gradient_mD: Tensor) -> tuple[Tensor | None, ...]:
-    """A gradient that is zero but for these columns, which may repeat; -1 stands for other ranks'."""
+    """A gradient that is zero except at these columns, which may repeat; -1 stands for other ranks' columns."""
     collector, (count, width) = source.collect(), source.shape
     size = max(1, TILE_BYTES // (4 * width))
     for first in range(0, count, size):

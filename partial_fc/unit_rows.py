@@ -1,7 +1,5 @@
 """Directions of rows: x / |x| and 1 / |x|, with one rule for rows too short to have a direction."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -32,5 +30,5 @@ class _UnitRows(torch.autograd.Function):
 
 
 def unit_rows(x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """(x / |x| [B, D], |x| [B]), with gradient; a row without direction gives zeros and has no gradient."""
+    """(x / |x| [B, D], |x| [B]), with gradient; a row without a direction gives zeros and has no gradient."""
     return _UnitRows.apply(x_BD)

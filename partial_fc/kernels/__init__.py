@@ -1,7 +1,5 @@
-"""Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x n matrix (`chunked`, `triton`).
-A kernel sees one rank's columns and never communicates."""
-
-from __future__ import annotations
+"""Kernels of the similarity primitive: one signature (`Kernel`), dense (`reference`) and without the B x n matrix (`chunked`, `triton`). A
+kernel sees one rank's columns and never communicates."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -20,38 +18,38 @@ class Terms:
     program = ""  # the name of f in triton_programs.py
 
     def terms_(self, tile_Bn: Tensor) -> Tensor:
-        """f of a tile of shifted logits times base, which it may overwrite."""
+        """f of a tile of shifted logits times base; may overwrite the tile."""
         raise NotImplementedError
 
     def weights_(self, tile_Bn: Tensor, terms_Bn: Tensor | None = None) -> Tensor:
-        """f' of the same tile, which it may overwrite. With `terms_Bn`, what `terms_` made of that tile."""
+        """f' of the same tile; may overwrite it. `terms_Bn` is the result of `terms_` on that tile, if known."""
         raise NotImplementedError
 
     def term(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         """f(z - shift) of logits, differentiable."""
         raise NotImplementedError
 
-    def weight(self, z_B: Tensor, shift_B: Tensor | float = 0.0) -> Tensor:
-        """f'(z - shift) of one logit per row. With the statistic of all ranks as shift, its derivative by the logit."""
+    def weight(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """f'(z - shift) of one logit per row. With the statistic of all ranks as shift, it is the statistic's derivative by the logit."""
         raise NotImplementedError
 
     def row_factors(self, slope_B: Tensor, value_B: Tensor, shifts: bool, rounds: bool) -> tuple[Tensor, Tensor | None]:
-        """(factor [B], shift [B, 1] times base or None): d loss / d z_ij = factor_i f'(z_ij - shift_i), from d loss / d statistic and the
-        statistic over all ranks. With `rounds` the shift is a number that leaves a tile of few digits its digits."""
+        """(factor [B], shift [B, 1] times base or None) with d loss / d z_ij = factor_i f'(z_ij - shift_i), from d loss / d statistic and
+        the statistic over all ranks. `rounds` asks for a shift that costs a low-precision tile no digits."""
         return slope_B, None
 
 
 class Problem(NamedTuple):
-    """B rows before the n columns of one rank. The logit of row i and column j is
+    """B rows against the n columns of one rank. The logit of row i and column j is
 
     z_ij = <query_i, unit_j> + bias_j                   unit_j = column_j / |column_j|, or column_j itself
-    z_ij = scale_i map(<query_i, unit_j>, parameter_i) + bias_j             under a map
+    z_ij = scale_i map(<query_i, unit_j>, parameter_i) + bias_j             with a map
     """
 
     queries_BD: Tensor  # scale x unit features; unit features under a map
     columns: Columns
     statistic: Terms
-    shifts: bool = False  # terms need their row's largest logit as shift; else |z_ij - bias_j| <= 64, for which float32 needs none
+    shifts: bool = False  # terms need the row's largest logit as shift; otherwise |z_ij - bias_j| <= 64, and float32 needs none
     map: Map | None = None
     scale_B1: Tensor | None = None  # under a map
     dtype: torch.dtype = torch.float32  # of the operands of products with chunks of columns
@@ -62,9 +60,9 @@ class ShardStatistics(NamedTuple):
 
     target_B: Tensor  # <query_i, unit_target>; 0 where another rank owns the target
     sum_B: Tensor  # of the terms
-    shift_B: Tensor  # 0, or the largest non-target z_ij, about (-inf where there is none)
-    exact_columns_B: Tensor | None = None  # int64: a non-target of each row (or -1) that backward must compute by itself
-    cache: Any = None  # what backward may use, once, instead of computing it again; in the memory of the gradient
+    shift_B: Tensor  # 0, or about the largest non-target z_ij (-inf if there is none)
+    exact_columns_B: Tensor | None = None  # int64: a non-target of each row (or -1) that backward must compute separately
+    cache: Any = None  # what backward may use once instead of recomputing it; in the memory of the gradient
 
 
 class ForwardResult(NamedTuple):
@@ -76,7 +74,7 @@ class ForwardResult(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Derivatives of the loss by what `ShardStatistics` become once they are merged over all ranks."""
+    """Derivatives of the loss by the results of `ShardStatistics` merged over all ranks."""
 
     target_B: Tensor
     value_B: Tensor
@@ -90,7 +88,7 @@ class Gradients(NamedTuple):
 
 
 class NeededGradients(NamedTuple):
-    """Which gradients somebody asks for, or will; those of bias and scale are cheap and always computed."""
+    """Which gradients are or will be needed; those of bias and scale are cheap and always computed."""
 
     queries: bool = False
     source: bool = False
@@ -105,4 +103,3 @@ class Kernel(Protocol):
 
     def top(self, problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(target [B], the k largest non-target z_ij [B, k] descending, their columns int64 [B, k]); -inf and 0 where there are fewer."""
-        ...

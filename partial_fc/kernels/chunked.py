@@ -1,7 +1,4 @@
-"""The kernel that goes over the columns in chunks, on CPU and GPU: one B x chunk tile exists at a time. Backward computes the tile again,
-unless forward kept its weights."""
-
-from __future__ import annotations
+"""The kernel in chunks of columns, on CPU and GPU: one B x chunk tile at a time, which backward recomputes unless its weights were kept."""
 
 import torch
 from torch import Tensor
@@ -27,7 +24,7 @@ def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
         if problem.shifts:
             of_tile_B = tile.logits_Bn.amax(dim=1)
             if loop.is_rounded:
-                of_tile_B = of_tile_B.ceil()  # a whole number leaves the few digits of the tile to the logits
+                of_tile_B = of_tile_B.ceil()  # whole numbers cost the few digits of the tile nothing
             new_largest_B = torch.maximum(largest_B, of_tile_B)
             shift_B = new_largest_B.clamp(min=-1e30)  # -inf minus -inf would be NaN
             sum_B *= torch.exp2(largest_B - shift_B)
@@ -38,7 +35,7 @@ def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
             hardest_B = torch.maximum(hardest.logit_B, hardest_B)
             exact_columns_B = (hardest.place_B + chunk.span.start).where(is_larger_B, exact_columns_B)
         if shift_B is not None:
-            tile.logits_Bn.sub_(shift_B[:, None].to(tile.logits_Bn.dtype))  # a number of this type already
+            tile.logits_Bn.sub_(shift_B[:, None].to(tile.logits_Bn.dtype))  # exact in this dtype
         terms_Bn = statistic.terms_(tile.logits_Bn)
         sum_B += loop.row_sums(terms_Bn, chunk.span)
         if hardest is not None:
@@ -60,7 +57,7 @@ def backward(
     cache: CachingLoop | None = result.cache  # forward's loop, with its memory
     loop = loop_type(problem) if cache is None else cache
     row_factor_B, shift_B1 = statistic.row_factors(slopes.value_B, result.value_B, problem.shifts, loop.is_rounded)
-    # Entries computed exactly, from rows that are read before a collector can change them.
+    # Exact entries come from rows that are read before a collector can change them.
     targets = ExactEntries.of(queries_BD, columns, columns.targets_B)
     exact_BD, of_targets_BD = targets.gradients(queries_BD, slopes.target_B)
     exact = ExactGradients(columns.targets_B, of_targets_BD)

@@ -1,5 +1,4 @@
-"""Single entries of the similarity matrix, one per row, computed from float32 rows beside the tiles: targets, and where tiles are rounded,
-each row's largest non-target."""
+"""Single entries of the matrix, one per row, from float32 rows: targets and, with rounded tiles, the largest non-target of each row."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ class ExactEntries(NamedTuple):
     is_ours_B: Tensor
     columns_B: Tensor  # clamped into those of this rank
     units_BD: Tensor
-    inverse_B1: Tensor | None  # None where columns are not normalised
-    product_B: Tensor  # <query, unit column>; 0 where another rank has it
+    inverse_B1: Tensor | None  # None if columns are not normalised
+    product_B: Tensor  # <query, unit column>; 0 if another rank has it
 
     @classmethod
     def of(cls, queries_BD: Tensor, columns: Columns, columns_B: Tensor) -> ExactEntries:
@@ -43,7 +42,7 @@ class ExactEntries(NamedTuple):
 
 
 class ExactGradients(NamedTuple):
-    """Gradients [m, D] of columns that were computed by themselves, and these columns, which may repeat; -1 stands for other ranks'."""
+    """Gradients [m, D] of columns that were computed separately, and these columns, which may repeat; -1 stands for other ranks'."""
 
     columns_m: Tensor
     gradients_mD: Tensor
@@ -59,8 +58,8 @@ def entry_logits(problem: Problem, product_B: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def add_rows(sum_nD: Tensor, count: int, place_m: Tensor, rows_mD: Tensor) -> None:
-    """Adds each row at its place among the first `count`, which may repeat; rows with another place are left out. On a GPU one row more
-    takes those: picking them out would need the host to wait for the device."""
+    """Adds each row at its place among the first `count`; places may repeat, and rows with another place are left out. On a GPU one extra
+    row takes those, because selecting them would make the host wait for the device."""
     is_here_m = (place_m >= 0) & (place_m < count)
     if sum_nD.device.type == "cpu":
         sum_nD.index_add_(0, place_m[is_here_m], rows_mD[is_here_m].to(sum_nD.dtype))
@@ -69,7 +68,7 @@ def add_rows(sum_nD: Tensor, count: int, place_m: Tensor, rows_mD: Tensor) -> No
 
 
 def target_products(problem: Problem) -> Tensor:
-    """<query_i, unit_target> [B]; 0 where another rank has it."""
+    """<query_i, unit_target> [B]; 0 if another rank has it."""
     if not problem.columns.size:
         return torch.zeros_like(problem.queries_BD[:, 0])
     return ExactEntries.of(problem.queries_BD, problem.columns, problem.columns.targets_B).product_B

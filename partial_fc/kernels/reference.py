@@ -1,7 +1,5 @@
-"""The dense kernel: the B x n matrix in a few lines of torch, in the dtype of its inputs (float64 for the oracle).
-It says what the other kernels must compute; autograd derives its backward."""
-
-from __future__ import annotations
+"""The dense kernel: the B x n matrix in a few lines of torch, in the dtype of its inputs (float64 for the oracle). It defines what the
+other kernels must compute; autograd derives its backward."""
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from partial_fc.unit_rows import EPSILON
 
 
 def _logits(problem: Problem, columns_nD: Tensor) -> tuple[Tensor, Tensor]:
-    """(target [B], non-target logits [B, n] with -inf at what is no non-target)."""
+    """(target [B], non-target logits [B, n], -inf for columns that are not non-targets)."""
     columns = problem.columns
     if columns.normalize:
         norms_n1 = columns_nD.norm(dim=1, keepdim=True)
@@ -55,7 +53,7 @@ def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: Ne
             queries_BD=inputs["queries"], columns=columns._replace(bias_n=inputs.get("bias")), scale_B1=inputs.get("scale")
         )
         target_B, logits_Bn = _logits(problem, inputs["source"])
-        # The value is wrong, the gradient right: with the statistic held fixed, the slope of sum_j f(z_ij - statistic_i) is its weights.
+        # This value is wrong but its gradient right: with the statistic fixed, the slopes of sum_j f(z_ij - statistic_i) are the weights.
         is_there_B = torch.isfinite(result.value_B)
         terms_Bn = problem.statistic.term(logits_Bn, result.value_B.where(is_there_B, -1e30)[:, None])
         value = (slopes.target_B * target_B).sum() + (slopes.value_B.where(is_there_B, 0)[:, None] * terms_Bn).sum()

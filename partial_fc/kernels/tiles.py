@@ -1,7 +1,5 @@
 """The loop over the columns in chunks: memory, logits and weights of one B x chunk tile at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,12 +18,12 @@ class Chunk(NamedTuple):
 
     span: slice
     columns_nD: Tensor  # as loaded
-    inverse_n1: Tensor | None  # 1 / |w|, or 0 where w has no direction; None where columns are not normalised
+    inverse_n1: Tensor | None  # 1 / |w|, 0 if w has no direction; None if columns are not normalised
     units_nD: Tensor  # in the dtype of products
 
 
 class Tile(NamedTuple):
-    """Logits [B, n] of a chunk, -inf at what is no non-target; and under a map its values and slopes."""
+    """Logits [B, n] of a chunk, -inf for columns that are not non-targets; with a map its values and slopes."""
 
     logits_Bn: Tensor  # times the statistic's base
     mapped_Bn: Tensor | None = None
@@ -33,7 +31,7 @@ class Tile(NamedTuple):
 
 
 class Hardest(NamedTuple):
-    """The largest non-target of each row in a tile, from float32 rows; the tile has it masked."""
+    """The largest non-target of each row in a tile, from float32 rows; it is masked in the tile."""
 
     place_B: Tensor  # in the tile
     logit_B: Tensor
@@ -42,8 +40,8 @@ class Hardest(NamedTuple):
 
 
 class TileLoop:
-    """Goes over the chunks of a problem's columns and computes logits. Every chunk uses the memory of the one before it: new memory from
-    the system costs as much as a pass over it."""
+    """Goes over the chunks of a problem's columns and computes logits. Every chunk reuses the memory of the one before: new memory from the
+    system costs as much as a pass over it."""
 
     bias_in_operands = True
 
@@ -53,13 +51,13 @@ class TileLoop:
         chunks = max(1, -(-self.count // self.largest(max(batch, 1), width)))
         self.size = max(1, min(self.count, -(-self.count // chunks // 64) * 64))  # equal chunks: a short last one would waste cores
         self.is_rounded = problem.dtype.itemsize < problem.queries_BD.dtype.itemsize
-        self.exact_columns_B: Tensor | None = None  # in backward: non-targets that are masked too, because they are computed exactly
+        self.exact_columns_B: Tensor | None = None  # in backward: non-targets masked too, as they are computed exactly
         self.base = problem.statistic.base
         scaled_BD = problem.queries_BD * self.base if problem.map is None else problem.queries_BD
         self.queries_BD = scaled_BD.to(problem.dtype)
         self.allocate(batch, width)
         self.first_B = torch.arange(batch, device=scaled_BD.device)
-        # f(z + bias) = f(z) exp(bias): where exponentials are bounded the factor goes into the operands, and the tile is not touched.
+        # f(z + bias) = f(z) exp(bias): if exponentials are bounded, the factor goes into the operands and the tile stays as it is.
         bias_n, is_in_n = problem.columns.bias_n, problem.columns.mask.included_n
         in_operands = self.bias_in_operands and problem.statistic.is_exponential and not problem.shifts
         self.factor_n = bias_n.exp() if in_operands and bias_n is not None else None
@@ -72,8 +70,7 @@ class TileLoop:
             self.bias_n = self.bias_n if is_in_n is None else self.bias_n.where(is_in_n, -torch.inf)
 
     def largest(self, batch: int, width: int) -> int:
-        """Most columns of a chunk."""
-        # A map passes over several tiles in the precision of the inputs.
+        """Most columns of a chunk. A map passes over several tiles in the precision of the inputs."""
         share = 1 if self.problem.map is None or self.problem.queries_BD.is_cuda else 4
         return max(256, TILE_BYTES // (share * batch * self.problem.dtype.itemsize))
 
@@ -99,7 +96,7 @@ class TileLoop:
         inverse_n1 = inverse_norms(columns_nD) if self.problem.columns.normalize else None
         is_in_n = self.problem.columns.mask.included_n
         if inverse_n1 is not None and is_in_n is not None:
-            inverse_n1.masked_fill_(~is_in_n[span, None], 0)  # weighed by 0, but here without a product either
+            inverse_n1.masked_fill_(~is_in_n[span, None], 0)  # they weigh 0, and so need no product
         return Chunk(span, columns_nD, inverse_n1, _scaled(columns_nD, inverse_n1, units_nD))
 
     def tile_memory(self, span: slice) -> Tensor:
@@ -112,13 +109,13 @@ class TileLoop:
         logits_Bn = torch.mm(self.queries_BD, chunk.units_nD.T, out=self.tile_memory(chunk.span))
         mapped_Bn = slope_Bn = None
         if problem.map is not None and problem.scale_B1 is not None:
-            # In the precision of the inputs, lest what bfloat16 left of the product is rounded several times more.
+            # In the precision of the inputs, to avoid more roundings after the one of the product to bfloat16.
             cosines_Bn = self._wide_tile(batch, columns).copy_(logits_Bn) if self.is_rounded else logits_Bn
             spare = self._wide_tile(batch, columns, 1), self._wide_tile(batch, columns, 2)
             mapped_Bn, slope_Bn = problem.map.with_slope(cosines_Bn, wants_slope, spare)
             logits_Bn = torch.mul(mapped_Bn, problem.scale_B1 * self.base, out=spare[1])
         if self.bias_n is not None:
-            # In float32: rounded a second time, logits would lose what the subtraction of a threshold leaves.
+            # In float32, since a second rounding would lose what the subtraction of a threshold leaves.
             memory = logits_Bn if logits_Bn.dtype is self.bias_n.dtype else self._wide_tile(batch, columns)
             logits_Bn = torch.add(logits_Bn, self.bias_n[chunk.span], out=memory)
         self._mask(logits_Bn, chunk.span)
@@ -128,25 +125,24 @@ class TileLoop:
         return Tile(logits_Bn, mapped_Bn, slope_Bn)
 
     def _leave_out(self, logits_Bn: Tensor, is_out_n: Tensor) -> None:
-        """Lest a column that weighs nothing is a row's hardest. Most chunks of a sample have none, which a GPU's host would wait for."""
+        """Columns of weight 0 are never a row's hardest. Most chunks of a sample have none; a GPU's host would wait to know."""
         if is_out_n.device.type != "cpu" or is_out_n.numpy().any():
             logits_Bn.masked_fill_(is_out_n, -torch.inf)
 
     def _wide_tile(self, batch: int, columns: int, place: int = 0) -> Tensor:
-        """Memory in the precision of the inputs, other at another place."""
+        """Memory in the precision of the inputs; each place has its own."""
         if place not in self.wide_tiles:
             self.wide_tiles[place] = self.empty(self.wide.dtype, batch * self.size)
         return self.wide_tiles[place][: batch * columns].view(batch, columns)
 
     def weigh(self, chunk: Chunk, shift_B1: Tensor | None) -> tuple[Tensor, Tile]:
-        """Weights f'(z - shift) [B, n] of the products of backward, and the tile they came from. Factors of rows stay out of the tile, so
-        that the exponential is its only full pass."""
+        """(weights f'(z - shift) [B, n] of backward's products, their tile), without row factors: the exponential is the only full pass."""
         tile = self.tile_of(chunk, wants_slope=True)
         logits_Bn = tile.logits_Bn if shift_B1 is None else tile.logits_Bn.sub_(shift_B1)
         return self.problem.statistic.weights_(logits_Bn), tile
 
     def _mask(self, logits_Bn: Tensor, span: slice) -> None:
-        """Targets are masked before the exponential, never subtracted after it."""
+        """Masks targets before the exponential; they are never subtracted after it."""
         columns = self.problem.columns
         if columns.mask.labels is None:
             self.put(logits_Bn, columns.masked_columns() - span.start, -torch.inf)
@@ -157,16 +153,16 @@ class TileLoop:
             self.put(logits_Bn, self.exact_columns_B - span.start, -torch.inf)
 
     def put(self, tile_Bn: Tensor, place_B: Tensor, value: float | Tensor) -> None:
-        """Writes one entry of each row, where its place lies in the tile."""
+        """Writes one entry of each row whose place lies in the tile."""
         columns = tile_Bn.shape[1]
         is_here_B = (place_B >= 0) & (place_B < columns)
         flat_B = self.first_B * columns + place_B.clamp(0, columns - 1)
-        # The other rows rewrite an entry of theirs: picking them out would need the host to wait for the device.
+        # The other rows rewrite one of their entries, since selecting them would make the host wait for the device.
         old_B = tile_Bn.take(flat_B)
         tile_Bn.put_(flat_B, old_B.masked_fill_(is_here_B, value) if isinstance(value, float) else value.where(is_here_B, old_B))
 
     def take_hardest(self, chunk: Chunk, logits_Bn: Tensor) -> Hardest:
-        """The largest non-target of each row, which is then masked."""
+        """The largest non-target of each row, which this then masks."""
         largest_B, place_B = _largest(logits_Bn)
         self.put(logits_Bn, place_B, -torch.inf)
         columns_BD = chunk.columns_nD.index_select(0, place_B)
@@ -180,25 +176,24 @@ class TileLoop:
         return Hardest(place_B, logit_B, unbiased_B, slope_B)
 
     def operand(self, chunk: Chunk) -> Tensor:
-        """Unit columns [n, D] times exp(bias), where that is not in the logits."""
+        """Unit columns [n, D], times exp(bias) unless the logits contain it."""
         if self.factor_n is None:
             return chunk.units_nD
         assert chunk.inverse_n1 is not None
         return _scaled(chunk.columns_nD, chunk.inverse_n1 * self.factor_n[chunk.span, None], self.weighted_units[: len(chunk.units_nD)])
 
     def gradient_memory(self, span: slice) -> Tensor:
-        """Where the gradient of a chunk goes, and one row more."""
+        """Memory for the gradient of a chunk, and one row more."""
         return self.wide[: span.stop - span.start + 1]
 
     def column_gradient(self, chunk: Chunk, weights_Bn: Tensor, weighted_BD: Tensor, exact: ExactGradients) -> Tensor:
-        """[n, D], in the precision of the inputs: weights^T x weighted queries, through the norm, and what was computed exactly; valid
-        until the next chunk."""
+        """[n, D], wide, valid until the next chunk: weights^T x weighted queries through the norm, plus the exact gradients."""
         count = len(chunk.units_nD)
         grad_nD, spare_nD = self.wide[:count], self.spare[:count]
         multiply(weights_Bn.T, weighted_BD, grad_nD, self.weighted_units[:count])
         out_nD = self.gradient_memory(chunk.span)
         if chunk.inverse_n1 is not None:
-            # From the gradient of w / |w| to that of w: the part along w goes, the rest is divided by |w|.
+            # From the gradient of w / |w| to that of w: the part along w is removed, the rest divided by |w|.
             factor_n1 = chunk.inverse_n1 if self.factor_n is None else chunk.inverse_n1 * self.factor_n[chunk.span, None]
             along_n1 = torch.mul(grad_nD, chunk.columns_nD, out=spare_nD).sum(dim=1, keepdim=True)
             grad_nD.addcmul_(chunk.columns_nD, along_n1.mul_(chunk.inverse_n1.square()), value=-1)
@@ -211,7 +206,7 @@ class TileLoop:
     def row_sums(self, terms_Bn: Tensor, span: slice) -> Tensor:
         """[B], in the precision of the inputs."""
         wide = self.problem.queries_BD.dtype
-        if self.weights_n is None or (self.is_rounded and self.factor_n is None):  # what is left out is 0 already
+        if self.weights_n is None or (self.is_rounded and self.factor_n is None):  # excluded columns are 0 already
             return terms_Bn.sum(dim=1, dtype=wide)
         if terms_Bn.dtype is wide:
             return terms_Bn @ self.weights_n[span]
@@ -219,13 +214,13 @@ class TileLoop:
 
 
 def _scaled(x_nD: Tensor, factor_n1: Tensor | None, out_nD: Tensor) -> Tensor:
-    """x times factors of its rows, rounded to the memory `out`."""
+    """x times factors of its rows, rounded to the dtype of `out`."""
     return out_nD.copy_(x_nD) if factor_n1 is None else torch.mul(x_nD, factor_n1, out=out_nD)
 
 
 def _largest(x_Bn: Tensor) -> tuple[Tensor, Tensor]:
-    """(value [B], place [B]) of a large entry of each row: the largest, where that is positive. bfloat16 numbers above 0 are ordered
-    like their bits, and torch compares integers faster."""
+    """(value [B], place [B]) of a large entry of each row: the largest one, if that is positive. bfloat16 numbers above 0 are ordered like
+    their bits, and torch compares integers faster."""
     batch, columns = x_Bn.shape
     if x_Bn.dtype is not torch.bfloat16 or columns % 64:
         return x_Bn.max(dim=1)
@@ -239,6 +234,6 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, spare: Tensor | None = No
     """left @ right into `out`, which may be wider than they are; `spare` is memory in their dtype."""
     if left.dtype is out.dtype:
         return torch.mm(left, right, out=out)
-    if out.is_cuda and out.dtype is torch.float32:  # sums in float32 that are not rounded at the end: CPUs have no such product
+    if out.is_cuda and out.dtype is torch.float32:  # float32 sums, not rounded at the end: CPUs have no such product
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
     return out.copy_(torch.mm(left, right, out=spare))

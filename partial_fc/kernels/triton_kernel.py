@@ -1,7 +1,5 @@
-"""The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights that stays in the L2 cache and
-leaves its two products to cuBLAS. All else (targets, gradients of exact entries, collectors) is the chunked kernel's."""
-
-from __future__ import annotations
+"""The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights that stays in the L2 cache, and
+leaves its two products to cuBLAS. The rest (targets, gradients of exact entries, collectors) is shared with the chunked kernel."""
 
 import functools
 import importlib.util
@@ -16,14 +14,14 @@ from partial_fc.kernels import ForwardResult, Gradients, NeededGradients, Proble
 from partial_fc.kernels.exact_entries import ExactEntries, ExactGradients, target_products
 from partial_fc.kernels.tiles import Chunk, Tile, TileLoop, multiply
 
-UNITS_BYTES = 32 << 20  # of a chunk of unit columns, and
-WEIGHTS_BYTES = 24 << 20  # of a tile of weights: the product after them finds them in the 50 MB of L2 of an H100
-PARTIAL_BYTES = 32 << 20  # of sums per row and block of columns, before they are added up
+UNITS_BYTES = 32 << 20  # of a chunk of unit columns
+WEIGHTS_BYTES = 24 << 20  # of a tile of weights: with the units it stays in an H100's 50 MB of L2 until the next product
+PARTIAL_BYTES = 32 << 20  # of sums per row and block of columns, before they are added
 ROWS = 4  # columns per program where no product is involved
 
 
 class Blocks(NamedTuple):
-    """What one program multiplies, m rows and n columns in steps of k of the width, and how."""
+    """The m rows and n columns that one program multiplies, in steps of k of the width, and how."""
 
     m: int
     n: int
@@ -32,8 +30,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# The fastest is found by trying, once per kind of problem and process: two processes may add up in another order, and round differently.
-# In float32 there are no tensor cores, and accumulators compete with operands for registers.
+# The fastest is measured once per kind of problem and process, so two processes may add in another order and round differently.
+# float32 has no tensor cores, and its accumulators compete with operands for registers.
 ROUNDED = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 64, 8, 4), Blocks(64, 256, 64, 4, 3))
 EXACT = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
 INTERPRETED = (Blocks(16, 64, 16, 4, 1),)
@@ -41,7 +39,7 @@ _fastest: dict[tuple[object, ...], Blocks] = {}
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why this kernel cannot serve: the rest of a sentence that begins with its name. None if it can."""
+    """Why this kernel cannot serve, as the rest of a sentence that begins with its name; None if it can."""
     device = problem.queries_BD.device
     if not _is_installed():
         return "needs the package triton: pip install triton, or choose kernel 'chunked'"
@@ -68,15 +66,15 @@ def _is_interpreted() -> bool:
 
 
 def _programs() -> Any:
-    from partial_fc.kernels import triton_programs  # imports triton, which not every machine has
+    from partial_fc.kernels import triton_programs  # not every machine has triton
 
     return triton_programs
 
 
 class FusedForward(TileLoop):
-    """Chunks of unit columns, and programs that multiply all queries with one."""
+    """Chunks of unit columns, and programs that multiply all queries with one chunk."""
 
-    bias_in_operands = False  # logits in registers take it at no cost
+    bias_in_operands = False  # adding it to logits in registers costs nothing
 
     def __init__(self, problem: Problem) -> None:
         self.choice = INTERPRETED if _is_interpreted() else EXACT if problem.dtype is torch.float32 else ROUNDED
@@ -102,7 +100,7 @@ class FusedForward(TileLoop):
         program[(-(-count // rows),)](x_nD, *tensors, count, width, 1 << (width - 1).bit_length(), rows)
 
     def by_block(self, program: str, chunk: Chunk, *outputs: Tensor | int | None) -> int:
-        """Runs a program on all rows and a chunk of columns; the number of columns of its blocks."""
+        """Runs a program on all rows and a chunk of columns; returns the number of columns per block."""
         problem, batch, (columns, width) = self.problem, len(self.queries_BD), chunk.units_nD.shape
         labels = problem.columns.mask.labels
         labels_B, labels_n = (None, None) if labels is None else (labels[0], labels[1][chunk.span])
@@ -124,7 +122,7 @@ class FusedForward(TileLoop):
 
 
 def _milliseconds(run: Callable[[Blocks], None], blocks: Blocks) -> float:
-    """Of 5 runs after one that compiles; infinite for blocks that the device has no memory for."""
+    """Time of 5 runs after one that compiles; infinite if the device lacks the memory for such blocks."""
     from triton import OutOfResources
 
     try:
@@ -141,7 +139,7 @@ def _milliseconds(run: Callable[[Blocks], None], blocks: Blocks) -> float:
 
 
 class Total(NamedTuple):
-    """Over some columns of this rank, by row."""
+    """By row, over some columns of this rank."""
 
     sum_B: Tensor  # of terms, of logits less the largest one where they are shifted
     largest_B: Tensor  # logit times base; -inf where there is no non-target
@@ -164,7 +162,7 @@ def _total(loop: FusedForward) -> Total:
 
 
 def _added(total: Total, blocks: Total, shifts: bool) -> Total:
-    """A total and the sums of blocks, each [blocks, B], in their order."""
+    """A total plus the sums of blocks, [blocks, B] each, in their order."""
     largest_B, block_B = blocks.largest_B.max(dim=0)
     columns_B = blocks.columns_B.gather(0, block_B[None])[0].where(largest_B > total.largest_B, total.columns_B)
     largest_B = torch.maximum(largest_B, total.largest_B)
@@ -184,7 +182,7 @@ def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
         total = _total(loop)
     has_others_B = total.largest_B > -torch.inf
     exact_columns_B = total.columns_B.to(torch.int64).where(has_others_B, -1)
-    # The largest logit counts most: instead of the one in the sum, the one that float32 rows give. Near enough to be subtracted.
+    # The largest logit counts most, so the one from float32 rows replaces the one in the sum, which is close enough to be subtracted.
     exact = ExactEntries.of(problem.queries_BD, columns, exact_columns_B)
     exact_B = exact.product_B if columns.bias_n is None else exact.product_B + columns.bias_n[exact.columns_B]
     exact_B = exact_B.where(has_others_B, -torch.inf)
@@ -214,7 +212,7 @@ class FusedBackward(FusedForward):
 
     def column_gradient(self, chunk: Chunk, weights_Bn: Tensor, weighted_BD: Tensor, exact: ExactGradients) -> Tensor:
         if self.ordered is None:
-            # By column, so that the program of a column finds its rows and adds them one after the other, in the same order every time.
+            # Sorted by column, so that the program of a column finds its rows and always adds them in the same order.
             columns_m, order_m = exact.columns_m.clamp(-1, self.count).to(torch.int32).sort(stable=True)
             every = torch.arange(self.count + 1, device=columns_m.device, dtype=torch.int32)
             self.ordered = torch.searchsorted(columns_m, every, out_int32=True), exact.gradients_mD[order_m]

@@ -1,5 +1,5 @@
-"""The programs that triton_kernel.py runs: a product with unit columns whose logits stay in registers.
-Imports triton, which a machine without a GPU need not have. Tensors are contiguous; offsets of elements are int64."""
+"""The programs that triton_kernel.py runs: a product with unit columns whose logits stay in registers. Needs triton, which a machine
+without a GPU may lack. Tensors are contiguous; offsets of elements are int64."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _block(batch, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _local(place, first, columns):
-    """Column in this chunk, or -1: comparing 32 bits with every entry costs half of 64."""
+    """Column in this chunk, or -1: comparing 32 bits with every entry costs half as much as 64."""
     local = place - first
     return tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
 
@@ -71,7 +71,7 @@ def _logits(
     queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BLOCK_M, BLOCK_N] of these rows and columns in float32, -inf where there are no non-targets."""
+    """Logits [BLOCK_M, BLOCK_N] of these rows and columns in float32, -inf for columns that are not non-targets."""
     inner = tl.arange(0, BLOCK_K)
     # Beyond the edges the last row or column is read again.
     query = queries + tl.minimum(rows, batch - 1).to(tl.int64)[:, None] * WIDTH + inner[None, :]
@@ -107,7 +107,7 @@ def _logits(
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), down to e^x: a sum over a million classes needs the small ones, which 1 + e^x rounds away."""
+    """log(1 + e^x), accurate down to e^x: a sum over a million classes needs the small terms, which 1 + e^x rounds away."""
     t = tl.exp2(-tl.abs(x) * LOG2_E)
     small = t * (1.0 - t * (0.5 - t * (0.33333333 - t * (0.25 - t * 0.2))))
     return tl.maximum(x, 0.0) + tl.where(t < 0.0625, small, tl.log2(1.0 + t) * LN_2)
@@ -124,7 +124,7 @@ def _terms(z, TERMS: tl.constexpr):
 
 @triton.jit
 def _weights(z, TERMS: tl.constexpr):
-    """f'(z); of a power of two without its factor log(2), as statistics.py has it."""
+    """f'(z); for a power of two without its factor log(2), as in statistics.py."""
     if TERMS == "softplus":
         return 1.0 / (1.0 + tl.exp2(-z * LOG2_E))
     else:
@@ -137,8 +137,8 @@ def row_sums(
     queries, units, bias, masked, labels, column_labels, exact, first, batch, columns,
     WIDTH: tl.constexpr, TERMS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For every row and block of columns, each [blocks, B] from block `offset` on: the sum of terms, of logits less the largest one with
-    SHIFTS; the largest logit; its column."""
+    """For every row and block of columns, [blocks, B] each from block `offset` on: the sum of terms (with SHIFTS of logits minus the
+    largest), the largest logit, and its column."""
     block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -162,8 +162,7 @@ def weights(
     queries, units, bias, masked, labels, column_labels, exact, first, batch, columns,
     WIDTH: tl.constexpr, TERMS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [B, stride] = weights of z, or with SHIFTS of z - shift, rounded; 0 where there are no non-targets, and up to the edge of the
-    block."""
+    """out [B, stride] = rounded weights of z, with SHIFTS of z - shift; 0 for columns that are not non-targets or beyond the edge."""
     block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -173,5 +172,5 @@ def weights(
     if SHIFTS:
         logits -= tl.load(shift + rows, mask=rows < batch, other=0.0).to(tl.float32)[:, None]
     values = _weights(logits, TERMS)
-    # Rows of `out` hold whole blocks: without a mask for columns, which would be one per entry, stores are wide.
+    # Rows of `out` hold whole blocks: stores are wide without a mask for columns, which would be one per entry.
     tl.store(out + rows.to(tl.int64)[:, None] * stride + cols[None, :], values.to(out.dtype.element_ty), mask=(rows < batch)[:, None])

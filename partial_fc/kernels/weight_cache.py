@@ -1,7 +1,5 @@
-"""What forward leaves to backward on a CPU, where products are slow and memory is not: weights of the similarity matrix, in the memory
-that the gradient of prototypes is about to fill. A GPU computes weights again faster than it writes and reads them."""
-
-from __future__ import annotations
+"""What forward leaves to backward on a CPU, where products are slow and memory is plentiful: weights of the similarity matrix, in the
+memory that the gradient of prototypes will fill. A GPU recomputes weights faster than it writes and reads them."""
 
 import torch
 from torch import Tensor
@@ -11,35 +9,32 @@ from partial_fc.kernels.tiles import Chunk, Hardest, Tile, TileLoop
 
 
 def loop_for(problem: Problem, needed: NeededGradients) -> TileLoop:
-    """The loop of forward: one that keeps weights where backward will follow, can use them and has the memory."""
+    """The loop of forward: it keeps weights if backward will follow, can use them and has the memory."""
     if not needed.source or needed.scale or problem.queries_BD.device.type != "cpu":
         return TileLoop(problem)  # the gradient of the scale needs the mapped cosines
     if needed.bias and (problem.shifts or (problem.map is not None and problem.map.slope == "exact")):
-        # For the gradient of the bias what is kept has the map's slope too much, or in bfloat16 too few digits where logits are large.
-        return TileLoop(problem)
+        return TileLoop(problem)  # for this gradient kept weights lack digits (bfloat16, large logits), or wrongly hold the map's slope
     room = problem.columns.source.room()
     return TileLoop(problem) if room is None else CachingLoop(problem, room)
 
 
 class CachingLoop(TileLoop):
-    """Goes over the chunks twice, forward and backward, with the same memory.
-
-    Keeps the weights of as many chunks as fit into `room`, the memory for the gradient: it would lie idle until backward, and a batch no
-    larger than the width needs no more. Behind a chunk's weights stand its unit columns, if they fit: in bfloat16 a batch no larger than
-    the width leaves the room for them. A chunk's gradient is stored over what has been used."""
+    """Goes over the chunks twice, forward and backward, with the same memory. Keeps the weights of as many chunks as fit into `room`, the
+    memory for the gradient, which is idle until backward and fits them all if the batch is no larger than the width. The unit columns of a
+    chunk follow its weights if they fit: in bfloat16 they do for such a batch. The gradient of a chunk overwrites what has been used."""
 
     def __init__(self, problem: Problem, room: Tensor) -> None:
         self.room, self.batch = room, len(problem.queries_BD)
         of_column = room.shape[1] * room.element_size()
         self.stride = -(-self.batch * problem.dtype.itemsize // of_column) * of_column  # bytes of a column
         self.units_fit = (self.batch + room.shape[1]) * problem.dtype.itemsize <= self.stride
-        self.inverse: dict[int, Tensor] = {}  # by first column, as what follows: 1 / |w| of a chunk whose unit columns are kept
+        self.inverse: dict[int, Tensor] = {}  # by first column, as below: 1 / |w| of a chunk whose unit columns are kept
         self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (place, weight) that a chunk's weights leave out
-        self.shift_B1: dict[int, Tensor] = {}  # a chunk's weights are f'(logit - shift), the shift that of the largest logits so far
+        self.shift_B1: dict[int, Tensor] = {}  # a chunk's weights are f'(logit - shift), with the largest logits so far as shift
         super().__init__(problem)
 
     def kept_weights(self, span: slice) -> Tensor | None:
-        """Memory [B, n] of a chunk; None where the room ends."""
+        """Memory [B, n] of a chunk; None beyond the end of the room."""
         return self._memory(span.start * self.stride, self.batch, span.stop - span.start)
 
     def kept_units(self, span: slice) -> Tensor | None:
@@ -70,7 +65,7 @@ class CachingLoop(TileLoop):
         return super().tile_memory(span) if kept_Bn is None else kept_Bn
 
     def keep(self, chunk: Chunk, tile: Tile, terms_Bn: Tensor, hardest: Hardest | None, shift_B: Tensor | None) -> None:
-        """Keeps a chunk's weights, times the slope of a map, from its tile of logits less shift (times base) and their terms."""
+        """Keeps a chunk's weights, times the slope of a map, from its tile of logits minus shift (times base) and their terms."""
         kept_Bn, statistic, first = self.kept_weights(chunk.span), self.problem.statistic, chunk.span.start
         if kept_Bn is None:
             return
@@ -90,7 +85,7 @@ class CachingLoop(TileLoop):
         kept_Bn, first = self.kept_weights(chunk.span), chunk.span.start
         if kept_Bn is None:
             return super().weigh(chunk, shift_B1)
-        if self.exact_columns_B is not None:  # forward left out every chunk's hardest; of these only the last is computed exactly
+        if self.exact_columns_B is not None:  # forward left out every chunk's hardest; only the last one is exact
             place_B, weight_B = self.hardest[first]
             is_exact_B = place_B + first == self.exact_columns_B
             self.put(kept_Bn, place_B.masked_fill(is_exact_B, -1), weight_B.to(kept_Bn.dtype))

@@ -1,5 +1,5 @@
-"""Losses: a registry by name. A loss is a frozen dataclass that asks the global batch for a few numbers per sample, and makes a scalar of
-them. Every module of this folder is a family of losses, and is found by being here."""
+"""Losses: a registry by name. A loss is a frozen dataclass that asks the global batch for a few numbers per sample and makes a scalar of
+them. Every module of this folder is a family of losses and is found by being here."""
 
 import importlib
 import pkgutil
@@ -19,7 +19,7 @@ RENAMED = {
 }
 
 
-if not TYPE_CHECKING:  # which would then find any name
+if not TYPE_CHECKING:  # a type checker would then accept any name
 
     def __getattr__(name: str) -> Any:
         refuse("partial_fc.losses", name, RENAMED)

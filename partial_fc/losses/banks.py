@@ -1,7 +1,5 @@
 """Losses that keep features or prototypes of earlier steps."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -20,17 +18,21 @@ TITLE = "Features and prototypes of earlier steps"
 
 @register("vpl")
 class VPL(Loss):
-    """ArcFace with prototypes (1 - share) w / |w| + share f, f the last feature of the class, for all classes that have a fresh one. Deng
-    et al., "Variational Prototype Learning", CVPR 2021, and their code: scale 64, margin 0.5, share 0.15, from step 8000 on, features
-    at most 200 steps old. Nothing flows to f. Without their option of a second, averaged encoder for f.
+    """ArcFace with a share of each class's last feature f mixed into its prototype, for classes with a fresh feature. Deng et al.,
+    "Variational Prototype Learning", CVPR 2021, and the authors' code: scale 64, margin 0.5, share 0.15, from step 8000 on, features at
+    most 200 steps old. No gradient flows to f. The paper's option of a second, averaged encoder for f is not included.
 
     share      of the feature
     start      the step after which features are mixed in; up to it this is ArcFace
     staleness  the age in steps up to which a feature is fresh
-    slope      as ArcFace's. The authors' code works on a bank of all classes, so they use sample_rate 1; here any will do
-    """
+    slope      as in ArcFace. The authors' code needs a bank of all classes and so uses sample_rate 1; here any rate works"""
 
-    use = "A set with enough images of an identity that its last feature is still true when the next one comes; costs a bank."
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s\cos(\theta_i + m)\right)\quad\text{with prototypes}\quad (1 - \lambda_j) \frac{w_j}{|w_j|} + "
+        r"\lambda_j f_j,\qquad \lambda_j = \lambda\text{ if } f_j \text{ is fresh, else } 0,\qquad \lambda = \text{share},\quad f_j = "
+        r"\text{last feature of class } j"
+    )
+    use = "Sets with so many images per identity that the last feature is still valid when the next one comes; needs a bank."
     scale: Scale = 64.0
     margin: Angle = 0.5
     share: Annotated[float, Within(0.0, 1.0, "it is a share")] = 0.15
@@ -50,19 +52,24 @@ class VPL(Loss):
 
 @register("broadface")
 class BroadFace(Loss):
-    """CosFace or ArcFace, from which the encoder learns by the batch alone and prototypes by the batch and features of earlier steps. Kim,
-    Park & Shin, "BroadFace", ECCV 2020: queue 10,000 (32,000 in their README). Two passes: the batch before constant prototypes, and
-    constant features of queue and batch, all of one weight, before prototypes. A feature f of the queue, which came when its prototype
-    was w', is moved along with it: f + |f| / |w'| (w - w'). The value is the first pass's, the gradient that of both.
+    """CosFace or ArcFace in which the encoder learns from the batch, and prototypes from the batch and from features of earlier steps. Kim,
+    Park & Shin, "BroadFace", ECCV 2020: queue 10,000 (32,000 in their README). Two passes: the batch against constant prototypes, and
+    constant features of queue and batch, with equal weights, against prototypes. A feature f of the queue moves with its prototype, from w'
+    when it was stored to w: f + |f| / |w'| (w - w'). The value is that of the first pass, the gradient that of both.
 
-    base    "arcface" (margin in radians) or "cosface" (margin in cosines)
-    queue   so many features; each rank keeps all of them, with prototypes of then: 8 queue D bytes
+    base   "arcface" (margin in radians) or "cosface" (margin in cosines)
+    queue  number of features; each rank keeps all of them and the prototypes of their time: 8 queue D bytes
 
-    A pass over the prototypes with B + queue rows, and one with B. Communicates 1 all-reduce of (B + queue)(D + 1) floats, 1 of 2 B and 1
-    of 2 (B + queue). At a sample_rate below 1 features whose class is not in the step's sample are left out. Refuses substitution.
-    """
+    Costs a pass over the prototypes with B + queue rows and one with B. Communicates 1 all-reduce of (B + queue)(D + 1) floats, 1 of 2 B
+    and 1 of 2 (B + queue). A sample_rate below 1 leaves out features whose class is not in the step's sample. Refuses substitution."""
 
-    use = "Very many identities and small batches: prototypes see the features of many steps."
+    formula = (
+        r"\frac{1}{B}\sum_{i\in\mathrm{batch}}\ell\left(x_i, \mathrm{sg}(W)\right) + "
+        r"\frac{1}{B+Q}\sum_{i\in\mathrm{batch}\cup\mathrm{queue}}\ell\left(\mathrm{sg}(x_i), W\right),\qquad \ell = "
+        r"\mathrm{softplus}\left(a_i - s \varphi(t_i)\right),\qquad Q = \text{features in the queue},\quad \varphi = \text{that of the "
+        r"base}"
+    )
+    use = "Very many identities and small batches: prototypes learn from the features of many steps."
     scale: Scale = 64.0
     margin: float = 0.5
     base: Literal["arcface", "cosface"] = "arcface"
@@ -81,7 +88,7 @@ class BroadFace(Loss):
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if not torch.is_grad_enabled():
             return self._losses(batch.against_classes(scale=self.scale)).mean()
-        # The prototypes' pass first: backward takes it last, and an optimizer that moves prototypes in backward moves them after all use.
+        # The pass of the prototypes comes first, so last in backward: an optimizer that moves them in backward moves them after all use.
         labels_M = torch.cat([batch.labels_B, batch.kept("queue_labels")])  # M = B + queue, the newest first
         now_MD, is_in_M = batch.prototypes_of(labels_M)
         features_MD = self._moved(batch, now_MD)
@@ -96,13 +103,13 @@ class BroadFace(Loss):
         return softplus(statistics.non_target_B - self.scale * phi_B)
 
     def _moved(self, batch: GlobalBatch, now_MD: Tensor) -> Tensor:
-        """Features of the batch, and of the queue where they would be now."""
+        """Features of the batch, and those of the queue moved with their prototypes."""
         features_BD, features_QD, then_QD = batch.features_BD.detach(), batch.kept("queue_features"), batch.kept("queue_prototypes")
         ratio_Q1 = torch.linalg.vector_norm(features_QD, dim=1, keepdim=True) * inverse_norms(then_QD)
         return torch.cat([features_BD, features_QD + ratio_Q1 * (now_MD[len(features_BD) :] - then_QD)])
 
     def _enqueue(self, batch: GlobalBatch, labels_M: Tensor, now_MD: Tensor) -> None:
-        """Puts the batch before the queue, and drops what is too old."""
+        """Puts the batch at the front of the queue and drops the oldest."""
         count = len(batch.labels_B)
         batch.keep("queue_labels", labels_M[: self.queue])
         for name, value_BD in (("queue_features", batch.features_BD.detach()), ("queue_prototypes", now_MD[:count])):
@@ -111,20 +118,20 @@ class BroadFace(Loss):
 
 @register("prototype_memory")
 class PrototypeMemory(Loss):
-    """A reconstruction: softmax over a limited memory of prototypes made from samples, in place of learned ones. Smirnov et al., "Prototype
-    Memory for Large-scale Face Representation Learning", 2021, of which the abstract alone was available: prototypes of classes new in
-    the batch are generated from its samples, those in memory refreshed, the oldest dropped. Here a class's prototype is its last sample,
-    and memory is the bank of last features within `resident` steps. The target is another sample of the identity in the batch, with
-    gradient to both sides; without one the identity's prototype in memory; without either there is no loss. Non-targets are one
-    sample of every other identity of the batch, and the prototypes in memory of all other identities.
+    """A reconstruction of Smirnov et al., "Prototype Memory for Large-scale Face Representation Learning", 2021, of which we have only the
+    abstract: softmax over a limited memory of prototypes in place of learned ones. They are generated from the batch's samples for new
+    classes and refreshed for those in memory; the oldest are dropped. Here the prototype of a class is its last sample, and the memory is
+    the bank of last features within `resident` steps. The target is another sample of the identity in the batch, with gradient to both
+    sides; otherwise the identity's prototype in memory; with neither there is no loss. Non-targets are one sample of every other identity
+    of the batch, and the prototypes in memory of all other identities.
 
-    margin    of the target's cosine, as CosFace's
-    resident  steps that a prototype stays in memory after its class was last in a batch; memory holds at most resident B classes
+    margin    of the target's cosine, as in CosFace
+    resident  steps that a prototype stays in memory after its class was last in a batch; the memory holds at most resident B classes
 
-    Learned prototypes have no part in it, and need no optimizer: call the classifier's end_step after every step, or let RowSGD do so.
-    """
+    Learned prototypes are not used and need no optimizer: call the classifier's end_step after every step, or let RowSGD call it."""
 
-    use = "So many identities that prototypes cannot be kept; an experiment."
+    formula = r"\mathrm{softplus}\left(\log\sum_{j\in\mathrm{batch}\cup \mathrm{memory}} e^{s n_{ij}} - s (t_i - m)\right)"
+    use = "More identities than there is memory for prototypes; experimental."
     scale: Scale = 64.0
     margin: Margin = 0.4
     resident: Steps = 200

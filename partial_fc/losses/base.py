@@ -1,4 +1,4 @@
-"""What a loss is, and what losses share: a registry by name, checks of their fields."""
+"""What a loss is and what losses share: a registry by name, checks of their fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from partial_fc.statistics import softplus as softplus  # for losses to import f
 
 
 class Loss(Protocol):
-    """What losses inherit: nothing is learned or tracked."""
+    """What losses inherit: by default nothing is learned or tracked."""
 
     formula: ClassVar[str] = ""  # in LaTeX, with the symbols of docs/losses-reference.md
     use: ClassVar[str] = ""  # what the loss is for, in a sentence
@@ -25,32 +25,31 @@ class Loss(Protocol):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         """Mean loss over the global batch, a scalar, equal on every rank."""
-        ...
 
     def learned(self, num_classes: int) -> dict[str, float]:
-        """First values of scalars that are trained with the prototypes, by the same optimizer: batch.parameter(name)."""
+        """First values of scalars that the prototypes' optimizer trains too: batch.parameter(name)."""
         return {}
 
     def learned_by_class(self, num_classes: int) -> dict[str, float]:
-        """The same, one number per class."""
+        """The same for vectors with one number per class."""
         return {}
 
     def tracked(self) -> dict[str, float | Tensor]:
-        """First values of what is kept from step to step: running figures, batch.track(name, value, share), or tensors,
+        """First values of what is kept from step to step: running figures, for batch.track(name, value, share), or tensors, for
         batch.kept(name) and batch.keep(name, value)."""
         return {}
 
     def with_margins(self, share: float) -> Loss:
-        """The loss with each margin (a field called so, or ending so) multiplied by `share`, for a warm-up."""
+        """The loss with each margin (a field whose name is or ends in margin) multiplied by `share`, for a warm-up."""
         margins = {item.name: share * getattr(self, item.name) for item in fields(self) if item.name.endswith("margin")}  # type: ignore
         return replace(self, **margins)  # type: ignore[type-var]
 
     def queued(self) -> dict[str, int]:
-        """The rows of tensors [rows, width], zeros at first, that are kept likewise, with names of their own."""
+        """Rows of tensors [rows, width], zeros at first, that are kept in the same way under names of their own."""
         return {}
 
     def uses_bank(self) -> bool:
-        """Whether it asks for the bank of last features: batch.fresh, batch.against_bank."""
+        """Whether the loss asks for the bank of last features: batch.fresh, batch.against_bank."""
         return False
 
 

@@ -1,7 +1,5 @@
 """Losses that draw the images of an identity together: towards its prototype, towards each other, or the farthest of them first."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch
@@ -21,14 +19,13 @@ TITLE = "Compact identities"
 
 @register("center")
 class Center(Loss):
-    """CosFace + center_weight mean |x_i - w_{y_i}|^2 / 2 of unit vectors, which is center_weight mean (1 - t). Wen et al., "A
-    Discriminative Feature Learning Approach for Deep Face Recognition", ECCV 2016, eq. 5: there softmax on features of any norm stands in
-    place of CosFace, and the centres are running means of features beside the prototypes, moved a share of 0.5 per step. Here the centre
-    of an identity is the direction of its prototype, which a classifier on the sphere holds already; gradient flows to both.
+    """CosFace + center_weight mean |x_i - w_{y_i}|^2 / 2 of unit vectors. Wen et al., "A Discriminative Feature Learning Approach for Deep
+    Face Recognition", ECCV 2016, eq. 5, uses softmax on features of any norm, and centres that are running means of features, moved by a
+    share of 0.5 per step. Here the centre of an identity is the direction of its prototype; the gradient flows to both.
 
-    center_weight  lambda; theirs, 0.003, is for features of any norm
-    """
+    center_weight  lambda; 0.003 in the paper, for features of any norm"""
 
+    formula = r"\mathrm{softplus}\left(a_i - s (t_i - m)\right) + \lambda (1 - t_i),\qquad \lambda = \text{center weight}"
     use = "Compact identities where distances are thresholded; the weight matters."
     scale: Scale = 64.0
     margin: Margin = 0.4
@@ -42,18 +39,21 @@ class Center(Loss):
 
 @register("range")
 class Range(Loss):
-    """intra_weight mean over identities of k / sum_{l <= k} 1 / D_l, the harmonic mean of the k largest squared distances D of its images,
-    + inter_weight relu(margin - smallest squared distance of two identities' centres). Zhang et al., "Range Loss for Deep Face Recognition
-    with Long-Tailed Training Data", ICCV 2017, eqs. 5 to 8: k = 2, both weights 0.5 in a public implementation. Beside a softmax loss.
+    """Zhang et al., "Range Loss for Deep Face Recognition with Long-Tailed Training Data", ICCV 2017, eqs. 5 to 8: k = 2, both weights 0.5
+    in a public implementation. The first term is the harmonic mean of the k largest squared distances D of an identity's images; the second
+    pushes the nearest two centres apart. Costs two `pair_statistics`.
 
-    Distances are those of unit vectors, in [0, 4], and centres the directions of the identities' mean unit features in the batch; theirs
-    have any norm, and their margin is of that size. Their first term is the sum over identities: multiply by their number.
+    Distances are squared distances of unit vectors, in [0, 4]; a centre is the direction of an identity's mean unit feature in the batch.
+    In the paper features have any norm, with a margin to match, and the first term is a sum over identities: multiply by their number.
 
-    k       of an identity with fewer pairs in the batch, all of them count; of one without a pair, none
-    margin  ours: 1, which is a cosine of 0.5
-    Costs two `pair_statistics`.
-    """
+    k       if an identity has fewer pairs in the batch, all of them count; without a pair it does not count
+    margin  ours: 1, a cosine of 0.5"""
 
+    formula = (
+        r"\frac{\lambda_1}{|I|}\sum_{c\in I}\frac{k}{\sum_{l=1}^{k} 1/D_{c(l)}} + \lambda_2\max\left(0, m - \min_{c\ne c'} |\mu_c - "
+        r"\mu_{c'}|^2\right),\qquad D_{c(1)} \ge D_{c(2)} \ge \dots,\qquad \lambda_1, \lambda_2 = \text{intra and inter weight},\quad I = "
+        r"\text{identities with a pair},\quad \mu_c = \text{centre of identity } c"
+    )
     use = "Sets with a long tail, in a sum with a sample-to-class loss."
     k: Annotated[int, Within(1, 64, "it counts the largest distances of an identity")] = 2
     margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit vectors are at most 4")] = 1.0
@@ -72,7 +72,7 @@ class Range(Loss):
 
         (cosines_Bk,) = batch.pairs(farthest)
         labels_n, cosines_n = batch.labels_B.repeat_interleave(cosines_Bk.shape[1]), cosines_Bk.flatten()
-        # By identity, within an identity by distance: the first k of an identity are its k largest distances.
+        # Sorted by identity, then by distance: the first k of an identity are its k largest distances.
         order_n = cosines_n.argsort(stable=True)
         order_n = order_n[labels_n[order_n].argsort(stable=True)]
         labels_n, cosines_n = labels_n[order_n], cosines_n[order_n]
@@ -88,7 +88,7 @@ class Range(Loss):
 
     def _inter(self, batch: GlobalBatch) -> Tensor:
         units_BD, first_B = unit_rows(batch.features_BD)[0], positives_of(batch.labels_B).first_B
-        # A rank's part of the gradient by the centres is through this sum its part by the features: the parts add up over ranks.
+        # Through this sum a rank's part of the gradient by the centres becomes its part by the features; the parts add up over ranks.
         centers_BD = torch.zeros_like(units_BD).index_add(0, first_B, units_BD).index_select(0, first_B)
         nearest = pair_statistics(centers_BD, batch.labels_B, group=batch.group)[1].amax()
         return torch.relu(self.margin - 2 + 2 * nearest).where(nearest > -1.5, 0)  # -2 stands for no other identity
@@ -96,16 +96,20 @@ class Range(Loss):
 
 @register("intra")
 class Intra(Loss):
-    """A reconstruction of IntraLoss ("Further Margin via Gradient-Enhancing Term for Deep Face Recognition", arXiv 2107.03352), whose
-    formula we do not have; its abstract asks for more gradient where an identity reaches far in some directions, until it is as wide in
-    all of them. CosFace + intra_weight mean over samples with a positive of softplus(r (mu - p_i)) / r: p_i is the soft minimum of the
-    sample's cosines with the others of its identity, -log(mean e^{-r p}) / r, which its farthest ones dominate, and mu the mean of all
-    p_i of the batch, without gradient. So identities wider than the batch's average are drawn together, by their farthest images.
+    """A reconstruction of IntraLoss ("Further Margin via Gradient-Enhancing Term for Deep Face Recognition", arXiv 2107.03352). We do not
+    have its formula; its abstract asks for more gradient in directions in which an identity reaches far, until it is equally wide in all
+    directions. f_i is the soft minimum of a sample's cosines with the others of its identity, in which the farthest ones dominate; mu is
+    the mean of f over the batch, without gradient. Identities wider than the batch's average are thus drawn together by their farthest
+    images. The second term is averaged over samples with a positive.
 
-    sharpness  r of both; ours: 16
-    """
+    sharpness  r; ours: 16"""
 
-    use = "Identities of uneven width; an experiment."
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s (t_i - m)\right) + \frac{\lambda}{r} \mathrm{softplus}\left(r (\mu - f_i)\right),\qquad f_i = "
+        r"-\frac{1}{r}\log\frac{1}{|P_i|}\sum_{k\in P_i} e^{-r\cos(x_i, x_k)},\qquad \mu = \mathrm{mean}_i f_i,\qquad \lambda = "
+        r"\text{intra weight},\quad r = \text{sharpness},\quad P_i = \text{other samples of the identity of } i"
+    )
+    use = "Identities of uneven width; experimental."
     scale: Scale = 64.0
     margin: Margin = 0.4
     intra_weight: Weight = 1.0

@@ -1,6 +1,4 @@
-"""GCE and GB-CosFace: thresholds that come from the whole batch."""
-
-from __future__ import annotations
+"""GCE and GB-CosFace: thresholds computed from the whole batch."""
 
 import math
 from typing import Annotated, Literal
@@ -18,8 +16,8 @@ NOTHING = -1e30  # log of a sum without terms, as a number: infinities have no g
 
 
 def log_sum_of_others(values_M: Tensor, labels_M: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp [B] of the values of other labels than one's own, -1e30 where there is none; how many of them [B]). Labels of -1 are
-    nobody's. O(M log M) and exact: sums from the left and from the right of one's own label, never a difference."""
+    """(log-sum-exp [B] of the values with another label than one's own, -1e30 if there are none; their number [B]). Values with label -1
+    never count. O(M log M) and exact: sums from the left and from the right of one's own label, never a difference."""
     sorted_M, order_M = labels_M.sort(stable=True)
     values_M = values_M.masked_fill(labels_M < 0, NOTHING).clamp(min=NOTHING)[order_M]
     end = values_M.new_full((1,), NOTHING)
@@ -32,22 +30,23 @@ def log_sum_of_others(values_M: Tensor, labels_M: Tensor, labels_B: Tensor) -> t
 
 @register("gce")
 class GCE(Loss):
-    """Global Cross-Entropy: reconstruction of the loss of GFace (Zhao et al., TIP 2025, of which the abstract alone is at hand).
-
-    A target similarity t_i must exceed the non-targets of its own row and those of other samples, and a row's non-targets must stay
-    below the targets of its own and of other samples. With a_i = log-sum-exp of s n_ij and K_i the samples of other identities,
-
-    A_i = log(exp a_i + w mean_K exp a_k)        R_i = log(exp(-s t_i) + w mean_K exp(-s t_k))
-    alpha softplus(A_i - s (t_i - target_margin)) + (1 - alpha) softplus(a_i + s non_target_margin + R_i)
+    """Global Cross-Entropy: a reconstruction of the loss of GFace (Zhao et al., TIP 2025), of which we have only the abstract. A target
+    similarity must exceed the non-targets of its own row and those of other samples; the non-targets of a row must stay below the targets
+    of its own and of other samples. K_i are the samples of other identities.
 
     out_sample_weight    w; 0 with equal margins is CosFace
     alpha                weight of the target's term
     out_samples          "mean" over K_i, which makes the loss independent of the batch size, or "sum"
-    out_sample_gradient  False: other samples' terms are an adaptive threshold without gradient; see docs/losses.md
-    queue                so many samples of earlier steps and micro-batches also count as other samples: two numbers and a label of each
-    """
+    out_sample_gradient  False: terms of other samples are an adaptive threshold without gradient; see docs/losses.md
+    queue                samples of earlier steps and micro-batches that also count as other samples; keeps 2 numbers and a label each"""
 
-    use = "Where similarities of different samples must be comparable: one threshold for all. Figures above."
+    formula = (
+        r"\alpha \mathrm{softplus}\left(A_i - s (t_i - m_t)\right) + (1-\alpha) \mathrm{softplus}\left(a_i + s m_n + R_i\right),\qquad A_i "
+        r"= \log\left(e^{a_i} + \frac{w}{|K_i|}\sum_{k\in K_i} e^{a_k}\right),\qquad R_i = \log\left(e^{-s t_i} + "
+        r"\frac{w}{|K_i|}\sum_{k\in K_i} e^{-s t_k}\right),\qquad w = \text{out sample weight},\quad m_t = \text{target margin},\quad m_n "
+        r"= \text{non target margin}"
+    )
+    use = "Where similarities of different samples must be comparable: one threshold for all."
     scale: Scale = 64.0
     target_margin: Margin = 0.4
     non_target_margin: Margin = 0.05
@@ -71,7 +70,7 @@ class GCE(Loss):
         return (self.alpha * target_B + (1 - self.alpha) * non_target_B).mean()
 
     def _with_others(self, batch: GlobalBatch, *values_B: Tensor) -> list[Tensor]:
-        """Each log-sum-exp with the other samples' beside it: A and R."""
+        """Each log-sum-exp with that of the other samples added: A and R."""
         if not self.out_sample_weight:
             return list(values_B)
         pool, labels_M = list(values_B) if self.out_sample_gradient else [value_B.detach() for value_B in values_B], batch.labels_B
@@ -91,16 +90,19 @@ class GCE(Loss):
 
 @register("gb_cosface")
 class GBCosFace(Loss):
-    """(softplus(2 s (b - t + margin)) + softplus(2 s (n - b + margin))) / 2, n = log-sum-exp(s n_j) / s. The boundary b of a sample is the
-    middle of its own t and n, moved a little to the global boundary, a running mean of these middles; it has no gradient. "GB-CosFace:
-    Rethinking Softmax-based Face Recognition", arXiv 2111.11186, in the form of its authors' code: scale 32, margin 0.16, pull 0.15.
+    """The authors' code of "GB-CosFace: Rethinking Softmax-based Face Recognition", arXiv 2111.11186: scale 32, margin 0.16, pull 0.15. The
+    boundary b of a sample, without gradient, is the middle v of its target and non-targets, moved a little to a running mean of middles.
 
-    pull         how far a sample's boundary moves to the global one; 0 gives none of it
-    share        of each batch in the running mean, which starts with the first batch's own; a batch sees what those before it left
-    least, most  the global boundary stays between them
-    """
+    pull         how far a sample's boundary moves to the global one; 0 ignores the global one
+    share        of each batch in the running mean, which starts with that of the first batch; a batch sees the mean of those before it
+    least, most  limits of the global boundary"""
 
-    use = "As CosFace, with a boundary that is common to all samples; small effect, no cost."
+    formula = (
+        r"\frac{1}{2} \mathrm{softplus}\left(2s (b_i - t_i + m)\right) + \frac{1}{2} \mathrm{softplus}\left(2s (a_i/s - b_i + "
+        r"m)\right),\qquad b_i = v_i + \rho (\bar v - v_i),\qquad v_i = \frac{t_i + a_i/s}{2},\qquad \rho = \text{pull},\quad \bar v = "
+        r"\text{running mean of } v_i \text{, between least and most}"
+    )
+    use = "Like CosFace, with a boundary that is common to all samples; small effect, no cost."
     scale: Scale = 32.0
     margin: Margin = 0.16
     pull: Annotated[float, Within(0.0, 1.0, "it is the way from a sample's boundary to the global one")] = 0.15
@@ -117,7 +119,7 @@ class GBCosFace(Loss):
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics = batch.against_classes(scale=self.scale)
-        target_B, others_B = statistics.target_B, (statistics.non_target_B / self.scale).clamp(min=-2)  # where there is no other class
+        target_B, others_B = statistics.target_B, (statistics.non_target_B / self.scale).clamp(min=-2)  # -2 if there is no other class
         middle_B = (target_B + others_B).detach() / 2
         running, mean = batch.kept("boundary").to(middle_B.dtype), middle_B.mean()
         boundary = torch.where(running < -1.5, mean, running).clamp(self.least, self.most)

@@ -1,8 +1,6 @@
 """Margins on the target similarity: CosFace, ArcFace and the combined margin.
 All are softplus(non_target - scale * phi(target)), which is softmax cross-entropy with the target logit replaced."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -19,8 +17,9 @@ TITLE = "Margins on the target"
 
 @register("cosface")
 class CosFace(Loss):
-    """phi(t) = t - margin. Wang et al., CVPR 2018, eq. 4: scale 64, margin 0.35 (0.4 on Glint360K and WebFace)."""
+    """Wang et al., CVPR 2018, eq. 4: scale 64, margin 0.35 (0.4 on Glint360K and WebFace)."""
 
+    formula = r"\mathrm{softplus}\left(a_i - s (t_i - m)\right)"
     use = "The first choice, for thousands to a hundred million identities; better with substitution."
     scale: Scale = 64.0
     margin: Margin = 0.4
@@ -32,12 +31,12 @@ class CosFace(Loss):
 
 @register("arcface")
 class ArcFace(Loss):
-    """phi(t) = cos(arccos t + margin), margin in radians. Deng et al., CVPR 2019, eq. 3: scale 64, margin 0.5.
+    """Deng et al., CVPR 2019, eq. 3: scale 64, margin 0.5 in radians.
 
-    slope  "exact": sin(theta + margin) / sin(theta) per unit of cosine. "straight_through": 1, as arcface_torch's code has it
-    """
+    slope  "exact": sin(theta + margin) / sin(theta) per unit of cosine; "straight_through": 1, as in the code of arcface_torch"""
 
-    use = "As CosFace, with more pull on targets that are nearly right; the usual choice where its published figures are compared with."
+    formula = r"\mathrm{softplus}\left(a_i - s\cos(\theta_i + m)\right)"
+    use = "Like CosFace, with more pull on targets that are nearly right; the usual choice for comparison with published results."
     scale: Scale = 64.0
     margin: Angle = 0.5
     slope: Literal["exact", "straight_through"] = "exact"
@@ -49,9 +48,9 @@ class ArcFace(Loss):
 
 @register("combined")
 class Combined(Loss):
-    """phi(t) = cos(angle_factor arccos t + angle_margin) - margin: (m1, m2, m3) of Deng et al., CVPR 2019, eq. 4. (1, 0.5, 0) is ArcFace,
-    (1, 0, 0.35) CosFace; theirs are (1, 0.3, 0.2) and (0.9, 0.4, 0.15)."""
+    """Deng et al., CVPR 2019, eq. 4: margins (1, 0.3, 0.2) and (0.9, 0.4, 0.15). (1, 0.5, 0) is ArcFace, (1, 0, 0.35) CosFace."""
 
+    formula = r"\mathrm{softplus}(a_i - s (\cos(m_1\theta_i + m_2) - m_3)),\quad m_1, m_2, m_3 = \text{angle factor, angle margin, margin}"
     use = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."
     scale: Scale = 64.0
     angle_factor: Annotated[float, Within(0.1, 8.0, "it multiplies the angle")] = 1.0
@@ -66,26 +65,24 @@ class Combined(Loss):
 
 
 def least_of(dtype: torch.dtype) -> float:
-    """Near |cosine| = 1 slopes by the angle become infinite; this distance keeps them finite and moves the cosine by less than the dtype
-    resolves."""
+    """The distance that keeps slopes by the angle finite near |cosine| = 1; it moves the cosine by less than the dtype resolves."""
     return 1e-7 if dtype is torch.float32 else 1e-15
 
 
 def angles(cosines: Tensor) -> Tensor:
-    """arccos, without slope at -1 and 1."""
+    """arccos, with no slope at -1 and 1."""
     least = least_of(cosines.dtype)
     return torch.arccos(cosines.clamp(least - 1, 1 - least))
 
 
 def angular(target_B: Tensor, factor: float, margin: float | Tensor, slope: str = "exact") -> Tensor:
-    """cos(factor theta + margin), theta = arccos(target), margin a number or [B]. Past pi, where the cosine would rise again, it goes on
-    so that it keeps falling with theta: for factor 1 as target - margin sin(margin) (the first code of ArcFace's authors), else as
-    SphereFace does, -2 - cos(factor theta + margin). A negative margin, for factor 1 alone, gives 1 below theta = -margin.
+    """cos(factor theta + margin), theta = arccos(target); the margin is a number or [B]. Past pi the cosine would rise again. There phi
+    keeps falling with theta: target - margin sin(margin) for factor 1 (the first code of ArcFace's authors), otherwise -2 - cos(factor
+    theta + margin), as in SphereFace. A negative margin, allowed for factor 1 only, gives 1 below theta = -margin.
 
-    slope  "exact", or "straight_through": 1, for losses whose authors leave the derivative out
-    """
+    slope  "exact", or "straight_through" (1) for losses whose authors leave the derivative out"""
     if factor == 1.0:
-        # On a GPU a tensor made of a number would be a copy for which the host waits.
+        # On a GPU the host would wait for the copy that makes a tensor from a number.
         cosine, sine = (margin.cos(), margin.sin()) if isinstance(margin, Tensor) else (math.cos(margin), math.sin(margin))
         sine_B = torch.sqrt((1 - target_B.square()).clamp(min=least_of(target_B.dtype)))
         inside_B = target_B * cosine - sine_B * sine
@@ -99,7 +96,7 @@ def angular(target_B: Tensor, factor: float, margin: float | Tensor, slope: str 
 
 
 def with_margin(target_B: Tensor, margin: float, kind: str) -> Tensor:
-    """The target with a margin on its cosine, or for "arc" and "arcface" on its angle."""
+    """The target with a margin on its angle for "arc" and "arcface", otherwise on its cosine."""
     return angular(target_B, 1.0, margin) if kind in ("arc", "arcface") else target_B - margin
 
 

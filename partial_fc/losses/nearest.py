@@ -1,6 +1,4 @@
-"""NPT-Loss: the nearest prototypes alone."""
-
-from __future__ import annotations
+"""NPT-Loss: only the nearest prototypes count."""
 
 import math
 from typing import Annotated
@@ -18,15 +16,14 @@ TITLE = "Nearest prototypes"
 
 @register("npt")
 class NPT(Loss):
-    """sum over the k nearest other prototypes of relu(n_(k) - t + margin): what CosFace / scale tends to as its scale grows, for k = 1.
-    Khalid et al., "NPT-Loss", TPAMI 2023 (arXiv 2103.03503): margin 0.5, their Delta / (2 r^2);
-    k = 1 for ResNet-50, 6 for MobileFaceNet. Theirs is 2 r^2 (in the code 2 r) times this one: part of the learning rate here.
+    """Khalid et al., "NPT-Loss", TPAMI 2023 (arXiv 2103.03503): margin 0.5, the paper's Delta / (2 r^2); k = 1 for ResNet-50, 6 for
+    MobileFaceNet. For k = 1 it is the limit of CosFace / scale as the scale grows. The paper's loss is 2 r^2 times this one (2 r in the
+    code), a factor that belongs to the learning rate here.
 
-    k              nearest prototypes. Where there are fewer classes, as many as there are
-    zero_negative  whether a non-target of cosine 0 is ranked among them, as in the authors' code, which writes 0 over the target before
-                   it sorts; not in the paper
-    """
+    k              number of nearest prototypes; with fewer classes, all of them
+    zero_negative  also ranks a cosine of 0, as in the authors' code, which writes 0 over the target before sorting; not in the paper"""
 
+    formula = r"\sum_{l=1}^{k}\max\left(0, n_{i(l)} - t_i + m\right),\qquad n_{i(1)} \ge n_{i(2)} \ge \dots"
     use = "Fine-tuning, when only the nearest identities still matter; no scale to choose. Its gradient to prototypes is sparse."
     margin: Margin = 0.5
     k: Annotated[int, Within(1, math.inf, "it is the number of nearest prototypes")] = 1

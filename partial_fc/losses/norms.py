@@ -1,7 +1,5 @@
 """Margins that depend on the feature norm, or on how rare an identity is."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 
@@ -20,17 +18,20 @@ SMALLEST_NORM, LARGEST_NORM, EPSILON = 0.001, 100.0, 0.001  # of AdaFace's code
 
 @register("magface")
 class MagFace(Loss):
-    """phi(t) = cos(arccos t + m(a)) with a = |x| clipped to [lower_norm, upper_norm] and m(a) linear in a, from lower_margin to
-    upper_margin (radians); plus weight x mean of g(a) = a / upper_norm^2 + 1 / a, which rewards large norms. Meng et al., CVPR 2021:
-    scale 64, norms 10 and 110, margins 0.45 and 0.8, weight 35. The gradient flows through a.
+    """Meng et al., CVPR 2021: scale 64, norms 10 to 110, margins 0.45 to 0.8 (radians), weight 35. The margin grows linearly with the norm,
+    and the second term rewards large norms. The gradient flows through the norm.
 
-    The norm comes to tell the quality of an image if the backbone lets it: one that ends in a batch norm of gain 1, as IResNet does, has
-    squared norms that average to the width (norms of about 22.6 at width 512).
+    The norm learns to reflect image quality only if the backbone lets it: with a final batch norm of gain 1, as in IResNet, squared norms
+    average to the width (norms of about 22.6 at width 512).
 
-    easy  leaves targets below 0 without a margin, as their code does; phi then jumps there
-    """
+    easy  leaves targets below 0 without a margin, as in the authors' code; phi then jumps at 0"""
 
-    use = "Where the feature norm shall tell how good an image is; needs a backbone whose norms lie in the given range."
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s\cos(\theta_i + m(\nu_i))\right) + \lambda\left(\frac{\nu_i}{u^2} + \frac{1}{\nu_i}\right),\qquad "
+        r"\nu_i = \min(\max(|x_i|, l), u),\qquad m(\nu) = m_l + (m_u - m_l)\frac{\nu - l}{u - l},\qquad \lambda = \text{weight},\quad [l, "
+        r"u] = \text{lower and upper norm},\quad [m_l, m_u] = \text{lower and upper margin}"
+    )
+    use = "Where the feature norm should tell how good an image is; needs a backbone whose norms lie in the given range."
     scale: Scale = 64.0
     lower_norm: Annotated[float, Within(1e-3, 1e6, "norms are positive")] = 10.0
     upper_norm: float = 110.0
@@ -58,16 +59,18 @@ class MagFace(Loss):
 
 @register("adaface")
 class AdaFace(Loss):
-    """phi(t) = cos(arccos t - margin z) - (margin + margin z), z = clip(h (|x| - mean) / deviation, -1, 1) without gradient. At
-    z = 0 this is CosFace; at -1 (small norms, taken for bad images) ArcFace, whose gradient spares hard images; at 1 a margin that
-    stresses them. Kim et al., CVPR 2022: scale 64, margin 0.4, h = 0.333. Norms are clipped to [0.001, 100]; their mean and deviation
-    run over steps. Past pi the cosine keeps falling (see `angular`), where their code holds it at -1.
+    """Kim et al., CVPR 2022: scale 64, margin 0.4, h = 0.333. z has no gradient. z = 0 gives CosFace; z = -1 (small norms, taken as bad
+    images) gives ArcFace, whose gradient spares hard images; z = 1 gives a margin that stresses them. Norms are clipped to [0.001, 100];
+    their mean and deviation run over steps. Past pi the cosine keeps falling (see `angular`), where the authors' code holds it at -1.
 
     concentration  h
-    share          of the newest batch in the running mean and deviation, which start at 20 and 100 as in their code
-    """
+    share          weight of the newest batch in the running mean and deviation, which start at 20 and 100 as in the authors' code"""
 
-    use = "Data with many images of low quality, such as surveillance; reads the quality off the feature norm."
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s (\cos(\theta_i - m z_i) - m (1 + z_i))\right),\qquad z_i = \mathrm{clip}\left(h \frac{|x_i| - "
+        r"\mu}{\sigma + 0.001}, -1, 1\right),\qquad h = \text{concentration},\quad \mu, \sigma = \text{running mean and deviation of } |x|"
+    )
+    use = "Data with many low-quality images, such as surveillance; takes the feature norm as image quality."
     scale: Scale = 64.0
     margin: Annotated[float, Within(0.0, 1.0, "the target gives up to twice this much")] = 0.4
     concentration: Annotated[float, Within(0.0, 1e3, "it multiplies the normalised norm")] = 0.333
@@ -91,16 +94,18 @@ class AdaFace(Loss):
 
 @register("frequency_margin")
 class FrequencyMargin(Loss):
-    """phi(t) = t - m_y with a larger margin for rarer identities: m_y = margin (rarest / n_y)^power, at most margin, for an identity of n_y
-    images. This is LDAM, Cao et al., NeurIPS 2019: m_y proportional to n_y^(-1/4), and their code's scale 30 and largest margin
-    0.5. Needs PartialFC's class_counts. Communicates 1 all-reduce of B numbers more than CosFace.
+    """LDAM, Cao et al., NeurIPS 2019: a larger margin for rarer identities, proportional to N_y^(-1/4); scale 30 and largest margin 0.5 as
+    in the authors' code. Needs PartialFC's class_counts. Communicates 1 all-reduce of B numbers more than CosFace.
 
     margin         of identities with `rarest` images or fewer
-    common_margin  what the margin falls to as images grow in number: m_y = common_margin + (margin - common_margin) (rarest / n_y)^power
-    rarest         images of the rarest identity; where a few have very few, a larger number keeps the others' margins up
-    power          0 gives CosFace
-    """
+    common_margin  the limit of the margin for identities with many images
+    rarest         images of the rarest identity; a larger number keeps margins up where a few identities have very few images
+    power          0 gives CosFace"""
 
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s (t_i - m_{y_i})\right),\qquad m_y = c + (m - c)\left(\frac{r}{\max(N_y, r)}\right)^q,\qquad c = "
+        r"\text{common margin},\quad r = \text{rarest},\quad q = \text{power},\quad N_y = \text{images of identity } y"
+    )
     use = "Sets in which a few identities have most of the images."
     scale: Scale = 30.0
     margin: Margin = 0.5

@@ -1,9 +1,8 @@
-"""Losses on the cosines of all pairs of the batch: pulled together within an identity, pushed apart between two. Those that need a positive
-give nothing for a sample without one, so batches need several images of an identity."""
-
-from __future__ import annotations
+"""Losses on the cosines of all pairs of the batch: they pull an identity together and push identities apart. A sample without a positive
+contributes nothing where a positive is needed, so batches need several images per identity."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -19,48 +18,61 @@ TITLE = "Pairs of samples"
 
 
 def distances(cosines: Tensor) -> Tensor:
-    """Euclidean distances of unit features. Those below 3e-4, which float32 cannot tell from 0, have no gradient."""
+    """Euclidean distances of unit features. Distances below 3e-4, which float32 cannot tell from 0, have no gradient."""
     return (2 - 2 * cosines).clamp(min=1e-7).sqrt()
 
 
 def mean_of(sums_B: Tensor, counts_B: Tensor) -> Tensor:
-    """0 of nothing."""
+    """The mean, 0 of nothing."""
     return sums_B.sum() / counts_B.sum().clamp(min=1)
+
+
+def means_of_pairs(batch: GlobalBatch, costs: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(mean cost of positive pairs, of negative pairs); `costs` gives both for a block of cosines [n, B]."""
+
+    def sums(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, ...]:
+        positive_nB, negative_nB = costs(cosines_nB)
+        columns = (positive_nB.where(is_positive_nB, 0), is_positive_nB, negative_nB.where(is_negative_nB, 0), is_negative_nB)
+        return tuple(x_nB.sum(dim=1).to(cosines_nB.dtype) for x_nB in columns)
+
+    positive_B, positives_B, negative_B, negatives_B = batch.pairs(sums)
+    return mean_of(positive_B, positives_B), mean_of(negative_B, negatives_B)
 
 
 @register("contrastive")
 class Contrastive(Loss):
-    """mean over positive pairs of relu(D - positive_margin)^2 / 2 + mean over negative pairs of relu(negative_margin - D)^2 / 2, D the
-    Euclidean distance of unit features, in [0, 2]. Hadsell et al., CVPR 2006, eq. 4, where positive_margin is 0 and the sum goes over
-    given pairs; here over all pairs of the batch, and because there are far more negative ones each kind has its own mean.
+    """Hadsell et al., CVPR 2006, eq. 4, with positive_margin 0 and a sum over given pairs. Here P and N are all positive and negative pairs
+    of the batch, each with its own mean because there are far more negative ones. D is the Euclidean distance of unit features, in [0, 2].
 
-    negative_margin  ours: 1, a cosine of 0.5. Two random features have a distance of 1.41
-    """
+    negative_margin  ours: 1, a cosine of 0.5. Two random features have a distance of 1.41"""
 
+    formula = (
+        r"\frac{1}{2|P|}\sum_{(i,k)\in P}\max\left(0, D_{ik} - m_p\right)^2 + \frac{1}{2|N|}\sum_{(i,k)\in N}\max\left(0, m_n - "
+        r"D_{ik}\right)^2,\qquad m_p, m_n = \text{positive and negative margin}"
+    )
     use = "A baseline, or in a sum."
     positive_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 0.0
     negative_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 1.0
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
-        def sums(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, ...]:
+        def costs(cosines_nB: Tensor) -> tuple[Tensor, Tensor]:
             distance_nB = distances(cosines_nB)
-            far_nB = torch.relu(distance_nB - self.positive_margin).square().where(is_positive_nB, 0)
-            near_nB = torch.relu(self.negative_margin - distance_nB).square().where(is_negative_nB, 0)
-            return tuple(x_nB.sum(dim=1).to(cosines_nB.dtype) for x_nB in (far_nB, is_positive_nB, near_nB, is_negative_nB))
+            far_nB, near_nB = torch.relu(distance_nB - self.positive_margin), torch.relu(self.negative_margin - distance_nB)
+            return far_nB.square(), near_nB.square()
 
-        far_B, positives_B, near_B, negatives_B = batch.pairs(sums)
-        return (mean_of(far_B, positives_B) + mean_of(near_B, negatives_B)) / 2
+        positive, negative = means_of_pairs(batch, costs)
+        return (positive + negative) / 2
 
 
 @register("triplet")
 class Triplet(Loss):
-    """relu(margin + D(hardest positive) - D(hardest negative)) with the farthest positive and the nearest negative of each anchor in the
-    global batch (batch hard: Hermans et al., "In Defense of the Triplet Loss", 2017, eq. 5), the mean over anchors that have both.
+    """The farthest positive and the nearest negative of each anchor in the global batch ("batch hard": Hermans et al., "In Defense of the
+    Triplet Loss", 2017, eq. 5), averaged over anchors that have both.
 
-    distance  "squared": D = |x - z|^2 of unit features as in FaceNet (Schroff et al., CVPR 2015, eq. 2), margin 0.2; "euclidean":
-              D = |x - z|, which Hermans et al. found better
-    """
+    distance  "squared": |x - z|^2 of unit features (Schroff et al., CVPR 2015, eq. 2), margin 0.2; "euclidean": |x - z|, better in
+              Hermans"""
 
+    formula = r"\max\left(0, m + \max_{k: y_k = y_i, k\ne i} D_{ik} - \min_{k: y_k\ne y_i} D_{ik}\right)"
     use = "Fine-tuning with large batches; or in a sum."
     margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit features differ by at most 4")] = 0.2
     distance: Literal["squared", "euclidean"] = "squared"
@@ -75,16 +87,18 @@ class Triplet(Loss):
 
 @register("unpg")
 class UNPG(Loss):
-    """CosFace or ArcFace with the batch's negative pairs q in every sample's denominator, the same for all:
-    -log e^{s phi(t)} / (e^{s phi(t)} + sum_j e^{s n_j} + sum_q e^{s q}). Jung et al., "Unified Negative Pair Generation toward
-    Well-discriminative Feature Space for Face Recognition", BMVC 2022: scale 64, margin 0.5 in their configurations of both bases.
+    """CosFace or ArcFace with the batch's negative pairs in every denominator. Jung et al., "Unified Negative Pair Generation toward
+    Well-discriminative Feature Space for Face Recognition", BMVC 2022: scale 64, margin 0.5 for both bases.
 
-    whisker  pairs whose cosine lies outside [Q1 - whisker IQR, Q3 + whisker IQR] of all negative pairs are left out; inf keeps all
+    whisker  leaves out pairs whose cosine lies outside [Q1 - whisker IQR, Q3 + whisker IQR] of all negative pairs; inf keeps all
 
-    Pairs are those of the global batch; their code takes those of one GPU, and notes that the gathered batch did worse. Costs, beside the
-    base, `negative_quantiles` and one `pair_statistics`. Gradient flows through the pairs, not through the quartiles.
-    """
+    Pairs come from the global batch; the authors' code takes those of one GPU and notes that the gathered batch did worse. Costs
+    `negative_quantiles` and one `pair_statistics` beside the base. Gradient flows through the pairs, not through the quartiles."""
 
+    formula = (
+        r"\mathrm{softplus}\left(\log\left(e^{a_i} + \sum_{q\in Q} e^{s q}\right) - s \varphi(t_i)\right),\qquad \varphi(t_i) = t_i - "
+        r"m\text{ or } \cos(\theta_i + m),\qquad Q = \text{cosines of the negative pairs of the batch that are kept}"
+    )
     use = "Batches large enough to hold hard pairs; adds pairs of samples to the negatives of CosFace or ArcFace."
     scale: Scale = 64.0
     margin: float = 0.5
@@ -102,7 +116,7 @@ class UNPG(Loss):
         return softplus(others_B - self.scale * phi_B).mean()
 
     def _pairs(self, batch: GlobalBatch) -> Tensor:
-        """log sum_q e^{s q}; of no pairs a number whose exponential is 0."""
+        """log sum_q e^{s q}; a number whose exponential is 0 if there are no pairs."""
         nothing = -4 * self.scale - 1e4
         quartiles = None
         if self.whisker < math.inf:
@@ -120,20 +134,23 @@ class UNPG(Loss):
 
 @register("anchorface")
 class AnchorFace(Loss):
-    """A reconstruction of AnchorFace (AAAI 2022), which trains for TAR at one FAR: only its hyper-parameters are known to us.
-    CosFace + far_weight mean over negative pairs of sigmoid((q - t) / tau) + tar_weight (1 - mean over positive pairs of the same), with
-    the threshold t, without gradient, that the share `far` of the batch's negative pairs exceeds.
+    """A reconstruction of AnchorFace (AAAI 2022), which trains for TAR at one FAR; we know only its hyper-parameters. P and N are the
+    positive and negative pairs of the batch. The threshold T has no gradient.
 
     scale, margin  of CosFace
     far            anchor FAR; a batch has about B^2 / 2 negative pairs to find its threshold from. Ours: 1e-3
-    tau            width of the step, in cosines; theirs 0.01
-    far_weight     theirs 1000, at which the term starts near 1000 far; 10 was better by far on the small set of docs/losses.md
+    tau            width of the step, in cosines; 0.01 in the paper
+    far_weight     1000 in the paper, with which the term starts near 1000 far; 10 was much better on the small set of docs/losses.md
     tar_weight     ours
 
-    The threshold is the batch's own; theirs comes from an online set of 5 features per identity, used for 1000 steps. Costs, beside
-    CosFace, `negative_quantiles` and one `pair_statistics`.
-    """
+    The threshold comes from the batch; in the paper it comes from an online set of 5 features per identity, used for 1000 steps. Costs
+    `negative_quantiles` and one `pair_statistics` beside CosFace."""
 
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s (t_i - m)\right) + \frac{\lambda_1}{|N|}\sum_{q\in N}\sigma\left(\frac{q - T}{\tau}\right) + "
+        r"\lambda_2\left(1 - \frac{1}{|P|}\sum_{p\in P}\sigma\left(\frac{p - T}{\tau}\right)\right),\qquad \lambda_1 = \text{far "
+        r"weight},\quad \lambda_2 = \text{tar weight},\quad T = \text{the threshold that a share far of } N \text{ exceeds}"
+    )
     use = "To train for one FAR."
     scale: Scale = 64.0
     margin: Margin = 0.4
@@ -145,11 +162,9 @@ class AnchorFace(Loss):
     def __call__(self, batch: GlobalBatch) -> Tensor:
         (threshold,) = negative_quantiles(batch.features_BD, batch.labels_B, (1 - self.far,), group=batch.group)
 
-        def sums(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, ...]:
+        def costs(cosines_nB: Tensor) -> tuple[Tensor, Tensor]:
             above_nB = torch.sigmoid((cosines_nB - threshold) / self.tau)
-            rejected_nB, accepted_nB = (1 - above_nB).where(is_positive_nB, 0), above_nB.where(is_negative_nB, 0)
-            return tuple(x_nB.sum(dim=1).to(cosines_nB.dtype) for x_nB in (rejected_nB, is_positive_nB, accepted_nB, is_negative_nB))
+            return 1 - above_nB, above_nB
 
-        rejected_B, positives_B, accepted_B, negatives_B = batch.pairs(sums)
-        loss = CosFace(self.scale, self.margin)(batch) + self.tar_weight * mean_of(rejected_B, positives_B)
-        return loss + self.far_weight * mean_of(accepted_B, negatives_B)
+        rejected, accepted = means_of_pairs(batch, costs)
+        return CosFace(self.scale, self.margin)(batch) + self.tar_weight * rejected + self.far_weight * accepted

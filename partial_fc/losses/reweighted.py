@@ -1,6 +1,4 @@
-"""Losses that weigh hard non-targets, or the whole probability, anew."""
-
-from __future__ import annotations
+"""Losses that give hard non-targets, or the whole probability, another weight."""
 
 import math
 from typing import Annotated, Literal
@@ -20,15 +18,18 @@ Hardness = Annotated[float, Within(0.0, 10.0, "it is added to hard cosines")]
 
 @register("sv_softmax")
 class SVSoftmax(Loss):
-    """Non-targets nearer than the target, n_j > t, count more: as (1 + hardness) n_j + hardness, that is exp(s n_j) times
-    exp(s hardness (n_j + 1)). Wang et al., "Support Vector Guided Softmax Loss", arXiv 1812.11317: scale 32, hardness 0.2.
+    """Wang et al., "Support Vector Guided Softmax Loss", arXiv 1812.11317: scale 32, hardness 0.2. Non-targets nearer than the target count
+    more: exp(s n_j) is multiplied by exp(s hardness (n_j + 1)).
 
-    margin    on the target's similarity alone; with one this is the paper's SV-X-Softmax (0.35)
-    hardness  the paper's t - 1; 0 gives softmax with that margin
-    emphasis  "adaptive" as above, or "fixed": n_j + hardness
-    target    what the margin does: "cosine" t - margin, "arc" cos(arccos t + margin)
-    """
+    margin    on the target's similarity only; above 0 this is the SV-X-Softmax of the paper (0.35)
+    hardness  t - 1 in the paper; 0 gives softmax with that margin
+    emphasis  "adaptive" as in the formula, or "fixed": n_j + hardness
+    target    what the margin does: "cosine" t - margin, "arc" cos(arccos t + margin)"""
 
+    formula = (
+        r"\mathrm{softplus}\left(\log\sum_j e^{s h_i(n_{ij})} - s (t_i - m)\right),\qquad h_i(n) = (1+\tau) n + \tau\text{ if } n > "
+        r"t_i\text{, else } n,\qquad \tau = \text{hardness}"
+    )
     use = "To stress negatives that are nearer than the target; prefer mv_softmax with a margin."
     scale: Scale = 32.0
     margin: float = 0.0
@@ -48,15 +49,18 @@ class SVSoftmax(Loss):
 
 @register("mv_softmax")
 class MVSoftmax(Loss):
-    """Non-targets nearer than the target with its margin, n_j > phi(t), count more: as (1 + hardness) n_j + hardness. Wang et al.,
-    "Mis-classified Vector Guided Softmax Loss", AAAI 2020: scale 32, margin 0.35, hardness 0.2 (0.12 in FaceX-Zoo).
+    """Wang et al., "Mis-classified Vector Guided Softmax Loss", AAAI 2020: scale 32, margin 0.35, hardness 0.2 (0.12 in FaceX-Zoo).
+    Non-targets nearer than the target with its margin, phi(t), count more.
 
-    hardness  t - 1 of the paper, t of its code; 0 gives CosFace, or ArcFace
-    emphasis  "adaptive" as above, or "fixed": n_j + hardness
+    hardness  t - 1 in the paper, t in its code; 0 gives CosFace, or ArcFace
+    emphasis  "adaptive" as in the formula, or "fixed": n_j + hardness
     target    phi: "cosine" t - margin, "arc" cos(arccos t + margin)
-    easy      the target has its margin only where t > 0, the comparison has it always: the code's default, not in the paper
-    """
+    easy      applies the margin to targets only where t > 0, in the comparison always: the code's default, not in the paper"""
 
+    formula = (
+        r"\mathrm{softplus}\left(\log\sum_j e^{s h_i(n_{ij})} - s (t_i - m)\right),\qquad h_i(n) = (1+\tau) n + \tau\text{ if } n > t_i - "
+        r"m\text{, else } n,\qquad \tau = \text{hardness}"
+    )
     use = "Large clean sets, late in training: misclassified negatives count more. Noisy labels count more too."
     scale: Scale = 32.0
     margin: float = 0.35
@@ -79,7 +83,7 @@ class MVSoftmax(Loss):
 
 
 def emphasis_on_hard(hardness: float, emphasis: str, limit_B: Tensor) -> Map:
-    """n -> (1 + hardness) n + hardness, or n + hardness, where n is above the row's limit. Largest at n = 1."""
+    """n -> (1 + hardness) n + hardness, or n + hardness, where n is above the row's limit. The largest value is at n = 1."""
     factor = 1 + hardness if emphasis == "adaptive" else 1.0
 
     def function(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
@@ -96,13 +100,15 @@ def emphasis_on_hard(hardness: float, emphasis: str, limit_B: Tensor) -> Map:
 
 @register("curricularface")
 class CurricularFace(Loss):
-    """ArcFace with hard non-targets, n_j > cos(arccos t + margin), as n_j (mean + n_j): they count little at first, and more as the mean
-    target cosine grows. Huang et al., CVPR 2020: scale 64, margin 0.5 in radians.
+    """Huang et al., CVPR 2020: scale 64, margin 0.5 in radians. Hard non-targets count little at first, and more as the mean target grows.
 
-    share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port
-    """
+    share  of each batch in the running mean of target cosines, which starts at 0: 0.01 in the authors' code, 0.1 in TFace's port"""
 
-    use = "As mv_softmax, with easy samples first: one loss for the whole of a run."
+    formula = (
+        r"\mathrm{softplus}\left(\log\sum_j e^{s h_i(n_{ij})} - s\cos(\theta_i + m)\right),\qquad h_i(n) = n (\mu + n)\text{ if } n > "
+        r"\cos(\theta_i + m)\text{, else } n,\qquad \mu = \text{running mean of } t_i"
+    )
+    use = "Like mv_softmax, but easy samples come first: one loss for the whole run."
     scale: Scale = 64.0
     margin: Angle = 0.5
     share: Annotated[float, Within(0.0, 1.0, "it is the part of a batch in a running mean")] = 0.01
@@ -113,14 +119,14 @@ class CurricularFace(Loss):
     def __call__(self, batch: GlobalBatch) -> Tensor:
         target_B = batch.targets()
         mean = batch.track("mean_target", target_B.mean(), self.share)
-        # As in their code this limit rises again past pi - margin; the target's own phi does not.
+        # As in the authors' code this limit rises again past pi - margin; phi of the target does not.
         limit_B = torch.cos(torch.arccos(target_B.clamp(-1, 1)) + self.margin)
         statistics = batch.against_classes(scale=self.scale, map=curriculum(mean, limit_B))
         return softplus(statistics.non_target_B - self.scale * angular(statistics.target_B, 1.0, self.margin)).mean()
 
 
 def curriculum(mean: Tensor, limit_B: Tensor) -> Map:
-    """n -> n (mean + n) where n is above the row's limit; mean is a scalar without gradient, at most 1."""
+    """n -> n (mean + n) where n is above the row's limit; mean is a scalar of at most 1, without gradient."""
 
     def function(cosines_Bn: Tensor, limit_B1: Tensor | None) -> Tensor:
         assert limit_B1 is not None
@@ -137,14 +143,13 @@ def curriculum(mean: Tensor, limit_B: Tensor) -> Map:
 
 @register("search_softmax")
 class SearchSoftmax(Loss):
-    """-log p_m with p_m = p / (a p + 1 - a), p the softmax probability of the target and a <= 0. Wang et al., "Loss Function Search for
-    Face Recognition", ICML 2020: scale 32. The search itself, which draws a anew for each model of a population and keeps
-    the best on a validation set, is not here.
+    """Wang et al., "Loss Function Search for Face Recognition", ICML 2020: scale 32. q is the softmax probability of the target, and alpha
+    <= 0. The search itself is not included: it draws an alpha for each model of a population and keeps the best on a validation set.
 
-    modulation  a. One number is the margin log(1 - a) / scale of CosFace: 0.28 by default, about what their code draws, -0.2 e^(scale/3).
-                Several are for p in so many equal parts of (0, 1], the first for the smallest p (their local mode has 10)
-    """
+    modulation  alpha. One number acts as the margin log(1 - alpha) / scale of CosFace: 0.28 by default, about what the authors' code draws,
+                -0.2 e^(scale/3). Several numbers apply to equal parts of (0, 1], q's range, smallest first (their local mode: 10)"""
 
+    formula = r"-\log\frac{q_i}{\alpha q_i + 1 - \alpha},\qquad q_i = \frac{1}{1 + e^{a_i - s t_i}},\qquad \alpha = \text{modulation}"
     use = "To find a margin-like factor by search; with one factor it is CosFace."
     scale: Scale = 32.0
     modulation: float | tuple[float, ...] = -8000.0
@@ -172,7 +177,6 @@ class SearchSoftmax(Loss):
 
 
 def modulated(loss_B: Tensor, a: float | Tensor) -> Tensor:
-    """-log p_m [B], p_m = p / (a p + 1 - a), of loss_B = -log p >= 0; a <= 0 is a number or [B], with gradient if it has one.
-    a = 1 - exp(s (t - phi)) gives a target t the margin that phi has."""
-    # The other probability, 1 - p, keeps its digits where p is nearly 1.
-    return loss_B + torch.log1p(a * torch.expm1(-loss_B))
+    """-log p_m [B], p_m = p / (a p + 1 - a), from loss_B = -log p >= 0; a <= 0 is a number or [B], with gradient if it has one. a = 1 -
+    exp(s (t - phi)) gives a target t the margin of phi."""
+    return loss_B + torch.log1p(a * torch.expm1(-loss_B))  # 1 - p keeps its digits where p is nearly 1

@@ -1,7 +1,5 @@
-"""Losses that compare each sample with one sample of every identity of the batch, as a classifier does with prototypes. They leave the
-prototypes alone: train them beside a sample-to-class loss, or for their features only."""
-
-from __future__ import annotations
+"""Losses that compare each sample with one sample of every identity of the batch, as a classifier does with prototypes. They do not train
+prototypes: use them in addition to a sample-to-class loss, or for the features only."""
 
 import torch
 from torch import Tensor
@@ -17,14 +15,13 @@ TITLE = "Samples in place of prototypes"
 
 @register("sample_softmax")
 class SampleSoftmax(Loss):
-    """-log e^{s (p - margin)} / (e^{s (p - margin)} + sum_j e^{s n_j}): softmax among samples, p the cosine with another sample of the
-    identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 17 and 24: scale 64, margin 0.1.
+    """Softmax among samples: p_i is the cosine with another sample of the identity, n_ij that with one sample of every other identity. Li
+    et al., "UniTSFace", NeurIPS 2023, eqs. 17 and 24: scale 64, margin 0.1. The paper compares with the last features of all classes,
+    without gradient; this loss compares with the gathered batch, with gradient to both sides. Needs batches with several images per
+    identity: anchors without a positive count as 0 in the mean over the batch."""
 
-    Theirs compares with the last features of all classes, without gradient; here with the gathered batch, with gradient to both sides.
-    Needs batches with several images of an identity: anchors without a positive count as 0 in the mean over the batch.
-    """
-
-    use = "Beside a sample-to-class loss, where a learned threshold is not wanted."
+    formula = r"\mathrm{softplus}\left(a_i - s (p_i - m)\right)"
+    use = "In addition to a sample-to-class loss, where a learned threshold is not wanted."
     scale: Scale = 64.0
     margin: Margin = 0.1
 
@@ -36,15 +33,13 @@ class SampleSoftmax(Loss):
 
 @register("sample_bce")
 class SampleBCE(Loss):
-    """softplus(b_y - s (p - margin)) + sum_j softplus(s n_j - b_j): USS with a learned threshold b for each class in place of one for all.
-    Li et al., "UniTSFace", NeurIPS 2023, eqs. 22 and 24: scale 64, margin 0.1 with which it is worse than USS in their tables.
+    """USS with a learned threshold b for each class in place of one for all. Li et al., "UniTSFace", NeurIPS 2023, eqs. 22 and 24: scale
+    64, margin 0.1; worse than USS in the paper's tables. Compares with the gathered batch, as sample_softmax does. Anchors without a
+    positive contribute only the second term. Costs 1 all-reduce of B numbers beside the statistics, and another in backward.
 
-    Compares with the gathered batch, as sample_softmax does. Anchors without a positive have their second term alone. Costs 1 all-reduce
-    of B numbers beside the statistics; backward another.
+    threshold  first value of all learned thresholds, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch, as in USS"""
 
-    threshold  first value of all the learned ones, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch, as in USS
-    """
-
+    formula = r"\mathrm{softplus}\left(b_{y_i} - s (p_i - m)\right) + \sum_j\mathrm{softplus}\left(s n_{ij} - b_j\right)"
     use = "To repeat the comparison of the UniTSFace paper, in which it is worse than uss."
     scale: Scale = 64.0
     margin: Margin = 0.1
@@ -68,16 +63,15 @@ class SampleBCE(Loss):
 
 @register("n_plus_1_tuplet")
 class NPlus1Tuplet(Loss):
-    """log(1 + sum_j exp(x.n_j - x.p)): one positive p of the anchor x, and one negative of every other identity. Sohn, "Improved Deep
-    Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eqs. 6 and 7. Anchors without a positive count as 0 in the mean
-    over the batch. With cosines this is sample_softmax without its margin.
+    """Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eqs. 6 and 7: one positive of the anchor,
+    and one negative of every other identity. Anchors without a positive count as 0 in the mean. With cosines: sample_softmax with margin 0.
 
-    scale       of cosines
-    normalizes  False: products of features as they are, without scale, as in the paper
-    norm_weight lambda of norm_weight mean |x|^2 / 2, which keeps such features short (section 3.2.2; there is no number in the paper)
-    """
+    scale        of cosines
+    normalizes   False: products of the features as they are, without scale, as in the paper
+    norm_weight  of mean |x|^2 / 2, which keeps unnormalised features short (section 3.2.2; the paper gives no number)"""
 
-    use = "Few images of very many identities, where prototypes would be hardly trained; or in a sum."
+    formula = r"\log\left(1 + \sum_j e^{s (n_{ij} - p_i)}\right)"
+    use = "Very many identities with few images each, whose prototypes would hardly be trained; or in a sum."
     scale: Scale = 64.0
     normalizes: bool = True
     norm_weight: Weight = 0.0

@@ -1,7 +1,5 @@
 """Plain softmax and the SphereFace family: the feature norm as scale, and margins that multiply the target's angle."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 
@@ -22,9 +20,10 @@ TITLE = "Softmax and SphereFace"
 
 @register("softmax")
 class Softmax(Loss):
-    """Cross-entropy of <x, w_j>, neither normalised, no bias: what margins were measured against. The norm of a prototype then says how
-    often its identity is guessed, which is of no use for identities outside the training set."""
+    """Cross-entropy of <x, w_j> without normalisation or bias, the baseline of margin losses. The norm of a prototype then says how often
+    its identity is predicted, which does not help for identities outside the training set."""
 
+    formula = r"\mathrm{softplus}\left(\log\sum_{j\ne y_i} e^{\langle x_i, w_j\rangle} - \langle x_i, w_{y_i}\rangle\right)"
     use = "A baseline; its prototypes depend on how often an identity was seen."
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
@@ -35,9 +34,9 @@ class Softmax(Loss):
 
 @register("normalized_softmax")
 class NormalizedSoftmax(Loss):
-    """Cross-entropy of |x| cos(theta_j): the prototypes are normalised, the features are not. "Modified softmax" in
-    Liu et al., CVPR 2017."""
+    """Cross-entropy with normalised prototypes and unnormalised features: "modified softmax" in Liu et al., CVPR 2017."""
 
+    formula = r"\mathrm{softplus}\left(a_i - s_i t_i\right),\qquad s_i = |x_i|"
     use = "A baseline without margin, and what SphereFace becomes for m = 1."
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
@@ -48,16 +47,18 @@ class NormalizedSoftmax(Loss):
 
 @register("sphereface")
 class SphereFace(Loss):
-    """A-Softmax: |x| is the scale, and the target's cosine becomes (lambda cos(theta) + psi(theta)) / (1 + lambda) with
-    psi(theta) = (-1)^k cos(m theta) - 2 k for theta in [k pi / m, (k + 1) pi / m]. Liu et al., CVPR 2017: m = 4.
-    lambda = max(least_lambda, first_lambda (1 + lambda_decay step)^-lambda_power) lets the margin in slowly, as their code does
-    (max(5, 1000 / (1 + 0.12 step))); least_lambda = first_lambda = 0 is the paper's formula.
+    """A-Softmax, Liu et al., CVPR 2017: m = 4. Lambda phases the margin in slowly, as in the authors' code (max(5, 1000 / (1 + 0.12
+    step))); least_lambda = first_lambda = 0 gives the formula of the paper.
 
-    angle_factor  m, a whole number; with 1 this is "normalized_softmax"
-    slope         "exact": the derivative. "straight_through": 1 per unit of the target's cosine, as opensphere has it. Their Caffe code
-                  does a third thing, which is not here: it normalises the direction of the target's gradient by feature
-    """
+    angle_factor  m, a whole number; 1 gives "normalized_softmax"
+    slope         "exact": the derivative; "straight_through": 1 per unit of the target's cosine, as in opensphere. The authors' Caffe code
+                  does a third thing that is not implemented here: it normalises the direction of the target's gradient by feature"""
 
+    formula = (
+        r"\mathrm{softplus}\left(a_i - s_i \frac{\lambda t_i + \psi(\theta_i)}{1+\lambda}\right),\qquad s_i = |x_i|,\qquad \psi(\theta) = "
+        r"(-1)^k\cos(m\theta) - 2k,\quad k = \lfloor m\theta/\pi\rfloor,\qquad m = \text{angle factor},\quad \lambda = "
+        r"\max\left(\text{least lambda}, \text{first lambda}\cdot(1 + \text{decay}\cdot\text{step})^{-\text{power}}\right)"
+    )
     use = "To compare with its publications; sensitive to the annealing, and to feature norms."
     angle_factor: Annotated[int, Within(1, 8, "it multiplies the angle")] = 4
     first_lambda: Lambda = 1000.0
@@ -82,14 +83,16 @@ class SphereFace(Loss):
 
 @register("sphereface_r")
 class SphereFaceR(Loss):
-    """Cross-entropy of scale x cosines, with the margin as a factor m of angles. Liu et al., "SphereFace Revived", TPAMI 2022, with
-    normalised features ("hard feature normalisation"): scale 30, m = 1.5. Their code multiplies the loss by 50 / scale besides.
+    """Liu et al., "SphereFace Revived", TPAMI 2022, with normalised features ("hard feature normalisation"): scale 30, m = 1.5. The
+    authors' code also multiplies the loss by 50 / scale.
 
-    version  "v1": the target is cos(min(m theta_y, pi)). "v2": non-targets are cos(theta_j / m)
-    slope    "straight_through": 1, as they have it ("characteristic gradient detachment"). "exact": the derivative; that of v1 is 0
-             beyond pi / m
-    """
+    version  "v1": the target is cos(min(m theta_y, pi)); "v2": non-targets are cos(theta_j / m)
+    slope    "straight_through": 1, the paper's "characteristic gradient detachment"; "exact": the derivative, in v1 0 beyond pi / m"""
 
+    formula = (
+        r"\text{v1: } \mathrm{softplus}\left(a_i - s\cos(\min(m\theta_i, \pi))\right),\qquad \text{v2: } \mathrm{softplus}\left(\log\sum_j "
+        r"e^{s\cos(\arccos(n_{ij})/m)} - s t_i\right),\qquad m = \text{angle factor}"
+    )
     use = "A multiplicative margin that trains without annealing."
     scale: Scale = 30.0
     angle_factor: Annotated[float, Within(1.0, 8.0, "it multiplies the target's angle")] = 1.5
@@ -109,13 +112,13 @@ class SphereFaceR(Loss):
 
 
 def norms_of(batch: GlobalBatch) -> Tensor:
-    """|x| [B] as scale. The target is a product divided by it, so it is never quite 0."""
+    """|x| [B] as a scale. The target is a product divided by it, so it must never be 0."""
     return batch.norms().clamp(min=EPSILON)
 
 
 def falling_cosine(target_B: Tensor, factor: int) -> Tensor:
-    """psi = (-1)^k cos(factor theta) - 2 k, k = floor(factor theta / pi): it falls with theta from 1 to 1 - 2 factor. The cosine of a
-    multiple of theta is a polynomial in cos(theta) (Chebyshev's), whose slope is finite everywhere."""
+    """psi = (-1)^k cos(factor theta) - 2 k, k = floor(factor theta / pi), which falls with theta from 1 to 1 - 2 factor. The cosine of a
+    multiple of theta is computed as a Chebyshev polynomial in cos(theta), whose slope is finite everywhere."""
     before_B, cosine_B = torch.ones_like(target_B), target_B
     for _ in range(factor - 1):
         before_B, cosine_B = cosine_B, 2 * target_B * cosine_B - before_B

@@ -19,7 +19,7 @@ TITLE = "Sums of losses"
 
 
 class _Parts(Loss):
-    """A loss made of others, each with names of its own for what it keeps."""
+    """A loss made of others. Each part has its own names for what it keeps."""
 
     def weighted(self) -> list[tuple[str, float, Loss]]:
         """(name, weight, loss) of each part."""
@@ -49,10 +49,14 @@ class UniTSFace(_Parts):
     """CosFace plus USS. Li et al., NeurIPS 2023: scale 64, margins 0.4 and 0.1.
 
     threshold, source, start, staleness  see `uss`: the authors compare with a bank of last features
-    weighting  "sum": weights 1 and 1, as the authors' code has it. "average": one half each, as the paper's text has it
-    """
+    weighting                            "sum": weights 1 and 1, as in the authors' code; "average": one half each, as in the paper"""
 
-    use = "Among the best of this page on the small set all were tried on; needs batches with several images of an identity."
+    formula = (
+        r"w \left[\mathrm{softplus}\left(a_i - s (t_i - m_1)\right) + \mathrm{softplus}\left(b - s (p_i - m_2)\right) + "
+        r"\sum_j\mathrm{softplus}\left(s n'_{ij} - b\right)\right],\qquad w = 1\text{ or } \frac{1}{2},\qquad m_1 = \text{margin},\quad "
+        r"m_2 = \text{sample margin},\quad p_i, n'_{ij} = \text{cosines with samples}"
+    )
+    use = "Among the best losses of our comparison on a small set; needs batches with several images per identity."
     scale: float = 64.0
     margin: float = 0.4
     sample_margin: float = 0.1
@@ -77,9 +81,9 @@ class Sum(_Parts):
     """A weighted sum of any losses.
 
     parts    each as build() takes it: {"name": "gce", "scale": 32.0}
-    weights  one per part; 1 each by default
-    """
+    weights  one per part; 1 each by default"""
 
+    formula = r"\sum_k w_k L_k,\qquad w_k, L_k = \text{weights and parts}"
     use = "Any combination, from a recipe: parts and weights."
     parts: tuple[Mapping[str, Any], ...] = ({"name": "cosface"}, {"name": "uss"})
     weights: tuple[float, ...] = ()

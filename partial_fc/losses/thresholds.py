@@ -1,6 +1,4 @@
-"""Losses with one learned threshold: every similarity is judged by itself, above it or below."""
-
-from __future__ import annotations
+"""Losses with one learned threshold, which judge every similarity by itself."""
 
 import math
 from functools import partial
@@ -20,13 +18,13 @@ TITLE = "Learned thresholds"
 
 @register("uce")
 class UCE(Loss):
-    """softplus(b - s (t - margin)) + weight sum_j softplus(s n_j - b), b = s threshold + log(C - 1) learned. Zhou et al., "UniFace: Unified
-    Cross-Entropy Loss", ICCV 2023, eqs. 23, 31 and 32: scale 64, margin 0.4, weight 0.7 (UCE-mb) on WebFace.
+    """Zhou et al., "UniFace: Unified Cross-Entropy Loss", ICCV 2023, eqs. 23, 31 and 32: scale 64, margin 0.4, weight 0.7 (UCE-mb) on
+    WebFace. The threshold b = s threshold + log(C - 1) is learned.
 
-    threshold  first value of the learned one, as a cosine; by default the authors' code's, b = log(10 C)
-    weight     of the non-targets; with the classifier's sample_rate the r of eq. 32
-    """
+    threshold  first value of the learned threshold, as a cosine; by default b = log(10 C), as in the authors' code
+    weight     of the non-targets; with the classifier's sample_rate it is the r of eq. 32"""
 
+    formula = r"\mathrm{softplus}(b - s (t_i - m)) + \lambda\sum_j\mathrm{softplus}(s n_{ij} - b),\qquad \lambda = \text{weight}"
     use = "Where one threshold for all identities is wanted, as in open-set verification at one operating point."
     scale: Scale = 64.0
     margin: Margin = 0.4
@@ -46,19 +44,18 @@ class UCE(Loss):
 
 @register("uss")
 class USS(Loss):
-    """softplus(b - s (p - margin)) + sum_j softplus(s n_j - b): UCE with samples in place of prototypes, p the cosine with another sample
-    of the identity and n_j with one sample of every other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11 and 24: scale 64,
-    margin 0.1. Anchors without a positive have their second term alone.
+    """UCE with samples in place of prototypes: p_i is the cosine with another sample of the identity, n_ij that with one sample of every
+    other identity. Li et al., "UniTSFace", NeurIPS 2023, eqs. 11, 24: scale 64, margin 0.1. Anchors without a positive have no first term.
 
-    threshold  first value of the learned one, as a cosine; by default their code's, b = mean log-sum-exp of s n_j in the first batch
-               that has any
-    source     of the other samples. "batch", the gathered one, with gradient to both sides; needs batches with several images of an
-               identity. "bank": the last features of all classes, without gradient, as theirs; costs what CosFace costs
-    start      with the bank: the step from which on there is a loss; before it only fills (theirs: one epoch)
-    staleness  with the bank: steps after which a feature counts no more; by default it always counts, as theirs
-    """
+    threshold  first value of the learned threshold, as a cosine; by default b = mean log-sum-exp of s n_j in the first batch that has
+               non-targets, as in the authors' code
+    source     of the other samples. "batch": the gathered batch, with gradient to both sides; needs batches with several images per
+               identity. "bank": the last features of all classes, without gradient, as in the paper; costs as much as CosFace
+    start      with the bank: the first step with a loss; earlier steps only fill the bank (one epoch in the paper)
+    staleness  with the bank: steps after which a feature no longer counts; by default it always counts, as in the paper"""
 
-    use = "Beside a sample-to-class loss (see unitsface); alone it lets prototypes be."
+    formula = r"\mathrm{softplus}\left(b - s (p_i - m)\right) + \sum_j\mathrm{softplus}\left(s n_{ij} - b\right)"
+    use = "In addition to a sample-to-class loss (see unitsface); alone it does not train prototypes."
     scale: Scale = 64.0
     margin: Margin = 0.1
     threshold: Cosine | None = None
@@ -92,16 +89,19 @@ class USS(Loss):
 
 @register("sphereface2")
 class SphereFace2(Loss):
-    """(weight / s) (target_weight softplus(-s (g(t) - margin) - b) + (1 - target_weight) sum_j softplus(s (g(n_j) + margin) + b)) with
-    g(z) = 2 ((z + 1) / 2)^power - 1 and one learned bias b. Wen et al., "SphereFace2", ICLR 2022, type C (a margin on both sides), with the
-    constants of the authors' code (opensphere): scale 40, margin 0.4 (64 and 0.5 on MS1M), power 3.
+    """Wen et al., "SphereFace2", ICLR 2022, type C (a margin on both sides), with one learned bias b. Constants of the authors' code
+    (opensphere): scale 40, margin 0.4 (64 and 0.5 on MS1M), power 3.
 
-    target_weight  lambda of their eq. 5, alpha of the code: 0.7 (0.8 on MS1M)
+    target_weight  lambda of eq. 5, alpha of the code: 0.7 (0.8 on MS1M)
     weight         lw of the code: 50 (10 on VGGFace2)
-    slope          "straight_through": the code's, 1 for g; or "exact"
-    """
+    slope          "exact", or "straight_through": 1 for g, as in the code"""
 
-    use = "Noisy labels, or where each pair of sample and class shall be judged by itself."
+    formula = (
+        r"\frac{w}{s}\left[\lambda \mathrm{softplus}\left(-s (g(t_i) - m) - b\right) + (1-\lambda)\sum_j\mathrm{softplus}\left(s "
+        r"(g(n_{ij}) + m) + b\right)\right],\qquad g(z) = 2\left(\frac{z+1}{2}\right)^q - 1,\qquad w = \text{weight},\quad \lambda = "
+        r"\text{target weight},\quad q = \text{power}"
+    )
+    use = "Noisy labels, or where each pair of sample and class should be judged by itself."
     scale: Scale = 40.0
     margin: Margin = 0.4
     power: Annotated[float, Within(1.0, 16.0, "1 leaves cosines as they are, 3 is usual")] = 3.0
@@ -115,11 +115,11 @@ class SphereFace2(Loss):
             raise ValueError(f"target_weight is {self.target_weight}, but must lie between 0 and 1: non-targets have the rest")
 
     def learned(self, num_classes: int) -> dict[str, float]:
-        """The b at which the loss of orthogonal features and prototypes is smallest."""
+        """The b that minimises the loss of orthogonal features and prototypes."""
         ratio = self.target_weight / ((1 - self.target_weight) * max(1, num_classes - 1))
         middle = 2 * 0.5**self.power - 1
         target, others = self.scale * (middle - self.margin), self.scale * (middle + self.margin)
-        # log(2 z) - log(1 - z + sqrt((1 - z)^2 + 4 z e^(target - others))) - others; for z > 1 without the difference of equal numbers.
+        # log(2 z) - log(1 - z + sqrt((1 - z)^2 + 4 z e^(target - others))) - others; rearranged for z > 1, where digits would cancel.
         gap = 4 * ratio * math.exp(target - others)
         root = math.sqrt((1 - ratio) ** 2 + gap)
         if ratio <= 1:

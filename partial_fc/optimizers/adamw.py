@@ -1,7 +1,5 @@
 """AdamW on the rows of a PartialFC."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 
@@ -13,20 +11,18 @@ from torch.optim.adamw import adamw
 from partial_fc.classifier import PartialFC
 from partial_fc.optimizers.row_optimizer import RowOptimizer
 
-LARGEST_GAP = 0.5  # each term of "lazy"'s series is at most so much of the one before
+LARGEST_GAP = 0.5  # ratio of consecutive terms in the series of "lazy", at most
 
 
 class RowAdamW(RowOptimizer):
     """AdamW (Loshchilov & Hutter, ICLR 2019), equal to torch.optim.AdamW to rounding. Options: see RowOptimizer.
 
-    The bias correction counts the classifier's steps, also for rows that were frozen in some of them (as in torch.optim.SparseAdam):
-    counting a row's own would let those that are seldom sampled make large steps for long.
+    The bias correction counts the classifier's steps, also for rows that were frozen in some of them (as in torch.optim.SparseAdam): with a
+    count per row, rarely sampled rows would make large steps for a long time.
 
-    "lazy" makes up for missed steps with a series, cut where the rest is below rounding: a few passes over a chunk in cache, whose number
-    grows with the number of steps that may have been missed. It is kept small by bringing all rows up to date whenever epsilon has doubled
-    beside the root of a second moment without gradient: with the default betas after 4, 20, 82 and 298 steps, then after `most_missed`
-    each time, but the smaller the second beta the oftener.
-    """
+    "lazy" makes up missed steps with a series, cut where the rest is below rounding: a few passes over a chunk in cache, more for more
+    steps that may have been missed. To keep them few, all rows are brought up to date whenever epsilon has doubled relative to the root of
+    a second moment without gradient: after 4, 20, 82 and 298 steps, then every `most_missed`; more often for a second beta below 0.999."""
 
     state_names = ("exp_avg", "exp_avg_sq")
     most_missed = 256
@@ -50,7 +46,7 @@ class RowAdamW(RowOptimizer):
 
     def _move(self, group: dict[str, Any], step: int, grad_nD: Tensor, weight_nD: Tensor, *state_nD: Tensor) -> None:
         mean_nD, square_nD = state_nD
-        steps = torch.full((), step, dtype=torch.float32, device=weight_nD.device)  # torch counts this step itself
+        steps = torch.full((), step, dtype=torch.float32, device=weight_nD.device)  # torch adds this step itself
         options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
         options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False, "maximize": False}
         adamw([weight_nD], [grad_nD], [mean_nD], [square_nD], [], [steps], fused=True, **options)
@@ -65,12 +61,13 @@ class RowAdamW(RowOptimizer):
     def _coefficients(self) -> np.ndarray:
         """For each s: decay of weight, mean and square, E, and the terms of the series, the last one first.
 
-        Of a row that misses step s and all later ones, mean and square only decay. With root = sqrt(square) before step s, step t then
-        moves its weight by -a_st mean / (root + e_st), where a_st also holds the weight decay of the steps after t. With E the largest
-        e_st, gap_st = 1 - e_st / E and y = E / (root + E), which is in (0, 1], all of them together move it by -mean times
+        In a row that misses step s and all later ones, mean and square only decay. With root = sqrt(square) before step s, step t moves the
+        weight by -a_st mean / (root + e_st), where a_st includes the weight decay of the steps after t. With E the largest e_st, gap_st = 1
+        - e_st / E and y = E / (root + E), which lies in (0, 1], all of these steps together move it by -mean times
+
             sum_t a_st / (root + e_st) = y sum_p y^p sum_t (a_st / E) gap_st^p.
-        No term is negative, and what is left out from p on is below (largest gap)^p of the sum.
-        """
+
+        No term is negative, and the terms from p on are below (largest gap)^p of the sum."""
         log_first, log_second, slope, floor, decay = np.array(self._missed).T
         first_s, root_s = _running_sum(log_first), _running_sum(log_second / 2)  # logs of what is left before step s = 0 ... T
         decay_s = np.append(np.cumprod(decay[::-1])[::-1], 1.0)
@@ -106,5 +103,5 @@ class RowAdamW(RowOptimizer):
 
 
 def _running_sum(x: np.ndarray) -> np.ndarray:
-    """[T + 1]: of none, one, ..., all."""
+    """[T + 1]: the sums of the first 0, 1, ..., T numbers."""
     return np.append(0.0, x.cumsum())

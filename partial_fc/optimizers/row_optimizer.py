@@ -1,7 +1,5 @@
-"""What the row optimizers share: which rows move, when and in what precision. Rows move chunk by chunk, in cache; with a sample rate
-below 1 only sampled rows and their state are read and written."""
-
-from __future__ import annotations
+"""What the row optimizers share: which rows move, when and in what precision. Rows move chunk by chunk, in cache; with a sample rate below
+1 only sampled rows and their state are read and written."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -14,28 +12,27 @@ from partial_fc import collectives
 from partial_fc.classifier import PartialFC
 from partial_fc.optimizers.rounding import round_to_bfloat16
 
-CHUNK_ELEMENTS = 1 << 18  # of one matrix on CPU: weights, gradient and state of a chunk (1 MB each) stay in cache; on a GPU 32 times that
+CHUNK_ELEMENTS = 1 << 18  # of a matrix on CPU: weights, gradient and state of a chunk (1 MB each) stay in cache; 32 times that on a GPU
 
 Rows = slice | Tensor  # a range of this rank's rows, or distinct int64 row numbers
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """How a row moves is RowSGD's and RowAdamW's; this is what they share:
+    """The common part of RowSGD and RowAdamW, which define how a row moves.
 
-    unsampled    "frozen": rows outside a step's sample keep weight and state, without decay and momentum.
-                 "lazy": they move exactly as a dense optimizer moves them with a gradient of 0, but only when they are sampled next (or
-                 at `flush`), through all the steps that they missed in one go, each at its own learning rate. Costs another read and
-                 write of the sampled rows each step, int32 [S], and a pass over all rows after at most `most_missed` steps.
-    in_backward  prototypes move during backward, as soon as the gradient of a chunk of them exists; an [S, D] gradient never does. Set
-                 the learning rate before backward; a backward pass for features alone moves prototypes too. A second backward before
-                 `step`, a GradScaler and `clip` are refused; torch's clip_grad_norm_ would find no gradient and do nothing.
+    unsampled    "frozen": rows outside a step's sample keep weight and state, without decay and momentum. "lazy": they move exactly as a
+                 dense optimizer moves them with a gradient of 0, but only when they are sampled next (or at `flush`): through all missed
+                 steps at once, each at its own learning rate. Costs another read and write of the sampled rows each step, int32 [S], and a
+                 pass over all rows at least every `most_missed` steps
+    in_backward  prototypes move during backward, as soon as the gradient of a chunk exists; there is never an [S, D] gradient. Set the
+                 learning rate before backward; a backward pass for features alone moves prototypes too. A second backward before `step`, a
+                 GradScaler and `clip` are refused; torch's clip_grad_norm_ would find no gradient and do nothing
 
-    Prototypes in bfloat16 are moved in float32, in which their state is kept, and rounded stochastically.
-    A step that classifier.is_finite() calls bad, or a GradScaler skips, changes nothing.
-    """
+    Prototypes in bfloat16 are moved in float32, the dtype of their state, and rounded stochastically. A step that classifier.is_finite()
+    calls bad, or that a GradScaler skips, changes nothing."""
 
     state_names: tuple[str, ...]
-    most_missed: int  # steps that "lazy" keeps in mind
+    most_missed: int  # steps that "lazy" remembers
 
     def __init__(
         self, classifier: PartialFC, defaults: dict[str, Any], unsampled: Literal["frozen", "lazy"] = "frozen", in_backward: bool = False
@@ -45,15 +42,15 @@ class RowOptimizer(torch.optim.Optimizer):
         super().__init__(classifier.parameters(), defaults)
         self.classifier, self.in_backward = classifier, in_backward
         for parameter in self._parameters():
-            # From the start, so that a checkpoint always has them; zeros give torch's first step too.
+            # Made at once, so that a checkpoint always has them; zeros also give torch's first step.
             matrices = {name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name in self.state_names}
             self.state[parameter] = {"step": torch.zeros(()), **matrices}
         self.is_lazy = unsampled == "lazy" and classifier.config.sample_rate < 1
-        self._missed: list[tuple[float, ...]] = []  # what the rows outside the sample missed, step by step since the last flush
-        if self.is_lazy:  # a row has made as many of these steps, the first ones, as its number here says
+        self._missed: list[tuple[float, ...]] = []  # what rows outside the sample missed, step by step since the last flush
+        if self.is_lazy:  # how many of these steps, from the first on, each row has made
             self._made_S = torch.zeros(len(classifier.prototypes), dtype=torch.int32, device=classifier.prototypes.device)
-        self._is_moving = False  # backward has moved rows, `step` is to come
-        self._step_supports_amp_scaling = True  # so that GradScaler calls `step` also to skip it, with its findings in `found_inf`
+        self._is_moving = False  # backward has moved rows, `step` has not run yet
+        self._step_supports_amp_scaling = True  # so that GradScaler also calls `step` to skip it, with its findings in `found_inf`
         classifier.before_use = self._catch_up_sample if self.is_lazy else None
         classifier.consumer = self if in_backward else None
 
@@ -62,11 +59,11 @@ class RowOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _missed_step(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """What will be needed to make this step later, without gradient."""
+        """The numbers needed to make this step later, without gradient."""
         raise NotImplementedError
 
     def _coefficients(self) -> np.ndarray:
-        """float64 [T + 1, k]: what takes a row through steps s, ..., T - 1 of the T in `_missed`, for each s."""
+        """float64 [T + 1, k]: for each s, what takes a row through steps s, ..., T - 1 of the T in `_missed`."""
         raise NotImplementedError
 
     def _make_up(self, coefficients_n1: list[Tensor], weight_nD: Tensor, *state_nD: Tensor) -> None:
@@ -80,11 +77,11 @@ class RowOptimizer(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _steps(self, parameter: Tensor) -> int:
-        return int(self.state[parameter]["step"].numpy())  # on the CPU: nobody waits
+        return int(self.state[parameter]["step"].numpy())  # it is on the CPU: nothing waits
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves the rows, unless backward has done so, and ends the classifier's step. With a GradScaler 1 all-reduce of a number."""
+        """Moves the rows, unless backward has, and ends the classifier's step. With a GradScaler 1 all-reduce of a number."""
         assert closure is None, f"{type(self).__name__} takes no closure"
         if self.classifier.is_finite() and not self._is_skipped_by_scaler():
             if self.in_backward:
@@ -128,7 +125,7 @@ class RowOptimizer(torch.optim.Optimizer):
             self._move_rows(parameter, group, sample.rows_K, self._sampled_gradient(parameter), sample.is_real_K)
 
     def _sampled_gradient(self, parameter: Tensor) -> Tensor:
-        """[K, D]. Micro-batches of one step share their sample, and autograd appends their gradients to each other: here they are added."""
+        """[K, D]: the sum over micro-batches, which share the step's sample and whose gradients autograd only concatenates."""
         self._refuse_several_samples()
         grad, sample = parameter.grad, self.classifier.sample
         assert grad is not None and sample is not None
@@ -148,21 +145,19 @@ class RowOptimizer(torch.optim.Optimizer):
     def _chunks(
         self, parameter: Tensor, rows: Rows, is_real_n: Tensor | None = None, stream: int = 0
     ) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yields (slice of `rows`, [weight, *state] of them) for the loop's body to change in place, and writes them back after it: padding
-        (is_real_n False) as it was. `stream` keeps the random numbers of several roundings within one step apart."""
+        """Yields (slice of `rows`, [weight, *state] of them) for the loop's body to change in place, then writes them back, except padding
+        (is_real_n False). `stream` separates the random numbers of several roundings within one step."""
         matrices = [_matrix(parameter.detach()), *(_matrix(self.state[parameter][name]) for name in self.state_names)]
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
         size = max(1, CHUNK_ELEMENTS * (1 if parameter.device.type == "cpu" else 32) // max(1, matrices[0].shape[1]))
-        # Every chunk of picked rows uses the memory of the one before it.
+        # Every chunk of selected rows reuses the memory of the one before.
         buffers = [matrix.new_empty(min(size, count), matrix.shape[1]) for matrix in matrices] if isinstance(rows, Tensor) else []
         for first in range(0, count, size):
             part = slice(first, min(first + size, count))
             if isinstance(rows, Tensor):
                 rows_n = rows[part]
-                found = [
-                    torch.index_select(matrix, 0, rows_n, out=buffer[: len(rows_n)])
-                    for matrix, buffer in zip(matrices, buffers, strict=True)
-                ]
+                parts = zip(matrices, (buffer[: len(rows_n)] for buffer in buffers), strict=True)
+                found = [torch.index_select(matrix, 0, rows_n, out=memory) for matrix, memory in parts]
             else:
                 span = rows.start + part.start, rows.start + part.stop
                 found = [matrix[slice(*span)] for matrix in matrices]
@@ -176,19 +171,19 @@ class RowOptimizer(torch.optim.Optimizer):
                 continue
             is_real_n1 = None if is_real_n is None else is_real_n[part, None]
             if is_real_n1 is not None and is_real_n1.device.type == "cpu" and is_real_n1.numpy().all():
-                is_real_n1 = None  # most chunks have no padding; on a GPU the host would have to wait to know
+                is_real_n1 = None  # most chunks have no padding; on a GPU the host would wait to know
             for matrix, moved_nD in zip(matrices, moved, strict=True):
                 kept_nD = moved_nD if is_real_n1 is None else torch.where(is_real_n1, moved_nD, matrix.index_select(0, rows_n))
                 matrix.index_copy_(0, rows_n, kept_nD)
 
     def _catch_up_sample(self, rows_K: Tensor) -> None:
-        """What the classifier calls with the rows of each new sample. Padding, which depends on the number of ranks, stays behind."""
+        """The classifier calls it with the rows of each new sample. Padding, which depends on the number of ranks, stays behind."""
         assert self.classifier.sample is not None
         self._catch_up(rows_K, self.classifier.sample.is_real_K)
 
     @torch.no_grad()
     def _catch_up(self, rows: Rows, is_real_n: Tensor | None = None) -> None:
-        """These rows make the steps that they missed."""
+        """Makes the steps that these rows missed."""
         if self._missed:
             prototypes = self.classifier.prototypes
             table = torch.from_numpy(self._coefficients()).to(prototypes.device, _wide(prototypes), non_blocking=True)
@@ -202,11 +197,11 @@ class RowOptimizer(torch.optim.Optimizer):
         self._made_S[rows] = count if is_real_n is None else torch.where(is_real_n, count, self._made_S[rows])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__}  # torch's would leave out what is not its own
+        return {**self.__dict__}  # torch's keeps only its own attributes
 
     def flush(self) -> None:
-        """Lets all rows make the steps that they missed: before anything reads prototypes or state of classes that were not sampled, such
-        as an evaluation or a checkpoint of one's own (`state_dict` flushes by itself). Nothing to do but for "lazy"."""
+        """Makes all steps that rows missed. Call it before reading prototypes or state of classes that were not sampled, such as for an
+        evaluation or your own checkpoint (`state_dict` flushes by itself). Does something only with "lazy" rows."""
         if self._is_moving:
             raise ValueError("the step is half done, as in_backward=True moved rows during backward: call step() first")
         if self._missed:
@@ -233,7 +228,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scales the gradient of prototypes to max_norm if its norm is larger, and returns the norm that it had, over the classes of all
+        """Scales the gradient of prototypes down to max_norm if its norm is larger, and returns the norm before, over the classes of all
         ranks. Call it between backward and `step`, on every rank. 1 all-reduce of a number."""
         if self.in_backward:
             raise ValueError(
@@ -267,7 +262,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state stays float32 whatever the prototypes are kept in. A torch.optim optimizer's of the same rows will do."""
+        """Like torch's, but state stays float32 whatever the prototypes' dtype. A torch.optim optimizer's of the same rows works too."""
         self.flush()
         saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
         for parameter, values in zip(self._parameters(), saved, strict=False):
@@ -287,7 +282,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """Losses may have parameters that are no matrices."""
+    """A matrix view; parameters of losses may be vectors."""
     return tensor if tensor.ndim == 2 else tensor.view(-1, 1)
 
 

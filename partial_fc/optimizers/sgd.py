@@ -1,7 +1,5 @@
 """SGD with momentum on the rows of a PartialFC."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +11,8 @@ from partial_fc.optimizers.row_optimizer import RowOptimizer
 
 
 class RowSGD(RowOptimizer):
-    """SGD with momentum and weight decay, equal to torch.optim.SGD to rounding. Options: see RowOptimizer.
-
-    A step without gradient is linear in (weight, momentum), so all that a row missed is one 2 x 2 matrix: "lazy" costs the same however
-    many steps there were.
-    """
+    """SGD with momentum and weight decay, equal to torch.optim.SGD to rounding. Options: see RowOptimizer. A step without gradient is
+    linear in (weight, momentum), so all steps that a row missed are one 2 x 2 matrix: "lazy" costs the same for any number of them."""
 
     state_names = ("momentum_buffer",)
     most_missed = 1024
