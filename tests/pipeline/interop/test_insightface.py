@@ -160,7 +160,7 @@ def test_backbone_weights_load(tmp_path, weights, wrap):
 def test_backbone_mismatch_names_the_parameter(tmp_path, weights):
     with pytest.raises(ValueError, match=r"fc.weight in .*model.pt is \(16, 2048\), but r18 of width 32 expects \(32, 2048\)"):
         load_backbone(save(tmp_path, weights), "r18", width=32, image_size=32)
-    with pytest.raises(ValueError, match=r"has no parameter layer1.2.bn1.weight, of which r34 needs one shaped \(64,\)"):
+    with pytest.raises(ValueError, match=r"has no parameter layer1.2.bn1.weight, which r34 needs with the shape \(64,\)"):
         load_backbone(save(tmp_path, weights), "r34", width=16, image_size=32)
     with pytest.raises(ValueError, match=r"has a parameter extra that r18 lacks"):
         load_backbone(save(tmp_path, {**weights, "extra": torch.zeros(1)}), "r18", width=16, image_size=32)
