@@ -59,10 +59,10 @@ _L = TypeVar("_L", bound=type)
 
 @dataclass_transform(frozen_default=True)
 def register(name: str) -> Callable[[_L], _L]:
-    """Makes a class a frozen dataclass and gives it a name."""
+    """Makes a class a frozen dataclass, unless it is one already, and gives it a name."""
 
     def add(cls: _L) -> _L:
-        REGISTRY[name] = dataclass(frozen=True)(cls)
+        REGISTRY[name] = cls if "__dataclass_params__" in vars(cls) else dataclass(frozen=True)(cls)
         return cls
 
     return add

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError, dataclass
+
 import pytest
 import torch
 
 from partial_fc import PartialFC, RowSGD, losses
+from partial_fc.losses import register
 from tests.partial_fc.losses.parity import CLASSES, WIDTH, data
 
 
@@ -115,3 +118,23 @@ def test_zero_features_among_products():
 def test_parts_of_a_sum_that_cannot_be_built(parameters, sentence):
     with pytest.raises(ValueError, match=sentence):
         losses.build("sum", **parameters)
+
+
+@pytest.mark.parametrize("decorate", [lambda cls: cls, dataclass(frozen=True)])
+def test_register_takes_a_class_and_a_dataclass(decorate, monkeypatch):
+    monkeypatch.setattr(losses.base, "REGISTRY", dict(losses.REGISTRY))
+
+    class Scaled(losses.Loss):
+        factor: losses.Weight = 2.0
+
+        def __call__(self, batch):
+            return self.factor * batch.against_classes(scale=4.0).target_B.mean()
+
+    register("test_scaled")(decorate(Scaled))
+    loss = losses.build("test_scaled", factor=3.0)
+    assert losses.name_of(loss) == "test_scaled" and loss == losses.base.REGISTRY["test_scaled"](3.0)
+    with pytest.raises(FrozenInstanceError):
+        loss.factor = 1.0
+    with pytest.raises(ValueError, match=r"factor is -1.0, but must lie in \[0, inf\]: it is a weight"):
+        losses.build("test_scaled", factor=-1.0)
+    assert PartialFC(5, 3, loss)(torch.randn(4, 3), torch.arange(4)).isfinite()
