@@ -76,7 +76,7 @@ class GlobalBatch:
     ) -> Statistics:
         """Statistics against the classes of this step: see `similarity_statistics`.
 
-        scale         a number, or a vector [B] with gradient, complete on every rank, such as `norms`; adds 1 all-reduce of B floats to backward
+        scale         a number, or a vector [B] with gradient, complete on every rank (`norms`); adds 1 all-reduce of B floats to backward
         class_bias_S  by row of this rank's shard, with gradient: added to the logits of non-targets
         bank_share_S  by row: each unit prototype, including targets, is mixed with this share of its class's last feature
         normalize     False takes prototypes as they are"""
