@@ -1,4 +1,4 @@
-"""What `protoshard bench training` trains: one entry per row of the table in docs/losses.md."""
+"""What `protoshard bench training` trains: one entry per row of the table in docs/experiments.md."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class GCE(Loss):
     out_sample_weight    w; 0 with equal margins is CosFace
     alpha                weight of the target's term
     out_samples          "mean" over K_i, which makes the loss independent of the batch size, or "sum"
-    out_sample_gradient  False: terms of other samples are an adaptive threshold without gradient; see docs/losses.md
+    out_sample_gradient  False: terms of other samples are an adaptive threshold without gradient; see docs/experiments.md
     queue                samples of earlier steps and micro-batches that also count as other samples; keeps 2 numbers and a label each"""
 
     formula = (

@@ -140,7 +140,7 @@ class AnchorFace(Loss):
     scale, margin  of CosFace
     far            anchor FAR; a batch has about B^2 / 2 negative pairs to find its threshold from. Ours: 1e-3
     tau            width of the step, in cosines; 0.01 in the paper
-    far_weight     1000 in the paper, with which the term starts near 1000 far; 10 was much better on the small set of docs/losses.md
+    far_weight     1000 in the paper, with which the term starts near 1000 far; 10 was much better on the small set of docs/experiments.md
     tar_weight     ours
 
     The threshold comes from the batch; in the paper it comes from an online set of 5 features per identity, used for 1000 steps. Costs

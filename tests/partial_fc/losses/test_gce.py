@@ -16,7 +16,7 @@ from tests.partial_fc.losses.parity import CLASSES, Dense, check, check_finite, 
 
 
 def gce_of(target, others, labels, parameters):
-    """The formula of docs/losses.md, sample by sample."""
+    """The formula of docs/losses-reference.md, sample by sample."""
     chosen = {"target_margin": 0.4, "non_target_margin": 0.05, "out_sample_weight": 1.0, "alpha": 0.5, "out_samples": "mean"}
     chosen |= {"out_sample_gradient": False} | parameters
     scale, weight = chosen["scale"], chosen["out_sample_weight"]
