@@ -37,7 +37,7 @@ class PartialFC(nn.Module):
     loss              from `losses.build`; may be replaced between steps by one of its kind (margin warm-up). What it learns are parameters
                       in `learned`, what it tracks buffers `tracked_...`; all of these but numbers per class are equal on every rank
     sample_rate       below 1, a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then a
-                      sparse tensor of the sampled rows, which only RowSGD and RowAdamW update
+                      sparse tensor of sampled rows and of padding (of value 0), which only RowSGD and RowAdamW update
     options           fields of ClassifierConfig, such as dtype, storage_dtype, correct_rate, hard_negatives and substitution_rate
     uneven_batches    lets ranks bring different numbers of rows, including none, in any step; costs one more all-gather of one number per
                       rank, for which the host waits. By default every rank must bring the same number of rows

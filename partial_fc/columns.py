@@ -20,11 +20,11 @@ from partial_fc.shards import ClassShard
 
 
 class Mask(NamedTuple):
-    """The columns that are not non-targets of a row: by default its target; with several labels per sample there would be several."""
+    """The columns excluded from a row's statistic, by default its target. A sample with several labels would have several here."""
 
     columns_B: Tensor | None = None  # int64: one column per row, -1 if another rank has it; None for the target
     labels: tuple[Tensor, Tensor] | None = None  # (of rows [B], of columns [n]): all columns with the row's label instead
-    included_n: Tensor | None = None  # bool: False for a column that is no row's non-target
+    included_n: Tensor | None = None  # bool: False for a column excluded from every row's statistic
 
 
 class Placement(NamedTuple):
@@ -137,7 +137,7 @@ def of_sampled(
     consumer: Consumer | None = None,
     pool: BufferPool | None = None,
 ) -> Columns:
-    """The classes of a step's sample. With corrected_rate, the sample's rate, each class drawn by chance counts 1 / rate times."""
+    """The classes of a step's sample. With corrected_rate, its rate, classes drawn by chance count 1 / rate times in a log-sum-exp."""
     correction_K = None
     if corrected_rate is not None:
         wide = torch.promote_types(prototypes_SD.dtype, torch.float32)

@@ -22,7 +22,7 @@ from partial_fc.prototype_sources import AllRows, SampledRows
 from partial_fc.renamed import refuse
 from partial_fc.shards import ClassShard
 from partial_fc.similarity import Statistics, similarity_statistics
-from partial_fc.statistics import LOG_SUM_EXP, Statistic, TopK
+from partial_fc.statistics import LOG_SUM_EXP, SoftplusSum, Statistic, TopK
 from partial_fc.unit_rows import unit_rows
 
 RENAMED = {
@@ -83,10 +83,12 @@ class GlobalBatch:
         if torch.is_grad_enabled() and self.columns.source.is_consumed:
             if self.uses:
                 raise ValueError(
-                    "this loss looks at prototypes twice in a step, of which in_backward=True moves them at once: use in_backward=False"
+                    "this loss looks at prototypes twice in a step, but in_backward=True moves them at the first: use in_backward=False"
                 )
             self.uses.append(True)
         columns = self.columns._replace(normalize=normalize)
+        if isinstance(statistic, SoftplusSum) and columns.bias_n is not None:
+            raise ValueError("correct_rate corrects log-sum-exps, which this loss does not ask for: use correct_rate=False")
         if isinstance(statistic, TopK):
             columns = columns._replace(bias_n=None)  # a bias would rank sampled classes before those of the batch
         if bank_share_S is not None:

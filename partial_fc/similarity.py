@@ -46,8 +46,9 @@ def similarity_statistics(
     features_BD  global batch (the same rows on every rank), any norm; the gradient is this rank's part of the sum over columns. A row or
                  column without a direction (norm 0) has cosines 0 and no gradient
     columns      this rank's prototypes or samples, with targets and masks: `of_classes(prototypes_SD, labels_B)` and others in columns.py
-    statistic    of the logits z_ij = s_i cos_ij + bias_j over the non-targets j of row i: LogSumExp(), SoftplusSum(threshold) or TopK(k)
-    scale        s, a number, or a vector [B] with gradient (feature norms)
+    statistic    of the logits z_ij = s_i cos_ij + bias_j over the non-targets j of row i: LogSumExp(), SoftplusSum(threshold) or TopK(k),
+                 which ranks by cos_ij + bias_j
+    scale        s, a number, or a vector [B] (feature norms) whose gradient is this rank's part: see `collectives.sum_gradient`
     map          replaces non-target cosines element by element (partial_fc.maps)
     dtype        of the products with columns: "float32" (float64 for float64 features), or "bfloat16" with sums in float32 and target
                  entries from float32 rows
@@ -68,9 +69,9 @@ def similarity_statistics(
     bound = float("inf") if isinstance(scale, Tensor) else abs(scale) * (map.bound if map is not None else 1.0)
     is_bounded = columns.normalize and bound <= LARGEST_UNSHIFTED and (columns.bias_n is None or columns.bias_is_bounded)
     scale_B1 = scale[:, None] if isinstance(scale, Tensor) else features_BD.new_full((len(features_BD), 1), scale)
-    is_scaled_later = map is not None or not statistic.takes_map  # mapped cosines are scaled after the map, those of TopK not at all
+    scales_queries = map is None and statistic.takes_map  # mapped cosines are scaled after the map, those of TopK not at all
     problem = Problem(
-        queries_BD=features_BD if is_scaled_later else features_BD * (scale_B1 if isinstance(scale, Tensor) else scale),
+        queries_BD=features_BD * (scale_B1 if isinstance(scale, Tensor) else scale) if scales_queries else features_BD,
         columns=columns,
         statistic=statistic,
         shifts=statistic.may_shift and not is_bounded,
@@ -80,7 +81,7 @@ def similarity_statistics(
     )
     target_B, non_target_B, *classes_Bk = statistic.evaluate(problem, _choose(kernel, problem), group)
     # From here on all depends on the rows alone, not on this rank's columns.
-    if not is_scaled_later:
+    if scales_queries:
         target_B = target_B / (collectives.divide_gradient(scale, group) if isinstance(scale, Tensor) else scale)
     return Statistics(target_B, non_target_B, collectives.divide_gradient(norms_B, group), *classes_Bk)
 
@@ -100,7 +101,7 @@ def _choose(kernel: str, problem: Problem) -> Kernel:
 @torch.no_grad()
 def nearest_classes(shard: ClassShard, prototypes: PrototypeSource, labels_B: Tensor, k: int, **options: Any) -> Tensor:
     """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few. Options: dtype, kernel and group
-    of similarity_statistics. 2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) B."""
+    of similarity_statistics. 2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) N B."""
     own_BD = torch.zeros(len(labels_B), prototypes.shape[1], device=labels_B.device)
     if shard.rows:
         rows_B = shard.rows_of(labels_B)

@@ -1,5 +1,5 @@
-"""Statistics of a row of the similarity matrix: what they sum, how ranks are merged, and their gradient. A new one is a class here, and the
-name of its terms in kernels/triton_programs.py."""
+"""Statistics of a row of the similarity matrix: what they sum, how ranks are merged, and their gradient. A new one is a class here, for the
+Triton kernel with terms of its name in kernels/triton_programs.py; HingeSum in tests/partial_fc/test_statistics.py is an example."""
 
 import math
 from dataclasses import dataclass
@@ -47,12 +47,12 @@ class Statistic(Terms):
 
 class LogSumExp(Statistic):
     """log sum_j exp(z_ij) over the non-targets j of row i; -inf if there are none. The gradient is dense. If logits may exceed 64, float32
-    needs the largest one of each row: 1 all-gather of 3 B floats in place of the all-reduce."""
+    needs the largest one of each row: 1 all-gather of 3 N B floats in place of the all-reduce."""
 
     may_shift = True
     base = LOG2_E  # exponentials of tiles are powers of 2: on a CPU torch's exp2 is faster than its exp
     is_exponential = True
-    program = "exp2"
+    triton_terms = "exp2"
 
     def terms_(self, tile_Bn: Tensor) -> Tensor:
         return tile_Bn.exp2_()
@@ -91,7 +91,7 @@ class SoftplusSum(Statistic):
     complete on every rank; backward then adds 1 all-reduce of a scalar."""
 
     threshold: Tensor | None = None
-    program = "softplus"
+    triton_terms = "softplus"
 
     def biased(self, columns: Columns, group: Group) -> Columns:
         if self.threshold is None:
@@ -113,12 +113,12 @@ class SoftplusSum(Statistic):
 
 @dataclass(frozen=True)
 class TopK(Statistic):
-    """The k largest non-target cosines of row i (bias and scale only rank them; -2 where there are fewer), with their classes (-1). Only
-    these have a gradient. Communicates 1 all-gather of (3 k + 1) B floats."""
+    """The k largest non-target cosines of row i (a bias only ranks them; -2 where there are fewer), with their classes (-1). Only
+    these have a gradient. Communicates 1 all-gather of (3 k + 1) N B floats."""
 
     k: int = 1
     takes_map = False
-    program = "exp2"  # for the largest of k = 1; its sum is not used
+    triton_terms = "exp2"  # for the largest of k = 1; its sum is not used
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -163,7 +163,7 @@ class _SumFunction(torch.autograd.Function):
         with _no_autocast(queries_BD):
             shard = kernel.forward(problem, needed)
         target_B, value_B = statistic.merge(shard, problem.shifts, group)
-        ctx.save_for_backward(*tensors)  # for torch to notice if they change before backward
+        ctx.save_for_backward(*tensors)  # reading them in backward raises if they have changed since
         # Detached: an output would keep this node, and so itself, alive.
         ctx.problem, ctx.kernel, ctx.result = problem, kernel, ForwardResult(value_B.detach(), shard.exact_columns_B, shard.cache)
         return target_B, value_B

@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD (or AdamW) for backbone and classifier. Usual for faces: SGD, lr 0.1 per 1024 images of batch, momentum 0.9, decay 5e-4."""
+    """SGD or AdamW for the backbone, SGD for the classifier. Usual for faces: lr 0.1 per 1024 images of batch, momentum 0.9, decay 5e-4."""
 
     name: Literal["sgd", "adamw"] = "sgd"  # of the backbone; the classifier always has its own SGD
     lr: float = 0.1  # peak, for the whole batch of a step; not scaled by anything

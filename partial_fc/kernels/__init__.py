@@ -11,18 +11,22 @@ from partial_fc.maps import Map
 
 
 class Terms:
-    """A statistic as a kernel sees it: a sum of terms f(z_ij - shift_i) over the non-targets j of row i."""
+    """A statistic as a kernel sees it: a sum of terms f(z_ij - shift_i) over the non-targets j of row i.
+
+    Excluded columns reach f as logits of -inf, so f(-inf) and f'(-inf) must be 0. For the Triton kernel f must not be negative: it clamps
+    a sum at 0 after it took the largest term out."""
 
     base = 1.0  # tiles hold logits times this
     is_exponential = False  # f(z + bias) = f(z) exp(bias), so that the bias may go into the operands of the products
-    program = ""  # the name of f in triton_programs.py
+    triton_terms = ""  # the name of f in triton_programs.py; "" for a statistic without Triton
 
     def terms_(self, tile_Bn: Tensor) -> Tensor:
         """f of a tile of shifted logits times base; may overwrite the tile."""
         raise NotImplementedError
 
     def weights_(self, tile_Bn: Tensor, terms_Bn: Tensor | None = None) -> Tensor:
-        """f' of the same tile; may overwrite it. `terms_Bn` is the result of `terms_` on that tile, if known."""
+        """f', by the logit and not by the tile, of the same tile; may overwrite it. `terms_Bn` is the result of `terms_` on that tile, if
+        known: where `terms_` overwrote the tile, both are the same memory."""
         raise NotImplementedError
 
     def term(self, z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
@@ -35,7 +39,8 @@ class Terms:
 
     def row_factors(self, slope_B: Tensor, value_B: Tensor, shifts: bool, rounds: bool) -> tuple[Tensor, Tensor | None]:
         """(factor [B], shift [B, 1] times base or None) with d loss / d z_ij = factor_i f'(z_ij - shift_i), from d loss / d statistic and
-        the statistic over all ranks. `rounds` asks for a shift that costs a low-precision tile no digits."""
+        the statistic over all ranks. `rounds` asks for a whole number as shift, which costs a low-precision tile no digits. For example
+        slope e^(z - a) = [slope 2^-(a' - shift)] 2^(z' - shift) for a log-sum-exp a, where ' means times log2(e)."""
         return slope_B, None
 
 

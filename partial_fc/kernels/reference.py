@@ -53,7 +53,7 @@ def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: Ne
             queries_BD=inputs["queries"], columns=columns._replace(bias_n=inputs.get("bias")), scale_B1=inputs.get("scale")
         )
         target_B, logits_Bn = _logits(problem, inputs["source"])
-        # This value is wrong but its gradient right: with the statistic fixed, the slopes of sum_j f(z_ij - statistic_i) are the weights.
+        # Not the loss but a surrogate, whose gradient by each z_ij is slope_i f'(z_ij - statistic_i).
         is_there_B = torch.isfinite(result.value_B)
         terms_Bn = problem.statistic.term(logits_Bn, result.value_B.where(is_there_B, -1e30)[:, None])
         value = (slopes.target_B * target_B).sum() + (slopes.value_B.where(is_there_B, 0)[:, None] * terms_Bn).sum()

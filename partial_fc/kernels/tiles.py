@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Logits [B, n] of a chunk, -inf for columns that are not non-targets; with a map its values and slopes."""
+    """Logits [B, n] of a chunk, -inf for excluded columns; with a map its values and slopes."""
 
     logits_Bn: Tensor  # times the statistic's base
     mapped_Bn: Tensor | None = None
@@ -31,7 +31,8 @@ class Tile(NamedTuple):
 
 
 class Hardest(NamedTuple):
-    """The largest non-target of each row in a tile, from float32 rows; it is masked in the tile."""
+    """A large non-target of each row in a tile, from float32 rows; it is masked in the tile. It is the largest one where that is positive,
+    and only there does its rounding count."""
 
     place_B: Tensor  # in the tile
     logit_B: Tensor
@@ -183,7 +184,7 @@ class TileLoop:
         return _scaled(chunk.columns_nD, chunk.inverse_n1 * self.factor_n[chunk.span, None], self.weighted_units[: len(chunk.units_nD)])
 
     def gradient_memory(self, span: slice) -> Tensor:
-        """Memory for the gradient of a chunk, and one row more."""
+        """Memory for the gradient of a chunk, and on a GPU one row more: see `add_rows`."""
         return self.wide[: span.stop - span.start + 1]
 
     def column_gradient(self, chunk: Chunk, weights_Bn: Tensor, weighted_BD: Tensor, exact: ExactGradients) -> Tensor:

@@ -49,8 +49,8 @@ def refusal(problem: Problem) -> str | None:
         return "computes no maps: choose kernel 'auto'"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"multiplies in float32 or bfloat16, but was asked for {problem.dtype}: choose kernel 'auto'"
-    if problem.statistic.program not in _programs().PROGRAMS:
-        return f"has no program for {type(problem.statistic).__name__}: choose kernel 'auto'"
+    if problem.statistic.triton_terms not in _programs().KNOWN_TERMS:
+        return f"has no terms of {type(problem.statistic).__name__}: choose kernel 'auto'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or later: choose kernel 'auto'"
     return None
@@ -107,7 +107,7 @@ class FusedForward(TileLoop):
         bias_n = None if self.bias_n is None else self.bias_n[chunk.span]
         inputs = (self.queries_BD, chunk.units_nD, bias_n, problem.columns.masked_columns(), labels_B, labels_n, self.exact_columns_B)
         operands = [None if x is None else x.contiguous() for x in inputs]
-        kernel, terms = getattr(_programs(), program), (problem.statistic.program, problem.shifts)
+        kernel, terms = getattr(_programs(), program), (problem.statistic.triton_terms, problem.shifts)
 
         def run(blocks: Blocks) -> None:
             grid = (-(-batch // blocks.m) * -(-columns // blocks.n),)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-PROGRAMS = ("exp2", "softplus")  # what _terms and _weights know
+KNOWN_TERMS = ("exp2", "softplus")  # a name more needs a branch in _terms and _weights
 GROUP = tl.constexpr(8)  # blocks of classes that are worked on together with all rows, so that prototypes are read from memory once
 
 
@@ -115,7 +115,8 @@ def softplus(x):
 
 @triton.jit
 def _terms(z, TERMS: tl.constexpr):
-    """f(z) of the statistic whose `program` is TERMS."""
+    """f(z) of the statistic whose `triton_terms` is TERMS."""
+    tl.static_assert(TERMS == "softplus" or TERMS == "exp2")
     if TERMS == "softplus":
         return softplus(z)
     else:
@@ -124,7 +125,8 @@ def _terms(z, TERMS: tl.constexpr):
 
 @triton.jit
 def _weights(z, TERMS: tl.constexpr):
-    """f'(z); for a power of two without its factor log(2), as in statistics.py."""
+    """f'(z). 2^z stands for e^u with z = u log2(e), whose derivative by u is itself."""
+    tl.static_assert(TERMS == "softplus" or TERMS == "exp2")
     if TERMS == "softplus":
         return 1.0 / (1.0 + tl.exp2(-z * LOG2_E))
     else:

@@ -85,7 +85,7 @@ class CachingLoop(TileLoop):
         kept_Bn, first = self.kept_weights(chunk.span), chunk.span.start
         if kept_Bn is None:
             return super().weigh(chunk, shift_B1)
-        if self.exact_columns_B is not None:  # forward left out every chunk's hardest; only the last one is exact
+        if self.exact_columns_B is not None:  # forward left out every chunk's hardest; only the largest of all is computed exactly
             place_B, weight_B = self.hardest[first]
             is_exact_B = place_B + first == self.exact_columns_B
             self.put(kept_Bn, place_B.masked_fill(is_exact_B, -1), weight_B.to(kept_Bn.dtype))

@@ -45,7 +45,7 @@ class Loss(Protocol):
         return replace(self, **margins)  # type: ignore[type-var]
 
     def queued(self) -> dict[str, int]:
-        """Rows of tensors [rows, width], zeros at first, that are kept in the same way under names of their own."""
+        """Names and row counts of matrices [rows, width], zeros at first, for batch.kept and batch.keep."""
         return {}
 
     def uses_bank(self) -> bool:

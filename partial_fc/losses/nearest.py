@@ -24,7 +24,7 @@ class NPT(Loss):
     zero_negative  also ranks a cosine of 0, as in the authors' code, which writes 0 over the target before sorting; not in the paper"""
 
     formula = r"\sum_{l=1}^{k}\max\left(0, n_{i(l)} - t_i + m\right),\qquad n_{i(1)} \ge n_{i(2)} \ge \dots"
-    use = "Fine-tuning, when only the nearest identities still matter; no scale to choose. Its gradient to prototypes is sparse."
+    use = "Fine-tuning, when only the nearest identities still matter; no scale to choose. Only k + 1 prototypes per sample get a gradient."
     margin: Margin = 0.5
     k: Annotated[int, Within(1, math.inf, "it is the number of nearest prototypes")] = 1
     zero_negative: bool = False

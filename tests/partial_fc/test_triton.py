@@ -226,7 +226,7 @@ def test_no_tensor_of_size_batch_by_classes_is_ever_made(small_chunks):
     ("options", "sentence"),
     [
         ({"map": kernels.SQUARED}, "computes no maps: choose kernel 'auto'"),
-        ({"statistic": HingeSum()}, "has no program for HingeSum: choose kernel 'auto'"),
+        ({"statistic": HingeSum()}, "has no terms of HingeSum: choose kernel 'auto'"),
         ({"features": torch.ones(3, 2, dtype=torch.float64)}, "multiplies in float32 or bfloat16, but was asked for torch.float64"),
     ],
 )

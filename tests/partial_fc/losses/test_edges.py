@@ -35,6 +35,8 @@ OPTIONS = {
 def test_every_loss_trains_with_every_option(name, option):
     if name == "broadface" and "substitution_rate" in OPTIONS[option]:
         pytest.skip("refuses substitution")
+    if name in ("uce", "sphereface2") and "correct_rate" in OPTIONS[option]:
+        pytest.skip("refuses the correction of log-sum-exps")
     classifier = classifier_of(name, {"queue": 30} if name == "broadface" else None, **OPTIONS[option])
     optimizer = RowSGD(classifier, lr=0.01)
     for _ in range(3):
@@ -64,6 +66,14 @@ def test_the_correction_of_the_rate_does_not_rank_nearest_prototypes():
         classifier = classifier_of("npt", {"k": 2}, sample_rate=0.4, correct_rate=correct)
         found.append(classifier(*batch()).item())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["uce", "sphereface2"])
+def test_sums_of_softplus_refuse_the_correction_of_the_rate(name):
+    """It is a factor 1 / rate under an exponential only."""
+    classifier = classifier_of(name, sample_rate=0.4, correct_rate=True)
+    with pytest.raises(ValueError, match="correct_rate corrects log-sum-exps, which this loss does not ask for"):
+        classifier(*batch())
 
 
 def test_more_nearest_prototypes_than_classes():
