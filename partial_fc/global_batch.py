@@ -80,7 +80,7 @@ class GlobalBatch:
         class_bias_S  by row of this rank's shard, with gradient: added to the logits of non-targets
         bank_share_S  by row: each unit prototype, including targets, is mixed with this share of its class's last feature
         normalize     False takes prototypes as they are"""
-        if torch.is_grad_enabled() and self.columns.source.is_consumed:
+        if torch.is_grad_enabled() and self.columns.source.moves_in_backward:
             if self.uses:
                 raise ValueError(
                     "this loss looks at prototypes twice in a step, but in_backward=True moves them at the first: use in_backward=False"

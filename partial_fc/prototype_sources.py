@@ -25,16 +25,16 @@ class PrototypeSource(Protocol):
     pool: BufferPool  # for what a step needs
     tensors: tuple[Tensor, ...]  # what the prototypes are made of, for autograd
     shape: tuple[int, int]  # rows, width
-    is_consumed: bool  # whether backward moves the prototypes, so that they serve once
+    moves_in_backward: bool  # whether backward moves the prototypes, so that they serve once
 
     def load(self, rows: slice | Tensor) -> Tensor:
         """Prototypes [n, D] of these rows, any norm. Do not write to them. Those of a slice are valid until the next slice is loaded."""
 
-    def room(self) -> Tensor | None:
-        """New memory [rows, width] for the gradient of one backward pass, to pass to `collect`; None if no such memory is needed. Until the
-        gradient of a row is stored there, others may use it, and may compute that gradient in it."""
+    def gradient_memory(self) -> Tensor | None:
+        """New memory [rows, width] for the gradient of one backward pass, to pass to `collector`; None if no such memory is needed. Until
+        the gradient of a row is stored there, others may use it and compute that gradient in it."""
 
-    def collect(self, room: Tensor | None = None) -> Collector: ...
+    def collector(self, memory: Tensor | None = None) -> Collector: ...
 
 
 class Consumer(Protocol):
@@ -51,18 +51,18 @@ class AllRows:
     def __init__(self, prototypes_SD: Tensor, consumer: Consumer | None = None, pool: BufferPool | None = None) -> None:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
         self.shape = (prototypes_SD.shape[0], prototypes_SD.shape[1])
-        self.consumer, self.pool, self.is_consumed = consumer, pool or BufferPool(), consumer is not None
+        self.consumer, self.pool, self.moves_in_backward = consumer, pool or BufferPool(), consumer is not None
 
     def load(self, rows: slice | Tensor) -> Tensor:
         return _widened(self.tensors[0].detach()[rows])
 
-    def room(self) -> Tensor | None:
+    def gradient_memory(self) -> Tensor | None:
         return _empty(self, self.shape) if self.consumer is None else None
 
-    def collect(self, room: Tensor | None = None) -> Collector:
+    def collector(self, memory: Tensor | None = None) -> Collector:
         if self.consumer is not None:
             return _Consumed(self.consumer, None, None)
-        return _Stored(_empty(self, self.shape) if room is None else room, lambda gradient_SD: gradient_SD)
+        return _Stored(_empty(self, self.shape) if memory is None else memory, lambda gradient_SD: gradient_SD)
 
 
 class SampledRows:
@@ -74,7 +74,7 @@ class SampledRows:
         self.tensors: tuple[Tensor, ...] = (prototypes_SD,)
         self.shape = (len(rows_K), prototypes_SD.shape[1])
         self.rows_K, self.is_real_K, self.consumer, self.pool = rows_K, is_real_K, consumer, pool or BufferPool()
-        self.is_consumed = consumer is not None
+        self.moves_in_backward = consumer is not None
         self.loaded = prototypes_SD.new_empty(0)
 
     def load(self, rows: slice | Tensor) -> Tensor:
@@ -85,15 +85,15 @@ class SampledRows:
             self.loaded = _empty(self, (rows.stop - rows.start, self.shape[1]))
         return _widened(torch.index_select(prototypes_SD, 0, self.rows_K[rows], out=self.loaded[: rows.stop - rows.start]))
 
-    def room(self) -> Tensor | None:
+    def gradient_memory(self) -> Tensor | None:
         return _empty(self, self.shape) if self.consumer is None else None
 
-    def collect(self, room: Tensor | None = None) -> Collector:
+    def collector(self, memory: Tensor | None = None) -> Collector:
         if self.consumer is not None:
             return _Consumed(self.consumer, self.rows_K, self.is_real_K)
         size, rows_1K = self.tensors[0].shape, self.rows_K[None]
         return _Stored(
-            _empty(self, self.shape) if room is None else room,
+            _empty(self, self.shape) if memory is None else memory,
             lambda values_KD: torch.sparse_coo_tensor(rows_1K, values_KD, size, check_invariants=False),
         )
 
@@ -102,13 +102,13 @@ class FrozenRows:
     """The rows of another source, without gradient."""
 
     def __init__(self, source: PrototypeSource) -> None:
-        self.load, self.shape, self.pool, self.is_consumed = source.load, source.shape, source.pool, False
+        self.load, self.shape, self.pool, self.moves_in_backward = source.load, source.shape, source.pool, False
         self.tensors = tuple(tensor.detach() for tensor in source.tensors)  # for torch to notice if they change before backward
 
-    def room(self) -> Tensor | None:
+    def gradient_memory(self) -> Tensor | None:
         return None
 
-    def collect(self, room: Tensor | None = None) -> Collector:
+    def collector(self, memory: Tensor | None = None) -> Collector:
         raise AssertionError("frozen rows have no gradient")
 
 
@@ -116,7 +116,7 @@ class ConcatenatedRows:
     """The rows of one source, followed by those of another."""
 
     def __init__(self, first: PrototypeSource, second: PrototypeSource) -> None:
-        self.first, self.second, self.pool, self.is_consumed = first, second, first.pool, first.is_consumed
+        self.first, self.second, self.pool, self.moves_in_backward = first, second, first.pool, first.moves_in_backward
         self.tensors: tuple[Tensor, ...] = (*first.tensors, *second.tensors)
         self.split = first.shape[0]
         self.shape = (self.split + second.shape[0], first.shape[1])
@@ -136,14 +136,14 @@ class ConcatenatedRows:
         first, second = slice(rows.start, min(rows.stop, self.split)), slice(max(0, rows.start - self.split), rows.stop - self.split)
         return first if first.start < first.stop else None, second if second.start < second.stop else None
 
-    def room(self) -> Tensor | None:
+    def gradient_memory(self) -> Tensor | None:
         first, second = self.first.tensors[0], self.second.tensors[0]
-        if self.is_consumed or first.dtype != second.dtype:
+        if self.moves_in_backward or first.dtype != second.dtype:
             return None
         return self.pool.empty(self.shape, first.dtype, first.device)
 
-    def collect(self, room: Tensor | None = None) -> Collector:
-        return _ConcatenatedCollector(self, room)
+    def collector(self, memory: Tensor | None = None) -> Collector:
+        return _ConcatenatedCollector(self, memory)
 
 
 class MixedRows:
@@ -154,7 +154,7 @@ class MixedRows:
         self.prototypes, self.bank_SD, self.rows_n = prototypes, bank_SD, rows_n
         self.share_n1 = share_n[:, None]
         self.tensors: tuple[Tensor, ...] = (*prototypes.tensors, bank_SD)  # for torch to notice if it changes before backward
-        self.shape, self.pool, self.is_consumed = prototypes.shape, prototypes.pool, prototypes.is_consumed
+        self.shape, self.pool, self.moves_in_backward = prototypes.shape, prototypes.pool, prototypes.moves_in_backward
         self.loaded = bank_SD.new_empty(0)
 
     def load(self, rows: slice | Tensor) -> Tensor:
@@ -167,11 +167,11 @@ class MixedRows:
             self.loaded = self.pool.empty((len(prototypes_nD), self.shape[1]), prototypes_nD.dtype, prototypes_nD.device)
         return torch.mul(prototypes_nD, factor_n1, out=self.loaded[: len(prototypes_nD)]).addcmul_(features_nD, share_n1)
 
-    def room(self) -> Tensor | None:
-        return self.prototypes.room()
+    def gradient_memory(self) -> Tensor | None:
+        return self.prototypes.gradient_memory()
 
-    def collect(self, room: Tensor | None = None) -> Collector:
-        return _MixedCollector(self, self.prototypes.collect(room))
+    def collector(self, memory: Tensor | None = None) -> Collector:
+        return _MixedCollector(self, self.prototypes.collector(memory))
 
 
 def _empty(source: AllRows | SampledRows, shape: tuple[int, int]) -> Tensor:
@@ -212,10 +212,10 @@ class _Consumed:
 
 
 class _ConcatenatedCollector:
-    def __init__(self, joined: ConcatenatedRows, room: Tensor | None) -> None:
+    def __init__(self, joined: ConcatenatedRows, memory: Tensor | None) -> None:
         self.joined = joined
-        self.first = joined.first.collect(None if room is None else room[: joined.split])
-        self.second = joined.second.collect(None if room is None else room[joined.split :])
+        self.first = joined.first.collector(None if memory is None else memory[: joined.split])
+        self.second = joined.second.collector(None if memory is None else memory[joined.split :])
 
     def store(self, rows: slice, gradient_nD: Tensor) -> None:
         first, second = self.joined._parts(rows)

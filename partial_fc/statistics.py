@@ -229,13 +229,13 @@ class _TopFunction(torch.autograd.Function):
             if needs_source:
                 of_source = _store_entries(source, columns_BK.T.flatten(), torch.cat(gradients))
         elif needs_source:
-            of_source = source.collect().gradients()
+            of_source = source.collector().gradients()
         return grad_queries_BD, None, None, None, None, None, *of_source
 
 
 def _store_entries(source: PrototypeSource, columns_m: Tensor, gradient_mD: Tensor) -> tuple[Tensor | None, ...]:
     """A gradient that is zero except at these columns, which may repeat; -1 stands for other ranks' columns."""
-    collector, (count, width) = source.collect(), source.shape
+    collector, (count, width) = source.collector(), source.shape
     size = max(1, TILE_BYTES // (4 * width))
     for first in range(0, count, size):
         span = slice(first, min(first + size, count))

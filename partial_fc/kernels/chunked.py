@@ -53,7 +53,7 @@ def backward(
     grad_bias_n = None if columns.bias_n is None else torch.zeros_like(columns.bias_n)
     grad_scale_B1 = None if problem.scale_B1 is None else torch.zeros_like(problem.scale_B1)
     if not columns.size:
-        return Gradients(grad_queries_BD, columns.source.collect().gradients() if needed.source else (), grad_bias_n, grad_scale_B1)
+        return Gradients(grad_queries_BD, columns.source.collector().gradients() if needed.source else (), grad_bias_n, grad_scale_B1)
     cache: CachingLoop | None = result.cache  # forward's loop, with its memory
     loop = loop_type(problem) if cache is None else cache
     row_factor_B, shift_B1 = statistic.row_factors(slopes.value_B, result.value_B, problem.shifts, loop.is_rounded)
@@ -71,7 +71,7 @@ def backward(
         exact_BD = exact_BD + by_query_BD
         exact = ExactGradients(torch.cat([exact.columns_m, result.exact_columns_B]), torch.cat([of_targets_BD, by_column_BD]))
 
-    collector = columns.source.collect(None if cache is None else cache.room) if needed.source else None
+    collector = columns.source.collector(None if cache is None else cache.gradient_SD) if needed.source else None
     factor_B1 = row_factor_B[:, None] if problem.scale_B1 is None else row_factor_B[:, None] * problem.scale_B1
     weighted_BD = (queries_BD * factor_B1).to(problem.dtype)
     for chunk in loop.chunks():

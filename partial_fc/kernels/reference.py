@@ -60,7 +60,7 @@ def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: Ne
         found = dict(zip(inputs, torch.autograd.grad(value, list(inputs.values()), allow_unused=True, materialize_grads=True), strict=True))
     of_source: tuple[Tensor | None, ...] = ()
     if needed.source:
-        collector = columns.source.collect()
+        collector = columns.source.collector()
         collector.store(slice(0, columns.size), found["source"])
         of_source = collector.gradients()
     return Gradients(found["queries"], of_source, found.get("bias"), found.get("scale"))

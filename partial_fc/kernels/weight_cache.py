@@ -14,39 +14,39 @@ def loop_for(problem: Problem, needed: NeededGradients) -> TileLoop:
         return TileLoop(problem)  # the gradient of the scale needs the mapped cosines
     if needed.bias and (problem.shifts or (problem.map is not None and problem.map.slope == "exact")):
         return TileLoop(problem)  # for this gradient kept weights lack digits (bfloat16, large logits), or wrongly hold the map's slope
-    room = problem.columns.source.room()
-    return TileLoop(problem) if room is None else CachingLoop(problem, room)
+    memory = problem.columns.source.gradient_memory()
+    return TileLoop(problem) if memory is None else CachingLoop(problem, memory)
 
 
 class CachingLoop(TileLoop):
-    """Goes over the chunks twice, forward and backward, with the same memory. Keeps the weights of as many chunks as fit into `room`, the
+    """Goes over the chunks twice, forward and backward, with the same memory. Keeps the weights of as many chunks as fit into `memory`, the
     memory for the gradient, which is idle until backward and fits them all if the batch is no larger than the width. The unit columns of a
     chunk follow its weights if they fit: in bfloat16 they do for such a batch. The gradient of a chunk overwrites what has been used."""
 
-    def __init__(self, problem: Problem, room: Tensor) -> None:
-        self.room, self.batch = room, len(problem.queries_BD)
-        of_column = room.shape[1] * room.element_size()
+    def __init__(self, problem: Problem, memory: Tensor) -> None:
+        self.gradient_SD, self.batch = memory, len(problem.queries_BD)
+        of_column = memory.shape[1] * memory.element_size()
         self.stride = -(-self.batch * problem.dtype.itemsize // of_column) * of_column  # bytes of a column
-        self.units_fit = (self.batch + room.shape[1]) * problem.dtype.itemsize <= self.stride
+        self.units_fit = (self.batch + memory.shape[1]) * problem.dtype.itemsize <= self.stride
         self.inverse: dict[int, Tensor] = {}  # by first column, as below: 1 / |w| of a chunk whose unit columns are kept
         self.hardest: dict[int, tuple[Tensor, Tensor]] = {}  # (place, weight) that a chunk's weights leave out
         self.shift_B1: dict[int, Tensor] = {}  # a chunk's weights are f'(logit - shift), with the largest logits so far as shift
         super().__init__(problem)
 
     def kept_weights(self, span: slice) -> Tensor | None:
-        """Memory [B, n] of a chunk; None beyond the end of the room."""
+        """Memory [B, n] of a chunk; None beyond the end of that memory."""
         return self._memory(span.start * self.stride, self.batch, span.stop - span.start)
 
     def kept_units(self, span: slice) -> Tensor | None:
         """Memory [n, D] of a chunk; None as above, or if they do not fit."""
-        count, width = span.stop - span.start, self.room.shape[1]
+        count, width = span.stop - span.start, self.gradient_SD.shape[1]
         first = span.start * self.stride + count * self.batch * self.problem.dtype.itemsize
         return self._memory(first, count, width) if self.units_fit else None
 
     def _memory(self, first: int, *shape: int) -> Tensor | None:
         dtype = self.problem.dtype
         size = shape[0] * shape[1] * dtype.itemsize
-        memory = self.room.view(-1).view(torch.uint8)[first : first + size]
+        memory = self.gradient_SD.view(-1).view(torch.uint8)[first : first + size]
         return memory.view(dtype).view(shape) if len(memory) == size else None
 
     def chunk(self, span: slice, columns_nD: Tensor) -> Chunk:
@@ -94,4 +94,4 @@ class CachingLoop(TileLoop):
         return kept_Bn, Tile(kept_Bn)
 
     def gradient_memory(self, span: slice) -> Tensor:
-        return self.room[span]
+        return self.gradient_SD[span]

@@ -184,7 +184,7 @@ def test_mixed_prototypes_and_their_gradient_equal_autograd(is_sampled):
     units = chosen / chosen.norm(dim=1, keepdim=True).clamp(min=1e-12)
     expected = (1 - share[:, None]) * units + share[:, None] * features[rows]
     torch.testing.assert_close(source.load(torch.tensor([2, 1, 2])), expected[[2, 1, 2]])
-    collector = source.collect(source.room())
+    collector = source.collector(source.gradient_memory())
     for part in (slice(0, 2), slice(2, 3), slice(3, len(rows))):
         torch.testing.assert_close(source.load(part), expected[part])
         collector.store(part, wanted[rows][part].clone())

@@ -292,8 +292,8 @@ class Mixture(AllRows):
     def load(self, rows):
         return 0.8 * super().load(rows) + 0.2 * self.constant[rows]
 
-    def collect(self, room=None):
-        inner = super().collect(room)
+    def collector(self, memory=None):
+        inner = super().collector(memory)
 
         class Scaled:
             def store(self, rows, gradient):
@@ -454,7 +454,7 @@ def test_weights_kept_under_smaller_maxima(dtype, sign, monkeypatch):
     exact = slopes("reference", torch.float64)
     precision, products = (torch.float32, "bfloat16") if dtype == "bfloat16" else (getattr(torch, dtype), "float32")
     kept = slopes("chunked", precision, dtype=products)
-    monkeypatch.setattr(AllRows, "room", lambda source: None)
+    monkeypatch.setattr(AllRows, "gradient_memory", lambda source: None)
     again = slopes("chunked", precision, dtype=products)
     for one, other, true in zip(kept, again, exact, strict=True):
         assert (one - true).norm() <= 1.1 * (other - true).norm() + 1e-12 * true.norm()
