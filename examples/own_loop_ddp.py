@@ -44,6 +44,7 @@ def main() -> None:
         backbone_optimizer.zero_grad()
         if rank == 0 and step % 20 == 0:
             print(f"step {step} loss {loss.item():.4f}")
+    dist.barrier()  # no rank leaves while another still sends
     dist.destroy_process_group()
 
 
