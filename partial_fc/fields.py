@@ -61,5 +61,5 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 def hint_at(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about a name that does not exist."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"

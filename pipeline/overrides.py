@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import itertools
 import math
 import types
@@ -12,6 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from partial_fc import losses
+from partial_fc.fields import hint_at
 from partial_fc.losses import Loss
 from pipeline.config import RENAMED, TrainConfig, with_tuples
 
@@ -23,12 +23,6 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
         config = _set(config, section.split(".") if section else [], list(changes))
     return config
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The end of a sentence on a name that is unknown."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(known))}"
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -67,7 +61,7 @@ def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
     """The value of a field and its type."""
     known = [item.name for item in fields(part)]
     if name not in known:
-        raise ValueError(f"--set {path}: {name!r} is unknown: {nearest(name, known)}")
+        raise ValueError(f"--set {path}: {name!r} is unknown: {hint_at(name, known)}")
     return getattr(part, name), get_type_hints(type(part))[name]
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from partial_fc import losses
+from partial_fc.fields import hint_at
 from pipeline import backbones
 from pipeline.config import RENAMED, TrainConfig
-from pipeline.overrides import nearest, override
+from pipeline.overrides import override
 from pipeline.recipes import RECIPES
 
 
@@ -60,5 +61,5 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
             raise ValueError(f"recipe file {recipe} has no function recipe() that returns a TrainConfig")
         return module.recipe
     if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown: {nearest(recipe, list(RECIPES))}")
+        raise ValueError(f"recipe {recipe!r} is unknown: {hint_at(recipe, RECIPES)}")
     return RECIPES[recipe]
