@@ -33,7 +33,7 @@ class Canvas:
         self._add(points_N2, colour, 0.0, depth, lift, smooth)
 
     def stroke(self, points_N2: np.ndarray, colour: Colour, width: float, depth: Depth = ON_HEAD, lift: float = 0.0) -> None:
-        """An open line of `width` face units; a single point is a dot."""
+        """An open line of `width` face units. OpenCV draws nothing for a single point."""
         self._add(points_N2, colour, width, depth, lift, True)
 
     def _add(self, points_N2: np.ndarray, colour: Colour, width: float, depth: Depth, lift: float, smooth: bool) -> None:
