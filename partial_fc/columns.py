@@ -1,5 +1,5 @@
-"""The columns of the similarity matrix on one rank: which prototypes or samples a row meets, which column is its target, and which are not
-its non-targets. Built by `of_classes`, `of_sampled`, `of_samples` and `of_bank`."""
+"""The columns of the similarity matrix on one rank: which prototypes or samples a row meets, which column is its target, and which are
+excluded from its statistic. Built by `of_classes`, `of_sampled`, `of_samples` and `of_bank`."""
 
 from __future__ import annotations
 

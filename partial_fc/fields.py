@@ -39,10 +39,7 @@ Steps = Annotated[int, Within(1, math.inf, "it is a number of steps")]
 
 def check_fields(options: Any) -> None:
     """ValueError unless each field of a dataclass has a value that its annotation allows: one of a Literal, or as an Annotated rules."""
-    try:
-        hints = get_type_hints(type(options), include_extras=True)
-    except NameError:  # a class inside a function may use names of that function, which nobody else can look up
-        return
+    hints = get_type_hints(type(options), include_extras=True)
     for item in fields(options):
         _check(item.name, getattr(options, item.name), hints[item.name])
 
