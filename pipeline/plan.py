@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from partial_fc.kernels.tiles import TILE_BYTES
+from partial_fc.device_policy import GPU
 from partial_fc.sampling import capacity
 
 Precision = Literal["float32", "bfloat16"]
@@ -111,7 +111,7 @@ def memory(job: Job) -> dict[str, int]:
     """Bytes of the rank with most classes, in the backward pass or the update, whichever takes more."""
     batch, width, rows = job.batch, job.width, job.rows
     held = rows if job.rate == 1 else capacity(rows, job.rate, batch)
-    classes = min(held, max(256, TILE_BYTES // (batch * BYTES[job.dtype])))
+    classes = min(held, max(256, GPU.tile_bytes // (batch * BYTES[job.dtype])))
     return {
         "prototypes": rows * width * BYTES[job.storage_dtype],
         "optimizer": rows * width * 4 * STATES[job.optimizer],
