@@ -31,8 +31,12 @@ class Graph:
 
     def unreadable(self, encoded: Sequence[bytes], error: RuntimeError) -> list[int]:
         """Places of the images on which this graph fails, each tried alone, after `error` ended a batch of them. Raises a RuntimeError
-        with the same words where the images are not the cause: this graph fails on none of them, or on sound ones too."""
-        broken = [] if any(map(self._fails, _sound_images())) else [at for at, data in enumerate(encoded) if self._fails(data)]
+        with the same words where the images are not the cause: this graph fails on none of them, or on a sound one of their formats."""
+        formats = {data[:3] for data in encoded}
+        if any(self._fails(sound) for sound in _sound_images() if sound[:3] in formats):
+            broken = []
+        else:
+            broken = [at for at, data in enumerate(encoded) if self._fails(data)]
         if not broken:
             raise RuntimeError(f"DALI failed, and not because of damaged images: {error}") from error
         return broken
