@@ -72,7 +72,7 @@ def _pack(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from dali_loaders.checking import check
 
-    print(check(options.path, options.reader))
+    print(check(options.path, options.reader, decoder=options.decoder))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -131,6 +131,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
     check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")
+    check.add_argument("--decoder", default="auto", choices=("auto", "gpu", "cpu"), help="data.decoder of the run to come (auto)")
 
     config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)
