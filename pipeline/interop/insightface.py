@@ -70,7 +70,8 @@ CHANGED = ("margin_list", "loss", "network", "batch_size", "rec", "val_targets",
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("batch_size", "gradient_acc", "embedding_size", "verbose", "frequent", "seed", "num_image"), (int, "a whole number")),
     **dict.fromkeys(("lr", "momentum", "weight_decay", "sample_rate", "num_epoch", "warmup_epoch"), ((int, float), "a number")),
-    **dict.fromkeys(("network", "optimizer", "rec", "output", "loss"), ((str, type(None)), "a text")),
+    **dict.fromkeys(("network", "optimizer"), (str, "a text")),
+    **dict.fromkeys(("rec", "output", "loss"), ((str, type(None)), "a text")),
     **dict.fromkeys(("margin_list", "val_targets"), ((list, tuple), "a list")),
 }
 
@@ -120,10 +121,9 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
             "--set optimizer.classifier_lr=0.1"
         )
 
-    if options["network"] in NETWORKS:
-        fields["backbone.name"] = NETWORKS[options["network"]]
-    else:
-        unmapped.append(f"network: {options['network']!r} does not exist here; the choice is {', '.join(NETWORKS)}")
+    fields["backbone.name"] = NETWORKS.get(options["network"], options["network"])  # an unknown one is refused by the run, not replaced
+    if options["network"] not in NETWORKS:
+        unmapped.append(f"network: {options['network']!r} does not exist here; choose another, as in --set backbone.name=iresnet100")
 
     name, margins, remarks = _margin(options)
     fields |= {"loss.name": name, **{f"loss.{field}": value for field, value in margins.items()}}
@@ -310,7 +310,7 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
     state: dict[str, torch.Tensor] = {}
     info: dict[str, Any] = {"consumed": 0, "num_classes": None}
     if models:
-        if "backbone.name" not in imported.fields:
+        if imported.fields["backbone.name"] not in NETWORKS.values():
             raise ValueError(f"{config} trains a network that does not exist here, so the weights in {models[0]} cannot be used")
         network, width = imported.fields["backbone.name"], imported.fields["backbone.width"]
         state = {f"backbone.{name}": value for name, value in load_backbone(models[0], network, width).items()}

@@ -141,7 +141,12 @@ def test_what_arcface_torch_makes_of_combined_margins_is_said(tmp_path):
 
 def test_networks_and_optimizers_without_counterpart(tmp_path):
     imported = import_config(write(tmp_path, "config = edict(network='vit_l', optimizer='adamw', rec='synthetic', warmup_epoch=-1)\n"))
-    assert "backbone.name" not in imported.fields and "data.train" not in imported.fields
+    assert "data.train" not in imported.fields
+    recipe = tmp_path / "imported.py"
+    recipe.write_text(recipe_source(imported, "vit.py"))
+    with pytest.raises(ValueError, match="there is no backbone named 'vit_l'"):  # rather than another one in its place
+        resolve(str(recipe))
+    assert resolve(str(recipe), ["backbone.name=iresnet100"]).backbone.name == "iresnet100"
     assert imported.fields["optimizer.name"] == "adamw" and imported.fields["optimizer.warmup_epochs"] == 0
     assert [line.partition(":")[0] for line in imported.unmapped] == ["optimizer", "network", "rec"]
 
