@@ -36,6 +36,7 @@ class RunConfig:
     epochs: float = 20.0
     margin_warmup: float = 0.0  # share of the run over which the loss's margins (fields ending so) grow from 0; helps small sets
     log_every: int = 20  # steps between lines of metrics
+    timeout: float = 60.0  # minutes that a collective may take
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("accumulation", 1), ("log_every", 1), ("seed", 0)):

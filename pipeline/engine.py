@@ -23,6 +23,7 @@ class EngineConfig:
     name: Literal["deepspeed", "ddp"] = "deepspeed"
     zero_stage: Literal[1, 2] = 1  # 1 shards the optimizer's state over ranks, 2 its gradients too
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the backbone's products; auto: bfloat16 where the hardware has it
+    device: Literal["auto", "cuda", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in ("deepspeed", "ddp"):
