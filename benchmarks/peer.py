@@ -50,10 +50,12 @@ class PeerStep:
         self.device, on_gpu = device, device.type == "cuda"
         classes, width = prototypes_CD.shape
         depth = network.removeprefix("iresnet")
-        self.backbone: nn.Module = modules["backbones"].get_model(f"r{depth}", dropout=0.0, fp16=on_gpu, num_features=width).to(device)
+        self.backbone = modules["backbones"].get_model(f"r{depth}", dropout=0.0, fp16=on_gpu, num_features=width).to(device)
+        if self.backbone.fc.weight.shape != weights["fc.weight"].shape:
+            raise ValueError(f"arcface_torch's {network} takes images of 112 pixels only: leave out --image-size, or --peer")
         self.backbone.load_state_dict(weights)
         loss = modules["losses"].CombinedMarginLoss(SCALE, 1.0, 0.0, MARGIN)
-        self.classifier: nn.Module = modules["partial_fc_v2"].PartialFC_V2(loss, width, classes, 1.0, False).to(device)
+        self.classifier = modules["partial_fc_v2"].PartialFC_V2(loss, width, classes, 1.0, False).to(device)
         with torch.no_grad():
             self.classifier.weight.copy_(prototypes_CD)
         groups = [{"params": self.backbone.parameters()}, {"params": self.classifier.parameters()}]

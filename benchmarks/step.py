@@ -23,6 +23,7 @@ from pipeline import backbones
 from pipeline.measuring import peak_memory, seconds
 from pipeline.schedule import OptimizerConfig, build_optimizer
 
+Layout = Literal["nhwc", "nchw"]
 Step = Callable[[Tensor, Tensor], Tensor]  # images [b, 3, H, W] and labels [b] -> loss
 
 
@@ -57,7 +58,7 @@ class Variant:
     """How this project's side runs."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products of both backbone (autocast) and classifier
-    layout: Literal["nchw", "nhwc"] = "nhwc"
+    layout: Layout = "nhwc"
     compile: bool = False
 
 

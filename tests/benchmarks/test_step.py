@@ -81,7 +81,9 @@ def test_text_without_a_peer_has_the_same_columns(capsys, tmp_path, peer):
     assert "iresnet18 at 16, batch 8, 50 classes" in text and "arcface_torch" not in text
 
 
-def test_bad_settings_end_in_a_sentence(capsys, tmp_path):
+def test_bad_settings_end_in_a_sentence(capsys, tmp_path, peer):
+    assert main(["bench", "step", *TINY, "--image-size", "32", "--csv", str(tmp_path / "step.csv"), "--peer", peer]) == 2
+    assert "takes images of 112 pixels only" in capsys.readouterr().err
     assert main(["bench", "step", *TINY, "--csv", str(tmp_path / "step.csv"), "--peer", str(tmp_path)]) == 2
     assert "has no backbones/__init__.py: give the folder recognition/arcface_torch" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--batch is 1, but must be at least 2"):
