@@ -20,7 +20,8 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 
 
 def commit() -> str:
-    """The commit measured; "+" when the working tree differs from it."""
+    """The commit measured; "+" when the working tree differs from it. Where git cannot tell, as in a copy without its history, what
+    PROTOSHARD_COMMIT says."""
     git = ["git", "-C", os.path.dirname(FOLDER)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -31,7 +32,7 @@ def commit() -> str:
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PROTOSHARD_COMMIT", "unknown")
     return head + ("+" if changed.strip() else "")
 
 

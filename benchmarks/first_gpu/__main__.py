@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 import torch
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no step {unknown[0]!r}: known are {', '.join(names)}")
     if not options.small and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: add --small for a run on the CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends what runs
     command = " ".join(["bash benchmarks/first_gpu.sh", *(arguments if arguments is not None else sys.argv[1:])])
     try:
         page = Page(options.out, command)

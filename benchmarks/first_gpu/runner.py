@@ -39,9 +39,10 @@ def _run(step: Step, limit: float, log: str, work: str, small: bool) -> list[Row
     """The step's rows, and one more that says why it ended early, if it did."""
     os.makedirs(os.path.dirname(log), exist_ok=True)
     path = os.path.join(work, f"{step.name}.jsonl")
-    command = [sys.executable, "-m", "benchmarks.first_gpu.child", step.name, path, work, str(int(small))]
     with open(log, "w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            _command(step, path, work, small), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -61,6 +62,10 @@ def _run(step: Step, limit: float, log: str, work: str, small: bool) -> list[Row
     elif not rows:
         rows.append(failed(step.title, "it found nothing"))
     return rows
+
+
+def _command(step: Step, path: str, work: str, small: bool) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.first_gpu.child", step.name, path, work, str(int(small))]
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
