@@ -21,11 +21,16 @@ FILES = ("backbones/__init__.py", "partial_fc_v2.py", "losses.py")
 CLIP = 5.0
 
 
-def load(path: str) -> dict[str, Any]:
-    """Its modules `backbones`, `partial_fc_v2` and `losses`. ValueError where `path` is no checkout of recognition/arcface_torch."""
+def check(path: str) -> None:
+    """ValueError where `path` is no checkout of recognition/arcface_torch."""
     for file in FILES:
         if not os.path.isfile(os.path.join(path, file)):
             raise ValueError(f"{path} has no {file}: give the folder recognition/arcface_torch of a checkout of InsightFace")
+
+
+def load(path: str) -> dict[str, Any]:
+    """Its modules `backbones`, `partial_fc_v2` and `losses`. Raises what `check` does."""
+    check(path)
     sys.path.insert(0, path)
     try:
         return {name: importlib.import_module(name) for name in ("backbones", "partial_fc_v2", "losses")}

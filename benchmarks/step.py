@@ -4,7 +4,6 @@ beside them arcface_torch's own step where a checkout of it is given; every roun
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,9 +184,3 @@ def as_text(row: dict[str, Any]) -> str:
             f"  arcface_torch / ours: {spread(row, 'peer_over_ours')}; first losses {row['peer_loss']:.5g} and {row['ours_loss']:.5g}"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    from benchmarks.cli import main
-
-    sys.exit(main(["bench", "step", *sys.argv[1:]]))

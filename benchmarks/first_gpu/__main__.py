@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 
 import torch
 
+from benchmarks import peer
 from benchmarks.first_gpu import runner
 from benchmarks.first_gpu.page import Page
 from benchmarks.first_gpu.table import STEPS
@@ -36,7 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("torch sees no GPU here: add --small for a run on the CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends what runs
     command = " ".join(["bash benchmarks/first_gpu.sh", *(arguments if arguments is not None else sys.argv[1:])])
+    for name in ("ARCFACE_TORCH", "PROTOSHARD_DATA"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.environ[name])  # steps run in the repository's folder
     try:
+        if path := os.environ.get("ARCFACE_TORCH"):
+            peer.check(path)
         page = Page(options.out, command)
     except ValueError as error:
         parser.error(str(error))

@@ -64,7 +64,7 @@ def _gpu(run: Run) -> Iterator[Row]:
 def tests(run: Run) -> Iterator[Row]:
     """Only files that hold such a test are collected: others may need packages that this machine lacks."""
     files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    options = "-m gpu -v -rfE -p no:cacheprovider --continue-on-collection-errors -o addopts=".split()
+    options = ["-m", "gpu", "-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *options, *files]
     last = "pytest printed nothing"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

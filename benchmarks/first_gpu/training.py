@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.first_gpu.pictures import faces
 from benchmarks.first_gpu.rows import Row, Run, unmeasured
-from pipeline.recipes.data import find_data
 
 SMALL = ["run.batch=32", "run.epochs=2", "run.log_every=2"]
 
@@ -24,6 +23,8 @@ def train_faces(run: Run) -> Iterator[Row]:
 
 
 def train_dogs(run: Run) -> Iterator[Row]:
+    from pipeline.recipes.data import find_data  # recipes need packages that other steps do without
+
     paths = [find_data(f"dogs/{name}.tar") for name in ("train", "test")]
     if missing := [path for path in paths if not os.path.exists(path)]:
         yield unmeasured("dogs_small: EER", f"there is no {missing[0]}; PROTOSHARD_DATA names the folder of dogs/")

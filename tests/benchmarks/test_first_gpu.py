@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import os
+import re
 import subprocess
 import sys
 import types
@@ -125,6 +126,32 @@ def test_steps_fit_their_time():
     assert sum(step.minutes[0] for step in first_half) <= 18
 
 
+def test_the_page_has_every_step():
+    with open(os.path.join(ROOT, "docs", "first-gpu.md")) as file:
+        lines = [line for line in file if line.startswith("| `")]
+    found = {}
+    for _, names, _, minutes, *_ in (line.split("|") for line in lines):
+        found |= dict(zip(re.findall("`(.*?)`", names), map(float, minutes.split(",")), strict=True))
+    assert found == {step.name: step.minutes[0] for step in STEPS} and list(found)[:14] == [step.name for step in STEPS[:14]]
+
+
+def test_the_first_half_needs_torch_and_numpy_only():
+    """Modules are imported where other packages do not exist, as on a bare GPU machine."""
+    missing = ("cv2", "nvidia.dali", "deepspeed", "ray", "mxnet", "matplotlib", "tensorboard", "pytest", "hypothesis", "triton")
+    script = f"""
+import importlib.abc, sys
+class Bare(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if any((name + ".").startswith(f"{{package}}.") for package in {missing}):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Bare())
+from benchmarks.first_gpu.table import STEPS
+print(*[step.name for step in STEPS if not step.obstacle()])
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) - {"sync"} == {"facts", "200k", "1m", "10m", "rivals", "r50", "r50c", "r100", "r100c"}
+
+
 def test_bad_input_ends_in_a_sentence(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").write_text("")
@@ -135,7 +162,11 @@ def test_bad_input_ends_in_a_sentence(capsys, tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit) as stop:
             command.main(arguments)
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert stop.value.code == 2 and words in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setenv("ARCFACE_TORCH", str(tmp_path))
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "out"), "--small"])
+    assert "has no backbones/__init__.py" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_gpu_tests_that_fail_are_named(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.cli import main
 from benchmarks.step import Setting
 
-TINY = ["--classes", "50", "--batch", "8", "--image-size", "16", "--rounds", "2"]
+TINY = ["--classes", "50", "--batch", "8", "--image-size", "16", "--rounds", "1"]
 
 # The same names and arguments as in arcface_torch, with this project's network and a plain softmax over the cosines.
 BACKBONES = """
@@ -60,11 +61,10 @@ def bench(capsys, path, *more):
 
 def test_all_variants_and_the_peer_start_from_the_same_loss(capsys, tmp_path, peer):
     path = tmp_path / "step.csv"
-    report = json.loads(bench(capsys, path, "--layout", "nchw", "nhwc", "--dtype", "float32", "bfloat16", "--peer", peer, "--json"))
-    rows = report["rows"]
-    assert [(row["dtype"], row["layout"]) for row in rows] == [(d, layout) for d in ("float32", "bfloat16") for layout in ("nchw", "nhwc")]
+    rows = json.loads(bench(capsys, path, "--layout", "nchw", "nhwc", "--peer", peer, "--json"))["rows"]
+    assert [row["layout"] for row in rows] == ["nchw", "nhwc"]
     for row in rows:
-        assert row["ours_loss"] == pytest.approx(row["peer_loss"], rel=1e-4 if row["dtype"] == "float32" else 2e-2)
+        assert row["ours_loss"] == pytest.approx(row["peer_loss"], rel=1e-4)
         assert row["ours_s"] > 0 and row["images_per_s"] > 0 and row["peer_dtype"] == "float32"
         low, high = row["peer_over_ours_quartiles"]
         assert 0 < low <= row["peer_over_ours"] <= high
@@ -76,7 +76,9 @@ def test_all_variants_and_the_peer_start_from_the_same_loss(capsys, tmp_path, pe
 
 def test_text_without_a_peer_has_the_same_columns(capsys, tmp_path, peer):
     path = tmp_path / "step.csv"
-    assert "arcface_torch / ours" in bench(capsys, path, "--peer", peer)
+    text = bench(capsys, path, "--peer", peer, "--dtype", "bfloat16")
+    first, second = re.search(r"first losses (\S+) and (\S+)", text).groups()
+    assert float(first) == pytest.approx(float(second), rel=0.02)
     text = bench(capsys, path)  # the file would be refused if columns differed
     assert "iresnet18 at 16, batch 8, 50 classes" in text and "arcface_torch" not in text
 
