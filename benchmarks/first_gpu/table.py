@@ -42,9 +42,9 @@ DATA = ("nvidia.dali", "cv2")
 TRAINING = (*DATA, "matplotlib")
 
 STEPS = [
-    Step("facts", "The machine", machine.facts, (1, 0.5)),
+    Step("facts", "The machine", machine.facts, (2, 1)),
     Step("tests", "Tests that need a GPU", machine.tests, (4, 4), ("pytest", "hypothesis"), needs_gpu=True),
-    Step("parity", "Kernels against float64", kernels.parity, (1.5, 1), ("triton",)),
+    Step("parity", "Kernels against float64", kernels.parity, (1.5, 2), ("triton",)),
     Step("200k", "A classifier step, 200,000 classes", kernels.step_of_200k, (1.5, 1)),
     Step("1m", "A classifier step, 1,000,000 classes", kernels.step_of_1m, (2, 1)),
     Step("10m", "A classifier step, 10,000,000 classes, update in backward", kernels.step_of_10m, (3, 1)),

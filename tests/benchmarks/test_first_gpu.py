@@ -37,7 +37,7 @@ def test_the_script_on_this_machine(tmp_path):
     script = os.path.join(ROOT, "benchmarks", "first_gpu.sh")
     wanted = "facts,tests,parity,rivals,sync"
     result = subprocess.run(
-        ["bash", script, "out", "3", "--small", "--only", wanted],
+        ["bash", script, "out", "6", "--small", "--only", wanted],
         cwd=tmp_path,  # OUT belongs to the caller's folder, whatever the script does
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
