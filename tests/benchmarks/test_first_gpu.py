@@ -33,28 +33,44 @@ def read(folder):
         return list(csv.DictReader(file)), text.read()
 
 
-def test_the_script_on_this_machine(tmp_path):
+def run_script(folder, wanted):
+    """(rows, text of the page); every row must be filled or say why not."""
     script = os.path.join(ROOT, "benchmarks", "first_gpu.sh")
-    wanted = "facts,tests,parity,rivals,sync"
     result = subprocess.run(
-        ["bash", script, "out", "6", "--small", "--only", wanted],
-        cwd=tmp_path,  # OUT belongs to the caller's folder, whatever the script does
+        ["bash", script, "out", "10", "--small", "--only", wanted],
+        cwd=folder,  # OUT belongs to the caller's folder, whatever the script does
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    rows, page = read(tmp_path / "out")
+    rows, page = read(folder / "out")
     assert list(dict.fromkeys(row["step"] for row in rows)) == wanted.split(",")
     assert all(row["value"] or row["note"].startswith("not measured: ") for row in rows)
     assert all(row["date"] and row["commit"] and row["hardware"] and "first_gpu.sh out" in row["command"] for row in rows)
+    assert all(row["what"].replace("|", "\\|") in page for row in rows)
+    return rows, page
+
+
+def test_the_script_on_this_machine(tmp_path):
+    rows, page = run_script(tmp_path, "facts,tests,parity,rivals,sync")
     found = {row["what"]: row for row in rows}
     for name, step in (("Tests that need a GPU", "tests"), ("Waiting for the device in a classifier step", "sync")):
         if not torch.cuda.is_available():
             assert found[name]["note"] == "not measured: needs a GPU" and f"## {name} ({step})" in page
     assert float(found["LogSumExp, triton float32: largest error against float64"]["value"]) < 1e-4
-    assert all(row["what"].replace("|", "\\|") in page for row in rows)
+
+
+@pytest.mark.slow
+def test_steps_that_train(tmp_path):
+    rows, _ = run_script(tmp_path, "200k,r50,decode,faces,resume,engines")
+    found = {row["what"]: row for row in rows}
+    assert 0 < float(found["faces_small: EER"]["value"]) < 0.5
+    (resumed,) = (row for row in rows if row["step"] == "resume")
+    if not torch.cuda.is_available():
+        assert float(resumed["value"]) < 1e-4 and "killed at step 20 of" not in resumed["note"]
+    assert float(found["one image in all 128 slots, decoded on the CPU: largest difference"]["value"]) == 0
 
 
 @pytest.fixture
