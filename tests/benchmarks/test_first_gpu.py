@@ -63,6 +63,7 @@ def test_the_script_on_this_machine(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_steps_that_train(tmp_path):
     rows, _ = run_script(tmp_path, "200k,r50,decode,faces,resume,engines")
     found = {row["what"]: row for row in rows}
