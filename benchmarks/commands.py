@@ -98,6 +98,7 @@ def _add_bench_step(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--layout", nargs="+", default=["nhwc"], choices=("nchw", "nhwc"), help="of images and weights in memory (nhwc)")
     bench.add_argument("--compile", action="store_true", help="measure the backbone with torch.compile too")
     bench.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each side (7); on a GPU tens of steps")
+    bench.add_argument("--keep-memory", action="store_true", help="on a CPU: freed memory stays with the process, for all sides")
     bench.add_argument("--peer", metavar="PATH", help="recognition/arcface_torch of a checkout of InsightFace, to measure beside")
     _add_report(bench, "step")
 
@@ -128,7 +129,9 @@ def _bench_classifier(options: argparse.Namespace) -> None:
 def _bench_step(options: argparse.Namespace) -> None:
     from benchmarks import record, step
 
-    setting = step.Setting(options.network, options.batch, options.classes, options.image_size, rounds=options.rounds)
+    setting = step.Setting(
+        options.network, options.batch, options.classes, options.image_size, rounds=options.rounds, keeps_memory=options.keep_memory
+    )
     compiled = (False, True) if options.compile else (False,)
     variants = [step.Variant(*choice) for choice in itertools.product(options.dtype, options.layout, compiled)]
     record.report(step.rows(setting, variants, options.peer), step.as_text, options.json, options.csv)
