@@ -1,0 +1,132 @@
+"""Bytes of the rank that has the most classes, at the moment of a step that takes the most: right before the backbone's backward, when
+all activations are there and the classifier has worked."""
+
+from __future__ import annotations
+
+from dali_loaders.config import DataConfig
+from partial_fc.device_policy import CPU, GPU
+from partial_fc.kernels.triton_kernel import PARTIAL_BYTES, ROUNDED, UNITS_BYTES, WEIGHTS_BYTES
+from partial_fc.sampling import capacity
+from pipeline.plan.hardware import GIB, Hardware
+from pipeline.plan.job import BYTES, STATES, Job
+from pipeline.plan.network import Footprint, footprint
+
+BATCHES = DataConfig().prefetch + 2  # of images: the one in use, those that are ready, and the next, which waits for its place
+
+
+def memory(job: Job, hardware: Hardware) -> dict[str, int]:
+    """Tensors, by what they are for."""
+    network = Footprint(0, 0, 0, 0)
+    if job.has_backbone:
+        in_bfloat16 = hardware.has_bfloat16  # as engine.precision=auto decides
+        network = footprint(job.backbone, job.width, job.image_size, job.local, in_bfloat16=in_bfloat16)
+    lines = {**_backbone(job, network), **_classifier(job)}
+    work = max(_tiles(job, hardware) + _vectors(job), network.backward)
+    # When weights move and checkpoints are written, activations and tiles are gone.
+    free = lines["activations"] + work
+    return {**lines, "work": work, "update, save": max(0, _update(job, hardware, network) - free, _save(job, network) - free)}
+
+
+def estimates(job: Job, hardware: Hardware) -> dict[str, int]:
+    """What is no tensor of torch, on a GPU: rough figures, which nothing here can compute, until a GPU was measured."""
+    if not hardware.is_gpu:
+        return {}
+    images = _images(job) // BATCHES
+    return {
+        "CUDA context": GIB // 2,  # with the kernels of torch that are loaded
+        "cuBLAS, cuDNN": (64 << 20) + (GIB // 2 if job.has_backbone else 0),  # 32 MB for each of two threads; workspaces of convolutions
+        "NCCL": GIB // 2 if job.ranks > 1 else 0,  # 4 MB for every channel and direction
+        "DALI": GIB // 4 + 2 * images if job.has_backbone else 0,  # nvJPEG; decoded and finished images
+    }
+
+
+def _backbone(job: Job, network: Footprint) -> dict[str, int]:
+    weights, state = network.weights, network.weights * STATES[job.backbone_optimizer]
+    gradients = weights  # DDP's buckets, of which gradients are views
+    if job.engine == "deepspeed":
+        part = -(-weights // job.ranks)
+        # A bucket as large as the network and this rank's part of the average; stage 1 also keeps all gradients until then.
+        gradients = weights + part + (weights if job.zero_stage == 1 else 0)
+        weights, state = weights + part, part * STATES[job.backbone_optimizer]  # the optimizer moves a copy of its part
+    return {
+        "backbone": weights + network.buffers,
+        "its gradients": gradients,
+        "its optimizer": state,
+        "activations": network.activations,
+        "images": _images(job),
+    }
+
+
+def _images(job: Job) -> int:
+    """float32."""
+    return BATCHES * job.local * 3 * job.image_size**2 * 4 if job.has_backbone else 0
+
+
+def _held(job: Job) -> int:
+    """Columns of a step: all classes, or room for a sample of them."""
+    return job.rows if job.rate == 1 else capacity(job.rows, job.rate, job.batch)
+
+
+def _classifier(job: Job) -> dict[str, int]:
+    rows, width, held = job.rows, job.width, _held(job)
+    micro_batches = 1 if job.rate == 1 else job.accumulation  # gradients of samples are added at the end of the step only
+    return {
+        "prototypes": rows * width * BYTES[job.storage_dtype],
+        "optimizer": rows * width * 4 * STATES[job.optimizer],
+        "gradient": 0 if job.in_backward else micro_batches * held * width * BYTES[job.storage_dtype],
+        "bank": rows * (width * 4 + 8) if job.bank else 0,
+        "sample": 0 if job.rate == 1 else rows * 40 + held * 10,  # the columns of all classes, and what drawing them takes
+    }
+
+
+def _vectors(job: Job) -> int:
+    """Rows of the global batch in float32: features, gathered, scaled and rounded, entries that are computed exactly, gradients."""
+    return 14 * job.gathered * job.width * 4
+
+
+def _tiles(job: Job, hardware: Hardware) -> int:
+    """A chunk of prototypes and what is computed of it, in the kernel that `auto` takes."""
+    held, batch, width, item = _held(job), job.gathered, job.width, BYTES[job.dtype]
+    loaded = (4 if job.storage_dtype == "bfloat16" else 0) + (0 if job.rate == 1 else BYTES[job.storage_dtype])  # bytes of an element
+    if not (hardware.is_gpu and hardware.has_bfloat16 and job.dtype == "bfloat16"):
+        policy = GPU if hardware.is_gpu else CPU
+        columns = _chunk(held, policy.tile_bytes // (batch * item))
+        tiles = columns * (batch * item + width * (2 * item + 8 + loaded))  # units twice, and two products in float32
+    else:
+        largest = UNITS_BYTES // (width * item)
+        columns = _chunk(held, largest)
+        blocks = -(-columns // min(blocks.n for blocks in ROUNDED))
+        sums = max(12 * batch * blocks, min(12 * batch * blocks * -(-held // columns), PARTIAL_BYTES))
+        forward = columns * width * (item + loaded) + sums
+        columns = _chunk(held, min(largest, WEIGHTS_BYTES // (batch * item)))
+        backward = columns * width * (item + 4 + loaded) + batch * -(-columns // 256) * 256 * item + 8 * held
+        tiles = max(forward, backward)
+    return tiles + (_moving(job, hardware, columns) if job.in_backward else 0)
+
+
+def _chunk(held: int, largest: int) -> int:
+    """Columns of a chunk: as TileLoop divides them."""
+    chunks = -(-held // max(256, largest))
+    return min(held, -(-held // chunks // 64) * 64)
+
+
+def _moving(job: Job, hardware: Hardware, rows: int) -> int:
+    """What the row optimizer takes for the rows that it moves at a time."""
+    policy = GPU if hardware.is_gpu else CPU
+    elements = min(rows * job.width, policy.moved_elements)
+    sampled = 0 if job.rate == 1 else BYTES[job.storage_dtype] + 4 * STATES[job.optimizer] + 8  # rows, and those of the padding
+    rounded = 12 if job.storage_dtype == "bfloat16" else 0  # in float32, and the numbers that round them
+    adamw = 8 if job.optimizer == "adamw" else 0
+    return elements * (sampled + rounded + adamw)
+
+
+def _update(job: Job, hardware: Hardware, network: Footprint) -> int:
+    """The backbone's optimizer adds weight decay to a copy of all gradients."""
+    return max(network.weights, 0 if job.in_backward else _moving(job, hardware, _held(job)))
+
+
+def _save(job: Job, network: Footprint) -> int:
+    """Tensors go to the host one by one, and the check that they are finite takes no memory; DeepSpeed first puts together the optimizer's
+    state on every rank. The classifier's gradient is gone by then."""
+    whole = network.weights * STATES[job.backbone_optimizer] if job.engine == "deepspeed" else 0
+    return whole - _classifier(job)["gradient"]

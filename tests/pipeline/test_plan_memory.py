@@ -1,0 +1,139 @@
+"""`protoshard plan` against torch's own MemTracker, which follows every tensor of a whole training step. The tensors are fake: they have
+shapes and no data, and the classifier works as it does on a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools import mem_tracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from partial_fc import PartialFC, RowAdamW, RowSGD, device_policy, losses
+from partial_fc.batch_check import BatchCheck
+from partial_fc.kernels import chunked, triton_kernel
+from partial_fc.optimizers import RowOptimizer, sgd
+from pipeline import backbones
+from pipeline.distributed import Place
+from pipeline.engine import DDPEngine, EngineConfig
+from pipeline.plan import PRESETS, Job, memory
+from pipeline.plan.memory import BATCHES
+from pipeline.schedule import OptimizerConfig
+
+H100, MIB = PRESETS["h100-80gb"], 2**20
+
+
+@pytest.fixture
+def on_fake_gpus(monkeypatch):
+    """Call it with a number of ranks, of which this process is one; nothing holds data, and the Triton kernel runs without its programs."""
+
+    def start(ranks: int) -> None:
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+
+    monkeypatch.setattr(BatchCheck, "faults", lambda check: (None, None))  # reads values
+    monkeypatch.setattr(RowOptimizer, "_steps", lambda optimizer, parameter: 0)  # too
+    monkeypatch.setattr(mem_tracker, "get_untyped_storages", with_sparse(mem_tracker.get_untyped_storages))
+    monkeypatch.setattr(triton_kernel, "refusal", lambda problem: None)
+    monkeypatch.setattr(triton_kernel, "_programs", NoPrograms)
+    monkeypatch.setattr(triton_kernel, "_milliseconds", lambda run, blocks: 0.0)
+    monkeypatch.setattr(sgd, "sgd", lambda *tensors, **options: None)  # the fused one moves rows in place, and has no fake form
+    for kernel in (chunked, triton_kernel):  # cuBLAS writes float32 sums of bfloat16 products; a CPU would convert the operands
+        monkeypatch.setattr(kernel, "multiply", lambda left, right, out, spare=None: out)
+    monkeypatch.setattr(device_policy, "_forced", device_policy.GPU)
+    with FakeTensorMode():
+        yield start
+    dist.destroy_process_group()
+
+
+def with_sparse(storages):
+    def of(tensor: Tensor):
+        if isinstance(tensor, Tensor) and tensor.is_sparse:
+            return {tensor._values().untyped_storage(), tensor._indices().untyped_storage()}
+        return storages(tensor)
+
+    return of
+
+
+class NoPrograms:
+    """In place of the module of Triton programs, each of which is called as program[grid](...)."""
+
+    def __getattr__(self, name: str):
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *arguments, **options: None
+
+
+class Step:
+    """The step of pipeline.trainer; the engine's gradients lie in DDP's buckets, which are there from the start."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        torch.set_default_dtype(torch.float32)
+        options = {"dtype": job.dtype, "storage_dtype": job.storage_dtype, "kernel": "triton" if job.dtype == "bfloat16" else "chunked"}
+        self.classifier = PartialFC(job.identities, job.width, losses.build("cosface"), job.rate, **options)
+        self.row_optimizer = {"sgd": RowSGD, "adamw": RowAdamW}[job.optimizer](self.classifier, lr=0.1, in_backward=job.in_backward)
+        self.labels = torch.zeros(job.local, dtype=torch.int64)
+        self.held = [self.classifier, self.row_optimizer]
+        if job.has_backbone:
+            network = backbones.build(backbones.BackboneConfig(job.backbone, job.width), job.image_size).requires_grad_()
+            self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, Place(0, 1, torch.device("cpu")), 1)
+            for parameter in network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+                self.engine.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            self.images = [torch.zeros(job.local, 3, job.image_size, job.image_size) for _ in range(BATCHES)]
+            self.held += [network, self.engine.optimizer, *self.images, *(parameter.grad for parameter in network.parameters())]
+
+    def peak(self) -> int:
+        tracker = MemTracker()
+        tracker.track_external(*self.held)
+        with tracker:
+            if self.job.has_backbone:
+                features_bD = self.engine.forward(self.images[0], True)
+            else:
+                features_bD = torch.zeros(self.job.local, self.job.width)
+            leaf_bD = features_bD.detach().requires_grad_()
+            self.classifier(leaf_bD, self.labels).backward()
+            if self.job.has_backbone:
+                self.engine.backward(features_bD, leaf_bD.grad, True)
+                self.engine.step(0.1)
+            self.row_optimizer.step()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("backbone", ["iresnet18", "iresnet50", pytest.param("iresnet100", marks=pytest.mark.slow)])
+def test_tensors_of_a_step_are_within_a_tenth(on_fake_gpus, backbone):
+    """Batch 128 on each of 8 GPUs, a million identities, bfloat16. `-s` prints the table of docs/memory.md."""
+    job = Job(1_000_000, batch=8 * 128, ranks=8, backbone=backbone)
+    on_fake_gpus(8)
+    tracked, planned = Step(job).peak(), sum(memory(job, H100).values())
+    print(f"\n| {backbone} | {planned / MIB:,.0f} | {tracked / MIB:,.0f} | {planned / tracked - 1:+.1%} |")
+    assert math.isclose(planned, tracked, rel_tol=0.1)
+
+
+CLASSIFIERS = [
+    Job(1_000_000, ranks=8),
+    Job(1_000_000, ranks=8, dtype="float32"),
+    Job(1_000_000, ranks=8, rate=0.1),
+    Job(10_000_000, ranks=8, batch=4096, rate=0.1),
+    Job(1_000_000, ranks=8, rate=0.1, in_backward=True),
+    Job(1_000_000, ranks=8, storage_dtype="bfloat16", in_backward=True),
+    Job(1_000_000, ranks=8, dtype="float32", storage_dtype="bfloat16", optimizer="adamw"),
+    Job(1_000_000, ranks=32, batch=4096, rate=0.2, storage_dtype="bfloat16"),
+    Job(200_000, batch=128),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("job", CLASSIFIERS, ids=range(len(CLASSIFIERS)))
+def test_tensors_of_a_classifier_alone(on_fake_gpus, job):
+    on_fake_gpus(job.ranks)
+    tracked, planned = Step(job).peak(), sum(memory(job, H100).values())
+    print(f"\n{job}: {planned / MIB:,.0f} planned, {tracked / MIB:,.0f} tracked, {planned / tracked - 1:+.1%}", memory(job, H100))
+    assert math.isclose(planned, tracked, rel_tol=0.1)
