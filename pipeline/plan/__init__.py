@@ -10,7 +10,21 @@ from pipeline.plan.hardware import GIB, PRESETS, Hardware, find_hardware
 from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.memory import estimates, memory
 
-__all__ = ["BYTES", "GIB", "PRESETS", "Hardware", "Job", "Plan", "as_json", "as_text", "find_hardware", "memory", "plan", "seconds"]
+__all__ = [
+    "BYTES",
+    "GIB",
+    "PRESETS",
+    "Hardware",
+    "Job",
+    "Plan",
+    "as_json",
+    "as_text",
+    "estimates",
+    "find_hardware",
+    "memory",
+    "plan",
+    "seconds",
+]
 
 USABLE = 0.95  # of a rank's memory; the rest is lost between the blocks of torch's allocator
 
@@ -64,7 +78,8 @@ def seconds(job: Job, hardware: Hardware) -> dict[str, float]:
     """The cost model: the classifier takes at least the longest of these.
 
     compute  8 B S D operations: logits, again in backward, and two products with them
-    memory   S D stored numbers read in forward and in backward; of the updated rows weight and state read and written, and the gradient
+    memory   S D stored numbers read in forward and in backward of every micro-batch; of the updated rows weight and state read and
+             written, and the gradient
     network  a ring of N ranks sends (N-1)/N of: features and their gradient, float32, labels, two sums per sample
     """
     batch, width = job.batch, job.width
@@ -73,30 +88,12 @@ def seconds(job: Job, hardware: Hardware) -> dict[str, float]:
     sent = batch * (8 * width + 24) * (job.ranks - 1) / job.ranks
     return {
         "compute": 8 * batch * job.sampled * width / (hardware.bfloat16 if job.dtype == "bfloat16" else hardware.float32),
-        "memory": (2 * stored + update) * job.sampled * width / hardware.memory_rate,
+        "memory": (2 * stored * job.accumulation + update) * job.sampled * width / hardware.memory_rate,
         "network": sent / hardware.network,
     }
 
 
-def alternatives(job: Job, hardware: Hardware) -> tuple[Alternative, ...]:
-    """What to change; `protoshard train` can do all of it."""
-    changes: list[dict[str, object]] = []
-    if not job.in_backward and job.accumulation == 1:
-        changes.append({"in_backward": True})
-    if job.storage_dtype == "float32":
-        changes.append({"storage_dtype": "bfloat16"})
-    if len(changes) == 2:
-        changes.append({**changes[0], **changes[1]})
-    if job.rate > 0.1 and not job.in_backward:
-        changes.append({"rate": 0.1})
-    changes += filter(None, (_micro_batches(job, hardware), _ranks(job, hardware) or {"batch": max(2, job.batch // 2)}))
-    tried = (_alternative(job, hardware, change) for change in changes)
-    total = _total(job, hardware)
-    least = total - (total - _usable(hardware)) // 10  # what saves less than a tenth of what is too many is no advice
-    return tuple(one for one in tried if one.fits or one.total <= least)
-
-
-# Fields of the recipe, by the option of this command.
+# Fields of a recipe, by the option of this command.
 FIELDS = {
     "in_backward": "optimizer.in_backward",
     "storage_dtype": "classifier.storage_dtype",
@@ -106,18 +103,34 @@ FIELDS = {
 }
 
 
+def alternatives(job: Job, hardware: Hardware) -> tuple[Alternative, ...]:
+    """What to change, where it helps; `protoshard train` can do all of it."""
+    changes: list[dict[str, object]] = []
+    if not job.in_backward and job.accumulation == 1:
+        changes.append({"in_backward": True})
+    if job.storage_dtype == "float32":
+        changes.append({"storage_dtype": "bfloat16"})
+    if len(changes) == 2:
+        changes.append({**changes[0], **changes[1]})
+    if job.rate > 0.1 and not job.in_backward:
+        changes.append({"rate": 0.1})
+    changes += [change for change in (_micro_batches(job, hardware), _ranks(job, hardware) or _smaller_batch(job)) if change]
+    tried = (_alternative(job, hardware, change) for change in changes)
+    total = _total(job, hardware)
+    tenth = (total - _usable(hardware)) // 10  # of what is too many: less is no help
+    return tuple(one for one in tried if one.fits or total - one.total >= tenth)
+
+
 def _alternative(job: Job, hardware: Hardware, change: dict[str, object]) -> Alternative:
     options = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in change.items())
-    fields = [f"{FIELDS[name]}={str(value).lower()}" for name, value in change.items() if name in FIELDS]
-    settings = f"--set {' '.join(fields)}" if fields else ""
-    if "ranks" in change:
-        settings = f"--ranks {change['ranks']} {settings}".strip()
+    ranks = f"--ranks {change['ranks']}" if "ranks" in change else ""
+    fields = " ".join(f"{FIELDS[name]}={str(value).lower()}" for name, value in change.items() if name in FIELDS)
     total = _total(replace(job, **change), hardware)  # type: ignore[arg-type]
-    return Alternative(options, settings, total, total <= _usable(hardware))
+    return Alternative(options, f"{ranks} {f'--set {fields}' if fields else ''}".strip(), total, total <= _usable(hardware))
 
 
 def _micro_batches(job: Job, hardware: Hardware) -> dict[str, object] | None:
-    """The fewest with which it fits, each of 2 images and more; None where activations are not what is too large."""
+    """The fewest with which it fits, twice as many at a time, of at least 2 images for each rank."""
     parts = 2 * job.accumulation
     while job.has_backbone and not job.in_backward and job.batch % (parts * job.ranks) == 0 and job.batch // (parts * job.ranks) >= 2:
         if _total(replace(job, accumulation=parts), hardware) <= _usable(hardware):
@@ -127,15 +140,24 @@ def _micro_batches(job: Job, hardware: Hardware) -> dict[str, object] | None:
 
 
 def _ranks(job: Job, hardware: Hardware) -> dict[str, object] | None:
-    """Twice as many ranks until it fits; where the batch is too small for so many, it grows. None where each has no class to spare."""
+    """Twice as many until it fits; a batch that they do not divide, or that is too small for them, grows."""
     ranks = job.ranks
-    while ranks < job.identities:
+    while ranks < max(job.identities, job.batch):
         ranks *= 2
-        parts = ranks * job.accumulation
-        batch = -(-max(job.batch, 2 * parts) // parts) * parts
+        batch = _multiple(job.batch, ranks * job.accumulation)
         if _total(replace(job, ranks=ranks, batch=batch), hardware) <= _usable(hardware):
             return {"ranks": ranks} if batch == job.batch else {"ranks": ranks, "batch": batch}
     return None
+
+
+def _smaller_batch(job: Job) -> dict[str, object] | None:
+    batch = _multiple(job.batch // 2, job.ranks * job.accumulation)
+    return {"batch": batch} if batch < job.batch else None
+
+
+def _multiple(batch: int, parts: int) -> int:
+    """The batch or a larger one that gives each rank and micro-batch the same number of samples, at least 2."""
+    return -(-max(batch, 2 * parts) // parts) * parts
 
 
 def as_json(plan: Plan) -> str:
@@ -162,11 +184,12 @@ def as_text(plan: Plan) -> str:
     if plan.left >= 0:
         rest = "" if job.has_backbone else " to backbone, activations and images"
         lines.append(f"It fits and leaves {plan.left / GIB:.1f} GiB of each rank{rest}.")
-    else:
-        lines.append(f"It does not fit: {-plan.left / GIB:.1f} GiB too many on each rank. Try, with `protoshard train` as in the last column,")
-        for tried in plan.alternatives:
-            verdict = "which fits" if tried.fits else "still too many"
-            lines.append(f"  {tried.options:42}{tried.total / GIB:9.3f} GiB, {verdict:16}{tried.settings}")
+        return "\n".join(lines)
+    remedy = "Try this, in `protoshard train` the last column:" if plan.alternatives else "Smaller images or another backbone might."
+    lines.append(f"It does not fit: {-plan.left / GIB:.1f} GiB too many on each rank. {remedy}")
+    for tried in plan.alternatives:
+        verdict = "which fits" if tried.fits else "still too many"
+        lines.append(f"  {tried.options:42}{tried.total / GIB:9.3f} GiB, {verdict:16}{tried.settings}")
     return "\n".join(lines)
 
 

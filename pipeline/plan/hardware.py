@@ -48,8 +48,8 @@ PRESETS = {
             15.7e12,
             0.9e12,
             150e9,
-            remark="A V100 runs only with builds for CUDA 12.6 (docs/dependencies.md: the pinned torch has no kernels for it), and in float32: "
-            "it has no units for bfloat16, and float16 is not supported.",
+            remark="A V100 runs only with builds for CUDA 12.6, as the pinned torch has no kernels for it (docs/dependencies.md), and in "
+            "float32: bfloat16 is emulated, and float16 not supported.",
         ),
         Hardware("rtx4090", 24 * GIB, 82.6e12, 165e12, 1.008e12, 32e9),
     )

@@ -39,14 +39,14 @@ class Job:
         if not 0 < self.rate <= 1:
             raise ValueError(f"--rate is {self.rate}, but must be above 0 and at most 1")
         if self.in_backward and self.accumulation > 1:
-            raise ValueError("--in-backward moves prototypes in every backward pass, but --accumulation takes several for a step: choose one")
+            raise ValueError("--in-backward moves prototypes in every backward pass, of which --accumulation takes several: choose one")
         if self.has_backbone:
             backbones.check(backbones.BackboneConfig(self.backbone, self.width), self.image_size)
             parts = self.ranks * self.accumulation
             if self.batch % parts or self.batch == parts:
                 raise ValueError(
-                    f"--batch is {self.batch}, but must give {self.ranks} ranks x {self.accumulation} micro-batches at least 2 images each, "
-                    f"and all the same number: use a multiple of {parts} from {2 * parts} on"
+                    f"--batch is {self.batch}, but must give each of {self.ranks} ranks x {self.accumulation} micro-batches the same "
+                    f"number of images, at least 2: use a multiple of {parts} from {2 * parts} on"
                 )
 
     @property

@@ -41,12 +41,12 @@ def estimates(job: Job, hardware: Hardware) -> dict[str, int]:
 
 
 def _backbone(job: Job, network: Footprint) -> dict[str, int]:
-    weights, state = network.weights, network.weights * STATES[job.backbone_optimizer]
-    gradients = weights  # DDP's buckets, of which gradients are views
+    weights = gradients = network.weights  # gradients are views of DDP's buckets
+    state = weights * STATES[job.backbone_optimizer]
     if job.engine == "deepspeed":
         part = -(-weights // job.ranks)
-        # A bucket as large as the network and this rank's part of the average; stage 1 also keeps all gradients until then.
-        gradients = weights + part + (weights if job.zero_stage == 1 else 0)
+        # A bucket as large as the network for each dtype in which gradients travel; stage 1 also keeps them all until the end of backward.
+        gradients = 2 * weights + (weights if job.zero_stage == 1 else part)
         weights, state = weights + part, part * STATES[job.backbone_optimizer]  # the optimizer moves a copy of its part
     return {
         "backbone": weights + network.buffers,
@@ -86,22 +86,33 @@ def _vectors(job: Job) -> int:
 
 def _tiles(job: Job, hardware: Hardware) -> int:
     """A chunk of prototypes and what is computed of it, in the kernel that `auto` takes."""
+    in_triton = hardware.is_gpu and hardware.has_bfloat16 and job.dtype == "bfloat16"
+    columns, size = _in_triton(job) if in_triton else _in_torch(job, hardware)
+    return size + (_moving(job, hardware, columns) if job.in_backward else 0)
+
+
+def _in_torch(job: Job, hardware: Hardware) -> tuple[int, int]:
+    """(columns of a chunk, bytes): logits, unit columns twice, and two products in float32."""
+    item = BYTES[job.dtype]
+    columns = _chunk(_held(job), (GPU if hardware.is_gpu else CPU).tile_bytes // (job.gathered * item))
+    return columns, columns * (job.gathered * item + job.width * (2 * item + 8 + _loaded(job)))
+
+
+def _in_triton(job: Job) -> tuple[int, int]:
+    """(columns of a chunk in backward, bytes): unit columns with sums by block in forward; with weights and a product in backward."""
     held, batch, width, item = _held(job), job.gathered, job.width, BYTES[job.dtype]
-    loaded = (4 if job.storage_dtype == "bfloat16" else 0) + (0 if job.rate == 1 else BYTES[job.storage_dtype])  # bytes of an element
-    if not (hardware.is_gpu and hardware.has_bfloat16 and job.dtype == "bfloat16"):
-        policy = GPU if hardware.is_gpu else CPU
-        columns = _chunk(held, policy.tile_bytes // (batch * item))
-        tiles = columns * (batch * item + width * (2 * item + 8 + loaded))  # units twice, and two products in float32
-    else:
-        largest = UNITS_BYTES // (width * item)
-        columns = _chunk(held, largest)
-        blocks = -(-columns // min(blocks.n for blocks in ROUNDED))
-        sums = max(12 * batch * blocks, min(12 * batch * blocks * -(-held // columns), PARTIAL_BYTES))
-        forward = columns * width * (item + loaded) + sums
-        columns = _chunk(held, min(largest, WEIGHTS_BYTES // (batch * item)))
-        backward = columns * width * (item + 4 + loaded) + batch * -(-columns // 256) * 256 * item + 8 * held
-        tiles = max(forward, backward)
-    return tiles + (_moving(job, hardware, columns) if job.in_backward else 0)
+    largest = UNITS_BYTES // (width * item)
+    columns = _chunk(held, largest)
+    sums = 12 * batch * -(-columns // min(blocks.n for blocks in ROUNDED))  # of a chunk
+    forward = columns * width * (item + _loaded(job)) + max(sums, min(sums * -(-held // columns), PARTIAL_BYTES))
+    columns = _chunk(held, min(largest, WEIGHTS_BYTES // (batch * item)))
+    weights = batch * -(-columns // 256) * 256 * item
+    return columns, max(forward, columns * width * (item + 4 + _loaded(job)) + weights + 8 * held)
+
+
+def _loaded(job: Job) -> int:
+    """Bytes for an element of a chunk's prototypes: gathered, if they are sampled, and in float32."""
+    return (4 if job.storage_dtype == "bfloat16" else 0) + (0 if job.rate == 1 else BYTES[job.storage_dtype])
 
 
 def _chunk(held: int, largest: int) -> int:
@@ -121,8 +132,9 @@ def _moving(job: Job, hardware: Hardware, rows: int) -> int:
 
 
 def _update(job: Job, hardware: Hardware, network: Footprint) -> int:
-    """The backbone's optimizer adds weight decay to a copy of all gradients."""
-    return max(network.weights, 0 if job.in_backward else _moving(job, hardware, _held(job)))
+    """The backbone's optimizer adds weight decay to a copy of all gradients; DeepSpeed sends a copy of its bucket, rounded to bfloat16."""
+    copies = network.weights * 3 // 2 if job.engine == "deepspeed" else network.weights
+    return max(copies, 0 if job.in_backward else _moving(job, hardware, _held(job)))
 
 
 def _save(job: Job, network: Footprint) -> int:

@@ -20,7 +20,7 @@ from partial_fc.kernels import chunked, triton_kernel
 from partial_fc.optimizers import RowOptimizer, sgd
 from pipeline import backbones
 from pipeline.distributed import Place
-from pipeline.engine import DDPEngine, EngineConfig
+from pipeline.engine import DDPEngine, DeepSpeedEngine, EngineConfig
 from pipeline.plan import PRESETS, Job, memory
 from pipeline.plan.memory import BATCHES
 from pipeline.schedule import OptimizerConfig
@@ -44,8 +44,7 @@ def on_fake_gpus(monkeypatch):
     monkeypatch.setattr(sgd, "sgd", lambda *tensors, **options: None)  # the fused one moves rows in place, and has no fake form
     for kernel in (chunked, triton_kernel):  # cuBLAS writes float32 sums of bfloat16 products; a CPU would convert the operands
         monkeypatch.setattr(kernel, "multiply", lambda left, right, out, spare=None: out)
-    monkeypatch.setattr(device_policy, "_forced", device_policy.GPU)
-    with FakeTensorMode():
+    with device_policy.forced(device_policy.GPU), FakeTensorMode():
         yield start
     dist.destroy_process_group()
 
@@ -74,7 +73,6 @@ class Step:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        torch.set_default_dtype(torch.float32)
         options = {"dtype": job.dtype, "storage_dtype": job.storage_dtype, "kernel": "triton" if job.dtype == "bfloat16" else "chunked"}
         self.classifier = PartialFC(job.identities, job.width, losses.build("cosface"), job.rate, **options)
         self.row_optimizer = {"sgd": RowSGD, "adamw": RowAdamW}[job.optimizer](self.classifier, lr=0.1, in_backward=job.in_backward)
@@ -82,7 +80,8 @@ class Step:
         self.held = [self.classifier, self.row_optimizer]
         if job.has_backbone:
             network = backbones.build(backbones.BackboneConfig(job.backbone, job.width), job.image_size).requires_grad_()
-            self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, Place(0, 1, torch.device("cpu")), 1)
+            place = Place(0, 1, torch.device("cpu"))  # of one rank: torch's DDP itself knows no fake tensors
+            self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, place, accumulation=1)
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
                 self.engine.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -107,33 +106,60 @@ class Step:
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-@pytest.mark.parametrize("backbone", ["iresnet18", "iresnet50", pytest.param("iresnet100", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backbone", ["iresnet18", "iresnet50", "iresnet100"])
 def test_tensors_of_a_step_are_within_a_tenth(on_fake_gpus, backbone):
     """Batch 128 on each of 8 GPUs, a million identities, bfloat16. `-s` prints the table of docs/memory.md."""
     job = Job(1_000_000, batch=8 * 128, ranks=8, backbone=backbone)
-    on_fake_gpus(8)
+    on_fake_gpus(job.ranks)
     tracked, planned = Step(job).peak(), sum(memory(job, H100).values())
     print(f"\n| {backbone} | {planned / MIB:,.0f} | {tracked / MIB:,.0f} | {planned / tracked - 1:+.1%} |")
     assert math.isclose(planned, tracked, rel_tol=0.1)
 
 
-CLASSIFIERS = [
-    Job(1_000_000, ranks=8),
-    Job(1_000_000, ranks=8, dtype="float32"),
-    Job(1_000_000, ranks=8, rate=0.1),
-    Job(10_000_000, ranks=8, batch=4096, rate=0.1),
-    Job(1_000_000, ranks=8, rate=0.1, in_backward=True),
-    Job(1_000_000, ranks=8, storage_dtype="bfloat16", in_backward=True),
-    Job(1_000_000, ranks=8, dtype="float32", storage_dtype="bfloat16", optimizer="adamw"),
-    Job(1_000_000, ranks=32, batch=4096, rate=0.2, storage_dtype="bfloat16"),
-    Job(200_000, batch=128),
-]
-
-
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-@pytest.mark.parametrize("job", CLASSIFIERS, ids=range(len(CLASSIFIERS)))
+@pytest.mark.filterwarnings("ignore:Expected a tensor")  # there is no gradient in backward
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(Job(1_000_000, ranks=8), id="rate 1"),
+        pytest.param(Job(1_000_000, ranks=8, dtype="float32"), id="float32, so in torch instead of Triton"),
+        pytest.param(Job(200_000, batch=128), id="one GPU"),
+        pytest.param(Job(1_000_000, ranks=8, rate=0.1), id="sampled"),
+        pytest.param(Job(10_000_000, ranks=8, batch=4096, rate=0.1), id="sampled, large"),
+        pytest.param(Job(1_000_000, ranks=8, rate=0.1, in_backward=True), id="sampled, in backward"),
+        pytest.param(Job(1_000_000, ranks=8, storage_dtype="bfloat16", in_backward=True), id="rounded, in backward"),
+        pytest.param(Job(1_000_000, ranks=8, dtype="float32", storage_dtype="bfloat16", optimizer="adamw"), id="rounded, AdamW"),
+        pytest.param(Job(1_000_000, ranks=32, batch=4096, rate=0.2, storage_dtype="bfloat16"), id="sampled, rounded"),
+    ],
+)
 def test_tensors_of_a_classifier_alone(on_fake_gpus, job):
     on_fake_gpus(job.ranks)
-    tracked, planned = Step(job).peak(), sum(memory(job, H100).values())
-    print(f"\n{job}: {planned / MIB:,.0f} planned, {tracked / MIB:,.0f} tracked, {planned / tracked - 1:+.1%}", memory(job, H100))
-    assert math.isclose(planned, tracked, rel_tol=0.1)
+    assert math.isclose(sum(memory(job, H100).values()), Step(job).peak(), rel_tol=0.1)
+
+
+def peak_of_deepspeed(job: Job) -> int:
+    """Of a second step on real tensors, without classifier: DeepSpeed knows no fake ones."""
+    network = backbones.build(backbones.BackboneConfig(job.backbone, job.width), job.image_size).requires_grad_()
+    place = Place(dist.get_rank(), job.ranks, torch.device("cpu"))
+    engine = DeepSpeedEngine(EngineConfig("deepspeed", job.zero_stage, "bfloat16"), OptimizerConfig(), network, place, 1)
+    images = [torch.randn(job.local, 3, job.image_size, job.image_size) for _ in range(BATCHES)]
+    zero, tracker = engine.engine.optimizer, MemTracker()
+
+    def step() -> None:
+        features_bD = engine.forward(images[0], True)
+        engine.backward(features_bD, torch.randn_like(features_bD), True)
+        engine.step(0.1)
+
+    step()
+    tracker.track_external(network, zero.optimizer, *zero.single_partition_of_fp32_groups, *images)
+    with tracker:
+        step()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_buffers_of_deepspeed_are_counted(ranks, stage):
+    """More than it takes today, but not much more: plan adds up what is never there at once."""
+    job = Job(2, batch=64, ranks=2, backbone="small", image_size=64, engine="deepspeed", zero_stage=stage)
+    tracked, planned = max(ranks(2).run(peak_of_deepspeed, job)), sum(memory(job, H100).values())
+    assert tracked <= planned <= 1.2 * tracked
