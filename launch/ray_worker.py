@@ -34,16 +34,11 @@ class Backend(_TorchBackend):
 
 def why_no_gpu() -> str | None:
     """Why torch cannot use the GPU that Ray gave this worker, or None where it can."""
-    import torch
+    from pipeline.distributed import gpu_fault
 
-    if torch.cuda.is_available():
-        return None
-    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-    return (
-        f"Ray has a GPU for a rank on {socket.gethostname()}, but torch {torch.__version__} there sees none: it {build} "
-        "(docs/dependencies.md says which drivers and cards that needs); install another build, or train without GPUs, with --set "
-        "engine.device=cpu."
-    )
+    fault = gpu_fault(1)
+    sentence = f"Ray has a GPU for a rank on {socket.gethostname()}, but {fault}; or train without GPUs, with --set engine.device=cpu."
+    return sentence if fault else None
 
 
 def run_rank(settings: dict[str, Any]) -> dict[str, float]:

@@ -46,7 +46,7 @@ class PixelSource:
         return f"pixels:{index}.jpg"
 
 
-def fake_batches(source, config, indices, batch_size, device):
+def fake_batches(source, config, indices, batch_size, device, **layout):
     for start in range(0, len(indices), batch_size):
         chosen = [i for i in indices[start : start + batch_size] if source.read(i)]
         pixels = [np.frombuffer(source.read(i), np.float32).reshape(3, SIDE, SIDE) for i in chosen]
