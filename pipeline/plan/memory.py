@@ -7,10 +7,12 @@ from dali_loaders.config import DataConfig
 from partial_fc.device_policy import CPU, GPU
 from partial_fc.kernels.triton_kernel import PARTIAL_BYTES, ROUNDED, UNITS_BYTES, WEIGHTS_BYTES
 from partial_fc.sampling import capacity
+from pipeline.engine import BUCKET
 from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.network import Footprint, footprint
 
+BUCKET_BYTES = 4 * BUCKET
 BATCHES = DataConfig().prefetch + 2  # of images: the one in use, those that are ready, and the next, which waits for its place
 
 
@@ -18,9 +20,9 @@ def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     """Tensors, by what they are for."""
     network = Footprint(0, 0, 0, 0)
     if job.has_backbone:
-        in_bfloat16 = hardware.has_bfloat16  # as engine.precision=auto decides
-        network = footprint(job.backbone, job.width, job.image_size, job.local, in_bfloat16=in_bfloat16)
-    lines = {**_backbone(job, network), **_classifier(job)}
+        # bfloat16 as engine.precision=auto decides.
+        network = footprint(job.backbone, job.width, job.image_size, job.local, in_bfloat16=hardware.has_bfloat16)
+    lines = {**_backbone(job, hardware, network), **_classifier(job)}
     work = max(_tiles(job, hardware) + _vectors(job), network.backward)
     # When weights move and checkpoints are written, activations and tiles are gone.
     free = lines["activations"] + work
@@ -31,7 +33,7 @@ def estimates(job: Job, hardware: Hardware) -> dict[str, int]:
     """What is no tensor of torch, on a GPU: rough figures, which nothing here can compute, until a GPU was measured."""
     if not hardware.is_gpu:
         return {}
-    images = _images(job) // BATCHES
+    images = _images(job, hardware) // BATCHES
     return {
         "CUDA context": GIB // 2,  # with the kernels of torch that are loaded
         "cuBLAS, cuDNN": (64 << 20) + (GIB // 2 if job.has_backbone else 0),  # 32 MB for each of two threads; workspaces of convolutions
@@ -40,26 +42,36 @@ def estimates(job: Job, hardware: Hardware) -> dict[str, int]:
     }
 
 
-def _backbone(job: Job, network: Footprint) -> dict[str, int]:
+def _backbone(job: Job, hardware: Hardware, network: Footprint) -> dict[str, int]:
     weights = gradients = network.weights  # gradients are views of DDP's buckets
     state = weights * STATES[job.backbone_optimizer]
     if job.engine == "deepspeed":
-        part = -(-weights // job.ranks)
-        # A bucket as large as the network for each dtype in which gradients travel; stage 1 also keeps them all until the end of backward.
-        gradients = 2 * weights + (weights if job.zero_stage == 1 else part)
+        part = _part(job, network)
+        # One bucket fills while the other travels; gradients grow as activations go, but those of an earlier micro-batch are there.
+        gradients = 2 * BUCKET_BYTES + (_averaged(job, network) if job.accumulation > 1 else 0)
         weights, state = weights + part, part * STATES[job.backbone_optimizer]  # the optimizer moves a copy of its part
     return {
         "backbone": weights + network.buffers,
         "its gradients": gradients,
         "its optimizer": state,
         "activations": network.activations,
-        "images": _images(job),
+        "images": _images(job, hardware),
     }
 
 
-def _images(job: Job) -> int:
-    """float32."""
-    return BATCHES * job.local * 3 * job.image_size**2 * 4 if job.has_backbone else 0
+def _part(job: Job, network: Footprint) -> int:
+    """What DeepSpeed gives each rank of the weights and their gradients."""
+    return -(-network.weights // job.ranks)
+
+
+def _averaged(job: Job, network: Footprint) -> int:
+    """Gradients that DeepSpeed keeps until the end of backward."""
+    return network.weights if job.zero_stage == 1 else _part(job, network)
+
+
+def _images(job: Job, hardware: Hardware) -> int:
+    item = 2 if hardware.is_gpu and hardware.has_bfloat16 else 4  # the trainer asks for float16 where autocast rounds them anyway
+    return BATCHES * job.local * 3 * job.image_size**2 * item if job.has_backbone else 0
 
 
 def _held(job: Job) -> int:
@@ -132,9 +144,9 @@ def _moving(job: Job, hardware: Hardware, rows: int) -> int:
 
 
 def _update(job: Job, hardware: Hardware, network: Footprint) -> int:
-    """The backbone's optimizer adds weight decay to a copy of all gradients; DeepSpeed sends a copy of its bucket, rounded to bfloat16."""
-    copies = network.weights * 3 // 2 if job.engine == "deepspeed" else network.weights
-    return max(copies, 0 if job.in_backward else _moving(job, hardware, _held(job)))
+    """Fused optimizers move weights in place. DeepSpeed sends a copy of its bucket when all gradients are there."""
+    averaging = BUCKET_BYTES + _averaged(job, network) if job.has_backbone and job.engine == "deepspeed" else 0
+    return max(averaging, 0 if job.in_backward else _moving(job, hardware, _held(job)))
 
 
 def _save(job: Job, network: Footprint) -> int:

@@ -28,9 +28,11 @@ class Footprint(NamedTuple):
 @functools.cache
 def footprint(name: str, width: int, image_size: int, batch: int, *, in_bfloat16: bool) -> Footprint:
     """Of the backbone `name` with `batch` images, trained under autocast if in_bfloat16."""
-    with FakeTensorMode(allow_non_fake_inputs=False):
+    with FakeTensorMode():
         network = backbones.build(backbones.BackboneConfig(name, width), image_size)
-        own = {tensor.untyped_storage()._cdata for tensor in itertools.chain(network.parameters(), network.buffers())}
+        # As the trainer's loader gives them, but for the precision, which autocast rounds.
+        images = torch.empty(batch, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+        own = {tensor.untyped_storage()._cdata for tensor in itertools.chain(network.parameters(), network.buffers(), [images])}
         saved: dict[int, torch.UntypedStorage] = {}  # in the order of forward; held, so that no address comes twice
 
         def note(tensor: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def footprint(name: str, width: int, image_size: int, batch: int, *, in_bfloat16
 
         # A GPU's autocast casts the same operations; fake tensors of a GPU need a build of torch for it.
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            network(torch.empty(batch, 3, image_size, image_size))
+            network(images)
         sizes = [storage.nbytes() for storage in saved.values()]
         weights, buffers = (sum(tensor.nbytes for tensor in tensors) for tensors in (network.parameters(), network.buffers()))
     # Backward frees them from the last to the first.

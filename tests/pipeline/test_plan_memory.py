@@ -22,7 +22,7 @@ from pipeline import backbones
 from pipeline.distributed import Place
 from pipeline.engine import DDPEngine, DeepSpeedEngine, EngineConfig
 from pipeline.plan import PRESETS, Job, memory
-from pipeline.plan.memory import BATCHES
+from pipeline.plan.memory import BATCHES, BUCKET_BYTES
 from pipeline.schedule import OptimizerConfig
 
 H100, MIB = PRESETS["h100-80gb"], 2**20
@@ -68,6 +68,11 @@ class NoPrograms:
         return lambda *arguments, **options: None
 
 
+def images_of(job: Job, dtype: torch.dtype) -> list[Tensor]:
+    shape = job.local, 3, job.image_size, job.image_size
+    return [torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(BATCHES)]
+
+
 class Step:
     """The step of pipeline.trainer; the engine's gradients lie in DDP's buckets, which are there from the start."""
 
@@ -80,12 +85,15 @@ class Step:
         self.held = [self.classifier, self.row_optimizer]
         if job.has_backbone:
             network = backbones.build(backbones.BackboneConfig(job.backbone, job.width), job.image_size).requires_grad_()
+            network.to = lambda **format: network  # which fake weights cannot change; convolutions take that of the images
             place = Place(0, 1, torch.device("cpu"))  # of one rank: torch's DDP itself knows no fake tensors
             self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, place, accumulation=1)
+            for group in self.engine.optimizer.param_groups:
+                group.update(fused=False, foreach=False)  # the fused one has no fake form
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
                 self.engine.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            self.images = [torch.zeros(job.local, 3, job.image_size, job.image_size) for _ in range(BATCHES)]
+            self.images = images_of(job, torch.float16)
             self.held += [network, self.engine.optimizer, *self.images, *(parameter.grad for parameter in network.parameters())]
 
     def peak(self) -> int:
@@ -141,8 +149,10 @@ def peak_of_deepspeed(job: Job) -> int:
     """Of a second step on real tensors, without classifier: DeepSpeed knows no fake ones."""
     network = backbones.build(backbones.BackboneConfig(job.backbone, job.width), job.image_size).requires_grad_()
     place = Place(dist.get_rank(), job.ranks, torch.device("cpu"))
-    engine = DeepSpeedEngine(EngineConfig("deepspeed", job.zero_stage, "bfloat16"), OptimizerConfig(), network, place, 1)
-    images = [torch.randn(job.local, 3, job.image_size, job.image_size) for _ in range(BATCHES)]
+    engine = DeepSpeedEngine(
+        EngineConfig("deepspeed", zero_stage=job.zero_stage, precision="bfloat16"), OptimizerConfig(), network, place, 1
+    )
+    images = images_of(job, torch.float32)
     zero, tracker = engine.engine.optimizer, MemTracker()
 
     def step() -> None:
@@ -159,7 +169,8 @@ def peak_of_deepspeed(job: Job) -> int:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_buffers_of_deepspeed_are_counted(ranks, stage):
-    """More than it takes today, but not much more: plan adds up what is never there at once."""
-    job = Job(2, batch=64, ranks=2, backbone="small", image_size=64, engine="deepspeed", zero_stage=stage)
+    """All that it takes, and not much more: plan adds up what is never there at once."""
+    job = Job(2, batch=32, ranks=2, backbone="iresnet18", image_size=32, engine="deepspeed", zero_stage=stage)
     tracked, planned = max(ranks(2).run(peak_of_deepspeed, job)), sum(memory(job, H100).values())
-    assert tracked <= planned <= 1.2 * tracked
+    second = BUCKET_BYTES  # which a CPU does not fill while the first one travels
+    assert tracked <= planned - second <= 1.2 * tracked
