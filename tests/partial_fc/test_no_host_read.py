@@ -1,5 +1,5 @@
-"""No host read on the way of a step: forward, backward and both updates of every loss run on the meta device, whose tensors hold no data, so
-that a read raises. On a GPU it would wait for the device. Results cannot be seen here; other tests compare them."""
+"""No host read on the way of a step: forward, backward and both updates of every loss run on the meta device, whose tensors hold no data,
+so that a read raises. On a GPU it would wait for the device. Results cannot be seen here; other tests compare them."""
 
 from __future__ import annotations
 
