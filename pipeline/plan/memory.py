@@ -76,7 +76,7 @@ def _images(job: Job, hardware: Hardware) -> int:
 
 def _held(job: Job) -> int:
     """Columns of a step: all classes, or room for a sample of them."""
-    return job.rows if job.rate == 1 else capacity(job.rows, job.rate, job.batch)
+    return job.rows if job.rate == 1 else capacity(job.rows, job.rate, job.batch, share=job.rows / job.identities)
 
 
 def _classifier(job: Job) -> dict[str, int]:
@@ -106,7 +106,7 @@ def _tiles(job: Job, hardware: Hardware) -> int:
 def _in_torch(job: Job, hardware: Hardware) -> tuple[int, int]:
     """(columns of a chunk, bytes): logits, unit columns twice, and two products in float32."""
     item = BYTES[job.dtype]
-    columns = _chunk(_held(job), (GPU if hardware.is_gpu else CPU).tile_bytes // (job.gathered * item))
+    columns = _chunk(_held(job), (GPU if hardware.is_gpu else CPU).tile_bytes // (max(job.gathered, job.width) * item))
     return columns, columns * (job.gathered * item + job.width * (2 * item + 8 + _loaded(job)))
 
 

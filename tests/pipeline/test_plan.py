@@ -39,7 +39,7 @@ def bytes_of(*tensors):
 def real_bytes(rate, storage_dtype, optimizer_name, size):
     """(prototypes, optimizer state, gradient) of the rank."""
     loss = losses.build("cosface")
-    classifier = PartialFC(203, 24, loss, rate, storage_dtype=storage_dtype)
+    classifier = PartialFC(203, 24, loss, rate, storage_dtype=storage_dtype, class_counts=torch.ones(203))
     optimizer = {"sgd": RowSGD, "adamw": RowAdamW}[optimizer_name](classifier, lr=0.1)
     generator = torch.Generator().manual_seed(0)
     classifier(torch.randn(16 // size, 24, generator=generator).requires_grad_(), torch.randint(0, 203, (16 // size,))).backward()

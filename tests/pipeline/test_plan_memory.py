@@ -146,25 +146,29 @@ def test_tensors_of_a_classifier_alone(on_fake_gpus, job):
 
 
 def peak_of_deepspeed(job: Job) -> int:
-    """Of a second step on real tensors, without classifier: DeepSpeed knows no fake ones."""
+    """Of a later step on real tensors, without classifier: DeepSpeed knows no fake ones."""
     network = backbones.build(backbones.BackboneConfig(job.backbone, job.width), job.image_size).requires_grad_()
     place = Place(dist.get_rank(), job.ranks, torch.device("cpu"))
     engine = DeepSpeedEngine(
         EngineConfig("deepspeed", zero_stage=job.zero_stage, precision="bfloat16"), OptimizerConfig(), network, place, 1
     )
     images = images_of(job, torch.float32)
-    zero, tracker = engine.engine.optimizer, MemTracker()
+    zero = engine.engine.optimizer
 
     def step() -> None:
         features_bD = engine.forward(images[0], True)
         engine.backward(features_bD, torch.randn_like(features_bD), True)
         engine.step(0.1)
 
+    def peak() -> int:
+        tracker = MemTracker()
+        tracker.track_external(network, zero.optimizer, *zero.single_partition_of_fp32_groups, *images)
+        with tracker:
+            step()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
     step()
-    tracker.track_external(network, zero.optimizer, *zero.single_partition_of_fp32_groups, *images)
-    with tracker:
-        step()
-    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return min(peak() for _ in range(3))  # cycles of references sometimes keep tensors of the step before
 
 
 @pytest.mark.parametrize("stage", [1, 2])
