@@ -84,15 +84,18 @@ def gpu_fault(local_ranks: int) -> str | None:
     """Why torch cannot give each of `local_ranks` ranks of this machine a GPU; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a build with it (docs/dependencies.md)"
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limit = "" if shown is None else f", as CUDA_VISIBLE_DEVICES is {shown!r}"
     try:
-        torch.cuda.init()  # unlike is_available, it says what is wrong with the driver
-    except (RuntimeError, AssertionError) as error:
+        torch.cuda.init()  # unlike is_available, it says what is wrong with the driver, and so with no GPU to be seen
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
         words = str(error).strip().splitlines()[0].rstrip(".")
-        return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the driver ({words}): see docs/dependencies.md"
-    visible, shown = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        return (
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use a GPU ({words}{limit}): see docs/dependencies.md"
+        )
+    visible = torch.cuda.device_count()
     has_own = visible == 1 and shown is not None and not {STORE, "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # each rank sees only its GPU
     if visible < local_ranks and not has_own:
-        limit = "" if shown is None else f", as CUDA_VISIBLE_DEVICES is {shown!r}"
         return f"{local_ranks} ranks on this machine see {visible} GPUs{limit}: start as many ranks as GPUs"
     capability, built_for = torch.cuda.get_device_capability(0), torch.cuda.get_arch_list()
     if not any(_runs_on(capability, architecture) for architecture in built_for):

@@ -123,7 +123,7 @@ class DDPEngine:
             # torch 2.13 calls this argument forward_sync_buffers and warns; 2.11 knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # 1x1 kernels, channels last
-            # Gradients are views of the buckets that travel, so that they need no copy and no second memory.
+            # Gradients become views of the buckets that travel: one copy in, none out, and no second memory.
             parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
             if config.compress:
                 # Under its own name DDP admits the hook with NCCL only.
@@ -184,8 +184,7 @@ def _like(parameter: Tensor, value: Tensor) -> Tensor:
 class DeepSpeedEngine:
     def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> None:
         on_cpu = place.device.type == "cpu"
-        if on_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["DS_ACCELERATOR"] = place.device.type  # it would look for a GPU itself
         import deepspeed
 
         if on_cpu:  # otherwise the first collective compiles an extension for half a minute and needs g++

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import logging
 import os
 import subprocess
@@ -46,10 +47,15 @@ def pretend(monkeypatch, gpus=8, capability=(9, 0), architectures=("sm_80", "sm_
 OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update"
 FAULTS = [
     ({"cuda": None}, 8, {}, "is built without CUDA"),
-    ({"driver": OLD}, 8, {}, r"built for CUDA 13.0, cannot use the driver \(The NVIDIA driver on your system is too old"),
+    ({"driver": OLD}, 8, {}, r"built for CUDA 13.0, cannot use a GPU \(The NVIDIA driver on your system is too old"),
     ({"gpus": 4}, 8, {}, "8 ranks on this machine see 4 GPUs: start as many ranks as GPUs"),
     ({"gpus": 1}, 2, {"CUDA_VISIBLE_DEVICES": "0", STORE: "x"}, "2 ranks on this machine see 1 GPUs, as CUDA_VISIBLE_DEVICES is '0'"),
-    ({"gpus": 0}, 1, {"CUDA_VISIBLE_DEVICES": ""}, "see 0 GPUs, as CUDA_VISIBLE_DEVICES is ''"),
+    (
+        {"driver": "No CUDA GPUs are available"},
+        1,
+        {"CUDA_VISIBLE_DEVICES": ""},
+        r"No CUDA GPUs are available, as CUDA_VISIBLE_DEVICES is ''",
+    ),
     ({"capability": (7, 0)}, 8, {}, r"has no kernels for Tesla \(sm_70\), only for sm_80, sm_90, compute_90"),
     ({"capability": (10, 0), "architectures": ("sm_90", "sm_90a")}, 8, {}, r"\(sm_100\)"),
 ]
@@ -89,9 +95,9 @@ def test_gpus_that_can_be_used(machine, ranks, variables, monkeypatch):
 
 def test_nccl_is_bound_to_the_device_and_waits_as_long_as_asked(monkeypatch):
     pretend(monkeypatch)
-    asked, chosen = {}, []
+    asked, chosen, signature = {}, [], inspect.signature(dist.init_process_group)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend, device=chosen[-1]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **o: asked.update(signature.bind(*a, **o).arguments, device=chosen[-1]))
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
     for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}.items():

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -131,6 +132,44 @@ def names_of_compiled():
     return list(compiled) == list(plain)
 
 
+def test_compiled_backbones_train_alike_on_two_ranks(ranks):
+    """DDP splits what it compiles at its buckets, here also between entering and leaving the float32 of the head."""
+    plain, compiled = (ranks(2).run(compiled_steps, choice)[0] for choice in (False, True))
+    torch.testing.assert_close(compiled, plain)
+
+
+def compiled_steps(compiles):
+    def compile_without_compiler(module):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    small_buckets = partial(nn.parallel.DistributedDataParallel, bucket_cap_mb=0.5)
+    with (
+        mock.patch.object(nn.Module, "compile", compile_without_compiler),
+        mock.patch.object(nn.parallel, "DistributedDataParallel", small_buckets),
+        mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1 << 10),
+    ):
+        return steps(EngineConfig("ddp", precision="bfloat16", compile=compiles))[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_that_travel_during_backward_are_the_same(ranks, stage):
+    """What a GPU does, as far as a CPU goes: two buckets in turn, many of them, and weights larger than one."""
+    apart, overlapped = (ranks(2).run(overlapped_steps, stage, choice)[0] for choice in (False, True))
+    torch.testing.assert_close(overlapped, apart, rtol=0, atol=0)
+
+
+def overlapped_steps(stage, overlaps):
+    import deepspeed
+
+    def initialize(config, **options):
+        config["zero_optimization"] |= {"overlap_comm": overlaps, "reduce_bucket_size": 1 << 14}
+        return original(config=config, **options)
+
+    original = deepspeed.initialize
+    with mock.patch.object(deepspeed, "initialize", initialize):
+        return steps(EngineConfig("deepspeed", precision="float32", zero_stage=stage))[0]
+
+
 class AskedError(Exception):
     pass
 
@@ -138,6 +177,8 @@ class AskedError(Exception):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_arguments_of_deepspeed_exist(device, monkeypatch):
     """Its configuration takes unknown names without a word."""
+    for name, value in {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}.items():  # which the engine sets, and monkeypatch sets back
+        monkeypatch.setenv(name, value)
     import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
