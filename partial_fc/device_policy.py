@@ -13,6 +13,7 @@ import torch
 @dataclass(frozen=True)
 class DevicePolicy:
     tile_bytes: int  # of one logits tile of the chunked kernel
+    units_bytes: int  # of a chunk's unit columns, which a small batch would make large
     passes_of_map: int  # tiles among which a map divides these bytes
     moved_elements: int  # of a matrix that a row optimizer moves at a time
     host_looks: bool  # the host reads values on the way and skips work; otherwise all is done, and spare rows take what is of no use
@@ -25,6 +26,7 @@ class DevicePolicy:
 # plentiful, so that keeping weights beats computing them again.
 CPU = DevicePolicy(
     tile_bytes=8 << 20,
+    units_bytes=256 << 20,  # with smaller ones, steps with a batch of 32 or 128 took longer
     passes_of_map=4,
     moved_elements=1 << 18,
     host_looks=True,
@@ -37,6 +39,7 @@ CPU = DevicePolicy(
 # memory costs 0.04 ms.
 GPU = DevicePolicy(
     tile_bytes=128 << 20,
+    units_bytes=128 << 20,
     passes_of_map=1,
     moved_elements=1 << 23,
     host_looks=False,

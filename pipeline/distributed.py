@@ -48,6 +48,8 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
         on_gpu = "nccl" in dist.get_backend()
         if device not in ("auto", "cuda" if on_gpu else "cpu"):
             raise ValueError(f"engine.device is {device}, but the launcher joined the ranks with {dist.get_backend()}: start it otherwise")
+        if device == "auto" and not on_gpu:
+            _warn_of_idle_gpus(f"the launcher joined the ranks with {dist.get_backend()}")
     else:
         on_gpu = _computes_on_gpu(device, local_ranks)
     # Modulo, because a launcher may show each process only its own GPU, which is then number 0.
@@ -75,9 +77,15 @@ def _computes_on_gpu(device: str, local_ranks: int) -> bool:
     fault = gpu_fault(local_ranks)
     if fault and device == "cuda":
         raise ValueError(f"engine.device is cuda, but {fault}; to train without GPUs, use --set engine.device=cpu")
-    if fault and os.environ.get("LOCAL_RANK", "0") == "0" and (os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/nvidia0")):
-        log.warning("training on the CPU, although this machine has an NVIDIA GPU: %s", fault)
+    if fault:
+        _warn_of_idle_gpus(fault)
     return fault is None
+
+
+def _warn_of_idle_gpus(reason: str) -> None:
+    has_gpu = os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/nvidia0")
+    if has_gpu and os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning("training on the CPU, although this machine has an NVIDIA GPU: %s", reason)
 
 
 def gpu_fault(local_ranks: int) -> str | None:

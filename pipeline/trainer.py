@@ -1,6 +1,6 @@
 """The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
 boundaries. Between two lines of metrics the host waits for the device only to know that features were finite, while backward is under
-way, and for DeepSpeed's own look at the gradient norm."""
+way, and with DeepSpeed at the end of each backward pass and three times for the gradient norm."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def engines(run: Run) -> Iterator[Row]:
     """A step of the backbone in each engine, in turn in one process. With one GPU nothing is sent, so this is the engine's own part."""
     name, size, batch, rounds = ("small", 64, 8, 3) if run.small else ("iresnet50", 112, 128, 7)
     place = join()
-    images_bCHW = torch.randn(batch, 3, size, size, device=place.device)
+    images_bCHW = torch.randn(batch, 3, size, size, device=place.device).contiguous(memory_format=torch.channels_last)
     settings = {"ddp": EngineConfig("ddp"), "zero 1": EngineConfig("deepspeed"), "zero 2": EngineConfig("deepspeed", zero_stage=2)}
     steps = {}
     for what, setting in settings.items():

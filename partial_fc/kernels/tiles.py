@@ -71,10 +71,10 @@ class TileLoop:
             self.bias_n = self.bias_n if is_in_n is None else self.bias_n.where(is_in_n, -torch.inf)
 
     def largest(self, batch: int, width: int) -> int:
-        """Most columns of a chunk: neither its tile nor its unit columns are larger than asked. A map passes over several tiles in the
-        precision of the inputs."""
+        """Most columns of a chunk. A map passes over several tiles in the precision of the inputs."""
         share = 1 if self.problem.map is None else self.policy.passes_of_map
-        return max(256, self.problem.tile_bytes // (share * max(batch, width) * self.problem.dtype.itemsize))
+        item = self.problem.dtype.itemsize
+        return max(256, min(self.problem.tile_bytes // (share * batch * item), self.policy.units_bytes // (width * item)))
 
     def allocate(self, batch: int, width: int) -> None:
         self.tile = self.empty(self.problem.dtype, batch * self.size)

@@ -21,6 +21,7 @@ def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str
     saved = checkpoint.read_info(path)["config"]
     # The loss is left out, because it may be defined in a recipe file that is not at hand.
     config = from_dict({name: part for name, part in saved.items() if name != "loss"})
+    torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations
     with torch.device(place.device):
         module = backbones.build(config.backbone, config.data.image_size)
     weights = checkpoint.load_replicated(path, "backbone.")

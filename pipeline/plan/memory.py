@@ -106,7 +106,8 @@ def _tiles(job: Job, hardware: Hardware) -> int:
 def _in_torch(job: Job, hardware: Hardware) -> tuple[int, int]:
     """(columns of a chunk, bytes): logits, unit columns twice, and two products in float32."""
     item = BYTES[job.dtype]
-    columns = _chunk(_held(job), (GPU if hardware.is_gpu else CPU).tile_bytes // (max(job.gathered, job.width) * item))
+    policy = GPU if hardware.is_gpu else CPU
+    columns = _chunk(_held(job), min(policy.tile_bytes // (job.gathered * item), policy.units_bytes // (job.width * item)))
     return columns, columns * (job.gathered * item + job.width * (2 * item + 8 + _loaded(job)))
 
 
