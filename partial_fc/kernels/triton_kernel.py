@@ -3,6 +3,7 @@ leaves its two products to cuBLAS. The rest (targets, gradients of exact entries
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ ROUNDED = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 4, 3), Blocks(128, 1
 EXACT = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
 INTERPRETED = (Blocks(16, 64, 16, 4, 1),)
 _fastest: dict[tuple[object, ...], Blocks] = {}
+logger = logging.getLogger(__name__)
 
 
 def refusal(problem: Problem) -> str | None:
@@ -49,11 +51,40 @@ def refusal(problem: Problem) -> str | None:
         return "computes no maps: choose kernel 'auto'"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"multiplies in float32 or bfloat16, but was asked for {problem.dtype}: choose kernel 'auto'"
+    if device.type == "cuda" and (refusal := _refusal_of(device)) is not None:
+        return refusal
     if problem.statistic.triton_terms not in _programs().KNOWN_TERMS:
         return f"has no terms of {type(problem.statistic).__name__}: choose kernel 'auto'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later: choose kernel 'auto'"
     return None
+
+
+@functools.cache
+def _refusal_of(device: torch.device) -> str | None:
+    """Why no problem can be served on a GPU, found out once per process. Other ranks may find otherwise: kernels answer with the same
+    vectors, so that ranks may differ in theirs."""
+    if _capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later: choose kernel 'auto'"
+    try:
+        _first_launch(device)
+    except Exception as error:  # of a compiler, an assembler, a cache, a driver: whatever it is, chunked can do without
+        refusal = (
+            f"cannot launch its first program ({' '.join(str(error).split())}): Triton needs a C compiler (gcc, clang or the one in CC), "
+            "Python.h (package python3-dev) and a folder to write to (TRITON_CACHE_DIR); kernel 'chunked' needs none of them"
+        )
+        logger.warning("kernel 'triton' %s and is what 'auto' takes", refusal)
+        return refusal
+    return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _first_launch(device: torch.device) -> None:
+    """Of a small program. Triton first compiles, and links with Python, what launches them."""
+    row_1D = torch.zeros(1, 16, device=device)
+    with torch.cuda.device_of(row_1D):
+        _programs().unit_rows[(1,)](torch.empty_like(row_1D), row_1D, row_1D.new_empty(1), 1, 16, 16, 1)
 
 
 @functools.cache
@@ -153,11 +184,12 @@ def _total(loop: FusedForward) -> Total:
     sums, largest = (torch.empty(capacity, batch, device=loop.queries_BD.device) for _ in range(2))
     columns = torch.empty(capacity, batch, device=loop.queries_BD.device, dtype=torch.int32)
     total = Total(sums.new_zeros(batch), sums.new_full((batch,), -torch.inf), columns.new_full((batch,), -1))
+    best_B = total.largest_B.clone()
     filled = 0
     for chunk in loop.chunks():
         if filled + most > capacity:
             total, filled = _added(total, Total(sums[:filled], largest[:filled], columns[:filled]), shifts), 0
-        filled += -(-len(chunk.units_nD) // loop.by_block("row_sums", chunk, sums, largest, columns, filled))
+        filled += -(-len(chunk.units_nD) // loop.by_block("row_sums", chunk, sums, largest, columns, best_B, filled))
     return _added(total, Total(sums[:filled], largest[:filled], columns[:filled]), shifts)
 
 
@@ -194,7 +226,11 @@ def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
 
 
 class FusedBackward(FusedForward):
-    """Chunks in backward, with their tile of weights."""
+    """Chunks in backward, with their tile of weights. Gradients of columns are computed where they will lie, unless that is narrower."""
+
+    def __init__(self, problem: Problem, needed: NeededGradients) -> None:
+        self.gradient_SD = problem.columns.source.gradient_memory() if needed.source else None
+        super().__init__(problem)
 
     def largest(self, batch: int, width: int) -> int:
         return max(256, min(super().largest(batch, width), WEIGHTS_BYTES // (batch * self.problem.dtype.itemsize)))
@@ -202,8 +238,13 @@ class FusedBackward(FusedForward):
     def allocate(self, batch: int, width: int) -> None:
         super().allocate(batch, width)
         self.tile = self.queries_BD.new_empty(batch, -(-self.size // 256) * 256)  # whole blocks
-        self.wide = self.problem.queries_BD.new_empty(self.size, width)
+        wide = self.problem.queries_BD.dtype
+        self.in_place = self.gradient_SD is not None and self.gradient_SD.dtype is wide
+        self.wide = self.queries_BD.new_empty(0 if self.in_place else self.size, width, dtype=wide)
         self.ordered: tuple[Tensor, Tensor] | None = None
+
+    def gradient_memory(self, span: slice) -> Tensor:
+        return self.gradient_SD[span] if self.in_place and self.gradient_SD is not None else self.wide[: span.stop - span.start]
 
     def weigh(self, chunk: Chunk, shift_B1: Tensor | None) -> tuple[Tensor, Tile]:
         self.by_block("weights", chunk, self.tile, shift_B1, self.tile.stride(0))
@@ -217,7 +258,7 @@ class FusedBackward(FusedForward):
             every = torch.arange(self.count + 1, device=columns_m.device, dtype=torch.int32)
             self.ordered = torch.searchsorted(columns_m, every, out_int32=True), exact.gradients_mD[order_m]
         starts, gradients_mD = self.ordered
-        grad_nD = multiply(weights_Bn.T, weighted_BD, self.wide[: len(chunk.units_nD)])
+        grad_nD = multiply(weights_Bn.T, weighted_BD, self.gradient_memory(chunk.span))
         starts_n = starts[chunk.span.start : chunk.span.stop + 1]
         self.by_row(_programs().column_gradients, grad_nD, chunk.columns_nD, chunk.inverse_n1, starts_n, gradients_mD)
         return grad_nD
@@ -225,8 +266,9 @@ class FusedBackward(FusedForward):
 
 def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients) -> Gradients:
     with torch.cuda.device_of(problem.queries_BD):
-        loop_type = FusedBackward if len(problem.queries_BD) else TileLoop
-        return chunked.backward(problem, result, slopes, needed, loop_type)
+        if problem.columns.size and len(problem.queries_BD):
+            result = result._replace(cache=FusedBackward(problem, needed))
+        return chunked.backward(problem, result, slopes, needed)
 
 
 def top(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
