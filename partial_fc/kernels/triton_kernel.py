@@ -1,5 +1,5 @@
-"""The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights that stays in the L2 cache, and
-leaves its two products to cuBLAS. The rest (targets, gradients of exact entries, collectors) is shared with the chunked kernel."""
+"""The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights and leaves its two products to
+cuBLAS. The rest (targets, gradients of exact entries, collectors) is shared with the chunked kernel."""
 
 import functools
 import importlib.util
@@ -16,9 +16,12 @@ from partial_fc.kernels.exact_entries import ExactEntries, ExactGradients, targe
 from partial_fc.kernels.tiles import Chunk, Tile, TileLoop, multiply
 
 UNITS_BYTES = 32 << 20  # of a chunk of unit columns
-WEIGHTS_BYTES = 24 << 20  # of a tile of weights: with the units it stays in an H100's 50 MB of L2 until the next product
+# Of a tile of weights. Its three products (103 GFLOP at D = 512) would take an H100 0.16 ms at 65 % of its rate, and the host needs about
+# 0.1 ms for the six launches of a chunk. An L2 of 50 MB does not hold it: that costs the products 1.2 TB/s, of the 3.3 that memory has.
+WEIGHTS_BYTES = 64 << 20
 PARTIAL_BYTES = 32 << 20  # of sums per row and block of columns, before they are added
-ROWS = 4  # columns per program where no product is involved
+ROWS = 4  # columns per program where no product is involved, as far as registers hold so many elements:
+ELEMENTS = 8192
 
 
 class Blocks(NamedTuple):
@@ -31,9 +34,12 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# The fastest is measured once per kind of problem and process, so two processes may add in another order and round differently.
+# The fastest is measured once per kind of problem and process, so two processes may add in another order and round differently. All of
+# them fit into registers and shared memory: tests/partial_fc/test_compiled.py. Wider ones do on Hopper alone.
+ROUNDED = (Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 64, 8, 4))
+ROUNDED_HOPPER = (Blocks(128, 256, 64, 8, 3), *ROUNDED, Blocks(64, 256, 64, 4, 3))
+ROUNDED_BLACKWELL = (Blocks(128, 128, 64, 8, 4), Blocks(64, 256, 64, 8, 3))
 # float32 has no tensor cores, and its accumulators compete with operands for registers.
-ROUNDED = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 64, 8, 4), Blocks(64, 256, 64, 4, 3))
 EXACT = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
 INTERPRETED = (Blocks(16, 64, 16, 4, 1),)
 _fastest: dict[tuple[object, ...], Blocks] = {}
@@ -76,8 +82,18 @@ def _refusal_of(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def _choice(problem: Problem) -> tuple[Blocks, ...]:
+    if _is_interpreted():
+        return INTERPRETED
+    if problem.dtype is torch.float32:
+        return EXACT
+    major, _ = _capability(problem.queries_BD.device)
+    return {9: ROUNDED_HOPPER, 10: ROUNDED_BLACKWELL}.get(major, ROUNDED)
 
 
 def _first_launch(device: torch.device) -> None:
@@ -108,7 +124,7 @@ class FusedForward(TileLoop):
     bias_in_operands = False  # adding it to logits in registers costs nothing
 
     def __init__(self, problem: Problem) -> None:
-        self.choice = INTERPRETED if _is_interpreted() else EXACT if problem.dtype is torch.float32 else ROUNDED
+        self.choice = _choice(problem)
         super().__init__(problem)
 
     def largest(self, batch: int, width: int) -> int:
@@ -127,8 +143,9 @@ class FusedForward(TileLoop):
         return Chunk(span, columns_nD, inverse_n1, units_nD)
 
     def by_row(self, program: Any, x_nD: Tensor, *tensors: Tensor | None) -> None:
-        (count, width), rows = x_nD.shape, 64 if _is_interpreted() else ROWS
-        program[(-(-count // rows),)](x_nD, *tensors, count, width, 1 << (width - 1).bit_length(), rows)
+        (count, width), padded = x_nD.shape, 1 << (x_nD.shape[1] - 1).bit_length()
+        rows = 64 if _is_interpreted() else max(1, min(ROWS, ELEMENTS // padded))
+        program[(-(-count // rows),)](x_nD, *tensors, count, width, padded, rows)
 
     def by_block(self, program: str, chunk: Chunk, *outputs: Tensor | int | None) -> int:
         """Runs a program on all rows and a chunk of columns; returns the number of columns per block."""
@@ -238,13 +255,13 @@ class FusedBackward(FusedForward):
     def allocate(self, batch: int, width: int) -> None:
         super().allocate(batch, width)
         self.tile = self.queries_BD.new_empty(batch, -(-self.size // 256) * 256)  # whole blocks
-        wide = self.problem.queries_BD.dtype
-        self.in_place = self.gradient_SD is not None and self.gradient_SD.dtype is wide
-        self.wide = self.queries_BD.new_empty(0 if self.in_place else self.size, width, dtype=wide)
+        wide, memory = self.problem.queries_BD.dtype, self.gradient_SD
+        self.in_place_SD = memory if memory is not None and memory.dtype is wide else None
+        self.wide = self.queries_BD.new_empty(self.size if self.in_place_SD is None else 0, width, dtype=wide)
         self.ordered: tuple[Tensor, Tensor] | None = None
 
     def gradient_memory(self, span: slice) -> Tensor:
-        return self.gradient_SD[span] if self.in_place and self.gradient_SD is not None else self.wide[: span.stop - span.start]
+        return self.wide[: span.stop - span.start] if self.in_place_SD is None else self.in_place_SD[span]
 
     def weigh(self, chunk: Chunk, shift_B1: Tensor | None) -> tuple[Tensor, Tile]:
         self.by_block("weights", chunk, self.tile, shift_B1, self.tile.stride(0))
