@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks.eager import EagerClassifier
+from benchmarks.record import quartiles, spread
 from partial_fc import PartialFC, RowSGD, losses
 from partial_fc.buffer_pool import BufferPool
 from pipeline.measuring import MatrixRate, Traffic, peak_memory, seconds
@@ -171,13 +172,13 @@ def _figures(setting: Setting, rank: int, device: torch.device) -> dict[str, Any
         # Virtual machines change their speed within seconds, so a step is compared with the rate just before and just after it.
         rates.append((before + _over_ranks(min, rate.measure())) / 2)
     for name, values in times.items():
-        figures |= _quartiles(f"{name}_s", values)
-    figures |= _quartiles("eager_over_ours", [eager / ours for eager, ours in zip(times["eager"], times["ours"], strict=False)])
+        figures |= quartiles(f"{name}_s", values)
+    figures |= quartiles("eager_over_ours", [eager / ours for eager, ours in zip(times["eager"], times["ours"], strict=False)])
     figures["memory_share"] = None if setting.skip_eager else round(figures["ours_extra_mib"] / figures["eager_extra_mib"], 3)
     figures["ours_ns_per_class"] = round(1e9 * figures["ours_s"] / setting.classes, 1)
     operations = 8 * setting.batch * setting.classes / setting.ranks * setting.rate * setting.width
     figures["matrix_gflops"] = round(float(np.median(rates)) / 1e9, 1)
-    return figures | _quartiles("matrix_share", [operations / (step * rate) for step, rate in zip(times["ours"], rates, strict=True)])
+    return figures | quartiles("matrix_share", [operations / (step * rate) for step, rate in zip(times["ours"], rates, strict=True)])
 
 
 def _first_steps(name: str, side: Side | None, device: torch.device) -> dict[str, Any]:
@@ -217,14 +218,6 @@ def _over_ranks(choose: Callable[[list[float]], float], value: float) -> float:
     return choose(values)
 
 
-def _quartiles(name: str, values: list[float]) -> dict[str, Any]:
-    """Median, and lower and upper quartile."""
-    if not values:
-        return {name: None, f"{name}_quartiles": None}
-    low, middle, high = (float(f"{value:.4g}") for value in np.quantile(values, (0.25, 0.5, 0.75)))
-    return {name: middle, f"{name}_quartiles": [low, high]}
-
-
 def as_text(row: dict[str, Any]) -> str:
     """A few lines for people."""
     parts = "forward, backward" + (", update in backward" if row["in_backward"] else ", update" if row["step"] else "")
@@ -236,18 +229,13 @@ def as_text(row: dict[str, Any]) -> str:
         extra, state, sent, calls = (row[f"{name}_{what}"] for what in ("extra_mib", "state_mib", "sent_bytes", "calls"))
         if state is not None:
             traffic = f"; sends {sent:,} bytes: {calls}" if calls else ""
-            lines.append(f"  {name:5} {dtype:8}  {_spread(row, f'{name}_s', 's')}; {extra:,.0f} MiB beyond {state:,.0f} of state{traffic}")
+            lines.append(f"  {name:5} {dtype:8}  {spread(row, f'{name}_s', 's')}; {extra:,.0f} MiB beyond {state:,.0f} of state{traffic}")
     if row["memory_share"] is not None:
-        lines.append(f"  eager / ours    {_spread(row, 'eager_over_ours')} in time; {row['memory_share']:.2f} of its extra memory")
+        lines.append(f"  eager / ours    {spread(row, 'eager_over_ours')} in time; {row['memory_share']:.2f} of its extra memory")
     else:
         lines.append(f"  ours            process at its peak {row['ours_peak_mib']:,.0f} MiB")
     rate = f"of the matrix rate, {row['matrix_gflops']:,.0f} GFLOP/s"
-    lines.append(f"  ours            {_spread(row, 'matrix_share')} {rate}; {row['ours_ns_per_class']:.4g} ns a class")
+    lines.append(f"  ours            {spread(row, 'matrix_share')} {rate}; {row['ours_ns_per_class']:.4g} ns a class")
     if row["one_rank_deviation"] is not None:
         lines.append(f"  ours            loss {row['ours_loss']:.8g}, relative deviation from one rank's {row['one_rank_deviation']:.1e}")
     return "\n".join(lines)
-
-
-def _spread(row: dict[str, Any], name: str, unit: str = "") -> str:
-    low, high = row[f"{name}_quartiles"]
-    return f"{row[name]:.3g} {unit}".rstrip() + f" ({low:.3g} to {high:.3g})"

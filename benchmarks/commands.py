@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 
 from pipeline.commands import command
@@ -19,6 +20,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         "protoshard bench classifier --classes 200000 --dtype bfloat16",
     )
     _add_bench_classifier(classifier)
+    step = command(
+        bench,
+        "step",
+        _bench_step,
+        "time of a whole training step, backbone and classifier, against arcface_torch's own in turn",
+        "protoshard bench step --dtype float32 bfloat16 --peer ../insightface/recognition/arcface_torch",
+    )
+    _add_bench_step(step)
     accuracy = command(
         bench,
         "accuracy",
@@ -80,6 +89,20 @@ def _add_bench_classifier(bench: argparse.ArgumentParser) -> None:
     _add_report(bench, "classifier")
 
 
+def _add_bench_step(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--network", default="iresnet18", metavar="NAME", help="iresnet18, iresnet34, iresnet50 or iresnet100 (iresnet18)")
+    bench.add_argument("--batch", type=int, default=32, metavar="N", help="images (32)")
+    bench.add_argument("--classes", type=int, default=100_000, metavar="N", help="(100000)")
+    bench.add_argument("--image-size", type=int, default=112, metavar="N", help="pixels of a side (112)")
+    bench.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16"), help="of the products (float32)")
+    bench.add_argument("--layout", nargs="+", default=["nhwc"], choices=("nchw", "nhwc"), help="of images and weights in memory (nhwc)")
+    bench.add_argument("--compile", action="store_true", help="measure the backbone with torch.compile too")
+    bench.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each side (7); on a GPU tens of steps")
+    bench.add_argument("--keep-memory", action="store_true", help="on a CPU: freed memory stays with the process, for all sides")
+    bench.add_argument("--peer", metavar="PATH", help="recognition/arcface_torch of a checkout of InsightFace, to measure beside")
+    _add_report(bench, "step")
+
+
 def _add_report(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks", "results", f"{name}.csv")
@@ -101,6 +124,17 @@ def _bench_classifier(options: argparse.Namespace) -> None:
         options.json,
         options.csv,
     )
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    from benchmarks import record, step
+
+    setting = step.Setting(
+        options.network, options.batch, options.classes, options.image_size, rounds=options.rounds, keeps_memory=options.keep_memory
+    )
+    compiled = (False, True) if options.compile else (False,)
+    variants = [step.Variant(*choice) for choice in itertools.product(options.dtype, options.layout, compiled)]
+    record.report(step.rows(setting, variants, options.peer), step.as_text, options.json, options.csv)
 
 
 def _bench_accuracy(options: argparse.Namespace) -> None:

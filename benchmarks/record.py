@@ -8,9 +8,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.measuring import hardware
@@ -19,7 +20,8 @@ FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 
 
 def commit() -> str:
-    """The commit measured; "+" when the working tree differs from it."""
+    """The commit measured; "+" when the working tree differs from it. Where git cannot tell, as in a copy without its history, what
+    PROTOSHARD_COMMIT says."""
     git = ["git", "-C", os.path.dirname(FOLDER)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -30,7 +32,7 @@ def commit() -> str:
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PROTOSHARD_COMMIT", "unknown")
     return head + ("+" if changed.strip() else "")
 
 
@@ -74,3 +76,17 @@ def report(rows: Iterable[dict[str, Any]], as_text: Callable[[dict[str, Any]], s
         print(json.dumps({**origin(), "rows": kept}, indent=1))
         for row in kept:
             append(path, row)
+
+
+def quartiles(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """Median, and lower and upper quartile."""
+    if not len(values):
+        return {name: None, f"{name}_quartiles": None}
+    low, middle, high = (float(f"{value:.4g}") for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    return {name: middle, f"{name}_quartiles": [low, high]}
+
+
+def spread(row: dict[str, Any], name: str, unit: str = "") -> str:
+    """What `quartiles` put into a row, for people."""
+    low, high = row[f"{name}_quartiles"]
+    return f"{row[name]:.3g} {unit}".rstrip() + f" ({low:.3g} to {high:.3g})"

@@ -9,18 +9,22 @@ import weakref
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 _END = object()
 
 
 class Background(Generic[T]):
-    """Runs `items` in a thread, up to `depth` items ahead. An exception of `items` is raised again by the consumer's next()."""
+    """Runs `items` in a thread, up to `depth` items ahead. An exception of `items` is raised again by the consumer's next().
 
-    def __init__(self, items: Iterator[T], depth: int) -> None:
+    device: what `items` works on; a GPU becomes the thread's current one."""
+
+    def __init__(self, items: Iterator[T], depth: int, device: torch.device | None = None) -> None:
         self.wait_seconds = 0.0
         self._ready: queue.Queue = queue.Queue(depth)
         stop = threading.Event()
-        thread = threading.Thread(target=_produce, args=(items, self._ready, stop), name="protoshard-data", daemon=True)
+        thread = threading.Thread(target=_produce, args=(items, device, self._ready, stop), name="protoshard-data", daemon=True)
         # The finalizer also runs when the iterator is dropped or the interpreter ends: a daemon thread inside a native library would crash
         # the exit.
         self._finalizer = weakref.finalize(self, _finish, thread, self._ready, stop)
@@ -48,16 +52,20 @@ class Background(Generic[T]):
         self._finalizer()
 
 
-def _produce(items: Iterator[T], ready: queue.Queue, stop: threading.Event) -> None:
+def _produce(items: Iterator[T], device: torch.device | None, ready: queue.Queue, stop: threading.Event) -> None:
     last: object = _END
     try:
-        for item in items:
-            if not _put(item, ready, stop):
-                break
-    except BaseException as error:
+        try:
+            if device is not None and device.type == "cuda":
+                # First of all, since a new thread stands on GPU 0, where whatever touches CUDA would open a context of half a gigabyte.
+                torch.cuda.set_device(device)
+            for item in items:
+                if not _put(item, ready, stop):
+                    break
+        finally:
+            items.close()  # type: ignore[attr-defined]
+    except BaseException as error:  # also one of close(): the consumer waits for something
         last = error
-    finally:
-        items.close()  # type: ignore[attr-defined]
     _put(last, ready, stop)
 
 

@@ -24,6 +24,7 @@ class CheckReport:
     images: int
     identities: int
     images_per_identity: tuple[int, float, int]  # min, median, max
+    decoder: str  # what decoded JPEG
     sizes: dict[tuple[int, int], int]  # (width, height) -> images, most frequent first
     unreadable: list[str]  # names of images
     single: list[str]  # names of identities with one image
@@ -38,22 +39,25 @@ class CheckReport:
             f"sizes: {shown or 'none'}{others}",
             f"identities with one image: {_listed(self.single)}",
             f"unreadable images: {_listed(self.unreadable)}",
+            f"JPEG decoded by: {self.decoder}",
         ]
         return "\n".join(lines)
 
 
-def check(path: str, reader: str = "native", threads: int = 0) -> CheckReport:
-    """Opens the data set and decodes every image fully, with the decoder that training uses (on the CPU). ValueError as for open_source."""
+def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "auto") -> CheckReport:
+    """Opens the data set and decodes every image fully, as a run with data.decoder = `decoder` on this machine would: on the GPU if there
+    is one. ValueError as for open_source."""
+    config = DataConfig(reader=reader, threads=threads, decoder=decoder)
     source = open_source(path, reader)
-    threads = DataConfig(threads=threads).thread_count()
-    headers, decoder = HeaderReader(_BATCH, threads), Decoder(112, _BATCH, threads, torch.device("cpu"))
+    threads, device = config.thread_count(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    headers, images = HeaderReader(_BATCH), Decoder(config.image_size, _BATCH, threads, device, decoder=decoder)
     sizes: Counter[tuple[int, int]] = Counter()
     unreadable = []
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), _BATCH):
             indices = range(start, min(start + _BATCH, len(source)))
             encoded = list(pool.map(lambda index: read_image(source, index), indices))
-            bad = _unreadable(decoder, encoded)
+            bad = _unreadable(images, encoded)
             found = headers.sizes(encoded).tolist()
             sizes.update((width, height) for at, (height, width) in enumerate(found) if at not in bad)
             unreadable += [source.name(start + at) for at in sorted(bad)]
@@ -63,6 +67,7 @@ def check(path: str, reader: str = "native", threads: int = 0) -> CheckReport:
         images=len(source),
         identities=len(source.identities),
         images_per_identity=(int(counts.min()), float(np.median(counts)), int(counts.max())),
+        decoder={"gpu": "nvJPEG on the GPU", "cpu": "libjpeg-turbo on the CPU"}[images.decodes_on],
         sizes=dict(sizes.most_common()),
         unreadable=unreadable,
         single=single_image_identities(source),

@@ -1,10 +1,9 @@
-"""The DALI graph: encoded bytes -> decoded, resized, augmented and normalised images, on the CPU or decoded by the GPU ('mixed').
-
-DALI draws no random numbers here: the flip, matrix, brightness and contrast of every sample are arguments computed from counters."""
+"""From encoded bytes to batches of images, and which images are unreadable. The random numbers of an augmentation come from counters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import cv2
@@ -13,6 +12,7 @@ import torch
 
 from dali_loaders.config import AugmentConfig
 from dali_loaders.config import DataConfig as DataConfig  # older recipe files import it from here
+from dali_loaders.graphs import Graph, byte_arrays, image_pipeline, size_pipeline
 from dali_loaders.order import uniform
 from dali_loaders.sources import Source
 
@@ -51,121 +51,87 @@ class UnreadableImagesError(Exception):
 
 
 class Decoder:
-    """Runs the graph on one batch at a time: float32 [b, 3, image_size, image_size], RGB, (x - 127.5) / 127.5, on `device`.
+    """Decodes one batch at a time: [b, 3, image_size, image_size], RGB, (x - 127.5) / 127.5, on `device`.
 
-    `arguments` at a call are those of augment_arguments, the same set at every call; none for plain decoding."""
+    `arguments` at a call are those of augment_arguments, the same set at every call; none for plain decoding. decoder: as in DataConfig.
+    channels_last: images lie in that memory format. dtype: float32 or float16; their values are 256 levels, which float16 keeps apart."""
 
-    def __init__(self, image_size: int, batch_size: int, threads: int, device: torch.device) -> None:
-        self._size = image_size
-        self._batch_size = batch_size
-        self._threads = threads
-        self._device = device
-        self._headers = HeaderReader(batch_size, threads)
-        self._resize = False
-        self._pipeline: Any = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self,
+        image_size: int,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        *,
+        decoder: str = "auto",
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        on_gpu = device.type == "cuda"
+        if decoder == "gpu" and not on_gpu:
+            raise ValueError("data.decoder is 'gpu', but this runs on the CPU; expected 'auto' or 'cpu', or a run on a GPU.")
+        self.decodes_on = "gpu" if on_gpu and decoder != "cpu" else "cpu"
+        # A GPU without a number is the current one of this thread; the thread that calls later may have another.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu and device.index is None else device
+        self.batch_size = batch_size
+        self._size, self._channels_last, self._dtype = image_size, channels_last, dtype
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._headers = HeaderReader(batch_size)
+        # On a CPU resizing halves the throughput even where it changes nothing, so it joins the graph at the first image of another size.
+        # There it is known to leave images of the right size as they are; on a GPU no image may depend on what came before it.
+        self._resize = on_gpu
+        self._graph: Graph | None = None
+        # Partial functions and no methods: a cycle would keep the memory of pipelines until Python looks for cycles.
+        pipeline = partial(image_pipeline, image_size, batch_size, threads, self.device)
+        self._pipeline = partial(pipeline, decode_on=self.decodes_on, channels_last=channels_last, dtype=dtype)
+        # Which images are unreadable is decided on the CPU, also in a run on a GPU: what a GPU cannot decode DALI hands to the CPU.
+        self._judge = Graph(partial(image_pipeline, image_size, 1, 1, torch.device("cpu"), decode_on="cpu", resize=False))
 
     def __call__(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> torch.Tensor:
-        """Raises UnreadableImagesError, after which other images can be decoded."""
+        """Raises UnreadableImagesError, after which other images can be decoded; RuntimeError for what is not the images' fault."""
         # Headers are read first, because one that cannot be parsed makes the decoder of DALI 2.4 crash the process (its threads outlive
         # the error).
         sizes_b2 = self._headers.sizes(encoded)
         if not sizes_b2.all():
             raise UnreadableImagesError(np.flatnonzero(sizes_b2[:, 0] == 0).tolist())
         if not self._resize and (sizes_b2 != self._size).any():
-            # Resizing halves the throughput even where it changes nothing, so it joins the graph at the first image of another size.
-            self._resize, self._pipeline = True, None
+            self._resize, self._graph = True, None
+        self._graph = self._graph or Graph(partial(self._pipeline, resize=self._resize, arguments=set(arguments)))
         try:
-            return self._to_torch(self._run(encoded, arguments))
+            output = self._graph.run({"encoded": byte_arrays(encoded)} | arguments, self._stream)
         except RuntimeError as error:
-            places = self._unreadable(encoded, arguments)
-            if not places:
-                raise
-            raise UnreadableImagesError(places) from error
+            raise UnreadableImagesError(self._judge.unreadable(encoded, error)) from error
+        return self._to_torch(output)
 
     def to_device(self, labels: torch.Tensor) -> torch.Tensor:
         """A CPU tensor brought to the device on the decoder's own stream, so that it does not queue behind the training step."""
         if self._stream is None:
             return labels
         with torch.cuda.stream(self._stream):
-            moved = labels.pin_memory().to(self._device, non_blocking=True)
+            moved = labels.pin_memory().to(self.device, non_blocking=True)
         self._stream.synchronize()
         return moved
 
-    def _run(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> Any:
-        self._pipeline = self._pipeline or self._build(set(arguments))
-        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-        for name, values in arguments.items():
-            self._pipeline.feed_input(name, values)
-        try:
-            (output,) = self._pipeline.run() if self._stream is None else self._pipeline.run(cuda_stream=self._stream)
-        except RuntimeError:
-            self._pipeline = None  # what a pipeline holds after an error is not specified
-            raise
-        return output
-
-    def _unreadable(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> list[int]:
-        """Places of the images that cannot be decoded. DALI does not name them, so they are found by bisection."""
-        try:
-            self._run(encoded, arguments)
-            return []
-        except RuntimeError:
-            if len(encoded) == 1:
-                return [0]
-        half = len(encoded) // 2
-        left = self._unreadable(encoded[:half], {name: values[:half] for name, values in arguments.items()})
-        right = self._unreadable(encoded[half:], {name: values[half:] for name, values in arguments.items()})
-        return left + [half + at for at in right]
-
     def _to_torch(self, output: Any) -> torch.Tensor:
+        tensor = output.as_tensor()
         if self._stream is None:
-            return torch.from_dlpack(output.as_tensor())  # no copy: DALI's buffer lives as long as the tensor
-        from nvidia.dali.plugin.pytorch import feed_ndarray
+            images = torch.from_dlpack(tensor)  # no copy: DALI's buffer lives as long as the tensor
+        else:
+            from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        with torch.cuda.stream(self._stream):
-            images = torch.empty((len(output), 3, self._size, self._size), dtype=torch.float32, device=self._device)
-            feed_ndarray(output.as_tensor(), images, cuda_stream=self._stream)
-        # Only the thread that feeds waits here, never the training step; afterwards DALI may reuse its buffer.
-        self._stream.synchronize()
-        return images
-
-    def _build(self, names: set[str]) -> Any:
-        dali, fn, types = dali_modules()
-        on_gpu = self._device.type == "cuda"
-        device_id = (self._device.index or 0) if on_gpu else None
-        pipeline = dali.Pipeline(self._batch_size, self._threads, device_id, prefetch_queue_depth=1)
-        kinds = {"flip": (types.INT32, 0), "matrix": (types.FLOAT, 2), "brightness": (types.FLOAT, 0), "contrast": (types.FLOAT, 0)}
-        with pipeline:
-            given = {n: fn.external_source(name=n, dtype=kinds[n][0], ndim=kinds[n][1]) for n in sorted(names)}
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-            if self._resize:
-                images = fn.resize(images, size=[self._size, self._size])
-            if "matrix" in names:
-                images = fn.warp_affine(images, matrix=given["matrix"])
-            if "brightness" in names:
-                images = fn.brightness_contrast(images, brightness=given["brightness"], contrast=given["contrast"], contrast_center=127.5)
-            pipeline.set_outputs(
-                fn.crop_mirror_normalize(
-                    images,
-                    mirror=given.get("flip", 0),
-                    mean=[127.5] * 3,
-                    std=[127.5] * 3,
-                    dtype=types.FLOAT,
-                    output_layout="CHW",
-                )
-            )
-        pipeline.build()
-        return pipeline
+            with torch.cuda.stream(self._stream):
+                images = torch.empty(tensor.shape(), dtype=self._dtype, device=self.device)
+                feed_ndarray(tensor, images, cuda_stream=self._stream)
+            # Only the thread that feeds waits here, never the training step; afterwards DALI may reuse its buffer.
+            self._stream.synchronize()
+        return images.permute(0, 3, 1, 2) if self._channels_last else images
 
 
 class HeaderReader:
-    """Reads the sizes of encoded images from their headers, with DALI's own parsers."""
+    """Reads the sizes of encoded images from their headers."""
 
-    def __init__(self, batch_size: int, threads: int) -> None:
-        self._batch_size = batch_size
-        self._threads = threads
-        self._pipeline: Any = None
+    def __init__(self, batch_size: int) -> None:
+        self._graph = Graph(partial(size_pipeline, batch_size))
 
     def sizes(self, encoded: Sequence[bytes]) -> np.ndarray:
         """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early.
@@ -173,41 +139,18 @@ class HeaderReader:
         It reads JPEG, PNG and WebP only: a BMP with a header that no decoder accepts crashes DALI 2.4 (see read_image)."""
         sizes_b2 = np.zeros((len(encoded), 2), np.int64)
         complete = [at for at, data in enumerate(encoded) if is_complete(data)]
-        if complete:
-            sizes_b2[complete] = self._parse([encoded[at] for at in complete])
+        try:
+            self._parse(encoded, complete, sizes_b2)
+        except RuntimeError as error:
+            broken = self._graph.unreadable([encoded[at] for at in complete], error)
+            self._parse(encoded, np.delete(complete, broken).tolist(), sizes_b2)
         sizes_b2[sizes_b2.prod(axis=1) > _MAX_PIXELS] = 0
         return sizes_b2
 
-    def _parse(self, encoded: Sequence[bytes]) -> np.ndarray:
-        self._pipeline = self._pipeline or self._build()
-        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-        try:
-            (shapes,) = self._pipeline.run()
-            return np.asarray(shapes.as_tensor())[:, :2]
-        except RuntimeError:
-            self._pipeline = None
-        if len(encoded) == 1:
-            return np.zeros((1, 2), np.int64)
-        half = len(encoded) // 2
-        return np.concatenate([self._parse(encoded[:half]), self._parse(encoded[half:])])
-
-    def _build(self) -> Any:
-        dali, fn, types = dali_modules()
-        pipeline = dali.Pipeline(self._batch_size, self._threads, None, prefetch_queue_depth=1)
-        with pipeline:
-            pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)))
-        pipeline.build()
-        return pipeline
-
-
-def dali_modules() -> tuple[Any, Any, Any]:
-    """nvidia.dali with its fn and types, imported when first needed so that the rest works where DALI does not exist."""
-    try:
-        from nvidia import dali
-        from nvidia.dali import fn, types
-    except ImportError as error:
-        raise ValueError(f"decoding images needs NVIDIA DALI, which cannot be imported here ({error}); use a Linux machine.") from error
-    return dali, fn, types
+    def _parse(self, encoded: Sequence[bytes], places: list[int], sizes_b2: np.ndarray) -> None:
+        if places:
+            shapes = self._graph.run({"encoded": byte_arrays([encoded[at] for at in places])})
+            sizes_b2[places] = np.asarray(shapes.as_tensor())[:, :2]
 
 
 def read_image(source: Source, index: int) -> bytes:

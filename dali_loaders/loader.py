@@ -28,13 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor  # float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5
+    images: torch.Tensor  # [b, 3, H, W], RGB, (x - 127.5) / 127.5
     labels: torch.Tensor  # int64 [b]
     indices: np.ndarray  # int64 [b]: dataset index of each row
 
 
 class TrainLoader:
-    """Endless iterator over this rank's slice of the global batches; images and labels are on `device`.
+    """Endless iterator over this rank's slice of the global batches; images and labels are on `device`, images with `dtype` (float32 or
+    float16) and in the memory format `channels_last` if asked.
 
     Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of the order (UniformOrder, or GroupedOrder where
     config.images_per_identity is above 1); rank r takes the r-th of world_size equal contiguous slices, which hold whole groups. An
@@ -53,6 +54,8 @@ class TrainLoader:
         world_size: int = 1,
         consumed: int = 0,
         device: torch.device | str = "cpu",
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
         skipped_path: str | None = None,
     ) -> None:
         group = config.images_per_identity
@@ -67,8 +70,9 @@ class TrainLoader:
         self.skipped: list[str] = []
         size = global_batch // world_size
         starts = itertools.count(consumed + rank * size, global_batch)
-        feed = _Feed(source, config, size, torch.device(device), self.skipped, skipped_path)
-        self._batches = Background(feed.train_batches(build_order(source, group, seed), seed, starts), config.prefetch)
+        feed = _Feed(source, config, _decoder(config, size, device, channels_last, dtype), self.skipped, skipped_path)
+        batches = feed.train_batches(build_order(source, group, seed), seed, starts)
+        self._batches = Background(batches, config.prefetch, feed.decoder.device)
 
     @property
     def wait_seconds(self) -> float:
@@ -87,18 +91,29 @@ class TrainLoader:
 
 
 def evaluation_batches(
-    source: Source, config: DataConfig, indices: np.ndarray, batch_size: int, device: torch.device | str = "cpu"
+    source: Source,
+    config: DataConfig,
+    indices: np.ndarray,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    *,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Batch]:
-    """The images `indices` in this order, not augmented. Rows of unreadable images are left out; `Batch.indices` says which are there.
-
-    The last batch may be smaller."""
-    feed = _Feed(source, config, batch_size, torch.device(device), [], None)
-    batches = Background(feed.evaluation_batches(np.asarray(indices, np.int64)), config.prefetch)
+    """The images `indices` in this order, as TrainLoader gives them, but not augmented. Rows of unreadable images are left out;
+    `Batch.indices` says which are there. The last batch may be smaller."""
+    feed = _Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), [], None)
+    batches = Background(feed.evaluation_batches(np.asarray(indices, np.int64)), config.prefetch, feed.decoder.device)
     try:
         for batch in batches:
             yield _on_current_stream(batch)
     finally:
         batches.close()
+
+
+def _decoder(config: DataConfig, batch_size: int, device: torch.device | str, channels_last: bool, dtype: torch.dtype) -> Decoder:
+    size, threads, on = config.image_size, config.thread_count(), torch.device(device)
+    return Decoder(size, batch_size, threads, on, decoder=config.decoder, channels_last=channels_last, dtype=dtype)
 
 
 class _Request(NamedTuple):
@@ -114,14 +129,12 @@ class _Feed:
         self,
         source: Source,
         config: DataConfig,
-        batch_size: int,
-        device: torch.device,
+        decoder: Decoder,
         skipped: list[str],
         skipped_path: str | None,
     ) -> None:
-        self._source, self._config, self._batch_size = source, config, batch_size
+        self._source, self._config, self.decoder = source, config, decoder
         self._threads = config.thread_count()
-        self._decoder = Decoder(config.image_size, batch_size, self._threads, device)
         self._labels = torch.from_numpy(source.labels)
         self._bad: set[int] = set()
         self._skipped, self._skipped_path = skipped, skipped_path
@@ -131,7 +144,7 @@ class _Feed:
         with ThreadPoolExecutor(self._threads, "protoshard-read") as pool:
             requests = (
                 (order.indices(start, stop), augment_arguments(config.augment, config.image_size, seed, np.arange(start, stop)))
-                for start, stop in ((s, s + self._batch_size) for s in starts)
+                for start, stop in ((s, s + self.decoder.batch_size) for s in starts)
             )
             for wanted, arguments, encoded in self._read_ahead(pool, requests):
                 images = self._decode(encoded, wanted, arguments)
@@ -147,7 +160,8 @@ class _Feed:
 
     def evaluation_batches(self, indices: np.ndarray) -> Iterator[Batch]:
         with ThreadPoolExecutor(self._threads, "protoshard-read") as pool:
-            parts = (indices[start : start + self._batch_size] for start in range(0, len(indices), self._batch_size))
+            size = self.decoder.batch_size
+            parts = (indices[start : start + size] for start in range(0, len(indices), size))
             for wanted, arguments, encoded in self._read_ahead(pool, ((part, {}) for part in parts)):
                 images = self._decode(encoded, wanted, arguments)
                 while images is None:
@@ -177,7 +191,7 @@ class _Feed:
     def _decode(self, encoded: list[bytes], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
         """The images of a batch, or None after naming those of it that cannot be decoded."""
         try:
-            return self._decoder(encoded, arguments)
+            return self.decoder(encoded, arguments)
         except UnreadableImagesError as error:
             broken = error.places
         for index in sorted({int(indices[at]) for at in broken} - self._bad):
@@ -208,7 +222,7 @@ class _Feed:
         return next(other for other in order.replacements(index) if other not in self._bad)
 
     def _batch(self, images: torch.Tensor, indices: np.ndarray) -> Batch:
-        return Batch(images, self._decoder.to_device(self._labels[torch.from_numpy(indices)]), indices)
+        return Batch(images, self.decoder.to_device(self._labels[torch.from_numpy(indices)]), indices)
 
 
 def _on_current_stream(batch: Batch) -> Batch:

@@ -13,8 +13,19 @@ from launch.hosts import Host, read_hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
-  launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt --set run.folder=/shared/runs/r100 run.batch=2048"""
-PASSED_ON = ("OMP_NUM_THREADS", "NCCL_", "GLOO_", "TORCH_", "RAY_TRAIN_", "CUDA_DEVICE_ORDER", "PYTHONUNBUFFERED", "PROTOSHARD_")
+  launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt \\
+      --set data.train=/data/glint360k/train.rec run.folder=/shared/runs/r100 run.batch=2048 optimizer.lr=0.2"""
+# Variables that ranks inherit from the shell of the launcher: names, and with a "_" at the end, beginnings of names. docs/clusters.md has
+# the same list. OMPI_MCA_ and not OMPI_: mpirun sets the others, such as ranks, which would hold for one process only.
+PASSED_ON = (
+    *("NCCL_", "GLOO_", "FI_", "OFI_NCCL_", "EFA_", "RDMAV_", "UCX_", "UCC_", "OMPI_MCA_", "IBV_", "MLX5_"),  # the network
+    *("CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_OVERRIDE", "DALI_"),  # the GPU
+    *("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_", "DS_"),
+    *("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_"),  # threads and instructions of CPUs
+    *("PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "RAY_TRAIN_", "PROTOSHARD_"),
+)
+SAME_MACHINES = ("LD_LIBRARY_PATH", "CC", "CXX")  # only to hosts of --hosts, which have the same checkout and so the same libraries
+OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES",)  # which GPUs a rank gets is for Ray to say
 JOB_SERVER_SECONDS = 60
 
 
@@ -53,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="section.field=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
     parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after a worker died (default: 3)")
+    parser.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
+                        help="variables for the ranks beside those of docs/clusters.md; without VALUE, as in this shell")  # fmt: skip
     parser.add_argument("--remote-dir", metavar="DIR", help="the checkout on the hosts, and where relative paths start there "
                         "(default: the path of this checkout, and the current folder)")  # fmt: skip
     return parser
@@ -64,6 +77,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--ranks-per-node is {options.ranks_per_node}; a node needs at least 1 rank.")
     if options.max_failures < 0:
         raise ValueError(f"--max-failures is {options.max_failures}; give 0 for no restart, or how many to allow.")
+    chosen_variables(options.env)
     from pipeline.resolve import resolve
 
     resolve(options.recipe, options.overrides)
@@ -118,8 +132,29 @@ def passed_on(options: argparse.Namespace) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "RAY_COLOR_PREFIX": "0",
     }
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), checkout(options)]))
-    return defaults | {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)} | {"PYTHONPATH": path}
+    known = (*PASSED_ON, *(SAME_MACHINES if options.address is None else ()), "PYTHONPATH")
+    variables = defaults | {name: value for name, value in os.environ.items() if travels(name, known)} | chosen_variables(options.env)
+    path = os.pathsep.join(filter(None, [variables.get("PYTHONPATH"), checkout(options)]))
+    return variables | {"PYTHONPATH": path}
+
+
+def travels(name: str, known: Sequence[str]) -> bool:
+    return name not in OF_THIS_MACHINE and any(name.startswith(entry) if entry.endswith("_") else name == entry for entry in known)
+
+
+def chosen_variables(settings: Sequence[str]) -> dict[str, str]:
+    """Of --env. ValueError: a variable that this shell has not, or one that must differ from host to host."""
+    variables = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not name:
+            raise ValueError(f"--env {setting} names no variable; give --env NAME or --env NAME=VALUE.")
+        if name in OF_THIS_MACHINE:
+            raise ValueError(f"--env {name}: Ray gives each rank its GPUs; limit a host with slots=N, or --ranks-per-node.")
+        if not equals and name not in os.environ:
+            raise ValueError(f"--env {name}: this shell has no such variable; export it, or give --env {name}=VALUE.")
+        variables[name] = value if equals else os.environ[name]
+    return variables
 
 
 def leave(number: int, frame: object) -> NoReturn:

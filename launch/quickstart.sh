@@ -20,5 +20,8 @@ make_faces() { # NAME FIRST_IDENTITY IDENTITIES
 make_faces train 0 400
 make_faces test 1000000 100
 
-gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+if [[ $gpus == 0 ]] && nvidia-smi -L > /dev/null 2>&1; then
+    echo "torch cannot use this machine's GPU, so the quick start runs on CPU: docs/dependencies.md says which driver and build it takes" >&2
+fi
 .venv/bin/protoshard train faces_small --ranks "$((gpus == 1 ? 1 : 2))"

@@ -16,7 +16,7 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from launch.ray_worker import BadInputError, OnFailure, checkpoints, run_rank
+from launch.ray_worker import BadInputError, OnFailure, ProcessGroup, checkpoints, run_rank
 
 NODE_WAITS = 10  # minutes that a start or restart waits for processors before the job gives up
 DEFAULT_RANKS_ON_CPU = 2
@@ -60,7 +60,8 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     except ValueError as error:
         raise BadInputError(str(error)) from None
     ray.init(logging_level=logging.WARNING)
-    ranks, resources = layout([node["Resources"] for node in ray.nodes() if node["Alive"]], options.ranks_per_node)
+    nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
+    ranks, resources = layout(nodes, options.ranks_per_node)
     gpu = " and a GPU" if "GPU" in resources else ""
     print(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}", flush=True)
     storage = os.path.abspath(config.run.folder) + ".ray"  # Ray wants a folder all nodes see; nothing of value is in it
@@ -73,6 +74,7 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
             "folder": options.folder,
             "earlier": checkpoints(config.run.folder),
         },
+        torch_config=ProcessGroup(timeout_s=math.ceil(60 * config.run.timeout)),
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=RunConfig(
             storage_path=storage,
@@ -92,23 +94,42 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     return result.return_value or {}
 
 
-def layout(nodes: list[dict[str, float]], ranks_per_node: int | None) -> tuple[int, dict[str, float]]:
-    """Number of ranks and what each reserves, from the resources of the nodes.
-
-    Nodes without a GPU take no part when others have one. Ranks on a node: its `rank_slots` if the launcher set them, else
-    `ranks_per_node`, else its GPUs, else 2. The reservation divides a node's processors evenly, so that no node can take more."""
-    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
-    chosen = with_gpu or [node for node in nodes if node.get("CPU", 0) > 0]
-    if not chosen:
+def computing_nodes(nodes: list[dict[str, Any]], device: str) -> list[dict[str, float]]:
+    """Resources of the nodes that take part in a run on `device` (engine.device), of the entries of `ray.nodes()`: those with GPUs where
+    there are any, else all that have processors. BadInputError: there is none, or a host with slots lacks the GPUs that others have."""
+    nodes = [node for node in nodes if node["Resources"].get("CPU", 0) > 0]
+    if not nodes:
         raise BadInputError("The Ray cluster has no node with processors; start its nodes without --num-cpus=0.")
-    slots = [int(node.get("rank_slots") or ranks_per_node or node.get("GPU") or DEFAULT_RANKS_ON_CPU) for node in chosen]
-    resources = {"CPU": min(math.floor(node["CPU"] / count * 1e4) / 1e4 for node, count in zip(chosen, slots, strict=True))}
-    if with_gpu:
+    with_gpu = [node for node in nodes if device != "cpu" and node["Resources"].get("GPU", 0) >= 1]
+    without = [node for node in nodes if node not in with_gpu]
+    names = ", ".join(sorted({node["NodeManagerHostname"] for node in without}))
+    if not with_gpu:
+        if device == "cuda":
+            raise BadInputError(
+                f"engine.device is cuda, but Ray sees no GPU on {names}; look at nvidia-smi and CUDA_VISIBLE_DEVICES there, or train "
+                "without GPUs, with --set engine.device=cpu."
+            )
+        return [{name: value for name, value in node["Resources"].items() if name != "GPU"} for node in nodes]
+    if without:
+        if any("rank_slots" in node["Resources"] for node in without):
+            raise BadInputError(f"Ray sees GPUs on some hosts, but none on {names}; look at nvidia-smi there, or leave these hosts out.")
+        print(f"without a GPU, so without a rank: {names}", flush=True)
+    return [node["Resources"] for node in with_gpu]
+
+
+def layout(nodes: list[dict[str, float]], ranks_per_node: int | None) -> tuple[int, dict[str, float]]:
+    """Number of ranks and what each reserves, from the resources of the nodes that take part: all with GPUs, or none.
+
+    Ranks on a node: its `rank_slots` if the launcher set them, else `ranks_per_node`, else its GPUs, else 2. The reservation divides a
+    node's processors evenly, so that no node can take more."""
+    slots = [int(node.get("rank_slots") or ranks_per_node or node.get("GPU") or DEFAULT_RANKS_ON_CPU) for node in nodes]
+    resources = {"CPU": min(math.floor(node["CPU"] / count * 1e4) / 1e4 for node, count in zip(nodes, slots, strict=True))}
+    if "GPU" in nodes[0]:
         resources["GPU"] = 1
-        for node, count in zip(chosen, slots, strict=True):
+        for node, count in zip(nodes, slots, strict=True):
             if node["GPU"] < count:
                 raise BadInputError(f"{count} ranks per node need {count} GPUs, but a node has {node['GPU']:.0f}; lower --ranks-per-node.")
-    if all("rank_slots" in node for node in chosen):
+    if all("rank_slots" in node for node in nodes):
         resources["rank_slots"] = 1
     return sum(slots), resources
 

@@ -1,4 +1,4 @@
-"""The Ray Train side of a run: the train loop of one worker, and what the controller does when workers fail.
+"""The Ray Train side of a run: the process group and the train loop of one worker, and what the controller does when workers fail.
 It is not part of launch/ray_driver.py because Ray must import it by name: classes of a main module differ from process to process."""
 
 import os
@@ -6,11 +6,39 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2.api.callback import UserCallback
 
 
 class BadInputError(RuntimeError):
     """A sentence for the user: bad input, the same on every attempt."""
+
+
+class ProcessGroup(TorchConfig):
+    """How Ray Train joins the ranks: NCCL with GPUs, else gloo. TorchTrainer fills `backend` in."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return Backend
+
+
+class Backend(_TorchBackend):
+    """Asks first whether torch can use the GPUs that Ray found with the driver alone: NCCL's own error does not say what is wrong."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if backend_config.backend == "nccl":
+            for reason in filter(None, worker_group.execute(why_no_gpu)):
+                raise BadInputError(reason)
+        super().on_start(worker_group, backend_config)
+
+
+def why_no_gpu() -> str | None:
+    """Why torch cannot use the GPU that Ray gave this worker, or None where it can."""
+    from pipeline.distributed import gpu_fault
+
+    fault = gpu_fault(1)
+    sentence = f"Ray has a GPU for a rank on {socket.gethostname()}, but {fault}; or train without GPUs, with --set engine.device=cpu."
+    return sentence if fault else None
 
 
 def run_rank(settings: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,8 @@ rank finds the same, and the host reads the result when the optimizer is about t
 import torch
 from torch import Tensor
 
+from partial_fc.device_policy import policy_of
+
 
 def check_shapes(features_bD: Tensor, labels_b: Tensor, width: int) -> None:
     if features_bD.ndim != 2 or features_bD.shape[1] != width:
@@ -44,14 +46,10 @@ class BatchCheck:
         row_3 = bad_3B.byte().argmax(dim=1)  # the first of several
         found = torch.stack([bad_3B.sum(dim=1), row_3, labels_B[row_3]])
         self.found = found.to("cpu", non_blocking=True)  # into pinned memory
+        self.is_ready = policy_of(found.device).host_looks  # whether `faults` will certainly not wait
         self.copied = torch.cuda.Event() if found.is_cuda else None
         if self.copied is not None:
             self.copied.record()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `faults` will certainly not wait."""
-        return self.copied is None
 
     def faults(self) -> tuple[str | None, str | None]:
         """(what is wrong with labels, what is wrong with features), each a sentence or None. Waits for the device."""

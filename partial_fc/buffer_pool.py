@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partial_fc.device_policy import policy_of
+
 LEAST_BYTES = 1 << 20  # malloc itself keeps smaller blocks
 ALIGNMENT = 64
 IDLE_CALLS = 64  # a few steps; memory that stays unused for longer goes back to the system
@@ -20,7 +22,7 @@ class Block(NamedTuple):
 
 
 class BufferPool:
-    """Gives out tensors, and reuses their memory once nothing refers to them. On a GPU torch's own allocator does that."""
+    """Gives out tensors, and reuses their memory once nothing refers to them; where the device's policy says so."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
@@ -28,7 +30,7 @@ class BufferPool:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
-        if device.type != "cpu" or size < LEAST_BYTES:
+        if not policy_of(device).pools_memory or size < LEAST_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
         self.calls += 1
         fitting = [block.memory for block in self.blocks if block.user() is None and size <= len(block.memory) - ALIGNMENT <= 2 * size]

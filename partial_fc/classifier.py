@@ -44,7 +44,8 @@ class PartialFC(nn.Module):
     seed              of initial prototypes and samples, which depend only on the class id (and step), not on the number of ranks
     group             process group; without an initialised one this is an ordinary single-process module
     kernel            "auto" or a name in similarity.KERNELS; see similarity_statistics
-    class_counts      int64 [num_classes], images of each identity in the training set, for losses that need them
+    class_counts      int64 [num_classes], images of each identity in the training set, for losses that need them, and for smaller samples:
+                      batches must then be drawn at random, so that no rank has many more of the labels than of the images
     feature_gradient  "averaged": multiplied by the world size, because a data-parallel engine (DDP, DeepSpeed) then averages over ranks;
                       "global": the gradient of the returned loss. This factor appears nowhere else
 
@@ -99,13 +100,20 @@ class PartialFC(nn.Module):
             first_bank = bank.empty(self.shard.rows, width, self.prototypes.device)
             self.register_buffer("bank_features", first_bank.features_SD)
             self.register_buffer("bank_steps", first_bank.steps_S)
-        self.class_counts_S = None if class_counts is None else self._counts_of_shard(class_counts)
+        self.count_images(class_counts)
 
-    def _counts_of_shard(self, class_counts: Tensor) -> Tensor:
+    def count_images(self, class_counts: Tensor | None) -> None:
+        """Takes over the images of each identity, int64 [num_classes]; None where they are unknown."""
+        self.class_counts_S, self.label_share = None, 1.0  # the share of labels that can be this rank's
+        if class_counts is None:
+            return
         if class_counts.shape != (self.shard.num_classes,):
             raise ValueError(f"class_counts has shape {tuple(class_counts.shape)}, but must be [{self.shard.num_classes}], one per class")
         mine = slice(self.shard.first, self.shard.first + self.shard.rows)
-        return class_counts[mine].to(self.prototypes.device, torch.float32)
+        self.class_counts_S = class_counts[mine].to(self.prototypes.device, torch.float32)
+        if not self.config.hard_negatives:  # labels are drawn by image or by identity, hard negatives by neither
+            of_images = float(class_counts[mine].sum()) / max(1.0, float(class_counts.sum()))
+            self.label_share = max(of_images, self.shard.rows / self.shard.num_classes)
 
     @property
     def step(self) -> int:
@@ -185,10 +193,9 @@ class PartialFC(nn.Module):
         """A new sample for this step; without gradient (a validation loss) it leaves no trace."""
         k, certain_n = self.config.hard_negatives, labels_B
         if k:
-            options = {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group}
-            nearest_n = nearest_classes(self.shard, AllRows(self.prototypes, pool=self.pool), labels_B, k, **options)
+            nearest_n = nearest_classes(self.shard, AllRows(self.prototypes, pool=self.pool), labels_B, k, **self._products())
             certain_n = torch.cat([labels_B, nearest_n])
-        sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.current.next_draw)
+        sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.current.next_draw, self.label_share)
         if torch.is_grad_enabled():
             self.current.draw(sample)
             if self.before_use is not None:
@@ -220,6 +227,10 @@ class PartialFC(nn.Module):
         features_BD = collectives.gather_rows(features_bD, self.group, self.gradient_factor, counts, dtype)
         return features_BD, collectives.gather_constant(labels_b, self.group, counts), counts
 
+    def _products(self) -> dict[str, Any]:
+        """Options of similarity_statistics."""
+        return {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group, "tile_megabytes": self.config.tile_megabytes}
+
     def global_batch(self, features_BD: Tensor, labels_B: Tensor) -> GlobalBatch:
         """What a loss sees. Draws the step's sample of classes unless `begin_step` has."""
         step = self.current.number
@@ -231,7 +242,7 @@ class PartialFC(nn.Module):
             step,
             self.shard,
             self._columns(features_BD, labels_B, step),
-            {"dtype": self.config.dtype, "kernel": self.kernel, "group": self.group},
+            self._products(),
             dict(self.learned.items()),
             {name: self.get_buffer(f"tracked_{name}") for name in self.tracked_names},
             self.class_counts_S,
@@ -262,7 +273,7 @@ class PartialFC(nn.Module):
         checked: cosines of a row with NaN, or with a label that is not a class, mean nothing."""
         features_BD, labels_B, _ = self._gather(features_bD, labels_b)
         columns = of_classes(self.prototypes, labels_B, self.shard.first)
-        statistics = similarity_statistics(features_BD, columns, TopK(), scale=1.0, group=self.group)
+        statistics = similarity_statistics(features_BD, columns, TopK(), scale=1.0, **self._products())
         return statistics.target_B, statistics.non_target_B[:, 0]
 
     def __getstate__(self) -> dict[str, Any]:

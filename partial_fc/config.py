@@ -16,6 +16,7 @@ class ClassifierConfig:
     hard_negatives: int = 0  # nearest classes of each class of the batch that are always sampled; costs a product with all classes
     dtype: Dtype = "float32"  # of the products with prototypes; sums are float32
     storage_dtype: Dtype = "float32"  # of the prototypes; updates are rounded stochastically, with float32 state
+    tile_megabytes: int = 0  # of logits that are in memory at a time; 0 chooses by device: see device_policy.py
     gather_dtype: Dtype = "float32"  # of features between ranks, rounded once; their gradient travels as float32
     substitution_rate: Probability = 0.0  # of replacing the prototype of a class by one of its features: see substitution.py
     substitution_source: Literal["batch", "bank"] = "batch"  # of features: the gathered batch, with gradient, or the last ones
@@ -30,4 +31,6 @@ class ClassifierConfig:
                 f"hard_negatives is {self.hard_negatives}, but must be 0 or more, and above 0 only with a sample_rate below 1: at rate 1 "
                 "all classes are in"
             )
+        if self.tile_megabytes < 0:
+            raise ValueError(f"tile_megabytes is {self.tile_megabytes}, but must be 0 (by device) or more")
         check_fields(self)

@@ -90,7 +90,7 @@ def grow(
         classifier.bank_steps = moved(classifier.get_buffer("bank_steps"), first_bank.steps_S)
     classifier.shard, classifier.current.sample = new, None
     if class_counts is not None:
-        classifier.class_counts_S = classifier._counts_of_shard(class_counts)
+        classifier.count_images(class_counts)
     if isinstance(optimizer, RowOptimizer) and optimizer.is_lazy:
         optimizer._made_S = optimizer._made_S.new_zeros(new.rows)  # all rows are up to date
 

@@ -23,19 +23,31 @@ class ClassSample(NamedTuple):
     column_S: Tensor  # int64: column of each row of the shard, -1 if not in the sample
 
 
-def capacity(rows: int, rate: float, certain: int) -> int:
-    """Columns for every sample: the mean number drawn by chance + six standard deviations + as many certain ones as there can be."""
-    return min(rows, math.ceil(rows * rate + 6 * math.sqrt(rows * rate * (1 - rate))) + min(certain, rows))
+def capacity(rows: int, rate: float, certain: int, share: float = 1.0) -> int:
+    """Columns for every sample: room for `certain` classes, and otherwise more than are drawn but for a probability of 1e-9.
+
+    share: the probability of a certain class to be one of these rows; 1 where it is unknown"""
+    mine = min(certain * share, rows)
+    variance = certain * share * (1 - share) + rows * rate * (1 - rate)
+    enough = _rarely_exceeded(mine + (rows - mine) * rate, variance)
+    return min(rows, max(math.ceil(enough), certain))
 
 
-def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int) -> ClassSample:
+def _rarely_exceeded(mean: float, variance: float) -> float:
+    """What a sum of independent numbers in [0, 1] exceeds with a probability below 1e-9, by Bernstein's inequality: for a few classes six
+    standard deviations would not do."""
+    nats = 9 * math.log(10)
+    return mean + nats / 3 + math.sqrt((nats / 3) ** 2 + 2 * nats * variance)
+
+
+def draw(shard: ClassShard, certain_n: Tensor, rate: float, seed: int, step: int, share: float = 1.0) -> ClassSample:
     """The sample of `step`: every class of `certain_n` (global ids, repeated or not; other ranks' classes and -1 are ignored), and each
     other class with probability `rate`. Beyond `capacity` (probability 1e-9) the last ones by class id are left out, never certain ones."""
     ids_S = torch.arange(shard.first, shard.first + shard.rows, device=certain_n.device)
     is_certain_S = shard.mask_of(certain_n)
     is_wanted_S = is_certain_S | (uniform(ids_S, seed, step) < rate)
 
-    size = capacity(shard.rows, rate, len(certain_n))
+    size = capacity(shard.rows, rate, len(certain_n), share)
     room = size - is_certain_S.sum()  # for the others
     by_chance_S = is_wanted_S & ~is_certain_S
     is_wanted_S = is_certain_S | (by_chance_S & (by_chance_S.cumsum(0) <= room))

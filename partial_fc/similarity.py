@@ -9,6 +9,7 @@ from torch import Tensor
 from partial_fc import collectives
 from partial_fc.collectives import Group
 from partial_fc.columns import Columns, of_classes
+from partial_fc.device_policy import policy_of
 from partial_fc.kernels import Kernel, Problem, chunked, reference, triton_kernel
 from partial_fc.maps import Map
 from partial_fc.prototype_sources import PrototypeSource
@@ -40,6 +41,7 @@ def similarity_statistics(
     dtype: str = "float32",
     kernel: str = "auto",
     group: Group = None,
+    tile_megabytes: int = 0,
 ) -> Statistics:
     """Target cosine and non-target statistic of every sample of the global batch against the columns of all ranks.
 
@@ -54,8 +56,9 @@ def similarity_statistics(
                  entries from float32 rows
     kernel       "auto" (triton for bfloat16 on a GPU, otherwise chunked), "chunked", "triton" (GPU; no map), "reference" (B x n; oracle)
 
-    Communicates 1 packed all-reduce of 2 B floats, or what the statistic says. Memory beyond inputs and gradients: one tile of B x chunk (8
-    MB) and chunks of columns. On a CPU forward already takes the memory of the columns' gradient, for the weight cache."""
+    Communicates 1 packed all-reduce of 2 B floats, or what the statistic says. Memory beyond inputs and gradients: one tile of B x chunk
+    (of tile_megabytes; 0 chooses by device, 8 on a CPU and 128 on a GPU) and chunks of columns. On a CPU forward already takes the memory
+    of the columns' gradient, for the weight cache."""
     if not isinstance(columns, Columns):
         raise TypeError("similarity_statistics takes columns where it took prototypes and labels: of_classes(prototypes_SD, labels_B)")
     if features_BD.shape[1] != columns.source.shape[1]:
@@ -78,6 +81,7 @@ def similarity_statistics(
         map=map,
         scale_B1=None if map is None else scale_B1,
         dtype=features_BD.dtype if dtype == "float32" else DTYPES[dtype],
+        tile_bytes=tile_megabytes << 20 or policy_of(features_BD.device).tile_bytes,
     )
     target_B, non_target_B, *classes_Bk = statistic.evaluate(problem, _choose(kernel, problem), group)
     # From here on all depends on the rows alone, not on this rank's columns.
@@ -100,8 +104,8 @@ def _choose(kernel: str, problem: Problem) -> Kernel:
 
 @torch.no_grad()
 def nearest_classes(shard: ClassShard, prototypes: PrototypeSource, labels_B: Tensor, k: int, **options: Any) -> Tensor:
-    """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few. Options: dtype, kernel and group
-    of similarity_statistics. 2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) N B."""
+    """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few. Options: those of
+    similarity_statistics. 2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) N B."""
     own_BD = torch.zeros(len(labels_B), prototypes.shape[1], device=labels_B.device)
     if shard.rows:
         rows_B = shard.rows_of(labels_B)

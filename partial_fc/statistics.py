@@ -11,9 +11,9 @@ from torch import Tensor
 from partial_fc import collectives
 from partial_fc.collectives import Group
 from partial_fc.columns import Columns
+from partial_fc.device_policy import policy_of
 from partial_fc.kernels import ForwardResult, Kernel, NeededGradients, Problem, ShardStatistics, Slopes, Terms
 from partial_fc.kernels.exact_entries import ExactEntries, add_rows
-from partial_fc.kernels.tiles import TILE_BYTES
 from partial_fc.prototype_sources import PrototypeSource
 
 LOG2_E = math.log2(math.e)
@@ -236,7 +236,7 @@ class _TopFunction(torch.autograd.Function):
 def _store_entries(source: PrototypeSource, columns_m: Tensor, gradient_mD: Tensor) -> tuple[Tensor | None, ...]:
     """A gradient that is zero except at these columns, which may repeat; -1 stands for other ranks' columns."""
     collector, (count, width) = source.collector(), source.shape
-    size = max(1, TILE_BYTES // (4 * width))
+    size = max(1, policy_of(gradient_mD.device).tile_bytes // (4 * width))
     for first in range(0, count, size):
         span = slice(first, min(first + size, count))
         chunk_nD = gradient_mD.new_zeros(span.stop - first + 1, width)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 from pipeline.commands import command
 
@@ -72,7 +73,7 @@ def _pack(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from dali_loaders.checking import check
 
-    print(check(options.path, options.reader))
+    print(check(options.path, options.reader, decoder=options.decoder))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -91,8 +92,7 @@ def _import_insightface(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from pipeline import plan
 
-    names = ("identities", "width", "batch", "ranks", "rate", "optimizer", "dtype", "storage_dtype", "in_backward", "bank")
-    job = plan.Job(**{name: getattr(options, name) for name in names})
+    job = plan.Job(**{field.name: getattr(options, field.name) for field in fields(plan.Job)})
     network = None if options.network is None else 1e9 * options.network
     made = plan.plan(job, plan.find_hardware(options.hardware, job, network))
     print(plan.as_json(made) if options.json else plan.as_text(made))
@@ -131,6 +131,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
     check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")
+    check.add_argument("--decoder", default="auto", choices=("auto", "gpu", "cpu"), help="data.decoder of the run to come (auto)")
 
     config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)
@@ -154,7 +155,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         commands,
         "plan",
         _plan,
-        "predict memory and step time of the classifier, and what will not fit",
+        "predict the memory of a training step and the classifier's time, and what will not fit",
         "protoshard plan --identities 10000000 --ranks 8 --batch 1024 --rate 0.1 --hardware h100-80gb",
     )
     _add_plan(plan)
@@ -166,12 +167,18 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
     plan.add_argument("--batch", type=int, default=1024, metavar="N", help="samples per step, over all ranks (1024)")
     plan.add_argument("--ranks", type=int, default=1, metavar="N", help="(1)")
+    plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
     plan.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
-    plan.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
-    plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products (bfloat16)")
+    plan.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="of the prototypes (sgd)")
+    plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products with prototypes (bfloat16)")
     plan.add_argument("--storage-dtype", default="float32", choices=("float32", "bfloat16"), help="of the prototypes (float32)")
     plan.add_argument("--in-backward", action="store_true", help="prototypes are updated during backward: no gradient of all of them")
     plan.add_argument("--bank", action="store_true", help="with a bank of last features, for substitution_source=bank and losses that ask")
+    plan.add_argument("--backbone", default="iresnet50", metavar="NAME", help="or none, for the classifier alone (iresnet50)")
+    plan.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
+    plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
+    plan.add_argument("--engine", default="ddp", choices=("ddp", "deepspeed"), help="of the backbone (ddp)")
+    plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2), help="of deepspeed (1)")
     plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in a few seconds, or a preset (here)")
     plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -36,6 +36,7 @@ class RunConfig:
     epochs: float = 20.0
     margin_warmup: float = 0.0  # share of the run over which the loss's margins (fields ending so) grow from 0; helps small sets
     log_every: int = 20  # steps between lines of metrics
+    timeout: float = 60.0  # minutes that ranks wait for each other, at the start for the slowest storage, before the run fails
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("accumulation", 1), ("log_every", 1), ("seed", 0)):
@@ -45,6 +46,8 @@ class RunConfig:
             raise ValueError(f"run.batch is {self.batch}, which run.accumulation = {self.accumulation} does not divide")
         if not 0 < self.epochs < 1e9:
             raise ValueError(f"run.epochs is {self.epochs}, but must be positive and below 1e9")
+        if not 0 < self.timeout < 1e6:
+            raise ValueError(f"run.timeout is {self.timeout} minutes, but must be positive and below 1e6")
         if not 0 <= self.margin_warmup <= 1:
             raise ValueError(f"run.margin_warmup is {self.margin_warmup}, but must be from 0 to 1")
 

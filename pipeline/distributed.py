@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TextIO
 
 import torch
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 log = logging.getLogger(__name__)
+STORE = "PROTOSHARD_STORE"  # the variable in which run_local tells its processes where they meet
 
 
 @dataclass(frozen=True)
@@ -34,28 +37,88 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def join() -> Place:
+def join(device: str = "auto", minutes: float = 60.0) -> Place:
     """This process's place. Uses the initialised process group (Ray's, say), else torchrun's variables, else a group of one.
 
-    NCCL with one GPU per local rank where there are enough of them, else gloo on CPU with an equal share of the cores per rank.
-    """
+    device   "cuda": NCCL with one GPU per local rank, or a ValueError that says why not. "cpu": gloo, with an equal share of the cores per
+             rank. "auto": GPUs if all local ranks can have one, else the CPU, with a warning where the machine has an NVIDIA GPU
+    minutes  that a collective of a new group may take before it fails"""
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    on_gpu = (
-        "nccl" in dist.get_backend() if dist.is_initialized() else torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
-    )
+    if dist.is_initialized():
+        on_gpu = "nccl" in dist.get_backend()
+        if device not in ("auto", "cuda" if on_gpu else "cpu"):
+            raise ValueError(f"engine.device is {device}, but the launcher joined the ranks with {dist.get_backend()}: start it otherwise")
+    else:
+        on_gpu = _computes_on_gpu(device, local_ranks)
     # Modulo, because a launcher may show each process only its own GPU, which is then number 0.
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    mine = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // local_ranks))
+        torch.cuda.set_device(mine)
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, cores() // local_ranks))
     if not dist.is_initialized():
-        backend = "nccl" if on_gpu else "gloo"
+        where: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Place(dist.get_rank(), dist.get_world_size(), device)
+            where = {"init_method": os.environ.get(STORE, "env://")}
+            where |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        # With its device, NCCL connects here and not at the first collective, and a barrier need not guess.
+        where["device_id"] = mine if on_gpu else None
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes), **where)
+    return Place(dist.get_rank(), dist.get_world_size(), mine)
+
+
+def _computes_on_gpu(device: str, local_ranks: int) -> bool:
+    if device == "cpu":
+        return False
+    fault = gpu_fault(local_ranks)
+    if fault and device == "cuda":
+        raise ValueError(f"engine.device is cuda, but {fault}; to train without GPUs, use --set engine.device=cpu")
+    if fault and os.environ.get("LOCAL_RANK", "0") == "0" and (os.path.exists("/proc/driver/nvidia") or os.path.exists("/dev/nvidia0")):
+        log.warning("training on the CPU, although this machine has an NVIDIA GPU: %s", fault)
+    return fault is None
+
+
+def gpu_fault(local_ranks: int) -> str | None:
+    """Why torch cannot give each of `local_ranks` ranks of this machine a GPU; None if it can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a build with it (docs/dependencies.md)"
+    try:
+        torch.cuda.init()  # unlike is_available, it says what is wrong with the driver
+    except (RuntimeError, AssertionError) as error:
+        words = str(error).strip().splitlines()[0].rstrip(".")
+        return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the driver ({words}): see docs/dependencies.md"
+    visible, shown = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    has_own = visible == 1 and shown is not None and not {STORE, "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # each rank sees only its GPU
+    if visible < local_ranks and not has_own:
+        limit = "" if shown is None else f", as CUDA_VISIBLE_DEVICES is {shown!r}"
+        return f"{local_ranks} ranks on this machine see {visible} GPUs{limit}: start as many ranks as GPUs"
+    capability, built_for = torch.cuda.get_device_capability(0), torch.cuda.get_arch_list()
+    if not any(_runs_on(capability, architecture) for architecture in built_for):
+        return (
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(0)} (sm_{capability[0]}{capability[1]}), only for "
+            f"{', '.join(built_for)}: install another build (docs/dependencies.md)"
+        )
+    return None
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Whether a GPU runs what was compiled for sm_XY (the same X, at most its Y) or compute_XY, which a driver compiles for later ones."""
+    kind, _, number = architecture.partition("_")
+    number = number.rstrip("abcdef")  # sm_90a: features of this one architecture
+    major, minor = int(number[:-1]), int(number[-1])
+    return capability >= (major, minor) and (kind == "compute" or capability[0] == major)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep memory that tensors free on a CPU. By default it returns large blocks to the system, and taking them again
+    costs a page fault per 4 KB: half the time of a step (docs/numerics.md). Only for this process; the peak stays the same."""
+    trim_threshold, mmap_threshold = -1, -3  # mallopt's numbers for them
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "mallopt"):  # glibc
+        c_library.mallopt(mmap_threshold, 1 << 30)
+        c_library.mallopt(trim_threshold, -1)  # never
 
 
 class FolderLock:
@@ -101,7 +164,7 @@ def describe(error: ValueError) -> str | None:
 
 
 def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `function(*arguments)` in `ranks` new processes on this machine (1: in this one) and waits for them.
+    """Calls `function(*arguments)`, which joins the others, in `ranks` new processes on this machine (1: in this one) and waits for them.
 
     Bad input in any of them is raised here as ValueError with its sentence. Any other failure ends the others and this process.
     """
@@ -112,7 +175,7 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
         return
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         sentences = mp.get_context("spawn").SimpleQueue()
-        processes = mp.spawn(_local_rank, (ranks, os.path.join(folder, "store"), sentences, function, arguments), nprocs=ranks, join=False)
+        processes = mp.spawn(_local_rank, (ranks, f"file://{folder}/store", sentences, function, arguments), nprocs=ranks, join=False)
         try:
             while not processes.join():
                 pass
@@ -139,12 +202,9 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
 def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     # Ranks should end with the command itself. torch asks for SIGINT here, which a process started in the background ignores.
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+    number, count = str(rank), str(ranks)
+    os.environ.update({"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count, STORE: store})
     logging.basicConfig(format="%(message)s")
-    backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         function(*arguments)
     except ValueError as error:
@@ -155,4 +215,5 @@ def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Cal
         os._exit(2)  # not through destroy_process_group: other ranks may wait in a collective, and the parent ends them
     except KeyboardInterrupt:
         os._exit(130)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

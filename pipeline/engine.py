@@ -13,22 +13,30 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from pipeline.distributed import Place
 from pipeline.schedule import OptimizerConfig, build_optimizer
+
+BUCKET = 1 << 23  # numbers: 32 MB in float32, as DDP's 25 MB; DeepSpeed's default of 5e8 would wait for the whole network, in 2 GB
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     name: Literal["deepspeed", "ddp"] = "deepspeed"
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: GPUs if every rank can have one
     zero_stage: Literal[1, 2] = 1  # 1 shards the optimizer's state over ranks, 2 its gradients too
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the backbone's products; auto: bfloat16 where the hardware has it
+    compress: bool = False  # gradients travel between ranks in bfloat16: half the bytes, and a rounding per rank
+    compile: bool = False  # torch.compile of the backbone: minutes at the start, and a C++ compiler on a CPU
 
     def __post_init__(self) -> None:
         if self.name not in ("deepspeed", "ddp"):
             raise ValueError(f"engine.name is {self.name!r}, but must be deepspeed or ddp")
         if self.zero_stage not in (1, 2):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}, but must be 1 or 2 (without sharding, use engine.name=ddp)")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ValueError(f"engine.device is {self.device!r}, but must be auto, cuda or cpu")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"engine.precision is {self.precision!r}, but must be auto, float32 or bfloat16")
 
@@ -36,12 +44,12 @@ class EngineConfig:
         """Whether the backbone runs in bfloat16; "auto" is decided by all ranks together, so every rank must call it. 1 all-reduce."""
         if self.precision != "auto":
             return self.precision == "bfloat16"
-        everywhere = torch.tensor(int(_has_bfloat16(device)), device=device)
+        everywhere = torch.tensor(int(has_bfloat16(device)), device=device)
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return bool(everywhere)
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 run on units of their own; emulated ones are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -83,22 +91,30 @@ class Engine(Protocol):
 
 def build_engine(config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> Engine:
     torch.backends.cudnn.allow_tf32 = config.precision != "float32"
+    torch.backends.cudnn.benchmark = True  # all batches of a run have one shape
+    module = module.to(place.device)
+    if config.compile:
+        module.compile()  # in place: names of weights stay
     kind = DeepSpeedEngine if config.name == "deepspeed" else DDPEngine
-    return kind(config, optimizer, module.to(place.device), place, accumulation)
+    return kind(config, optimizer, module, place, accumulation)
 
 
 def average_buffers(module: nn.Module) -> None:
     """Averages floating buffers over ranks. Batch statistics are taken per rank while training; their running averages are linear in
-    them, so averaging now or at every step gives the same numbers. 1 all-reduce per buffer."""
-    if dist.get_world_size() > 1:
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
+    them, so averaging now or at every step gives the same numbers. 1 all-reduce."""
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if dist.get_world_size() > 1 and buffers:
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for buffer, average in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(average.view_as(buffer))
 
 
 class DDPEngine:
     def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> None:
+        # As images lie. DeepSpeed's flat copies of weights cannot, so there every convolution rearranges its own.
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = module
         self.autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=config.autocasts(place.device))
         self.parallel: nn.Module = module
@@ -107,7 +123,12 @@ class DDPEngine:
             # torch 2.13 calls this argument forward_sync_buffers and warns; 2.11 knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # 1x1 kernels, channels last
-            self.parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False)
+            # Gradients are views of the buckets that travel, so that they need no copy and no second memory.
+            parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if config.compress:
+                # Under its own name DDP admits the hook with NCCL only.
+                parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+            self.parallel = parallel
         self.optimizer = build_optimizer(optimizer, module)
         self.clip = optimizer.clip or float("inf")
         self.norm = torch.zeros(())
@@ -151,19 +172,24 @@ class DDPEngine:
             prefix = f"optimizer.{name}."
             values = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
             if values:
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter, copy=True) for key, value in values.items()
-                }
+                self.optimizer.state[parameter] = {key: _like(parameter, value) for key, value in values.items()}
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of an optimizer's state on the parameter's device, where fused optimizers have even the step, and with the parameter's
+    strides, which they take for granted."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.to(parameter, copy=True)
 
 
 class DeepSpeedEngine:
     def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> None:
-        if place.device.type == "cpu":
+        on_cpu = place.device.type == "cpu"
+        if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
-        # Otherwise the first collective on CPU compiles an extension for half a minute and needs g++.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if on_cpu:  # otherwise the first collective compiles an extension for half a minute and needs g++
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its own calls
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -177,9 +203,18 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": accumulation,
                 "gradient_clipping": optimizer.clip,  # its own default is 1.0
                 "zero_allow_untested_optimizer": True,
-                # One bucket of the size of the network; the default takes 2 GB per dtype.
-                "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": sum(p.numel() for p in module.parameters())},
-                "torch_autocast": {"enabled": config.autocasts(place.device), "dtype": "bfloat16"},
+                "zero_optimization": {
+                    "stage": config.zero_stage,
+                    "reduce_bucket_size": BUCKET,
+                    "allgather_bucket_size": BUCKET,
+                    "overlap_comm": not on_cpu,  # gradients travel during backward; a CPU has no streams for it
+                },
+                "torch_autocast": {
+                    "enabled": config.autocasts(place.device),
+                    "dtype": "bfloat16",
+                    # Kinds of layers whose gradients travel in bfloat16; if it is not told, DeepSpeed takes linear ones and convolutions.
+                    **({} if config.compress else {"lower_precision_safe_modules": []}),
+                },
                 "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward pass
                 "steps_per_print": 10**9,
             },
@@ -245,7 +280,7 @@ class DeepSpeedEngine:
         steps = [value for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")]
         if steps:
             for values in self.engine.optimizer.optimizer.state.values():
-                values["step"] = steps[0].clone()
+                values["step"] = steps[0].to(values["step"], copy=True)
 
     def _make_optimizer_state(self) -> None:
         """Takes one step without gradient at rate 0, after which every entry exists that `load` overwrites."""

@@ -12,20 +12,28 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD or AdamW for the backbone, SGD for the classifier. Usual for faces: lr 0.1 per 1024 images of batch, momentum 0.9, decay 5e-4."""
+    """SGD or AdamW, for the backbone and for the classifier. Usual for faces: lr 0.1 per 1024 images of batch, momentum 0.9, decay 5e-4."""
 
-    name: Literal["sgd", "adamw"] = "sgd"  # of the backbone; the classifier always has its own SGD
+    name: Literal["sgd", "adamw"] = "sgd"  # of the backbone
+    classifier: Literal["sgd", "adamw"] = "sgd"  # of the classifier, which moves the prototypes of a step row by row
     lr: float = 0.1  # peak, for the whole batch of a step; not scaled by anything
     momentum: float = 0.9
     weight_decay: float = 5e-4
     classifier_lr: float = 0.0  # 0: the same as lr
+    unsampled: Literal["frozen", "lazy"] = "frozen"  # prototypes outside a step's sample stay, or move later as if they had been in it
+    in_backward: bool = False  # prototypes move during backward, and their gradient is never whole in memory
     schedule: Literal["polynomial", "cosine"] = "polynomial"
     power: float = 2.0  # of the polynomial
     warmup_epochs: float = 0.0
     clip: float = 5.0  # largest norm of the backbone's gradient; 0 switches clipping off
 
     def __post_init__(self) -> None:
-        for name, allowed in (("name", ("sgd", "adamw")), ("schedule", ("polynomial", "cosine"))):
+        for name, allowed in (
+            ("name", ("sgd", "adamw")),
+            ("classifier", ("sgd", "adamw")),
+            ("unsampled", ("frozen", "lazy")),
+            ("schedule", ("polynomial", "cosine")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
         for name in ("lr", "classifier_lr", "weight_decay", "warmup_epochs", "clip"):
@@ -37,9 +45,10 @@ class OptimizerConfig:
 
 def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over memory
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def rate_factor(config: OptimizerConfig, step: int, total_steps: int, warmup_steps: int) -> float:

@@ -22,7 +22,7 @@ def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
     name), a path starts from that checkpoint. Bad input raises ValueError with one sentence.
     """
     logging.basicConfig(format="%(message)s")
-    place = join()
+    place = join(config.engine.device, config.run.timeout)
     lock = FolderLock(config.run.folder, place)
     try:
         trainer = Trainer(config, place, resume)

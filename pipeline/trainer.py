@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from dali_loaders import Batch, TrainLoader, open_source
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
-from partial_fc import PartialFC, RowSGD
+from partial_fc import PartialFC, RowAdamW, RowSGD
+from partial_fc.optimizers import RowOptimizer
 from pipeline import backbones, checkpoint, classifier_state
 from pipeline.config import TrainConfig, as_dict, as_text
 from pipeline.distributed import Place
-from pipeline.engine import average_buffers, build_engine
+from pipeline.engine import average_buffers, build_engine, has_bfloat16
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
 from pipeline.schedule import rate_factor
@@ -66,7 +67,7 @@ class Trainer:
         options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}
         self.classifier = PartialFC(self.num_classes, width, config.loss, **options)
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
-        self.classifier_optimizer = RowSGD(self.classifier, self.classifier_lr, config.optimizer.momentum, config.optimizer.weight_decay)
+        self.classifier_optimizer = self._build_classifier_optimizer()
 
         if run.batch == run.accumulation * place.world_size and any(isinstance(part, nn.BatchNorm1d) for part in backbone.modules()):
             raise ValueError(
@@ -83,6 +84,8 @@ class Trainer:
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
         )
+        if config.classifier.dtype == "bfloat16" and not has_bfloat16(place.device):
+            self.monitor.say("this processor emulates bfloat16, several times slower than float32: use classifier.dtype=float32")
         for remark in self.resume_remarks:
             self.monitor.say(remark)
         self.loader = TrainLoader(
@@ -94,8 +97,23 @@ class Trainer:
             world_size=place.world_size,
             consumed=self.consumed,
             device=place.device,
+            channels_last=True,  # faster in convolutions, on CPU and GPU
+            # Under autocast the backbone rounds images to bfloat16 itself; 8-bit ones lose nothing on the way as float16.
+            dtype=torch.float16 if place.device.type == "cuda" and config.engine.autocasts(place.device) else torch.float32,
             skipped_path=os.path.join(run.folder, "skipped.txt"),
         )
+
+    def _build_classifier_optimizer(self) -> RowOptimizer:
+        optimizer, accumulation = self.config.optimizer, self.config.run.accumulation
+        if optimizer.in_backward and accumulation > 1:
+            raise ValueError(
+                f"optimizer.in_backward moves prototypes in every backward pass, but run.accumulation = {accumulation} takes several for a "
+                "step: choose one of them"
+            )
+        options: dict[str, Any] = {"unsampled": optimizer.unsampled, "in_backward": optimizer.in_backward}
+        if optimizer.classifier == "adamw":
+            return RowAdamW(self.classifier, self.classifier_lr, weight_decay=optimizer.weight_decay, **options)
+        return RowSGD(self.classifier, self.classifier_lr, optimizer.momentum, optimizer.weight_decay, **options)
 
     @property
     def step(self) -> int:
@@ -133,6 +151,10 @@ class Trainer:
             share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
             self.classifier.loss = self.config.loss.with_margins(share)
         self.classifier.step = self.step
+        factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
+        self.rate = optimizer.lr * factor
+        for group in self.classifier_optimizer.param_groups:  # before backward, which may move prototypes
+            group["lr"] = self.classifier_lr * factor
         batches: Iterable[Batch] = itertools.islice(self.loader, run.accumulation)
         if run.accumulation > 1 and self.config.classifier.sample_rate < 1:
             batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
@@ -146,15 +168,13 @@ class Trainer:
             features_bD = self.engine.forward(batch.images, is_last)
             # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
             leaf_bD = features_bD.detach().requires_grad_()
+            if is_last and self._logs(self.step + 1):  # before prototypes move away from the features they are compared with
+                self.cosines = self.classifier.cosines(leaf_bD, batch.labels)
             loss = self.classifier(leaf_bD, batch.labels) / run.accumulation
             loss.backward()
             assert leaf_bD.grad is not None
             self.engine.backward(features_bD, leaf_bD.grad, is_last)
             total += loss.detach()
-        if self._logs(self.step + 1):  # before prototypes move away from the features they are compared with
-            self.cosines = self.classifier.cosines(leaf_bD, batch.labels)
-        factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
-        self.rate = optimizer.lr * factor
         is_finite = self.classifier.is_finite()
         if is_finite:
             self.engine.step(self.rate)
@@ -162,8 +182,6 @@ class Trainer:
             self.engine.skip()
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for group in self.classifier_optimizer.param_groups:
-            group["lr"] = self.classifier_lr * factor
         self.classifier_optimizer.step()
         self.classifier_optimizer.zero_grad()
         self.consumed += run.batch
@@ -218,15 +236,17 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Runs the configured evaluations over all ranks; returns the figures of the first, or nothing."""
         average_buffers(self.engine.module)
-        return self.evaluator.run(self.engine.module, self.step, self.monitor)
+        with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
+            return self.evaluator.run(self.engine.module, self.step, self.monitor)
 
     @property
     def _checkpoints(self) -> str:
         return os.path.join(self.config.run.folder, "checkpoints")
 
     def _check_finite(self, tensors: Iterable[Tensor]) -> None:
-        """ValueError on every rank if a number anywhere is NaN or infinite."""
-        finite = torch.stack([tensor.isfinite().all().to(self.place.device) for tensor in tensors]).all().int()
+        """ValueError on every rank if a number anywhere is NaN or infinite. Takes no memory for a tensor's worth of answers."""
+        extremes = [torch.stack(tensor.aminmax()).float().to(self.place.device) for tensor in tensors if tensor.numel()]  # keep NaN
+        finite = torch.stack(extremes).isfinite().all().int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite:
             raise ValueError(
@@ -257,6 +277,7 @@ class Trainer:
             "world_size": self.place.world_size,
             "config": as_dict(self.config),
         }
+        self.classifier_optimizer.flush()
         state = {**self.engine.state(), **classifier_state.state_of(self.classifier, self.classifier_optimizer)}
         # A checkpoint that cannot be continued should not push out one that can.
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state.values())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.columns import Columns
+from partial_fc.device_policy import CPU
 from partial_fc.maps import Map
 
 
@@ -58,6 +59,7 @@ class Problem(NamedTuple):
     map: Map | None = None
     scale_B1: Tensor | None = None  # under a map
     dtype: torch.dtype = torch.float32  # of the operands of products with chunks of columns
+    tile_bytes: int = CPU.tile_bytes  # of a tile of logits
 
 
 class ShardStatistics(NamedTuple):

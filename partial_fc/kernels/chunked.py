@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from partial_fc.device_policy import policy_of
 from partial_fc.kernels import ForwardResult, Gradients, NeededGradients, Problem, ShardStatistics, Slopes
 from partial_fc.kernels.exact_entries import ExactEntries, ExactGradients, entry_logits, target_products
 from partial_fc.kernels.tiles import TileLoop, multiply
@@ -105,7 +106,8 @@ def _add_product(sum_BD: Tensor, left_Bn: Tensor, right_nD: Tensor) -> None:
     if left_Bn.dtype is sum_BD.dtype:
         sum_BD.addmm_(left_Bn, right_nD)
     else:
-        sum_BD += multiply(left_Bn, right_nD, torch.empty_like(sum_BD)) if sum_BD.is_cuda else left_Bn @ right_nD
+        is_wide = policy_of(sum_BD.device).has_wide_products
+        sum_BD += multiply(left_Bn, right_nD, torch.empty_like(sum_BD)) if is_wide else left_Bn @ right_nD
 
 
 def top(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:

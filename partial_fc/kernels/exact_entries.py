@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.columns import Columns
+from partial_fc.device_policy import policy_of
 from partial_fc.kernels import Problem
 from partial_fc.unit_rows import inverse_norms
 
@@ -58,10 +59,10 @@ def entry_logits(problem: Problem, product_B: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def add_rows(sum_nD: Tensor, count: int, place_m: Tensor, rows_mD: Tensor) -> None:
-    """Adds each row at its place among the first `count`; places may repeat, and rows with another place are left out. On a GPU one extra
-    row takes those, because selecting them would make the host wait for the device."""
+    """Adds each row at its place among the first `count`; places may repeat, and rows with another place are left out. Where the host
+    does not look, one extra row takes those."""
     is_here_m = (place_m >= 0) & (place_m < count)
-    if sum_nD.device.type == "cpu":
+    if policy_of(sum_nD.device).host_looks:
         sum_nD.index_add_(0, place_m[is_here_m], rows_mD[is_here_m].to(sum_nD.dtype))
     else:
         sum_nD.index_add_(0, place_m.where(is_here_m, count), rows_mD)

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from partial_fc.device_policy import policy_of
 from partial_fc.kernels import Problem
 from partial_fc.kernels.exact_entries import ExactGradients, add_rows, entry_logits
 from partial_fc.unit_rows import inverse_norms
-
-TILE_BYTES = 8 << 20  # of one logits tile: fits the last-level cache of a CPU socket and the L2 of a GPU beside its operands
 
 
 class Chunk(NamedTuple):
@@ -48,6 +47,7 @@ class TileLoop:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.source, self.count = problem, problem.columns.source, problem.columns.size
+        self.policy = policy_of(problem.queries_BD.device)
         batch, width = problem.queries_BD.shape
         chunks = max(1, -(-self.count // self.largest(max(batch, 1), width)))
         self.size = max(1, min(self.count, -(-self.count // chunks // 64) * 64))  # equal chunks: a short last one would waste cores
@@ -71,9 +71,10 @@ class TileLoop:
             self.bias_n = self.bias_n if is_in_n is None else self.bias_n.where(is_in_n, -torch.inf)
 
     def largest(self, batch: int, width: int) -> int:
-        """Most columns of a chunk. A map passes over several tiles in the precision of the inputs."""
-        share = 1 if self.problem.map is None or self.problem.queries_BD.is_cuda else 4
-        return max(256, TILE_BYTES // (share * batch * self.problem.dtype.itemsize))
+        """Most columns of a chunk: neither its tile nor its unit columns are larger than asked. A map passes over several tiles in the
+        precision of the inputs."""
+        share = 1 if self.problem.map is None else self.policy.passes_of_map
+        return max(256, self.problem.tile_bytes // (share * max(batch, width) * self.problem.dtype.itemsize))
 
     def allocate(self, batch: int, width: int) -> None:
         self.tile = self.empty(self.problem.dtype, batch * self.size)
@@ -126,8 +127,8 @@ class TileLoop:
         return Tile(logits_Bn, mapped_Bn, slope_Bn)
 
     def _leave_out(self, logits_Bn: Tensor, is_out_n: Tensor) -> None:
-        """Columns of weight 0 are never a row's hardest. Most chunks of a sample have none; a GPU's host would wait to know."""
-        if is_out_n.device.type != "cpu" or is_out_n.numpy().any():
+        """Columns of weight 0 are never a row's hardest. Most chunks of a sample have none."""
+        if not self.policy.host_looks or is_out_n.numpy().any():
             logits_Bn.masked_fill_(is_out_n, -torch.inf)
 
     def _wide_tile(self, batch: int, columns: int, place: int = 0) -> Tensor:
@@ -184,7 +185,7 @@ class TileLoop:
         return _scaled(chunk.columns_nD, chunk.inverse_n1 * self.factor_n[chunk.span, None], self.weighted_units[: len(chunk.units_nD)])
 
     def gradient_memory(self, span: slice) -> Tensor:
-        """Memory for the gradient of a chunk, and on a GPU one row more: see `add_rows`."""
+        """Memory for the gradient of a chunk and the spare row of `add_rows`."""
         return self.wide[: span.stop - span.start + 1]
 
     def column_gradient(self, chunk: Chunk, weights_Bn: Tensor, weighted_BD: Tensor, exact: ExactGradients) -> Tensor:
@@ -235,6 +236,8 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, spare: Tensor | None = No
     """left @ right into `out`, which may be wider than they are; `spare` is memory in their dtype."""
     if left.dtype is out.dtype:
         return torch.mm(left, right, out=out)
-    if out.is_cuda and out.dtype is torch.float32:  # float32 sums, not rounded at the end: CPUs have no such product
-        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    if out.dtype is torch.float32 and policy_of(out.device).has_wide_products:
+        if out.is_cuda:
+            return torch.mm(left, right, out_dtype=torch.float32, out=out)
+        return torch.mm(left.float(), right.float(), out=out)  # the same elsewhere, for tests
     return out.copy_(torch.mm(left, right, out=spare))

@@ -250,7 +250,8 @@ class FusedBackward(FusedForward):
         super().__init__(problem)
 
     def largest(self, batch: int, width: int) -> int:
-        return max(256, min(super().largest(batch, width), WEIGHTS_BYTES // (batch * self.problem.dtype.itemsize)))
+        weights_bytes = min(WEIGHTS_BYTES, self.problem.tile_bytes)
+        return max(256, min(super().largest(batch, width), weights_bytes // (batch * self.problem.dtype.itemsize)))
 
     def allocate(self, batch: int, width: int) -> None:
         super().allocate(batch, width)

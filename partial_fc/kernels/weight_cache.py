@@ -4,13 +4,14 @@ memory that the gradient of prototypes will fill. A GPU recomputes weights faste
 import torch
 from torch import Tensor
 
+from partial_fc.device_policy import policy_of
 from partial_fc.kernels import NeededGradients, Problem
 from partial_fc.kernels.tiles import Chunk, Hardest, Tile, TileLoop
 
 
 def loop_for(problem: Problem, needed: NeededGradients) -> TileLoop:
     """The loop of forward: it keeps weights if backward will follow, can use them and has the memory."""
-    if not needed.source or needed.scale or problem.queries_BD.device.type != "cpu":
+    if not needed.source or needed.scale or not policy_of(problem.queries_BD.device).keeps_weights:
         return TileLoop(problem)  # the gradient of the scale needs the mapped cosines
     if needed.bias and (problem.shifts or (problem.map is not None and problem.map.slope == "exact")):
         return TileLoop(problem)  # for this gradient kept weights lack digits (bfloat16, large logits), or wrongly hold the map's slope

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from partial_fc import collectives
 from partial_fc.classifier import PartialFC
+from partial_fc.device_policy import policy_of
 from partial_fc.optimizers.rounding import round_to_bfloat16
-
-CHUNK_ELEMENTS = 1 << 18  # of a matrix on CPU: weights, gradient and state of a chunk (1 MB each) stay in cache; 32 times that on a GPU
 
 Rows = slice | Tensor  # a range of this rank's rows, or distinct int64 row numbers
 
@@ -149,7 +148,8 @@ class RowOptimizer(torch.optim.Optimizer):
         (is_real_n False). `stream` separates the random numbers of several roundings within one step."""
         matrices = [_matrix(parameter.detach()), *(_matrix(self.state[parameter][name]) for name in self.state_names)]
         count = len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
-        size = max(1, CHUNK_ELEMENTS * (1 if parameter.device.type == "cpu" else 32) // max(1, matrices[0].shape[1]))
+        policy = policy_of(parameter.device)
+        size = max(1, policy.moved_elements // max(1, matrices[0].shape[1]))
         # Every chunk of selected rows reuses the memory of the one before.
         buffers = [matrix.new_empty(min(size, count), matrix.shape[1]) for matrix in matrices] if isinstance(rows, Tensor) else []
         for first in range(0, count, size):
@@ -170,8 +170,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 found[0].copy_(moved[0])  # the same tensor, unless rounded
                 continue
             is_real_n1 = None if is_real_n is None else is_real_n[part, None]
-            if is_real_n1 is not None and is_real_n1.device.type == "cpu" and is_real_n1.numpy().all():
-                is_real_n1 = None  # most chunks have no padding; on a GPU the host would wait to know
+            if is_real_n1 is not None and policy.host_looks and is_real_n1.numpy().all():
+                is_real_n1 = None  # most chunks have no padding
             for matrix, moved_nD in zip(matrices, moved, strict=True):
                 kept_nD = moved_nD if is_real_n1 is None else torch.where(is_real_n1, moved_nD, matrix.index_select(0, rows_n))
                 matrix.index_copy_(0, rows_n, kept_nD)

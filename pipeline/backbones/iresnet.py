@@ -66,7 +66,8 @@ class IResNet(nn.Module):
         x = self.prelu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.dropout(self.bn2(x).flatten(1))
-        return self.features(self.fc(x))
+        with torch.autocast(x.device.type, enabled=False):  # as arcface_torch: the features are not rounded
+            return self.features(self.fc(x.to(self.fc.weight.dtype)))
 
 
 def _stage(channels_in: int, channels_out: int, blocks: int) -> nn.Sequential:

@@ -50,7 +50,9 @@ class SmallNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # 1.3 times faster on CPU; convolutions pass it on
         x = self.stages(self.stem(x))
-        return self.features(self.fc(self.dropout(x.flatten(1))))
+        x = self.dropout(x.flatten(1))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.features(self.fc(x.to(self.fc.weight.dtype)))
 
 
 def _norm(channels: int, batch_norm: bool) -> nn.Module:

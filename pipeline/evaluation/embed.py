@@ -49,7 +49,7 @@ def embed(
     if isinstance(model, DistributedDataParallel):
         model = model.module
     with torch.no_grad(), _eval_mode(model):
-        for batch in evaluation_batches(source, data, share, batch_size, device) if len(share) else ():
+        for batch in evaluation_batches(source, data, share, batch_size, device, channels_last=True) if len(share) else ():
             if len(batch.images) == 0:
                 continue
             feature_bD = model(batch.images).float()

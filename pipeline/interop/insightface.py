@@ -16,8 +16,19 @@ from pipeline.config import TrainConfig, as_dict
 from pipeline.interop.plain_config import read_config
 from pipeline.resolve import resolve
 
-SCALE = 64.0  # fixed in arcface_torch's training script, as is the clipping below
-CLIP_NORM = 5.0
+# What arcface_torch's training script fixes without an option: 112 x 112 images of all identities, DDP on GPUs, one schedule. The power is
+# that of its script until April 2023, which the published results are of (their logs show it); `_choices` says so.
+FIXED: dict[str, Any] = {
+    "loss.scale": 64.0,
+    "optimizer.clip": 5.0,
+    "optimizer.schedule": "polynomial",
+    "optimizer.power": 2.0,
+    "data.image_size": 112,
+    "data.min_images": 1,
+    "engine.name": "ddp",
+    "engine.device": "cuda",
+}
+MOMENTUM = 0.9  # its script's, whatever config.momentum says
 NETWORKS = {f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100)}
 
 # What arcface_torch's configs/base.py sets where a config file does not.
@@ -59,7 +70,8 @@ CHANGED = ("margin_list", "loss", "network", "batch_size", "rec", "val_targets",
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("batch_size", "gradient_acc", "embedding_size", "verbose", "frequent", "seed", "num_image"), (int, "a whole number")),
     **dict.fromkeys(("lr", "momentum", "weight_decay", "sample_rate", "num_epoch", "warmup_epoch"), ((int, float), "a number")),
-    **dict.fromkeys(("network", "optimizer", "rec", "output", "loss"), ((str, type(None)), "a text")),
+    **dict.fromkeys(("network", "optimizer"), (str, "a text")),
+    **dict.fromkeys(("rec", "output", "loss"), ((str, type(None)), "a text")),
     **dict.fromkeys(("margin_list", "val_targets"), ((list, tuple), "a list")),
 }
 
@@ -81,10 +93,12 @@ class ImportedConfig:
 
     fields: value by dotted name of this project's configuration.
     unmapped: "option: reason" for everything that is not taken over.
+    chosen: what was decided where the file, or arcface_torch's versions, leave a choice, and how to decide otherwise.
     """
 
     fields: dict[str, Any]
     unmapped: list[str]
+    chosen: list[str]
 
 
 def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
@@ -98,19 +112,19 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
         if name in options and not isinstance(options[name], kind):
             raise ValueError(f"{path} sets config.{name} to {options[name]!r}, but it must be {words}.")
     unmapped = [f"{name}: {_reason(name)}" for name in given if name not in RENAMED and name not in CHANGED]
-    fields = {dotted: options[name] for name, dotted in RENAMED.items() if options.get(name) is not None}
-    fields["optimizer.clip"] = CLIP_NORM
+    fields = FIXED | {dotted: options[name] for name, dotted in RENAMED.items() if options.get(name) is not None}
     fields["run.batch"] = options["batch_size"] * ranks * options["gradient_acc"]
     fields["optimizer.warmup_epochs"] = max(0, options.get("warmup_epoch", 0))
     if options["optimizer"] != "sgd":
-        unmapped.append(f"optimizer: {options['optimizer']} is used for the backbone only, the classifier keeps SGD")
+        unmapped.append(
+            f"optimizer: {options['optimizer']} is used for the backbone only, the classifier keeps SGD; give it a rate of its own, as in "
+            "--set optimizer.classifier_lr=0.1"
+        )
 
-    if options["network"] in NETWORKS:
-        fields["backbone.name"] = NETWORKS[options["network"]]
-    else:
-        unmapped.append(f"network: {options['network']!r} does not exist here; the choice is {', '.join(NETWORKS)}")
+    fields["backbone.name"] = NETWORKS.get(options["network"], options["network"])  # an unknown one is refused by the run, not replaced
+    if options["network"] not in NETWORKS:
+        unmapped.append(f"network: {options['network']!r} does not exist here; choose another, as in --set backbone.name=iresnet100")
 
-    fields["loss.scale"] = SCALE
     name, margins, remarks = _margin(options)
     fields |= {"loss.name": name, **{f"loss.{field}": value for field, value in margins.items()}}
     unmapped += remarks
@@ -123,14 +137,13 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
         fields["evaluation.pairs"] = tuple(f"{folder.rstrip('/')}/{name}.bin" for name in options.get("val_targets", ()))
     if options.get("num_image"):  # arcface_torch counts micro-batches between evaluations, this project epochs
         fields["evaluation.every_epochs"] = round(options["verbose"] * options["batch_size"] * ranks / options["num_image"], 3)
-    fields["engine.precision"] = "bfloat16" if options.get("fp16") else "float32"
-    if options.get("fp16"):
-        unmapped.append("fp16: bfloat16 takes its place, which needs no loss scaling")
-    return ImportedConfig(fields, unmapped)
+    fields["engine.precision"], fields["classifier.dtype"] = ("auto", "bfloat16") if options.get("fp16") else ("float32", "float32")
+    return ImportedConfig(fields, unmapped, _choices(options, name))
 
 
 def recipe_source(imported: ImportedConfig, origin: str) -> str:
-    """A recipe file (for `protoshard train FILE.py`) with the imported fields; its docstring says what of `origin` was not taken over."""
+    """A recipe file (for `protoshard train FILE.py`) with the imported fields; its docstring says what of `origin` was not taken over, and
+    what was chosen."""
     sections: dict[str, dict[str, Any]] = {}
     for dotted, value in imported.fields.items():
         section, _, name = dotted.partition(".")
@@ -141,12 +154,12 @@ def recipe_source(imported: ImportedConfig, origin: str) -> str:
     calls = [
         f"        {s}={builders[s]}{', '.join(f'{name}={value!r}' for name, value in part.items())}),\n" for s, part in sections.items()
     ]
-    remarks = "".join(f"  {line}\n" for line in imported.unmapped) or "  nothing\n"
+    remarks, choices = ("".join(f"  {line}\n" for line in part) or "  nothing\n" for part in (imported.unmapped, imported.chosen))
     names = {"partial_fc": {"losses"}, TrainConfig.__module__: {"TrainConfig"}}
     for section in sections.keys() - {"loss"}:
         names.setdefault(kinds[section].__module__, set()).add(kinds[section].__name__)
     imports = "".join(f"from {module} import {', '.join(sorted(names[module]))}\n" for module in sorted(names))
-    heading = f"Imported from {origin}. Not taken over:\n{remarks}".replace("\\", "/").replace('"', "'")
+    heading = f"Imported from {origin}. Not taken over:\n{remarks}Chosen:\n{choices}".replace("\\", "/").replace('"', "'")
     return f'"""{heading}"""\n\n{imports}\n\ndef recipe() -> TrainConfig:\n    return TrainConfig(\n{"".join(calls)}    )\n'
 
 
@@ -199,6 +212,36 @@ def merge_classifier(parts: Sequence[str | Path | Mapping[str, Any]], num_classe
 
 def _reason(name: str) -> str:
     return NO_COUNTERPART.get(name, "logging goes to TensorBoard and metrics.jsonl" if "wandb" in name else "there is no such option here")
+
+
+def _choices(options: Mapping[str, Any], loss: str) -> list[str]:
+    if options.get("fp16"):
+        precision = (
+            "fp16 becomes bfloat16, which needs no loss scaling, in the backbone where the hardware has it (engine.precision=auto) and in "
+            "the classifier's products (classifier.dtype=bfloat16), which arcface_torch computes in float32 since April 2023, in float16 "
+            "before"
+        )
+    else:
+        precision = "float32 in backbone and classifier, as without fp16"
+    chosen = [
+        f"precision: {precision}",
+        "schedule: the rate decays with power 2, as in arcface_torch's published runs; its script has power 1 since April 2023, which is "
+        "--set optimizer.power=1",
+        "device: GPUs with DDP, as its script; without a GPU, --set engine.device=cpu",
+    ]
+    if loss == "arcface":
+        chosen.append(
+            "slope: ArcFace's exact derivative, as in its published runs; its script replaces it by 1 since December 2022, which is --set "
+            "loss.slope=straight_through"
+        )
+    if options["gradient_acc"] > 1:
+        chosen.append(
+            f"gradient_acc: gradients of {options['gradient_acc']} micro-batches are averaged; its script adds them up, which with SGD is "
+            f"{options['gradient_acc']} times this optimizer.lr"
+        )
+    if options["momentum"] != MOMENTUM:
+        chosen.append(f"momentum: {options['momentum']}, as written; its script takes {MOMENTUM} whatever is written")
+    return chosen
 
 
 def _margin(options: Mapping[str, Any]) -> tuple[str, dict[str, float], list[str]]:
@@ -263,11 +306,11 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
     One model file may be a bare backbone (model.pt); several must be all the checkpoint_gpu_*.pt of a run, which hold its classifier too.
     """
     imported = import_config(config, gpus)
-    lines = [f"not taken over: {line}" for line in imported.unmapped]
+    lines = [f"not taken over: {line}" for line in imported.unmapped] + [f"chosen: {line}" for line in imported.chosen]
     state: dict[str, torch.Tensor] = {}
     info: dict[str, Any] = {"consumed": 0, "num_classes": None}
     if models:
-        if "backbone.name" not in imported.fields:
+        if imported.fields["backbone.name"] not in NETWORKS.values():
             raise ValueError(f"{config} trains a network that does not exist here, so the weights in {models[0]} cannot be used")
         network, width = imported.fields["backbone.name"], imported.fields["backbone.width"]
         state = {f"backbone.{name}": value for name, value in load_backbone(models[0], network, width).items()}

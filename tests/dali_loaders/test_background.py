@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from dali_loaders.background import Background
 
@@ -40,6 +41,47 @@ def test_exceptions_reach_the_consumer():
         next(items)
     with pytest.raises(StopIteration):
         next(items)
+
+
+def test_an_exception_at_the_end_reaches_the_consumer():
+    class Failing:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise StopIteration
+
+        def close(self):
+            raise ValueError("while closing")
+
+    with pytest.raises(ValueError, match="while closing"):
+        next(Background(Failing(), 2))
+
+
+@pytest.mark.parametrize("device", ["cuda:3", "cpu", None])
+def test_the_thread_sets_its_gpu_before_it_does_anything(monkeypatch, device):
+    done = []
+
+    def record(what):
+        done.append((what, threading.current_thread().name))
+
+    def items():
+        record("first item")
+        yield 1
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: record(str(device)))
+    assert next(Background(items(), 1, device and torch.device(device))) == 1
+    expected = ["cuda:3", "first item"] if device == "cuda:3" else ["first item"]
+    assert done == [(what, "protoshard-data") for what in expected]
+
+
+def test_a_gpu_that_cannot_be_set_ends_the_iteration(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        next(Background(iter_of([1]), 1, torch.device("cuda:9")))
 
 
 @pytest.mark.parametrize("by", ["close", "drop"])

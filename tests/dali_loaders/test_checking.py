@@ -1,9 +1,10 @@
 """The check decodes everything and names what is wrong."""
 
 import pytest
+import torch
 from pictures import picture
 
-from dali_loaders import check
+from dali_loaders import check, checking
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -15,6 +16,31 @@ def test_a_healthy_set(folder, tar):
         assert report.sizes == {(32, 32): 24}
         assert report.unreadable == report.single == []
         assert "24 images of 6 identities" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "decoder", "told"),
+    [
+        (False, "auto", "JPEG decoded by: libjpeg-turbo on the CPU"),
+        (True, "auto", "JPEG decoded by: nvJPEG on the GPU"),
+        (True, "cpu", "JPEG decoded by: libjpeg-turbo on the CPU"),
+    ],
+)
+def test_the_decoder_is_that_of_a_run_on_this_machine(monkeypatch, folder, gpu, decoder, told):
+    class OnCpu(checking.Decoder):
+        def __init__(self, size, batch_size, threads, device, *, decoder):
+            super().__init__(size, batch_size, threads, torch.device("cpu"))
+            self.decodes_on = "gpu" if device.type == "cuda" and decoder != "cpu" else "cpu"
+
+    monkeypatch.setattr(checking, "Decoder", OnCpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert told in str(check(str(folder), threads=2, decoder=decoder))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, folder):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"data\.decoder is 'gpu', but this runs on the CPU"):
+        check(str(folder), decoder="gpu")
 
 
 def test_what_is_wrong_is_named(folder):

@@ -1,5 +1,8 @@
 """The decoded, augmented and normalised images against OpenCV; every encoding gives three channels."""
 
+import gc
+import struct
+import weakref
 import zlib
 
 import cv2
@@ -60,6 +63,49 @@ def test_other_sizes_are_stretched_and_the_rest_is_untouched():
     images = decoder(encoded, {})
     assert torch.equal(images[:3], before)
     assert np.abs(levels(images)[3] - cv2.resize(opencv(encoded[3]), (32, 32), interpolation=cv2.INTER_AREA)).mean() < 6
+
+
+@pytest.mark.parametrize("size", [32, (20, 50)])
+def test_memory_format_and_half_precision(size):
+    """The values do not change with the layout, and half precision keeps all 256 levels apart. On to bfloat16, 16 are rounded twice."""
+    encoded, arguments = (
+        [picture(n, size) for n in range(4)],
+        augment_arguments(AugmentConfig(zoom=0.1, brightness=0.2), 32, 3, np.arange(4)),
+    )
+    expected = Decoder(32, 4, 2, CPU)(encoded, arguments)
+    assert expected.is_contiguous()
+    for dtype in (torch.float32, torch.float16):
+        images = Decoder(32, 4, 2, CPU, channels_last=True, dtype=dtype)(encoded, arguments)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, expected.to(dtype))
+    assert torch.equal((images.float() * 127.5 + 127.5).round(), (expected * 127.5 + 127.5).round())
+    level = (torch.arange(256) - 127.5) / 127.5
+    assert len(level.half().unique()) == 256
+    assert (level.half().bfloat16() != level.bfloat16()).sum() == 16
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_camera_says(orientation):
+    jpeg = picture(1, (20, 50))
+    tag = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
+    turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(tag) + 8) + b"Exif\0\0" + tag + jpeg[2:]
+    expected = opencv(turned)
+    assert expected.shape == ((20, 50, 3) if orientation < 5 else (50, 20, 3))
+    assert HeaderReader(1).sizes([turned]).tolist() == [list(expected.shape[:2])]
+    png = cv2.imencode(".png", expected[..., ::-1].astype(np.uint8))[1].tobytes()
+    decoder = Decoder(32, 1, 1, CPU)
+    assert np.abs(levels(decoder([turned], {})) - levels(decoder([png], {}))).max() <= 3
+
+
+def test_a_decoder_is_freed_when_it_is_dropped():
+    """With its pipelines, and before Python looks for cycles."""
+    decoder = Decoder(32, 4, 2, CPU)
+    decoder([picture(1)], {})
+    freed = weakref.ref(decoder)
+    gc.disable()
+    del decoder
+    gc.enable()
+    assert freed() is None
 
 
 def test_flip_follows_its_argument():
@@ -164,12 +210,12 @@ def test_a_header_that_claims_gigabytes():
     png = picture(1, 32, ".png")
     ihdr = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]
     huge = png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + png[33:]
-    assert HeaderReader(1, 1).sizes([huge]).tolist() == [[0, 0]]
+    assert HeaderReader(1).sizes([huge]).tolist() == [[0, 0]]
 
 
 def test_sizes_from_headers():
     encoded = [picture(1, (20, 50)), b"", picture(1, 32, ".png"), b"text"]
-    assert HeaderReader(4, 2).sizes(encoded).tolist() == [[20, 50], [0, 0], [32, 32], [0, 0]]
+    assert HeaderReader(4).sizes(encoded).tolist() == [[20, 50], [0, 0], [32, 32], [0, 0]]
 
 
 def test_end_of_jpeg():
@@ -197,6 +243,19 @@ def test_data_options_out_of_range(option):
     (name,) = option
     with pytest.raises(ValueError, match=rf"data\.{name} is .*expected at least"):
         DataConfig(**option)
+
+
+def test_unknown_decoder():
+    with pytest.raises(ValueError, match=r"data\.decoder is 'mixed'; expected one of auto, gpu, cpu\."):
+        DataConfig(decoder="mixed")
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(224, 1, 16), (224, 8, 16), (64, 8, 8), (4, 1, 4)])
+def test_threads_of_large_machines_are_limited(monkeypatch, cores, ranks, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert DataConfig().thread_count() == threads
+    assert DataConfig(threads=48).thread_count() == 48
 
 
 def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from pictures import picture, write_folder
 
 from dali_loaders import AugmentConfig, DataConfig, GroupedOrder, TrainLoader, UniformOrder, evaluation_batches, open_source
+from dali_loaders import loader as loader_module
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -78,6 +79,37 @@ def test_groups_are_whole_on_every_rank_and_after_a_stop(folder, world_size):
         assert (batch.labels.view(-1, 3) == batch.labels.view(-1, 3)[:, :1]).all()
     rest = joined([batch for batches in zip(*ranks, strict=True) for batch in batches])
     assert same([part[24:] for part in alone], rest)
+
+
+def test_memory_format_and_type_are_as_asked(folder):
+    source = open_source(str(folder))
+    asked = {"channels_last": True, "dtype": torch.float16}
+    indices = UniformOrder(24, 5).indices(0, 8)
+    ((expected, *_),) = take(source, 1, PLAIN)
+    ((trained, *_),) = take(source, 1, PLAIN, **asked)
+    ((evaluated, *_),) = evaluation_batches(source, PLAIN, indices, 8, **asked)
+    for images in (trained, evaluated):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images, expected.half())
+
+
+@pytest.mark.parametrize("decoder", ["auto", "cpu"])
+def test_a_gpu_is_told_to_thread_and_decoder(monkeypatch, folder, decoder):
+    """The number of the GPU comes from the thread that makes the loader, since the feeding thread has another current one."""
+    told = []
+
+    class OnCpu(loader_module.Decoder):
+        def __init__(self, size, batch_size, threads, device, *, decoder, **layout):
+            told.append((str(device), decoder, layout))
+            super().__init__(size, batch_size, threads, torch.device("cpu"), **layout)
+            self.device = torch.device("cuda", 2)
+
+    monkeypatch.setattr(loader_module, "Decoder", OnCpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(str(device)))
+    source, config = open_source(str(folder)), DataConfig(image_size=32, threads=2, decoder=decoder)
+    take(source, 1, config, device="cuda")
+    list(evaluation_batches(source, config, np.arange(4), 4, "cuda"))
+    assert told == [("cuda", decoder, {"channels_last": False, "dtype": torch.float32}), "cuda:2"] * 2
 
 
 def test_ranks_must_divide_the_batch_in_whole_groups(folder):

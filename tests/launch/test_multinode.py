@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import multinode
-from launch.ray_driver import layout
+from launch.ray_driver import computing_nodes, layout
 from launch.ray_driver import parser as driver_parser
 from launch.ray_worker import BadInputError
 
@@ -35,6 +35,9 @@ def free_port() -> int:
         (["stab"], "There is no recipe 'stab'; did you mean 'stub'?"),
         (["stub", "--ranks-per-node", "0"], "--ranks-per-node is 0; a node needs at least 1 rank."),
         (["stub", "--max-failures", "-1"], "--max-failures is -1;"),
+        (["stub", "--env", "NO_SUCH_VARIABLE"], "--env NO_SUCH_VARIABLE: this shell has no such variable; export it, or give --env"),
+        (["stub", "--env", "CUDA_VISIBLE_DEVICES=0"], "--env CUDA_VISIBLE_DEVICES: Ray gives each rank its GPUs;"),
+        (["stub", "--env", "=1"], "--env =1 names no variable;"),
         (["stub", "--hosts", "none.txt"], "Hosts file none.txt cannot be read"),
         (["stub", "--address", "here"], "--address here is not the address of a Ray cluster"),
         (["stub", "--address", f"127.0.0.1:{free_port()}"], "No Ray cluster answers at 127.0.0.1:"),
@@ -82,27 +85,98 @@ def test_the_interpreter_is_looked_for_in_the_remote_checkout(monkeypatch):
     assert "--folder=/srv/protoshard" in shlex.split(multinode.entrypoint(options))
 
 
-def test_variables_that_ranks_inherit(monkeypatch):
-    monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "9")
-    monkeypatch.setenv("SOME_PASSWORD", "x")
-    passed = multinode.passed_on(multinode.parser().parse_args(["stub"]))
-    assert passed["NCCL_DEBUG"] == "INFO" and passed["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "9" and "SOME_PASSWORD" not in passed
+def passed_on(*arguments):
+    return multinode.passed_on(multinode.parser().parse_args(["stub", *arguments]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "FI_PROVIDER", "FI_EFA_USE_DEVICE_RDMA", "OFI_NCCL_PROTOCOL", "RDMAV_FORK_SAFE"),
+        *(
+            "UCX_NET_DEVICES",
+            "OMPI_MCA_btl_tcp_if_include",
+            "PYTORCH_ALLOC_CONF",
+            "PYTORCH_CUDA_ALLOC_CONF",
+            "TORCH_NCCL_TRACE_BUFFER_SIZE",
+        ),
+        *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG"),
+        *("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "OMP_PROC_BIND", "MKL_NUM_THREADS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"),
+        *("PROTOSHARD_DATA", "PYTHONUNBUFFERED", "DS_SKIP_CUDA_CHECK"),
+    ],
+)
+def test_variables_that_ranks_inherit(monkeypatch, name):
+    monkeypatch.setenv(name, "9")
+    assert passed_on()[name] == "9" and passed_on("--address", "head:6379")[name] == "9"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CUDA_VISIBLE_DEVICES",  # of this machine: all ranks of all hosts would share its list
+        "OMPI_COMM_WORLD_RANK",  # of this process, if mpirun started it
+        *("SOME_PASSWORD", "HOME", "NVIDIA_VISIBLE_DEVICES", "RANK", "RAY_ADDRESS"),
+    ],
+)
+def test_variables_that_stay_here(monkeypatch, name):
+    monkeypatch.setenv(name, "9")
+    assert name not in passed_on()
+
+
+@pytest.mark.parametrize("name", ["LD_LIBRARY_PATH", "CC", "CXX"])
+def test_paths_of_this_machine_travel_to_its_like_only(monkeypatch, name):
+    monkeypatch.setenv(name, "/opt/x")
+    assert passed_on("--hosts", "hosts.txt")[name] == passed_on()[name] == "/opt/x"
+    assert name not in passed_on("--address", "head:6379")
+    assert passed_on("--address", "head:6379", "--env", name)[name] == "/opt/x"
+
+
+def test_variables_by_name(monkeypatch):
+    monkeypatch.setenv("SITE_TOKEN", "a=b")
+    passed = passed_on("--env", "SITE_TOKEN", "OTHER=c=d", "--env", "NCCL_DEBUG=", "PYTHONPATH=/mine")
+    assert (passed["SITE_TOKEN"], passed["OTHER"], passed["NCCL_DEBUG"]) == ("a=b", "c=d", "")
+    assert passed["PYTHONPATH"] == f"/mine{os.pathsep}{ROOT}"
+
+
+def test_the_docs_list_the_variables():
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    assert [name for name in (*multinode.PASSED_ON, *multinode.SAME_MACHINES, *multinode.OF_THIS_MACHINE) if f"`{name}`" not in page] == []
 
 
 def test_layout_of_ranks():
     assert layout([{"CPU": 4}], None) == (2, {"CPU": 2.0})
     assert layout([{"CPU": 4}, {"CPU": 8}], 1) == (2, {"CPU": 4.0})
     assert layout([{"CPU": 4}], 3) == (3, {"CPU": 1.3333})  # three fit on the node, a fourth does not
-    assert layout([{"CPU": 64, "GPU": 8}, {"CPU": 64, "GPU": 8}, {"CPU": 16}], None) == (16, {"CPU": 8.0, "GPU": 1})
+    assert layout([{"CPU": 64, "GPU": 8}, {"CPU": 64, "GPU": 8}], None) == (16, {"CPU": 8.0, "GPU": 1})
     assert layout([{"CPU": 8, "rank_slots": 4}, {"CPU": 8, "rank_slots": 1}], None) == (5, {"CPU": 2.0, "rank_slots": 1})
-
-
-def test_layouts_that_cannot_be():
     with pytest.raises(BadInputError, match="4 ranks per node need 4 GPUs, but a node has 2"):
         layout([{"CPU": 8, "GPU": 2}], 4)
+
+
+def node(name, **resources):
+    return {"NodeManagerHostname": name, "Resources": resources}
+
+
+def test_nodes_that_take_part(capsys):
+    a, b, c = node("a", CPU=64, GPU=8), node("b", CPU=64, GPU=8), node("c", CPU=16)
+    for device in ("auto", "cuda"):
+        assert computing_nodes([a, b, c, node("idle", memory=1)], device) == [{"CPU": 64, "GPU": 8}, {"CPU": 64, "GPU": 8}]
+        assert capsys.readouterr().out == "without a GPU, so without a rank: c\n"
+        assert computing_nodes([a], device) == [{"CPU": 64, "GPU": 8}]
+    assert computing_nodes([a, c], "cpu") == [{"CPU": 64}, {"CPU": 16}]  # no rank reserves a GPU that it will not use
+    assert computing_nodes([c], "auto") == [{"CPU": 16}]
+    assert capsys.readouterr().out == ""
+
+
+def test_nodes_that_cannot_do():
+    with pytest.raises(
+        BadInputError, match=r"engine.device is cuda, but Ray sees no GPU on a, b; look at nvidia-smi .* --set engine.device=cpu"
+    ):
+        computing_nodes([node("b", CPU=8), node("a", CPU=8)], "cuda")
+    with pytest.raises(BadInputError, match="Ray sees GPUs on some hosts, but none on b; look at nvidia-smi there"):
+        computing_nodes([node("a", CPU=8, GPU=2, rank_slots=2), node("b", CPU=8, rank_slots=2)], "auto")
     with pytest.raises(BadInputError, match="no node with processors"):
-        layout([{"memory": 1}], None)
+        computing_nodes([node("a", memory=1)], "auto")
 
 
 @pytest.mark.skipif(subprocess.run(["which", "shellcheck"], capture_output=True).returncode != 0, reason="shellcheck is not installed")

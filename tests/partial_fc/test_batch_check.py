@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from partial_fc import PartialFC, RowSGD, losses
-from partial_fc.batch_check import BatchCheck
 from partial_fc.classifier import MOST_CHECKS
+from partial_fc.device_policy import GPU, forced
 from tests.partial_fc.test_classifier import batch
 
 CLASSES, WIDTH = 37, 8
@@ -26,7 +25,7 @@ def build(rate=1.0, **options):
 
 def knowing(is_late):
     """Late is as on a GPU: the host learns what is in a batch when it asks."""
-    return mock.patch.object(BatchCheck, "is_ready", False) if is_late else contextlib.nullcontext()
+    return forced(GPU) if is_late else contextlib.nullcontext()
 
 
 def parameters(classifier, optimizer):

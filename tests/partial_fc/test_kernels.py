@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from partial_fc import LogSumExp, SoftplusSum, TopK, of_classes, similarity_statistics
 from partial_fc.columns import Mask
-from partial_fc.kernels import tiles
+from partial_fc.device_policy import forced
 from partial_fc.losses.reweighted import curriculum
 from partial_fc.maps import Map
 from partial_fc.prototype_sources import AllRows
 from partial_fc.statistics import softplus
+from tests.policies import POLICIES
 
 KERNELS = ["reference", "chunked"]
 SHAPES = [(1, 1, 1), (1, 7, 3), (6, 1, 4), (7, 13, 5), (33, 700, 17), (16, 256, 32), (16, 700, 32), (5, 257, 8)]  # batch, classes, width
@@ -30,9 +31,10 @@ SQUARED = Map(lambda n, _: 2 * ((n + 1) / 2).pow(3) - 1)
 SQUARED_THROUGH = Map(SQUARED.function, slope="straight_through")
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_BYTES", 1)  # 256 classes
+@pytest.fixture(autouse=True, params=POLICIES)
+def policy(request):
+    with forced(POLICIES[request.param]):
+        yield request.param
 
 
 def make(batch, classes, width, dtype=torch.float64, seed=0):
@@ -360,8 +362,9 @@ def test_an_empty_shard_has_no_part():
 def test_bad_options_end_in_a_sentence(options, sentence):
     case = make(3, 4, 2)
     with pytest.raises(ValueError, match=sentence):
-        columns, statistic = of_classes(case["prototypes"], case["labels"]), options.pop("statistic", LogSumExp())
-        similarity_statistics(case["features"], columns, statistic, scale=1.0, **options)
+        similarity_statistics(
+            case["features"], of_classes(case["prototypes"], case["labels"]), **{"statistic": LogSumExp(), "scale": 1.0, **options}
+        )
     with pytest.raises(ValueError, match="TopK takes k >= 1, but got k = 0"):
         TopK(0)
     with pytest.raises(ValueError, match="slope is 'none', but must be"):

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partial_fc import RowAdamW, RowSGD
 from tests.partial_fc.test_classifier import batch
-from tests.partial_fc.test_optimizers import CLASSES, RULES, WIDTH, assert_same, classifier_of, draw, of, set_sampled, small_chunks
+from tests.partial_fc.test_optimizers import CLASSES, RULES, WIDTH, assert_same, classifier_of, draw, of, policy, set_sampled
 
-__all__ = ["small_chunks"]
+__all__ = ["policy"]
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from partial_fc import PartialFC, RowAdamW, RowSGD, losses
+from partial_fc.device_policy import forced
 from tests.partial_fc.test_classifier import batch
+from tests.policies import POLICIES
 
 CLASSES, WIDTH = 57, 5
 SGD, NESTEROV = {"momentum": 0.9, "weight_decay": 1e-2}, {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
@@ -25,9 +27,10 @@ RULES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr("partial_fc.optimizers.row_optimizer.CHUNK_ELEMENTS", 8 * WIDTH)  # several chunks, the last one short
+@pytest.fixture(autouse=True, params=POLICIES)
+def policy(request):
+    with forced(POLICIES[request.param]):
+        yield request.param
 
 
 def classifier_of(rate=1.0, dtype=torch.float64, classes=CLASSES, **options):

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from partial_fc import TopK, of_classes, similarity_statistics
-from partial_fc.kernels import tiles
+from partial_fc.device_policy import forced
 from partial_fc.shards import ClassShard
 from tests.partial_fc.test_kernels import OPTIONS, columns_of, dense, gradients, make, map_of, statistic_of, unit
+from tests.policies import POLICIES
 
 
-def on_one_rank(shape, option, kernel):
+def on_one_rank(shape, option, kernel, policy):
     """This rank's outputs and gradients: features, prototypes, then scale, bias and threshold as far as the option has them."""
     import torch.distributed as dist
 
-    tiles.TILE_BYTES = 1
     case, flags = make(*shape), OPTIONS[option]
     shard = ClassShard.of_rank(shape[1], dist.get_rank(), dist.get_world_size())
     mine = slice(shard.first, shard.first + shard.rows)
@@ -27,13 +27,15 @@ def on_one_rank(shape, option, kernel):
         return similarity_statistics(x, columns, statistic, scale=scale, map=map_of(case, flags), kernel=kernel)[:2]
 
     chosen = [flags.get("vector", False), flags.get("bias", False), flags.get("threshold", False)]
-    outputs, slopes = gradients(local, ours, *chosen)
+    with forced(POLICIES[policy]):
+        outputs, slopes = gradients(local, ours, *chosen)
     return [output.detach() for output in outputs], slopes
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(7, 13, 5), (5, 2, 4), (9, 700, 6)])
-def test_every_option_on_ranks(ranks, size, shape):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_option_on_ranks(ranks, size, shape, policy):
     for option, flags in OPTIONS.items():
         defaults = {"reduction": "log_sum_exp", "map": None, "masks": False, "included": False, "normalize": True}
         chosen = defaults | {key: value for key, value in flags.items() if key in defaults}
@@ -44,7 +46,7 @@ def test_every_option_on_ranks(ranks, size, shape):
 
         present = [flags.get("vector", False), flags.get("bias", False), flags.get("threshold", False)]
         exact_outputs, exact_slopes = gradients(case, oracle, *present)
-        found = ranks(size).run(on_one_rank, shape, option, "chunked")
+        found = ranks(size).run(on_one_rank, shape, option, "chunked", policy)
         for outputs, _ in found:
             for value, exact in zip(outputs, exact_outputs, strict=True):
                 torch.testing.assert_close(value, exact.detach(), rtol=1e-9, atol=1e-11, msg=option)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from partial_fc import (
     similarity_statistics,
 )
 from partial_fc.columns import Mask, Placement
-from partial_fc.kernels import tiles
+from partial_fc.device_policy import CPU, forced
+from tests.policies import POLICIES
 
 
 def make(batch, classes, width, dtype=torch.float64, seed=0):
@@ -51,12 +53,11 @@ def gradients(function, inputs, weights):
     return outputs, torch.autograd.grad(value, inputs)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "chunked"])
+@pytest.mark.parametrize(("kernel", "policy"), [("reference", "cpu"), ("chunked", "cpu"), ("chunked", "gpu")])
 @pytest.mark.parametrize("scale", [1.0, 64.0, 200.0, "vector"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("batch", "classes", "width"), [(1, 2, 1), (7, 13, 5), (33, 1001, 17), (64, 256, 32), (16, 700, 32), (5, 257, 8)])
-def test_values_and_gradients_equal_dense_float64(kernel, scale, with_bias, batch, classes, width, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_BYTES", 1)  # tiles of 256 classes
+def test_values_and_gradients_equal_dense_float64(kernel, policy, scale, with_bias, batch, classes, width):
     features, prototypes, labels = make(batch, classes, width)
     inputs = [features, prototypes]
     if scale == "vector":
@@ -78,7 +79,8 @@ def test_values_and_gradients_equal_dense_float64(kernel, scale, with_bias, batc
         return dense(x, w, labels, by_row, rest[0] if with_bias else None)
 
     weights = [torch.linspace(0.3, -1.0, batch, dtype=torch.float64), torch.linspace(-0.2, 0.9, batch, dtype=torch.float64)]
-    values, slopes = gradients(ours, inputs, weights)
+    with forced(POLICIES[policy]):
+        values, slopes = gradients(ours, inputs, weights)
     exact_values, exact_slopes = gradients(oracle, inputs, weights)
     for value, exact in zip([*values, *slopes], [*exact_values, *exact_slopes], strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-12)
@@ -90,8 +92,7 @@ def test_chunked_equals_reference_at_any_size(batch, classes, width, seed, scale
     features, prototypes, labels = make(batch, classes, width, seed=seed)
     weights = [torch.randn(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)] * 2
     results = []
-    original, tiles.TILE_BYTES = tiles.TILE_BYTES, 1
-    try:
+    with forced(POLICIES["cpu"]):
         for kernel in ("reference", "chunked"):
 
             def statistics(x, w, kernel=kernel):
@@ -99,8 +100,6 @@ def test_chunked_equals_reference_at_any_size(batch, classes, width, seed, scale
                 return target, non_target.clamp(min=-1e6)  # one class alone has -inf
 
             results.append(gradients(statistics, [features, prototypes], weights))
-    finally:
-        tiles.TILE_BYTES = original
     for value, exact in zip([*results[1][0], *results[1][1]], [*results[0][0], *results[0][1]], strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-10)
 
@@ -155,11 +154,10 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_size_batch_by_classes_is_ever_made(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_BYTES", 64 * 512 * 4)
+def test_no_tensor_of_size_batch_by_classes_is_ever_made():
     features, prototypes, labels = make(64, 20_000, 16, dtype=torch.float32)
     features.requires_grad_(), prototypes.requires_grad_()
-    with LargestTensor() as seen:
+    with forced(replace(CPU, tile_bytes=64 * 512 * 4)), LargestTensor() as seen:
         statistics = similarity_statistics(features, of_classes(prototypes, labels), LogSumExp(), scale=64.0)
         (statistics.non_target_B - statistics.target_B).mean().backward()
     assert seen.bytes == 4 * prototypes.numel()  # the gradient of the prototypes; B x C would be four times as large

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from partial_fc import similarity_statistics
-from partial_fc.kernels import tiles
+from partial_fc.device_policy import forced
 from partial_fc.shards import ClassShard
 from partial_fc.statistics import Statistic
 from tests.partial_fc.test_kernels import columns_of, errors, make, map_of, unit
+from tests.policies import POLICIES
 
 
 class HingeSum(Statistic):
@@ -70,9 +71,10 @@ def dense(case, option, through=lambda x: x):
     return [output.detach() for output in outputs], list(torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True))
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+@pytest.fixture(autouse=True, params=POLICIES)
+def policy(request):
+    with forced(POLICIES[request.param]):
+        yield request.param
 
 
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
@@ -99,19 +101,19 @@ def test_low_precision_is_as_good_as_the_dense_computation_in_it(dtype):
         assert ours_error <= 2 * dense_error + floor, (found, allowed)
 
 
-def on_one_rank(option):
+def on_one_rank(option, policy):
     import torch.distributed as dist
 
-    tiles.TILE_BYTES = 1
     shard = ClassShard.of_rank(300, dist.get_rank(), dist.get_world_size())
-    return ours(make(9, 300, 6), OPTIONS[option], columns=slice(shard.first, shard.first + shard.rows), first_class=shard.first)
+    with forced(POLICIES[policy]):
+        return ours(make(9, 300, 6), OPTIONS[option], columns=slice(shard.first, shard.first + shard.rows), first_class=shard.first)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_add_up(ranks, size):
+def test_ranks_add_up(ranks, size, policy):
     for option in OPTIONS:
         outputs, slopes = dense(make(9, 300, 6), OPTIONS[option])
-        found = ranks(size).run(on_one_rank, option)
+        found = ranks(size).run(on_one_rank, option, policy)
         for of_rank, _ in found:
             for value, exact in zip(of_rank, outputs, strict=True):
                 torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-11)

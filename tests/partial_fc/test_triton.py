@@ -15,12 +15,14 @@ from torch.nn import functional
 
 from partial_fc import LogSumExp, TopK, of_classes, similarity_statistics
 from partial_fc.columns import Mask
-from partial_fc.kernels import NeededGradients, Problem, chunked, reference, tiles, triton_kernel
+from partial_fc.device_policy import forced
+from partial_fc.kernels import NeededGradients, Problem, chunked, reference, triton_kernel
 from partial_fc.prototype_sources import AllRows, SampledRows
 from partial_fc.statistics import softplus
 from tests.partial_fc import test_kernels as kernels
 from tests.partial_fc.test_similarity import LargestTensor
 from tests.partial_fc.test_statistics import HingeSum
+from tests.policies import POLICIES
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in test_in_the_interpreter")
@@ -38,8 +40,10 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    for module, name in ((tiles, "TILE_BYTES"), *((triton_kernel, f"{kind}_BYTES") for kind in ("UNITS", "WEIGHTS", "PARTIAL"))):
-        monkeypatch.setattr(module, name, 1)  # 256 classes, and one chunk of partial sums
+    for kind in ("UNITS", "WEIGHTS", "PARTIAL"):
+        monkeypatch.setattr(triton_kernel, f"{kind}_BYTES", 1)  # 256 classes, and one chunk of partial sums
+    with forced(POLICIES["gpu"]):
+        yield
 
 
 def single(case, device="cpu"):

@@ -310,7 +310,7 @@ def test_import_gives_a_recipe_and_a_checkpoint_that_training_starts_from(traine
     arguments = ["import", "insightface", str(trained / "r18.py"), *models, "--out", str(trained / "imported"), "--gpus", "2"]
     assert main(arguments) == 0
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("start with: protoshard ").split()
-    settings = [f"data.train={trained / 'faces.tar'}", "engine.name=ddp", "run.epochs=0.3"]
+    settings = [f"data.train={trained / 'faces.tar'}", "engine.name=ddp", "engine.device=cpu", "run.epochs=0.3"]
     assert main([*command, "--set", *settings, "optimizer.lr=0", "optimizer.classifier_lr=0"]) == 0
     saved = checkpoint.locate(str(trained / "imported"))
     assert checkpoint.read_info(saved)["consumed"] > 0

@@ -17,6 +17,7 @@ from dali_loaders import TrainLoader
 from pipeline.distributed import join
 from pipeline.train import train
 from pipeline.trainer import Trainer
+from tests.partial_fc.test_similarity import LargestTensor
 from tests.pipeline.runs import BATCH, configuration, faces, train_losses, train_until
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,42 @@ def test_bfloat16_and_batch_statistics_resume_on_the_same_ranks(ranks, data, tmp
     ranks(2).run(train_until, config("broken"), 12)
     losses = [ranks(2).run(train_losses, config(folder))[0] for folder in ("broken", "whole")]
     assert_equal(losses[0], losses[1], 1e-4)
+
+
+def test_prototypes_that_move_in_backward(ranks, data, one_rank, tmp_path):
+    config = configuration(data, str(tmp_path), STEPS, optimizer={"in_backward": True}, save_every=5)
+    ranks(2).run(train_until, config, 12)
+    assert_equal(ranks(2).run(train_losses, config)[0], one_rank, 1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [{"unsampled": "lazy"}, {"classifier": "adamw", "unsampled": "lazy"}], ids=["sgd", "adamw"])
+def test_rows_that_wait_resume(ranks, data, optimizer, tmp_path):
+    def config(folder):
+        return configuration(data, str(tmp_path / folder), STEPS, sample_rate=0.3, save_every=5, optimizer=optimizer)
+
+    ranks(2).run(train_until, config("broken"), 12)
+    losses = [ranks(size).run(train_losses, config(folder))[0] for size, folder in ((1, "whole"), (2, "broken"))]
+    assert_equal(losses[1], losses[0], 1e-4)
+
+
+def test_micro_batches_and_moves_in_backward_are_refused(data, tmp_path):
+    config = configuration(data, str(tmp_path), STEPS, optimizer={"in_backward": True}, run={"accumulation": 2})
+    with pytest.raises(ValueError, match=r"optimizer\.in_backward moves prototypes in every backward pass, but run\.accumulation = 2"):
+        Trainer(config, join())
+
+
+def test_the_check_before_a_save_takes_no_memory():
+    join()
+    run = mock.Mock(place=mock.Mock(device=torch.device("cpu")), step=3, _checkpoints="none")
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = torch.zeros(1000, 100, dtype=dtype)
+        with LargestTensor() as largest:
+            Trainer._check_finite(run, [weights, torch.zeros(0, 100)])
+        assert largest.bytes < 100
+        for value in (torch.nan, torch.inf, -torch.inf):
+            weights[500, 50] = value
+            with pytest.raises(ValueError, match="a weight is not finite at step 3"):
+                Trainer._check_finite(run, [torch.ones(2), weights])
 
 
 def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones_aside(ranks, data, one_rank, tmp_path):

@@ -3,6 +3,7 @@ uneven shards and batches (one rank has no row), at rate 1 and below, in float64
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc import PartialFC, losses, sampling
+from partial_fc.device_policy import CPU, GPU, DevicePolicy, forced
 from partial_fc.shards import ClassShard, initial_prototypes
 
 CLASSES, WIDTH = 23, 6
@@ -74,8 +76,9 @@ def step(name: str, parameters: dict[str, Any], dtype: torch.dtype, rate: float,
     return {"loss": loss.detach(), "features": mine.grad, "prototypes": gradient.to_dense(), "learned": learned, "tracked": tracked}
 
 
-def steps(calls: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    return [step(*call) for call in calls]
+def steps(calls: list[tuple[Any, ...]], policy: DevicePolicy = CPU) -> list[dict[str, Any]]:
+    with forced(policy):
+        return [step(*call) for call in calls]
 
 
 def exact(name: str, parameters: dict[str, Any], oracle: Oracle, dtype: torch.dtype, rate: float, kind: str = "random") -> dict[str, Any]:
@@ -116,12 +119,13 @@ def largest_error(results: list[dict[str, Any]], right: dict[str, Any]) -> float
 
 
 def check(ranks: Any, name: str, parameters: dict[str, Any], oracle: Oracle, rates: tuple[float, ...] = (1.0, 0.4), **options: Any) -> None:
-    """Value and gradients on 1 to 4 ranks: to 1e-9 in float64, and in float32 to 4 times the dense float32 computation's own error."""
+    """Value and gradients on 1 to 4 ranks, with the ways of a CPU and of a GPU: to 1e-9 in float64, and in float32 to 4 times the dense
+    float32 computation's own error."""
     right = {rate: exact(name, parameters, oracle, torch.float64, rate) for rate in rates}
     dense_error = {rate: largest_error([exact(name, parameters, oracle, torch.float32, rate)], right[rate]) for rate in rates}
     calls = [(name, parameters, dtype, rate, "random", options) for dtype in (torch.float64, torch.float32) for rate in rates]
-    for size in (1, 2, 3, 4):
-        found = [steps(calls)] if size == 1 else ranks(size).run(steps, calls)
+    for size, policy in itertools.product((1, 2, 3, 4), (CPU, GPU)):
+        found = [steps(calls, policy)] if size == 1 else ranks(size).run(steps, calls, policy)
         for place, (_, _, dtype, rate, _, _) in enumerate(calls):
             allowed = 1e-9 if dtype == torch.float64 else max(1e-5, 4 * dense_error[rate])
             worst = largest_error([of_rank[place] for of_rank in found], right[rate])

@@ -46,9 +46,14 @@ def test_config_field_by_field(tmp_path):
     assert imported.fields == {
         "backbone.name": "iresnet100",
         "backbone.width": 256,
+        "data.image_size": 112,
+        "data.min_images": 1,
         "data.train": "/train_tmp/WebFace42M/train.rec",
+        "classifier.dtype": "bfloat16",
         "classifier.sample_rate": 0.2,
-        "engine.precision": "bfloat16",
+        "engine.device": "cuda",
+        "engine.name": "ddp",
+        "engine.precision": "auto",
         "evaluation.every_epochs": 0.241,  # 10,000 steps of 1,024 images
         "evaluation.pairs": ("/train_tmp/WebFace42M/lfw.bin", "/train_tmp/WebFace42M/agedb_30.bin"),
         "loss.margin": 0.4,
@@ -58,6 +63,8 @@ def test_config_field_by_field(tmp_path):
         "optimizer.lr": 0.2,
         "optimizer.momentum": 0.9,
         "optimizer.name": "sgd",
+        "optimizer.power": 2.0,
+        "optimizer.schedule": "polynomial",
         "optimizer.warmup_epochs": 2,
         "optimizer.weight_decay": 1e-4,
         "run.accumulation": 1,
@@ -71,8 +78,39 @@ def test_config_field_by_field(tmp_path):
 def test_whatever_is_not_taken_over_is_named(tmp_path):
     unmapped = import_config(write(tmp_path, CONFIG)).unmapped
     named = {line.partition(":")[0] for line in unmapped}
-    assert named == {"resume", "fp16", "dali", "num_classes", "num_image", "using_wandb", "head_dim"}
+    assert named == {"resume", "dali", "num_classes", "num_image", "using_wandb", "head_dim"}
     assert "head_dim: there is no such option here" in unmapped
+
+
+def chosen(tmp_path, lines):
+    """What is chosen, by its first word."""
+    imported = import_config(write(tmp_path, f"config = edict()\n{lines}\n"))
+    recipe = tmp_path / "imported.py"
+    recipe.write_text(recipe_source(imported, "wf42m.py"))
+    assert all(line in recipe.read_text() for line in imported.chosen)  # for whoever reads the recipe later
+    return dict(line.split(": ", 1) for line in imported.chosen), resolve(str(recipe))
+
+
+def test_precision_follows_fp16_and_is_said(tmp_path):
+    said, config = chosen(tmp_path, "config.fp16 = True")
+    assert (config.engine.precision, config.classifier.dtype) == ("auto", "bfloat16")
+    assert "engine.precision=auto" in said["precision"] and "classifier.dtype=bfloat16" in said["precision"]
+    for lines in ("", "config.fp16 = False"):
+        said, config = chosen(tmp_path, lines)
+        assert (config.engine.precision, config.classifier.dtype) == ("float32", "float32")
+        assert said["precision"] == "float32 in backbone and classifier, as without fp16"
+
+
+def test_choices_between_versions_of_arcface_torch_are_said(tmp_path):
+    said, config = chosen(tmp_path, "config.margin_list = (1.0, 0.5, 0.0)")
+    assert config.optimizer.power == 2 and "--set optimizer.power=1" in said["schedule"]
+    assert config.loss.slope == "exact" and "--set loss.slope=straight_through" in said["slope"]
+    assert config.engine.device == "cuda" and "--set engine.device=cpu" in said["device"]
+    assert said.keys() == {"precision", "schedule", "slope", "device"}
+    said, _ = chosen(tmp_path, "config.margin_list = (1.0, 0.0, 0.4)\nconfig.gradient_acc = 12\nconfig.momentum = 0.8")
+    assert said["gradient_acc"].endswith("12 times this optimizer.lr")
+    assert said["momentum"] == "0.8, as written; its script takes 0.9 whatever is written"
+    assert "slope" not in said
 
 
 @pytest.mark.parametrize(
@@ -103,7 +141,12 @@ def test_what_arcface_torch_makes_of_combined_margins_is_said(tmp_path):
 
 def test_networks_and_optimizers_without_counterpart(tmp_path):
     imported = import_config(write(tmp_path, "config = edict(network='vit_l', optimizer='adamw', rec='synthetic', warmup_epoch=-1)\n"))
-    assert "backbone.name" not in imported.fields and "data.train" not in imported.fields
+    assert "data.train" not in imported.fields
+    recipe = tmp_path / "imported.py"
+    recipe.write_text(recipe_source(imported, "vit.py"))
+    with pytest.raises(ValueError, match="there is no backbone named 'vit_l'"):  # rather than another one in its place
+        resolve(str(recipe))
+    assert resolve(str(recipe), ["backbone.name=iresnet100"]).backbone.name == "iresnet100"
     assert imported.fields["optimizer.name"] == "adamw" and imported.fields["optimizer.warmup_epochs"] == 0
     assert [line.partition(":")[0] for line in imported.unmapped] == ["optimizer", "network", "rec"]
 
@@ -125,7 +168,7 @@ def test_recipe_source_gives_the_configuration_back(tmp_path):
 
 
 def test_recipe_source_is_python_whatever_the_values():
-    source = recipe_source(ImportedConfig({"loss.name": "cosface", "data.train": "a\"\\'b"}, ['odd: """ \\']), 'c"""d.py')
+    source = recipe_source(ImportedConfig({"loss.name": "cosface", "data.train": "a\"\\'b"}, ['odd: """ \\'], ['choice: """']), 'c"""d.py')
     compile(source, "recipe", "exec")
 
 

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 class RunConfig:
     folder: str = "run"
     note: str = ""
+    timeout: float = 60.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     run: RunConfig = RunConfig()
+    engine: EngineConfig = EngineConfig()
     steps: int = 5
     pause: float = 0.0
     fail: str = ""

@@ -1,6 +1,6 @@
 """The one recipe, and the error of a user who misspells it."""
 
-from pipeline.config import RunConfig, TrainConfig
+from pipeline.config import EngineConfig, RunConfig, TrainConfig
 
 
 def resolve(recipe: str, overrides: list[str]) -> TrainConfig:
@@ -8,4 +8,5 @@ def resolve(recipe: str, overrides: list[str]) -> TrainConfig:
         raise ValueError(f"There is no recipe {recipe!r}; did you mean 'stub'?")
     values = dict(override.split("=", 1) for override in overrides)
     run = RunConfig(values.pop("run.folder", "run"), values.pop("run.note", ""))
-    return TrainConfig(run, int(values.pop("steps", 5)), float(values.pop("pause", 0)), values.pop("fail", ""))
+    engine = EngineConfig(values.pop("engine.device", "auto"))
+    return TrainConfig(run, engine, int(values.pop("steps", 5)), float(values.pop("pause", 0)), values.pop("fail", ""))

@@ -1,0 +1,166 @@
+"""What is handed to Ray and torchrun, against the installed signatures and command lines; no cluster is started."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
+
+import pytest
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.runtime_env import RuntimeEnv
+from ray.scripts.scripts import cli
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.worker_group import ExecutionGroup
+from ray.train.v2.api.callback import UserCallback
+from torch.distributed.run import get_args_parser
+
+from launch import job, multinode, ray_driver, ray_node
+from launch.ray_worker import Backend, BadInputError, OnFailure, ProcessGroup, why_no_gpu
+from pipeline.resolve import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def node(name, **resources):
+    return {"NodeID": name, "NodeManagerHostname": name, "Alive": True, "Resources": resources}
+
+
+def bind(function, *arguments, **named):
+    """TypeError unless `function` has these parameters by name; what its **kwargs would swallow does not count."""
+    inspect.signature(function).bind(*arguments, **named)
+    unknown = named.keys() - inspect.signature(function).parameters.keys()
+    assert not unknown, f"{function.__name__} has no {unknown}"
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    """A function from the nodes of a cluster and overrides to the trainer that the driver makes, with the real classes of Ray Train."""
+
+    def make(nodes, *overrides):
+        made = []
+
+        def fit(self):
+            made.append(self)
+            return SimpleNamespace(return_value={"eer": 0.1})
+
+        monkeypatch.setattr(ray_driver, "ray", SimpleNamespace(init=lambda **named: bind(ray.init, **named), nodes=lambda: nodes))
+        monkeypatch.setattr(ray_driver.TorchTrainer, "fit", fit)
+        monkeypatch.chdir(tmp_path)
+        arguments = ["faces_small", f"--folder={tmp_path}", *(f"--set={override}" for override in overrides)]
+        assert ray_driver.fit(ray_driver.parser().parse_args(arguments)) == {"eer": 0.1}
+        return made[0]
+
+    return make
+
+
+def test_trainer_on_gpus(trainer):
+    nodes = [node("a", CPU=64.0, GPU=8.0), node("b", CPU=64.0, GPU=8.0)]
+    made = trainer(nodes, "engine.device=cuda", "run.timeout=5")
+    assert (made.scaling_config.num_workers, made.scaling_config.use_gpu) == (16, True)
+    assert made.scaling_config.resources_per_worker == {"CPU": 8.0, "GPU": 1}
+    assert (made.backend_config.backend, made.backend_config.timeout_s) == ("nccl", 300)
+    assert made.run_config.failure_config.max_failures == 3 and made.run_config.failure_config.controller_failure_limit == 10
+
+
+def test_trainer_without_gpus(trainer):
+    made = trainer([node("a", CPU=4.0)])
+    assert (made.scaling_config.num_workers, made.scaling_config.use_gpu, made.backend_config.backend) == (2, False, "gloo")
+    made = trainer([node("a", CPU=4.0, GPU=1.0)], "engine.device=cpu")
+    assert (made.scaling_config.num_workers, made.scaling_config.use_gpu, made.backend_config.backend) == (2, False, "gloo")
+
+
+@pytest.mark.parametrize("head", [None, "10.0.0.1:6379"])
+@pytest.mark.parametrize("slots", [None, 8])
+def test_ray_start_knows_its_options(head, slots, tmp_path):
+    order = {"address": "127.0.0.1", "token": "t", "head": head, "slots": slots}
+    command = ray_node.start_command(order, str(tmp_path))
+    assert command[1:4] == ["-m", "ray.scripts.scripts", "start"]
+    parsed = cli.commands["start"].make_context("start", command[4:]).params
+    assert parsed["head"] is (head is None) and parsed["address"] == head and parsed["temp_dir"] == str(tmp_path)
+
+
+def test_job_client_has_what_is_called(capsys):
+    client = create_autospec(JobSubmissionClient, instance=True)  # its methods refuse other arguments than the real ones
+
+    async def log(job_id):
+        yield "step 1\n"
+
+    client.tail_job_logs.side_effect = log
+    client.get_job_info.return_value = SimpleNamespace(status=JobStatus.SUCCEEDED)
+    client.get_job_status.return_value = JobStatus.STOPPED
+    variables = multinode.passed_on(multinode.parser().parse_args(["stub"]))
+    assert job.run(client, "true", variables, check=lambda: None) == 0
+    job.stop(client, "protoshard-1")
+    assert capsys.readouterr().out == "step 1\n"
+    bind(JobSubmissionClient, "http://127.0.0.1:8265")
+    RuntimeEnv(**client.submit_job.call_args.kwargs["runtime_env"])
+    assert client.submit_job.call_args.kwargs.keys() <= inspect.signature(JobSubmissionClient.submit_job).parameters.keys()
+
+
+def test_overridden_methods_have_the_parameters_of_ray():
+    for ours, theirs in ((Backend.on_start, _TorchBackend.on_start), (OnFailure.after_exception, UserCallback.after_exception)):
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    bind(ExecutionGroup.execute, None, why_no_gpu)
+    assert ProcessGroup(timeout_s=60).backend_cls is Backend
+
+
+def test_names_of_variables_exist_in_ray():
+    folders = [Path(ray.__file__).parent / name for name in ("_private", "_common", "train/v2/_internal")]
+    text = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
+    names = {name for name in multinode.passed_on(multinode.parser().parse_args(["stub"])) if name.startswith("RAY_")}
+    names |= {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"}
+    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
+
+
+class Group:
+    """Workers on one GPU each, of which the last one's torch sees none."""
+
+    def execute(self, function, *arguments):
+        assert function is why_no_gpu
+        return [None, why_no_gpu()]
+
+
+def test_gpus_that_torch_cannot_use_end_in_a_sentence(monkeypatch):
+    monkeypatch.setattr("torch.version.cuda", None)
+    with pytest.raises(BadInputError, match=r"Ray has a GPU for a rank on .*, but torch .* is built without CUDA"):
+        Backend().on_start(Group(), ProcessGroup(backend="nccl"))
+    monkeypatch.setattr("pipeline.distributed.gpu_fault", lambda ranks: None)
+    assert why_no_gpu() is None
+
+
+def commands(page: str, program: str) -> list[list[str]]:
+    """The words after `program` in commands of a page, with lines that go on joined."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    lines = re.findall(rf"^\s*(?:[A-Z_]+=\S+ |srun )*{re.escape(program)} +(\S[^#\n]*)", text, re.MULTILINE)
+    found = [shlex.split(line) for line in lines if "[--" not in line]
+    assert found, (page, program)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/clusters.md"])
+def test_launcher_commands_of_the_docs(page):
+    for words in commands(page, "launch/multinode.sh"):
+        options = multinode.parser().parse_args(words)
+        if options.recipe != "RECIPE":
+            resolve(options.recipe, options.overrides)
+
+
+def test_torchrun_commands_of_the_docs():
+    for words in commands("docs/clusters.md", ".venv/bin/torchrun"):
+        parsed = get_args_parser().parse_args(words)
+        assert parsed.module and parsed.training_script == "pipeline.cli" and parsed.training_script_args[0] == "train"
+        recipe, *rest = parsed.training_script_args[1:]
+        resolve(recipe, rest[1:])
+
+
+def test_ray_commands_of_the_docs():
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    found = re.findall(r"`\.venv/bin/ray\s+start\s+([^`]+)`", text)
+    assert len(found) == 2
+    for line in found:
+        cli.commands["start"].make_context("start", shlex.split(line))
