@@ -1,8 +1,9 @@
-"""The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights that stays in the L2 cache, and
-leaves its two products to cuBLAS. The rest (targets, gradients of exact entries, collectors) is shared with the chunked kernel."""
+"""The kernel in Triton, for GPUs: in forward logits stay in registers; backward writes a tile of weights and leaves its two products to
+cuBLAS. The rest (targets, gradients of exact entries, collectors) is shared with the chunked kernel."""
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ from partial_fc.kernels.exact_entries import ExactEntries, ExactGradients, targe
 from partial_fc.kernels.tiles import Chunk, Tile, TileLoop, multiply
 
 UNITS_BYTES = 32 << 20  # of a chunk of unit columns
-WEIGHTS_BYTES = 24 << 20  # of a tile of weights: with the units it stays in an H100's 50 MB of L2 until the next product
+# Of a tile of weights. Its three products (103 GFLOP at D = 512) would take an H100 0.16 ms at 65 % of its rate, and the host needs about
+# 0.1 ms for the six launches of a chunk. An L2 of 50 MB does not hold it: that costs the products 1.2 TB/s, of the 3.3 that memory has.
+WEIGHTS_BYTES = 64 << 20
 PARTIAL_BYTES = 32 << 20  # of sums per row and block of columns, before they are added
-ROWS = 4  # columns per program where no product is involved
+ROWS = 4  # columns per program where no product is involved, as far as registers hold so many elements:
+ELEMENTS = 8192
 
 
 class Blocks(NamedTuple):
@@ -30,12 +34,16 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# The fastest is measured once per kind of problem and process, so two processes may add in another order and round differently.
+# The fastest is measured once per kind of problem and process, so two processes may add in another order and round differently. All of
+# them fit into registers and shared memory: tests/partial_fc/test_compiled.py. Wider ones do on Hopper alone.
+ROUNDED = (Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 64, 8, 4))
+ROUNDED_HOPPER = (Blocks(128, 256, 64, 8, 3), *ROUNDED, Blocks(64, 256, 64, 4, 3))
+ROUNDED_BLACKWELL = (Blocks(128, 128, 64, 8, 4), Blocks(64, 256, 64, 8, 3))
 # float32 has no tensor cores, and its accumulators compete with operands for registers.
-ROUNDED = (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 64, 8, 4), Blocks(64, 256, 64, 4, 3))
 EXACT = (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3))
 INTERPRETED = (Blocks(16, 64, 16, 4, 1),)
 _fastest: dict[tuple[object, ...], Blocks] = {}
+logger = logging.getLogger(__name__)
 
 
 def refusal(problem: Problem) -> str | None:
@@ -49,11 +57,50 @@ def refusal(problem: Problem) -> str | None:
         return "computes no maps: choose kernel 'auto'"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"multiplies in float32 or bfloat16, but was asked for {problem.dtype}: choose kernel 'auto'"
+    if device.type == "cuda" and (refusal := _refusal_of(device)) is not None:
+        return refusal
     if problem.statistic.triton_terms not in _programs().KNOWN_TERMS:
         return f"has no terms of {type(problem.statistic).__name__}: choose kernel 'auto'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later: choose kernel 'auto'"
     return None
+
+
+@functools.cache
+def _refusal_of(device: torch.device) -> str | None:
+    """Why no problem can be served on a GPU, found out once per process. Other ranks may find otherwise: kernels answer with the same
+    vectors, so that ranks may differ in theirs."""
+    if _capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later: choose kernel 'auto'"
+    try:
+        _first_launch(device)
+    except Exception as error:  # of a compiler, an assembler, a cache, a driver: whatever it is, chunked can do without
+        refusal = (
+            f"cannot launch its first program ({' '.join(str(error).split())}): Triton needs a C compiler (gcc, clang or the one in CC), "
+            "Python.h (package python3-dev) and a folder to write to (TRITON_CACHE_DIR); kernel 'chunked' needs none of them"
+        )
+        logger.warning("kernel 'triton' %s and is what 'auto' takes", refusal)
+        return refusal
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _choice(problem: Problem) -> tuple[Blocks, ...]:
+    if _is_interpreted():
+        return INTERPRETED
+    if problem.dtype is torch.float32:
+        return EXACT
+    major, _ = _capability(problem.queries_BD.device)
+    return {9: ROUNDED_HOPPER, 10: ROUNDED_BLACKWELL}.get(major, ROUNDED)
+
+
+def _first_launch(device: torch.device) -> None:
+    """Of a small program. Triton first compiles, and links with Python, what launches them."""
+    row_1D = torch.zeros(1, 16, device=device)
+    with torch.cuda.device_of(row_1D):
+        _programs().unit_rows[(1,)](torch.empty_like(row_1D), row_1D, row_1D.new_empty(1), 1, 16, 16, 1)
 
 
 @functools.cache
@@ -77,7 +124,7 @@ class FusedForward(TileLoop):
     bias_in_operands = False  # adding it to logits in registers costs nothing
 
     def __init__(self, problem: Problem) -> None:
-        self.choice = INTERPRETED if _is_interpreted() else EXACT if problem.dtype is torch.float32 else ROUNDED
+        self.choice = _choice(problem)
         super().__init__(problem)
 
     def largest(self, batch: int, width: int) -> int:
@@ -96,8 +143,9 @@ class FusedForward(TileLoop):
         return Chunk(span, columns_nD, inverse_n1, units_nD)
 
     def by_row(self, program: Any, x_nD: Tensor, *tensors: Tensor | None) -> None:
-        (count, width), rows = x_nD.shape, 64 if _is_interpreted() else ROWS
-        program[(-(-count // rows),)](x_nD, *tensors, count, width, 1 << (width - 1).bit_length(), rows)
+        (count, width), padded = x_nD.shape, 1 << (x_nD.shape[1] - 1).bit_length()
+        rows = 64 if _is_interpreted() else max(1, min(ROWS, ELEMENTS // padded))
+        program[(-(-count // rows),)](x_nD, *tensors, count, width, padded, rows)
 
     def by_block(self, program: str, chunk: Chunk, *outputs: Tensor | int | None) -> int:
         """Runs a program on all rows and a chunk of columns; returns the number of columns per block."""
@@ -153,11 +201,12 @@ def _total(loop: FusedForward) -> Total:
     sums, largest = (torch.empty(capacity, batch, device=loop.queries_BD.device) for _ in range(2))
     columns = torch.empty(capacity, batch, device=loop.queries_BD.device, dtype=torch.int32)
     total = Total(sums.new_zeros(batch), sums.new_full((batch,), -torch.inf), columns.new_full((batch,), -1))
+    best_B = total.largest_B.clone()
     filled = 0
     for chunk in loop.chunks():
         if filled + most > capacity:
             total, filled = _added(total, Total(sums[:filled], largest[:filled], columns[:filled]), shifts), 0
-        filled += -(-len(chunk.units_nD) // loop.by_block("row_sums", chunk, sums, largest, columns, filled))
+        filled += -(-len(chunk.units_nD) // loop.by_block("row_sums", chunk, sums, largest, columns, best_B, filled))
     return _added(total, Total(sums[:filled], largest[:filled], columns[:filled]), shifts)
 
 
@@ -194,16 +243,26 @@ def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
 
 
 class FusedBackward(FusedForward):
-    """Chunks in backward, with their tile of weights."""
+    """Chunks in backward, with their tile of weights. Gradients of columns are computed where they will lie, unless that is narrower."""
+
+    def __init__(self, problem: Problem, needed: NeededGradients) -> None:
+        self.gradient_SD = problem.columns.source.gradient_memory() if needed.source else None
+        super().__init__(problem)
 
     def largest(self, batch: int, width: int) -> int:
-        return max(256, min(super().largest(batch, width), WEIGHTS_BYTES // (batch * self.problem.dtype.itemsize)))
+        weights_bytes = min(WEIGHTS_BYTES, self.problem.tile_bytes)
+        return max(256, min(super().largest(batch, width), weights_bytes // (batch * self.problem.dtype.itemsize)))
 
     def allocate(self, batch: int, width: int) -> None:
         super().allocate(batch, width)
         self.tile = self.queries_BD.new_empty(batch, -(-self.size // 256) * 256)  # whole blocks
-        self.wide = self.problem.queries_BD.new_empty(self.size, width)
+        wide, memory = self.problem.queries_BD.dtype, self.gradient_SD
+        self.in_place_SD = memory if memory is not None and memory.dtype is wide else None
+        self.wide = self.queries_BD.new_empty(self.size if self.in_place_SD is None else 0, width, dtype=wide)
         self.ordered: tuple[Tensor, Tensor] | None = None
+
+    def gradient_memory(self, span: slice) -> Tensor:
+        return self.wide[: span.stop - span.start] if self.in_place_SD is None else self.in_place_SD[span]
 
     def weigh(self, chunk: Chunk, shift_B1: Tensor | None) -> tuple[Tensor, Tile]:
         self.by_block("weights", chunk, self.tile, shift_B1, self.tile.stride(0))
@@ -217,7 +276,7 @@ class FusedBackward(FusedForward):
             every = torch.arange(self.count + 1, device=columns_m.device, dtype=torch.int32)
             self.ordered = torch.searchsorted(columns_m, every, out_int32=True), exact.gradients_mD[order_m]
         starts, gradients_mD = self.ordered
-        grad_nD = multiply(weights_Bn.T, weighted_BD, self.wide[: len(chunk.units_nD)])
+        grad_nD = multiply(weights_Bn.T, weighted_BD, self.gradient_memory(chunk.span))
         starts_n = starts[chunk.span.start : chunk.span.stop + 1]
         self.by_row(_programs().column_gradients, grad_nD, chunk.columns_nD, chunk.inverse_n1, starts_n, gradients_mD)
         return grad_nD
@@ -225,8 +284,9 @@ class FusedBackward(FusedForward):
 
 def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients) -> Gradients:
     with torch.cuda.device_of(problem.queries_BD):
-        loop_type = FusedBackward if len(problem.queries_BD) else TileLoop
-        return chunked.backward(problem, result, slopes, needed, loop_type)
+        if problem.columns.size and len(problem.queries_BD):
+            result = result._replace(cache=FusedBackward(problem, needed))
+        return chunked.backward(problem, result, slopes, needed)
 
 
 def top(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:

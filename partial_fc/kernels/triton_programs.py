@@ -60,18 +60,29 @@ def _block(batch, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _local(place, first, columns):
-    """Column in this chunk, or -1: comparing 32 bits with every entry costs half as much as 64."""
-    local = place - first
+def _left_out(columns_of_rows, rows, first, batch, columns):
+    """Column in this chunk of each row's entry, or -1: comparing 32 bits with every entry costs half as much as 64."""
+    local = tl.load(columns_of_rows + rows, mask=rows < batch, other=-1) - first
     return tl.where((local >= 0) & (local < columns), local, -1).to(tl.int32)
 
 
 @triton.jit
+def _any(is_so):
+    return tl.max(is_so.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def _logits(
-    queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns,
+    queries, units, bias, masked, labels, column_labels, exact, first, rows, start, batch, columns,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BLOCK_M, BLOCK_N] of these rows and columns in float32, -inf for columns that are not non-targets."""
+    """Logits [BLOCK_M, BLOCK_N] of these rows and of columns from `start` on in float32, -inf for columns that are not non-targets."""
+    cols = start + tl.arange(0, BLOCK_N)
+    # Read before the product, which hides it.
+    if labels is None:
+        target = _left_out(masked, rows, first, batch, columns)
+    if exact is not None:
+        other = _left_out(exact, rows, first, batch, columns)
     inner = tl.arange(0, BLOCK_K)
     # Beyond the edges the last row or column is read again.
     query = queries + tl.minimum(rows, batch - 1).to(tl.int64)[:, None] * WIDTH + inner[None, :]
@@ -87,21 +98,24 @@ def _logits(
         logits = tl.dot(left, right, logits, input_precision="ieee")
         query += BLOCK_K
         unit += BLOCK_K
-    # One addition for the bias, classes left out and columns beyond the edge.
-    if bias is None:
-        logits += tl.where(cols < columns, 0.0, float("-inf"))[None, :]
-    else:
-        logits += tl.load(bias + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)[None, :]
-    if labels is None:
-        masked_place = _local(tl.load(masked + rows, mask=rows < batch, other=-1), first, columns)
-        logits = tl.where(cols[None, :] == masked_place[:, None], float("-inf"), logits)
-    else:
+    if bias is not None:
+        logits += tl.load(bias + cols, mask=cols < columns, other=0.0).to(tl.float32)[None, :]
+    if labels is not None:
         label = tl.load(labels + rows, mask=rows < batch, other=0)
         column_label = tl.load(column_labels + cols, mask=cols < columns, other=0)
         logits = tl.where(column_label[None, :] == label[:, None], float("-inf"), logits)
+    # Few blocks have an entry to leave out, and one in a row has an edge: the others compare none of their entries.
+    is_special = start + BLOCK_N > columns
+    if labels is None:
+        is_special |= _any((target >= start) & (target < start + BLOCK_N))
     if exact is not None:
-        place = _local(tl.load(exact + rows, mask=rows < batch, other=-1), first, columns)
-        logits = tl.where(cols[None, :] == place[:, None], float("-inf"), logits)
+        is_special |= _any((other >= start) & (other < start + BLOCK_N))
+    if is_special:
+        logits += tl.where(cols < columns, 0.0, float("-inf"))[None, :]
+        if labels is None:
+            logits = tl.where(cols[None, :] == target[:, None], float("-inf"), logits)
+        if exact is not None:
+            logits = tl.where(cols[None, :] == other[:, None], float("-inf"), logits)
     return logits
 
 
@@ -109,8 +123,13 @@ def _logits(
 def softplus(x):
     """log(1 + e^x), accurate down to e^x: a sum over a million classes needs the small terms, which 1 + e^x rounds away."""
     t = tl.exp2(-tl.abs(x) * LOG2_E)
-    small = t * (1.0 - t * (0.5 - t * (0.33333333 - t * (0.25 - t * 0.2))))
-    return tl.maximum(x, 0.0) + tl.where(t < 0.0625, small, tl.log2(1.0 + t) * LN_2)
+    # log(1 + t) / t for t in [0, 1], to 2e-7 of its value: a least-squares fit in Chebyshev polynomials, reweighted until its errors were
+    # level. A logarithm would cost as much as the exponential, and lose the digits of a small t.
+    ratio = -0.0295051327 + t * 0.00523266806
+    ratio = -0.136632304 + t * (0.0782257758 + t * ratio)
+    ratio = -0.248429801 + t * (0.191059991 + t * ratio)
+    ratio = -0.499994931 + t * (0.333190965 + t * ratio)
+    return tl.maximum(x, 0.0) + t * (0.99999997 + t * ratio)
 
 
 @triton.jit
@@ -135,27 +154,31 @@ def _weights(z, TERMS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["offset", "first", "batch", "columns"])
 def row_sums(
-    sums, largest, places, offset,
+    sums, largest, places, best, offset,
     queries, units, bias, masked, labels, column_labels, exact, first, batch, columns,
     WIDTH: tl.constexpr, TERMS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """For every row and block of columns, [blocks, B] each from block `offset` on: the sum of terms (with SHIFTS of logits minus the
-    largest), the largest logit, and its column."""
+    largest), the largest logit, and, where no block before had a larger one, its column. `best` [B] is the largest of all so far."""
     block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = block_n * BLOCK_N
+    cols = start + tl.arange(0, BLOCK_N)
+    known = tl.load(best + rows, mask=rows < batch, other=float("inf"))
     logits = _logits(
-        queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+        queries, units, bias, masked, labels, column_labels, exact, first, rows, start, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
     )
     top = tl.max(logits, axis=1)
-    place = tl.max(tl.where(logits == top[:, None], cols[None, :], -1), axis=1)
+    at = (offset + block_n).to(tl.int64) * batch + rows
+    tl.store(largest + at, top, mask=rows < batch)
+    # The block of the largest of all comes here whatever ran before it, so that the result does not depend on the order.
+    if _any(top >= known):
+        place = tl.max(tl.where(logits == top[:, None], cols[None, :], -1), axis=1)
+        tl.store(places + at, (first + place).to(tl.int32), mask=rows < batch)
+        tl.atomic_max(best + rows, top, mask=rows < batch, sem="relaxed")
     if SHIFTS:
         logits -= tl.maximum(top, -1e30)[:, None]  # -inf minus -inf would be NaN
-    values = _terms(logits, TERMS)
-    at = (offset + block_n).to(tl.int64) * batch + rows
-    tl.store(sums + at, tl.sum(values, axis=1), mask=rows < batch)
-    tl.store(largest + at, top, mask=rows < batch)
-    tl.store(places + at, (first + place).to(tl.int32), mask=rows < batch)
+    tl.store(sums + at, tl.sum(_terms(logits, TERMS), axis=1), mask=rows < batch)
 
 
 @triton.jit(do_not_specialize=["first", "batch", "columns"])
@@ -167,9 +190,10 @@ def weights(
     """out [B, stride] = rounded weights of z, with SHIFTS of z - shift; 0 for columns that are not non-targets or beyond the edge."""
     block_m, block_n = _block(batch, columns, BLOCK_M, BLOCK_N)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = block_n * BLOCK_N
+    cols = start + tl.arange(0, BLOCK_N)
     logits = _logits(
-        queries, units, bias, masked, labels, column_labels, exact, first, rows, cols, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
+        queries, units, bias, masked, labels, column_labels, exact, first, rows, start, batch, columns, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K
     )
     if SHIFTS:
         logits -= tl.load(shift + rows, mask=rows < batch, other=0.0).to(tl.float32)[:, None]

@@ -16,8 +16,8 @@ from torch.nn import functional
 from partial_fc import LogSumExp, TopK, of_classes, similarity_statistics
 from partial_fc.columns import Mask
 from partial_fc.device_policy import forced
-from partial_fc.kernels import NeededGradients, Problem, reference, triton_kernel
-from partial_fc.prototype_sources import SampledRows
+from partial_fc.kernels import NeededGradients, Problem, chunked, reference, triton_kernel
+from partial_fc.prototype_sources import AllRows, SampledRows
 from partial_fc.statistics import softplus
 from tests.partial_fc import test_kernels as kernels
 from tests.partial_fc.test_similarity import LargestTensor
@@ -203,6 +203,56 @@ def test_sampled_rows(small_chunks):
     torch.testing.assert_close(*slopes)
 
 
+class Memory(AllRows):
+    """Notes whether each gradient was computed where it lies."""
+
+    def collector(self, memory=None):
+        collector = super().collector(memory)
+        store = collector.store
+        self.in_place = []
+
+        def noted(rows, gradient_nD):
+            self.in_place.append(gradient_nD.data_ptr() == collector.memory_nD[rows].data_ptr())
+            store(rows, gradient_nD)
+
+        collector.store = noted
+        return collector
+
+
+@interpreted
+@pytest.mark.parametrize(("storage", "in_place"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_gradients_are_computed_where_they_lie_unless_that_is_narrower(storage, in_place, small_chunks):
+    case, slopes = single(kernels.make(7, 600, 6)), []
+    for kernel in ("reference", "triton"):
+        prototypes = case["prototypes"].to(storage).requires_grad_()
+        source = Memory(prototypes)
+        statistics = similarity_statistics(
+            case["features"], of_classes(source, case["labels"]), LogSumExp(), scale=9.0, dtype="float32", kernel=kernel
+        )
+        (statistics.non_target_B.sum() - statistics.target_B.sum()).backward()
+        slopes.append(prototypes.grad.float())
+    assert source.in_place == [in_place] * 3
+    torch.testing.assert_close(*slopes, **({} if in_place else {"rtol": 2**-7, "atol": 1e-4}))
+
+
+@interpreted
+@pytest.mark.parametrize("shifts", [False, True])
+def test_ranks_may_differ_in_their_kernel(shifts, small_chunks):
+    """As where one machine cannot launch: what a rank sends has the same form and means the same."""
+    case = single(kernels.make(7, 600, 6))
+    problem = Problem(
+        functional.normalize(case["features"]) * 20, of_classes(case["prototypes"], case["labels"]), LogSumExp(), shifts=shifts
+    )
+    ours, other = (kernel.forward(problem, NeededGradients()) for kernel in (triton_kernel, chunked))
+    for name in ("target_B", "sum_B", "shift_B"):
+        assert getattr(ours, name).shape == getattr(other, name).shape and getattr(ours, name).dtype is getattr(other, name).dtype
+    torch.testing.assert_close(ours.target_B, other.target_B)
+    torch.testing.assert_close(ours.shift_B + ours.sum_B.log(), other.shift_B + other.sum_B.log())
+    for found, expected in zip(triton_kernel.top(problem, 1), chunked.top(problem, 1), strict=True):
+        assert found.dtype is expected.dtype
+        torch.testing.assert_close(found, expected)
+
+
 @interpreted
 def test_strided_inputs():
     case = single(kernels.make(7, 40, 6))
@@ -252,32 +302,3 @@ def test_without_a_gpu_or_triton_it_refuses_and_auto_takes_another(installed, se
     with pytest.raises(ValueError, match=f"kernel 'triton' {sentence}"):
         similarity_statistics(*inputs, scale=1.0, kernel="triton")
     similarity_statistics(*inputs, scale=1.0, dtype="bfloat16", kernel="auto")
-
-
-@pytest.mark.skipif(IS_INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.parametrize(
-    ("program", "terms", "shifts"), [("row_sums", "exp2", False), ("weights", "exp2", True), ("weights", "softplus", False)]
-)
-def test_compiles_for_tensor_cores_without_a_gpu(program, terms, shifts, tmp_path, monkeypatch):
-    """What the interpreter does not see: types, layouts, and that products of bfloat16 are those of Hopper."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, blocks = getattr(triton_kernel._programs(), program), triton_kernel.ROUNDED[1]
-    constants = {"WIDTH": 512, "TERMS": terms, "SHIFTS": shifts, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k}
-    constants |= {"labels": None, "column_labels": None} | ({"exact": None} if program == "row_sums" else {"bias": None})
-    pointers = {"queries": "*bf16", "units": "*bf16", "out": "*bf16", "shift": "*bf16", "masked": "*i64", "exact": "*i64"}
-    pointers |= {"bias": "*fp32", "sums": "*fp32", "largest": "*fp32", "places": "*i32"}
-    names = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in pointers and name not in constants},
-    )
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 113 * 1024  # two programs at a time: one adds up while the other multiplies
