@@ -202,6 +202,7 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": accumulation,
                 "gradient_clipping": optimizer.clip,  # its own default is 1.0
                 "zero_allow_untested_optimizer": True,
+                "communication_data_type": "bf16" if config.compress else "fp32",  # without autocast
                 "zero_optimization": {
                     "stage": config.zero_stage,
                     "reduce_bucket_size": BUCKET,

@@ -79,6 +79,7 @@ def engines(run: Run) -> Iterator[Row]:
     for column, what in enumerate(steps):
         middle, ratio = median(row[column] for row in times), median(row[column] / row[0] for row in times)
         yield Row(f"{name}, batch {batch}: a step with {what}", float(f"{middle:.4g}"), "s", "", f"{ratio:.3g} of ddp's")
+    yield unmeasured("a step with gradients that travel in bfloat16 (engine.compress)", "it needs two GPUs, and this step takes one")
 
 
 def _engine_step(engine: Engine, images_bCHW: Tensor) -> None:

@@ -120,7 +120,8 @@ def _in_triton(job: Job) -> tuple[int, int]:
     forward = columns * width * (item + _loaded(job)) + max(sums, min(sums * -(-held // columns), PARTIAL_BYTES))
     columns = _chunk(held, min(largest, WEIGHTS_BYTES // (batch * item)))
     weights = batch * -(-columns // 256) * 256 * item
-    return columns, max(forward, columns * width * (item + 4 + _loaded(job)) + weights + 8 * held)
+    product = 4 if job.in_backward or job.storage_dtype == "bfloat16" else 0  # otherwise it is computed where the gradient lies
+    return columns, max(forward, columns * width * (item + product + _loaded(job)) + weights + 8 * held)
 
 
 def _loaded(job: Job) -> int:

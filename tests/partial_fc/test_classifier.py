@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from partial_fc import LogSumExp, PartialFC, RowSGD, collectives, losses, of_classes, similarity_statistics
+from partial_fc import classifier as classifier_module
 from partial_fc.shards import ClassShard, initial_prototypes
 from tests.partial_fc.oracle import loss_and_gradients, relative_error
 
@@ -174,3 +175,19 @@ def test_cosines_for_monitoring():
 def test_bad_input_ends_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_cosines_for_metrics_take_the_classifiers_own_products(monkeypatch):
+    """A line of metrics in float32 would cost a run with bfloat16 products several steps."""
+    options = []
+
+    def seen(*arguments, **given):
+        options.append(given)
+        return similarity_statistics(*arguments, **given)
+
+    monkeypatch.setattr(classifier_module, "similarity_statistics", seen)
+    classifier = PartialFC(37, 8, losses.build("cosface"), dtype="bfloat16", kernel="chunked", tile_megabytes=3)
+    target, hardest = classifier.cosines(*batch(37, 8, 12))
+    assert options[0]["dtype"] == "bfloat16" and options[0]["kernel"] == "chunked" and options[0]["tile_megabytes"] == 3
+    exact = PartialFC(37, 8, losses.build("cosface")).cosines(*batch(37, 8, 12))
+    torch.testing.assert_close((target, hardest), exact, rtol=0, atol=1e-6)

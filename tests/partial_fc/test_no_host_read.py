@@ -8,8 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from partial_fc import PartialFC, RowAdamW, RowSGD, losses
+from partial_fc import LogSumExp, PartialFC, RowAdamW, RowSGD, losses, of_classes, similarity_statistics
 from partial_fc.optimizers import adamw, sgd
 
 CLASSES, WIDTH, BATCH = 700, 16, 12
@@ -82,3 +83,22 @@ def test_optimizers(rule, unsampled, in_backward, storage):
 
 def test_micro_batches():
     steps(losses.build("cosface"), partial(RowSGD, lr=0.1), micro=2, sample_rate=0.1)
+
+
+class Launches(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_few_large_operations():
+    """A rank with a quarter of a million classes and a batch of 4096, in torch operations alone: some 100 for each chunk of a GPU's size."""
+    prototypes = torch.zeros(250_000, 512, device="meta", requires_grad=True)
+    features = torch.zeros(4096, 512, device="meta", requires_grad=True)
+    columns = of_classes(prototypes, torch.zeros(4096, dtype=torch.int64, device="meta"))
+    with Launches() as launches:
+        similarity_statistics(features, columns, LogSumExp(), scale=64.0, dtype="bfloat16", kernel="chunked").non_target_B.sum().backward()
+    print(f"{launches.count} operations")
+    assert launches.count < 2000

@@ -39,11 +39,10 @@ def steps(config, count=2, optimizer=SGD, backbone="small"):
     return state, dtypes
 
 
-@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
-def test_compressed_gradients_differ_by_their_rounding_only(ranks, engine):
+@pytest.mark.parametrize(("engine", "precision"), [("ddp", "float32"), ("deepspeed", "float32"), ("deepspeed", "bfloat16")])
+def test_compressed_gradients_differ_by_their_rounding_only(ranks, engine, precision):
     plain, narrow = (
-        ranks(2).run(steps, EngineConfig(engine, precision="float32" if engine == "ddp" else "bfloat16", compress=compress), 1)[0][0]
-        for compress in (False, True)
+        ranks(2).run(steps, EngineConfig(engine, precision=precision, compress=compress), 1)[0][0] for compress in (False, True)
     )
     differ = False
     for name, tensor in plain.items():
@@ -182,7 +181,8 @@ def test_arguments_of_deepspeed_exist(device, monkeypatch):
     import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    asked = {}
+    asked, probed = {}, dict.fromkeys(["deepspeed_shm_comm"])
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", probed)
 
     def initialize(*arguments, **options):
         inspect.signature(original).bind(*arguments, **options)
@@ -198,6 +198,7 @@ def test_arguments_of_deepspeed_exist(device, monkeypatch):
     with pytest.raises(AskedError):
         build_engine(EngineConfig("deepspeed"), SGD, build(BackboneConfig("small"), 32), place, 1)
     assert asked["zero_optimization"]["overlap_comm"] is (device == "cuda")
+    assert probed["deepspeed_shm_comm"] is (False if device == "cpu" else None)  # the extension is for CPUs
     assert set(asked["zero_optimization"]) <= set(DeepSpeedZeroConfig.model_fields)
     assert asked["zero_optimization"]["reduce_bucket_size"] == BUCKET
     modules = ("runtime.config", "runtime.constants", "runtime.zero.config", "utils.config")

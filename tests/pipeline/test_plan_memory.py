@@ -39,6 +39,7 @@ def on_fake_gpus(monkeypatch):
     monkeypatch.setattr(RowOptimizer, "_steps", lambda optimizer, parameter: 0)  # too
     monkeypatch.setattr(mem_tracker, "get_untyped_storages", with_sparse(mem_tracker.get_untyped_storages))
     monkeypatch.setattr(triton_kernel, "refusal", lambda problem: None)
+    monkeypatch.setattr(triton_kernel, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_kernel, "_programs", NoPrograms)
     monkeypatch.setattr(triton_kernel, "_milliseconds", lambda run, blocks: 0.0)
     monkeypatch.setattr(sgd, "sgd", lambda *tensors, **options: None)  # the fused one moves rows in place, and has no fake form
