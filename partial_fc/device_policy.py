@@ -34,9 +34,9 @@ CPU = DevicePolicy(
     pools_memory=True,
     has_wide_products=False,
 )
-# A chunk takes some 100 operations forward and backward, about 0.5 ms of the host: with 128 MB its products take as long (B = 4096, D = 512,
-# 16,384 columns in bfloat16, at 60 % of an H100's rate), with 8 MB they would wait for the host most of the time. L2 holds a part of such a
-# tile only; reading it from memory costs 0.04 ms.
+# A chunk takes some 100 operations forward and backward, about 0.5 ms of the host. With 128 MB its products take as long (B = 4096,
+# D = 512, 16,384 columns in bfloat16, at 60 % of an H100's rate); with 8 MB they would wait for the host most of the time. L2 holds only
+# a part of such a tile, but reading it from memory costs no more than 0.04 ms.
 GPU = DevicePolicy(
     tile_bytes=128 << 20,
     units_bytes=128 << 20,

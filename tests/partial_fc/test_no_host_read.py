@@ -94,7 +94,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_step_is_few_large_operations():
-    """A rank with a quarter of a million classes and a batch of 4096, in torch operations alone: some 100 for each chunk of a GPU's size."""
+    """A rank with a quarter of a million classes and a batch of 4096, in torch operations: some 100 for each chunk of a GPU's size."""
     prototypes = torch.zeros(250_000, 512, device="meta", requires_grad=True)
     features = torch.zeros(4096, 512, device="meta", requires_grad=True)
     columns = of_classes(prototypes, torch.zeros(4096, dtype=torch.int64, device="meta"))
