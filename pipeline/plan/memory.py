@@ -81,11 +81,12 @@ def _held(job: Job) -> int:
 
 def _classifier(job: Job) -> dict[str, int]:
     rows, width, held = job.rows, job.width, _held(job)
-    micro_batches = 1 if job.rate == 1 else job.accumulation  # gradients of samples are added at the end of the step only
+    # Gradients of samples are added at the end of the step only, dense ones when the next is there.
+    gradients = min(job.accumulation, 2) if job.rate == 1 else job.accumulation
     return {
         "prototypes": rows * width * BYTES[job.storage_dtype],
         "optimizer": rows * width * 4 * STATES[job.optimizer],
-        "gradient": 0 if job.in_backward else micro_batches * held * width * BYTES[job.storage_dtype],
+        "gradient": 0 if job.in_backward else gradients * held * width * BYTES[job.storage_dtype],
         "bank": rows * (width * 4 + 8) if job.bank else 0,
         "sample": 0 if job.rate == 1 else rows * 40 + held * 10,  # the columns of all classes, and what drawing them takes
     }

@@ -106,7 +106,10 @@ class Step:
             else:
                 features_bD = torch.zeros(self.job.local, self.job.width)
             leaf_bD = features_bD.detach().requires_grad_()
-            self.classifier(leaf_bD, self.labels).backward()
+            for micro in range(self.job.accumulation):
+                if micro:
+                    tracker.reset_mod_stats()  # it wants to see a module once
+                self.classifier(leaf_bD, self.labels).backward()
             if self.job.has_backbone:
                 self.engine.backward(features_bD, leaf_bD.grad, True)
                 self.engine.step(0.1)
@@ -133,6 +136,7 @@ def test_tensors_of_a_step_are_within_a_tenth(on_fake_gpus, backbone):
         pytest.param(Job(1_000_000, ranks=8), id="rate 1"),
         pytest.param(Job(1_000_000, ranks=8, dtype="float32"), id="float32, so in torch instead of Triton"),
         pytest.param(Job(200_000, batch=128), id="one GPU"),
+        pytest.param(Job(1_000_000, batch=4096, ranks=8, accumulation=4), id="micro-batches"),
         pytest.param(Job(1_000_000, ranks=8, rate=0.1), id="sampled"),
         pytest.param(Job(10_000_000, ranks=8, batch=4096, rate=0.1), id="sampled, large"),
         pytest.param(Job(1_000_000, ranks=8, rate=0.1, in_backward=True), id="sampled, in backward"),
