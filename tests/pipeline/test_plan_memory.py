@@ -33,6 +33,8 @@ def on_fake_gpus(monkeypatch):
     """Call it with a number of ranks, of which this process is one; nothing holds data, and the Triton kernel runs without its programs."""
 
     def start(ranks: int) -> None:
+        if dist.is_initialized():  # a group of one, which other tests leave
+            dist.destroy_process_group()
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
     monkeypatch.setattr(BatchCheck, "faults", lambda check: (None, None))  # reads values
