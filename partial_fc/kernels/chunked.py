@@ -46,17 +46,15 @@ def forward(problem: Problem, needed: NeededGradients) -> ShardStatistics:
     return ShardStatistics(target_products(problem), sum_B, largest_B / loop.base, exact_columns_B if loop.is_rounded else None, cache)
 
 
-def backward(
-    problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients, loop_type: type[TileLoop] = TileLoop
-) -> Gradients:
+def backward(problem: Problem, result: ForwardResult, slopes: Slopes, needed: NeededGradients) -> Gradients:
     queries_BD, columns, statistic = problem.queries_BD, problem.columns, problem.statistic
     grad_queries_BD = torch.zeros_like(queries_BD)
     grad_bias_n = None if columns.bias_n is None else torch.zeros_like(columns.bias_n)
     grad_scale_B1 = None if problem.scale_B1 is None else torch.zeros_like(problem.scale_B1)
     if not columns.size:
         return Gradients(grad_queries_BD, columns.source.collector().gradients() if needed.source else (), grad_bias_n, grad_scale_B1)
-    cache: CachingLoop | None = result.cache  # forward's loop, with its memory
-    loop = loop_type(problem) if cache is None else cache
+    cache: CachingLoop | None = result.cache  # a loop with memory for the gradient: forward's, or that of another kernel
+    loop = TileLoop(problem) if cache is None else cache
     row_factor_B, shift_B1 = statistic.row_factors(slopes.value_B, result.value_B, problem.shifts, loop.is_rounded)
     # Exact entries come from rows that are read before a collector can change them.
     targets = ExactEntries.of(queries_BD, columns, columns.targets_B)
