@@ -124,7 +124,7 @@ def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
 
 def keep_freed_memory() -> None:
     """Lets the C library keep memory that tensors free on a CPU. By default it returns large blocks to the system, and taking them again
-    costs a page fault per 4 KB: half the time of a step (docs/numerics.md). Only for this process; the peak stays the same."""
+    costs a page fault per 4 KB, a fifth to a quarter of a step's time; the peak grows by up to a fifth (docs/numerics.md)."""
     trim_threshold, mmap_threshold = -1, -3  # mallopt's numbers for them
     c_library = ctypes.CDLL(None)
     if hasattr(c_library, "mallopt"):  # glibc

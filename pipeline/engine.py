@@ -28,7 +28,7 @@ class EngineConfig:
     zero_stage: Literal[1, 2] = 1  # 1 shards the optimizer's state over ranks, 2 its gradients too
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the backbone's products; auto: bfloat16 where the hardware has it
     compress: bool = False  # gradients travel between ranks in bfloat16: half the bytes, and a rounding per rank
-    compile: bool = False  # torch.compile of the backbone: minutes at the start, and a C++ compiler on a CPU
+    compile: bool = False  # torch.compile of the backbone: half a minute or more at the start, and a C++ compiler on a CPU
 
     def __post_init__(self) -> None:
         if self.name not in ("deepspeed", "ddp"):
@@ -206,7 +206,6 @@ class DeepSpeedEngine:
                 "zero_optimization": {
                     "stage": config.zero_stage,
                     "reduce_bucket_size": BUCKET,
-                    "allgather_bucket_size": BUCKET,
                     "overlap_comm": not on_cpu,  # gradients travel during backward; a CPU has no streams for it
                 },
                 "torch_autocast": {

@@ -115,12 +115,7 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
     fields = FIXED | {dotted: options[name] for name, dotted in RENAMED.items() if options.get(name) is not None}
     fields["run.batch"] = options["batch_size"] * ranks * options["gradient_acc"]
     fields["optimizer.warmup_epochs"] = max(0, options.get("warmup_epoch", 0))
-    if options["optimizer"] != "sgd":
-        unmapped.append(
-            f"optimizer: {options['optimizer']} is used for the backbone only, the classifier keeps SGD; give it a rate of its own, as in "
-            "--set optimizer.classifier_lr=0.1"
-        )
-
+    fields["optimizer.classifier"] = options["optimizer"]  # one for both there
     fields["backbone.name"] = NETWORKS.get(options["network"], options["network"])  # an unknown one is refused by the run, not replaced
     if options["network"] not in NETWORKS:
         unmapped.append(f"network: {options['network']!r} does not exist here; choose another, as in --set backbone.name=iresnet100")

@@ -63,6 +63,7 @@ def test_config_field_by_field(tmp_path):
         "optimizer.lr": 0.2,
         "optimizer.momentum": 0.9,
         "optimizer.name": "sgd",
+        "optimizer.classifier": "sgd",
         "optimizer.power": 2.0,
         "optimizer.schedule": "polynomial",
         "optimizer.warmup_epochs": 2,
@@ -139,16 +140,17 @@ def test_what_arcface_torch_makes_of_combined_margins_is_said(tmp_path):
         assert words in import_config(write(tmp_path, f"config = edict()\nconfig.margin_list = {margins}\n")).unmapped[0]
 
 
-def test_networks_and_optimizers_without_counterpart(tmp_path):
+def test_adamw_moves_the_classifier_too_and_a_network_without_counterpart_is_refused(tmp_path):
     imported = import_config(write(tmp_path, "config = edict(network='vit_l', optimizer='adamw', rec='synthetic', warmup_epoch=-1)\n"))
     assert "data.train" not in imported.fields
     recipe = tmp_path / "imported.py"
     recipe.write_text(recipe_source(imported, "vit.py"))
     with pytest.raises(ValueError, match="there is no backbone named 'vit_l'"):  # rather than another one in its place
         resolve(str(recipe))
-    assert resolve(str(recipe), ["backbone.name=iresnet100"]).backbone.name == "iresnet100"
-    assert imported.fields["optimizer.name"] == "adamw" and imported.fields["optimizer.warmup_epochs"] == 0
-    assert [line.partition(":")[0] for line in imported.unmapped] == ["optimizer", "network", "rec"]
+    config = resolve(str(recipe), ["backbone.name=iresnet100"])
+    assert config.backbone.name == "iresnet100"
+    assert (config.optimizer.name, config.optimizer.classifier, config.optimizer.warmup_epochs) == ("adamw", "adamw", 0)
+    assert [line.partition(":")[0] for line in imported.unmapped] == ["network", "rec"]
 
 
 @pytest.mark.parametrize("setting", ["batch_size = '64'", "lr = None", "margin_list = 0.5", "network = 50", "margin_list = (1.0, 0.5)"])
