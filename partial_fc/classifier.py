@@ -78,6 +78,7 @@ class PartialFC(nn.Module):
         for name in options.keys() - ClassifierConfig.__dataclass_fields__.keys():
             raise TypeError(f"PartialFC has no option {name!r}: {hint_at(name, ClassifierConfig.__dataclass_fields__)}")
         self.config = ClassifierConfig(sample_rate=sample_rate, **options)
+        device = torch.get_default_device() if device is None else device
         self.width, self.seed, self.uneven_batches = width, seed, uneven_batches
         self.loss = loss = build(loss) if isinstance(loss, str) else loss
         self.shared_group = SharedGroup(group)
@@ -92,15 +93,16 @@ class PartialFC(nn.Module):
         self.gradient_factor = float(self.made[1]) if feature_gradient == "averaged" else 1.0
         self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[self.config.storage_dtype]))
         # What the loss learns and tracks; a loss put in its place later uses the same.
-        scalars = {name: torch.tensor(value, device=device) for name, value in loss.learned(num_classes).items()}
-        vectors = {name: torch.full((self.shard.rows,), value, device=device) for name, value in loss.learned_by_class(num_classes).items()}
-        self.learned = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in (scalars | vectors).items()})
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        scalars = {name: torch.tensor(value, **wide) for name, value in loss.learned(num_classes).items()}
+        vectors = {name: torch.full((self.shard.rows,), value, **wide) for name, value in loss.learned_by_class(num_classes).items()}
+        self.learned = nn.ParameterDict({name: nn.Parameter(value) for name, value in (scalars | vectors).items()})
         self.tracked_names = [*loss.tracked(), *loss.queued()]
         for name, value in loss.tracked().items():
-            first = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+            first = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value), **wide)
             self.register_buffer(f"tracked_{name}", first.to(device))
         for name, rows in loss.queued().items():
-            self.register_buffer(f"tracked_{name}", torch.zeros(rows, width, device=device))
+            self.register_buffer(f"tracked_{name}", torch.zeros(rows, width, **wide))
         self.has_bank = loss.uses_bank() or (self.config.substitution_rate > 0 and self.config.substitution_source == "bank")
         if self.has_bank:
             first_bank = bank.empty(self.shard.rows, width, self.prototypes.device)

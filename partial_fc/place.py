@@ -45,8 +45,8 @@ def check_shards_differ(prototypes: Tensor, made: tuple[int, int], group: Group)
     if twins:
         raise ValueError(
             f"ranks {keys.index(keys[twins[0]])} and {twins[0]} hold the same prototypes, which should be of different classes: keep the "
-            "classifier out of engines that broadcast parameters (DDP: partial_fc.keep_out_of_ddp; DeepSpeed: pass the backbone alone), "
-            "and load into each rank its own shard"
+            "classifier out of engines that broadcast or shard parameters (DDP: partial_fc.keep_out_of_ddp; DeepSpeed, FSDP: give the "
+            "backbone alone), and load into each rank its own shard"
         )
 
 
@@ -60,7 +60,7 @@ def check_dtype(before: torch.dtype, after: torch.dtype) -> None:
 
 def saved_place(step: int, shard: ClassShard) -> Tensor:
     """int64 [4], for a state dict: the step, and the classes that the state is of."""
-    return torch.tensor([step, shard.first, shard.rows, shard.num_classes])
+    return torch.tensor([step, shard.first, shard.rows, shard.num_classes], device="cpu")
 
 
 def check_saved(saved: Tensor, shard: ClassShard) -> None:

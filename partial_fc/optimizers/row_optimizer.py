@@ -43,7 +43,7 @@ class RowOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             # Made at once, so that a checkpoint always has them; zeros also give torch's first step.
             matrices = {name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name in self.state_names}
-            self.state[parameter] = {"step": torch.zeros(()), **matrices}
+            self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **matrices}
         self.is_lazy = unsampled == "lazy" and classifier.config.sample_rate < 1
         self._missed: list[tuple[float, ...]] = []  # what rows outside the sample missed, step by step since the last flush
         if self.is_lazy:  # how many of these steps, from the first on, each row has made
@@ -52,6 +52,11 @@ class RowOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = True  # so that GradScaler also calls `step` to skip it, with its findings in `found_inf`
         classifier.companion = self
         classifier.consumer = self if in_backward else None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError(f"{type(self).__name__} moves the rows of its classifier alone: give others an optimizer of their own")
+        super().add_param_group(param_group)
 
     def _move(self, group: dict[str, Any], step: int, grad_nD: Tensor, weight_nD: Tensor, *state_nD: Tensor) -> None:
         """Makes a step of rows, in place; `step` counts from 0."""

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import PartialFC, RowAdamW, RowSGD, keep_out_of_ddp, losses
@@ -113,6 +115,16 @@ def test_ddp_leaves_the_shards_of_a_module_alone_that_keeps_them_out(ranks, rate
 def test_ddp_around_the_classifier_is_refused_at_the_first_step(ranks, rate, way, words):
     for sentence in ranks(2).run(wrapped, rate, way):
         assert words in sentence and "keep_out_of_ddp" in sentence
+
+
+def sharded_by_torch():
+    module = Whole(1.0, is_kept_out=False)
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return sentence_of(module, *part())
+
+
+def test_fsdp_around_the_classifier_is_refused_at_the_first_step(ranks):
+    assert all("give the backbone alone" in sentence for sentence in ranks(2).run(sharded_by_torch))
 
 
 def loaded_everywhere():
@@ -228,6 +240,40 @@ def test_an_optimizer_follows_its_classifier_to_another_dtype(making, rate, unsa
         found.append(classifier.state_dict()["prototypes"])
     assert found[0].dtype is torch.float64
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype):
+    """Frameworks set it while they make a model, for a low precision."""
+
+    parts = [part(step=step) for step in range(2)]
+
+    def trained():
+        classifier = classifier_of(0.3, "unitsface")
+        optimizer = RowAdamW(classifier, lr=0.1)
+        for features, labels in parts:
+            classifier(features, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [*classifier.parameters(), *classifier.buffers()]
+
+    right = trained()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [parameter.detach() for parameter in trained()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) and one.dtype is torch.float32 for one, other in zip(found, right, strict=True))
+
+
+def test_it_is_made_on_torchs_default_device():
+    with torch.device("meta"):
+        assert all(tensor.is_meta for tensor in classifier_of(loss="unitsface").state_dict(keep_vars=True).values() if tensor.ndim == 2)
+
+
+def test_an_optimizer_of_rows_takes_no_other_parameters():
+    optimizer = RowSGD(classifier_of(), lr=0.1)
+    assert "an optimizer of their own" in sentence_of(optimizer.add_param_group, {"params": [nn.Parameter(torch.zeros(3))]})
 
 
 def test_class_counts_move_with_the_classifier():
