@@ -1,4 +1,4 @@
-"""Which of a backbone's parameters move, and by how much: frozen layers, and groups with a rate and a weight decay of their own.
+"""Parts of a backbone by their names, and layers that do not move.
 
 A pattern names parameters, or modules with all that is in them, as shell patterns do: `stages.0`, `layer[12]`, `*.bias`."""
 
@@ -6,12 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from pipeline.schedule import OptimizerConfig
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
@@ -28,34 +24,6 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         is_layer = bool(own) and not list(part.children())
         if (is_layer and own <= frozen) or any(_names(pattern, name) for pattern in patterns):
             part.training = False
-
-
-def groups(config: OptimizerConfig, module: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups, for torch's optimizers, of all that moves; engines multiply the learning rate by a group's `factor`."""
-    factors = _factors(config, module)
-    undecayed: set[str] = set()
-    for pattern in config.no_decay:
-        undecayed |= matches(module, pattern, "no_decay")
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            decay = 0.0 if name in undecayed else config.weight_decay
-            found.setdefault((factors[name], decay), []).append(parameter)
-    return [{"params": parameters, "factor": factor, "weight_decay": decay} for (factor, decay), parameters in found.items()]
-
-
-def _factors(config: OptimizerConfig, module: nn.Module) -> dict[str, float]:
-    """By name of a parameter, what its learning rate is multiplied by."""
-    factors = {name: 1.0 for name, _ in module.named_parameters()}
-    for pattern, factor in reversed(config.rates):  # so that the first that names a parameter counts
-        factors |= dict.fromkeys(matches(module, pattern, "rates"), factor)
-    if config.layer_decay != 1:
-        from pipeline.backbones import layers_of
-
-        layers = layers_of(module)
-        head = max(layers.values())
-        factors = {name: factor * config.layer_decay ** (head - layers[name]) for name, factor in factors.items()}
-    return factors
 
 
 def matches(module: nn.Module, pattern: str, field: str) -> set[str]:

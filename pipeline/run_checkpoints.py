@@ -4,27 +4,53 @@ from another one's weights."""
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dali_loaders import Source
 from dali_loaders.identities import checksum
+from partial_fc import PartialFC
+from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state, starting_weights
-from pipeline.config import as_dict
+from pipeline.config import TrainConfig, as_dict
+from pipeline.distributed import Place
+from pipeline.ema import Ema
+from pipeline.engine import Engine
 from pipeline.starting_weights import Start
-
-if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
 
 LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
 
 
-def identity(run: Trainer) -> dict[str, Any]:
+class Run(Protocol):
+    """What a Trainer has for this."""
+
+    config: TrainConfig
+    place: Place
+    source: Source
+    engine: Engine
+    classifier: PartialFC
+    classifier_optimizer: RowOptimizer
+    ema: Ema | None
+    consumed: int
+    started_from: dict[str, Any] | None  # `Start.origin`
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def checkpoints(self) -> str: ...
+
+    def check_finite(self, tensors: Iterable[Tensor]) -> None: ...
+
+
+def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must agree on."""
     config = run.config
     return {
-        "num_classes": run.num_classes,
+        "num_classes": len(run.source.identities),
         "identities": checksum(run.source.identities),
         "width": config.backbone.width,
         "backbone": config.backbone.name,
@@ -36,7 +62,7 @@ def identity(run: Trainer) -> dict[str, Any]:
     }
 
 
-def save(run: Trainer) -> str:
+def save(run: Run) -> str:
     """Writes a checkpoint of this step and returns its path. Every rank calls it."""
     info = {
         **identity(run),
@@ -55,7 +81,7 @@ def save(run: Trainer) -> str:
     return checkpoint.save(run.checkpoints, run.step, state, info, run.config.checkpoint.keep, run.source.identities)
 
 
-def begin(run: Trainer, resume: str) -> tuple[str | None, list[str]]:
+def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     """Brings a new Trainer to where its run stands: on from the checkpoint that `resume` (auto, none or a path) means, else from the
     weights that the configuration names (start.weights), else as it is. Returns the checkpoint it goes on from, and lines on what was and
     was not taken over. Every rank calls it."""
@@ -68,7 +94,7 @@ def begin(run: Trainer, resume: str) -> tuple[str | None, list[str]]:
     return None, lines
 
 
-def _checkpoint_of(run: Trainer, resume: str) -> str | None:
+def _checkpoint_of(run: Run, resume: str) -> str | None:
     folder, source = run.config.run.folder, run.config.start.weights
     if resume != "none":
         return checkpoint.newest(run.checkpoints) if resume == "auto" else checkpoint.locate(resume)
@@ -83,7 +109,7 @@ def _is_within(path: str, folder: str) -> bool:
     return os.path.commonpath([os.path.realpath(path), folder]) == folder
 
 
-def _start(run: Trainer, source: Start) -> list[str]:
+def _start(run: Run, source: Start) -> list[str]:
     """A new run with the weights of another one: step 0, and nothing of its optimizers' state."""
     config = run.config
     size = config.data.image_size
@@ -99,7 +125,7 @@ def _start(run: Trainer, source: Start) -> list[str]:
     return lines
 
 
-def _go_on(run: Trainer, path: str) -> list[str]:
+def _go_on(run: Run, path: str) -> list[str]:
     info = checkpoint.read_info(path)
     _check_start(run, path, info)
     if "batch" in info:  # written by a run, not imported
@@ -120,7 +146,7 @@ def _go_on(run: Trainer, path: str) -> list[str]:
     return lines
 
 
-def _check_start(run: Trainer, path: str, info: dict[str, Any]) -> None:
+def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
     """A restart of a run goes on from its own checkpoints, with the same --from or without it; with another, they belong to another run."""
     start = run.config.start
     if not start.weights:
@@ -137,7 +163,7 @@ def _check_start(run: Trainer, path: str, info: dict[str, Any]) -> None:
         )
 
 
-def _load_ema(run: Trainer, path: str) -> list[str]:
+def _load_ema(run: Run, path: str) -> list[str]:
     saved = checkpoint.load_replicated(path, "ema.")
     if not run.ema:
         return ["the checkpoint's average of the weights: left out, because run.ema is 0"] if saved else []
