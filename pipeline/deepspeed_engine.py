@@ -82,18 +82,25 @@ class DeepSpeedEngine:
 
     def _optimizer_keys(self) -> list[str]:
         """Names of the per-parameter state of the optimizer: momentum_buffer, or exp_avg and exp_avg_sq; none before the first step."""
-        states = self.engine.optimizer.optimizer.state.values()
-        return sorted({key for state in states for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0})
+        optimizer = self.engine.optimizer
+        states = optimizer.optimizer.state.values()
+        keys = sorted({key for state in states for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0})
+        if keys:
+            # DeepSpeed 0.19 tells a parameter where its state lies once, after the step of the first group, when others have none yet.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        return keys
 
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         average_buffers(self.module)
         state = {f"backbone.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        keys = self._optimizer_keys()
         steps = [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                for key in self._optimizer_keys():
+                for key in keys:
                     state[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
                 if steps:
                     state[f"optimizer.{name}.step"] = steps[0]
@@ -106,12 +113,13 @@ class DeepSpeedEngine:
         if has_optimizer and not self._optimizer_keys():
             self._make_optimizer_state()
         self.module.load_state_dict(weights_in(state))
+        keys = self._optimizer_keys()
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
             safe_set_full_fp32_param(parameter, state[f"backbone.{name}"].to(parameter))
             if has_optimizer:
-                for key in self._optimizer_keys():
+                for key in keys:
                     safe_set_full_optimizer_state(parameter, state[f"optimizer.{name}.{key}"].to(parameter), key)
         steps = [value for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")]
         if steps:

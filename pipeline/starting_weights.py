@@ -82,8 +82,9 @@ class Start:
         checkpoint.load(self.path, {"prototypes": checkpoint.sharded(old_SD, num_classes)})
         move_rows(old_SD, old, classifier.prototypes.data, classifier.shard, new_labels, classifier.group)
         # A .rec without names beside it calls identities by their labels.
-        numbers = " by number, which is right only if both sets number people alike" if all(map(str.isdecimal, identities)) else ""
-        return f"prototypes of {common} of {len(identities)} identities taken over{numbers}"
+        are_numbers = all(name == str(label) for label, name in enumerate(identities))
+        caution = ", by their numbers, since the set has no names: right only if both sets number the same people" if are_numbers else ""
+        return f"prototypes of {common} of {len(identities)} identities taken over{caution}"
 
     def _identities(self, num_classes: int) -> list[str]:
         """From the checkpoint or, where an earlier version wrote it, from the set that it was trained on."""
