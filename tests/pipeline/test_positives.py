@@ -86,7 +86,7 @@ def test_of_a_sum():
             "triplet",
             64,
             1,
-            "learns only from samples whose identity has another image in the batch: of 64 samples these are 3.8 on average",
+            "only from samples whose identity has another image in the batch: of 64 samples these are 3.8 on average",
         ),
         ("unitsface", 64, 1, "the loss unitsface learns partly from samples whose identity has"),
         ("contrastive", 4096, 1, None),  # 4 others of each identity on average
