@@ -14,7 +14,7 @@ from dali_loaders import Source
 from dali_loaders.identities import checksum
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
-from pipeline import checkpoint, classifier_state, starting_weights
+from pipeline import checkpoint, classifier_state
 from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
@@ -148,18 +148,14 @@ def _go_on(run: Run, path: str) -> list[str]:
 
 def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
     """A restart of a run goes on from its own checkpoints, with the same --from or without it; with another, they belong to another run."""
-    start = run.config.start
-    if not start.weights:
-        return
-    before = info.get("started_from")
-    asked = starting_weights.request(start)
-    if before is None or any(before[name] != asked[name] for name in asked):
-        began = f"began with {before['weights']}" if before else "did not begin with the weights of another one"
-        as_asked = "" if before is None or before["weights"] != asked["weights"] else " in this way"
+    start, before = run.config.start, info.get("started_from")
+    if start.weights and (before is None or not start.is_that_of(before)):
+        began = "did not begin with another one's weights"
+        if before:
+            began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
         raise ValueError(
-            f"--from {start.weights}: the run of checkpoint {path} {began}{' and other options of start' if as_asked else ''}. To begin a "
-            "new run, give it a folder of its own with --set run.folder=PATH, or keep the one there aside with --resume none; to go on "
-            "with that run, leave out --from"
+            f"--from {start.weights}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its own with --set "
+            "run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,11 @@ class StartConfig:
             if getattr(self, name) and not self.weights:
                 raise ValueError(f"start.{name} needs the checkpoint that a new run begins with: give --from PATH (start.weights)")
 
+    def is_that_of(self, origin: dict[str, Any]) -> bool:
+        """Whether a run with this `Start.origin` was asked for in the same way, though perhaps from another folder."""
+        is_same_source = self.weights == origin["given"] or os.path.realpath(self.weights) == origin["path"]
+        return is_same_source and (self.classifier, self.ema) == (origin["classifier"], origin["ema"])
+
 
 class Start:
     """The source that a configuration names, found and checked. Every rank makes one.
@@ -50,7 +55,14 @@ class Start:
             raise ValueError(f"start.{name} takes more than a backbone, but {config.weights} is a weight file: give a checkpoint or a run")
         self.path = config.weights if self.is_file else checkpoint.locate(config.weights)
         self.info: dict[str, Any] = {} if self.is_file else checkpoint.read_info(self.path)
-        self.origin = {**request(config), "checkpoint": self.path, "step": self.info.get("step")}
+        self.origin = {
+            "given": config.weights,
+            "path": os.path.realpath(config.weights),
+            "classifier": config.classifier,
+            "ema": config.ema,
+            "checkpoint": self.path,
+            "step": self.info.get("step"),
+        }
 
     def backbone(self, module: nn.Module, network: str) -> dict[str, Tensor]:
         """Weights and buffers under the names of `module`; ValueError that names keys if they are of another network."""
@@ -98,11 +110,6 @@ class Start:
                 f"{data.get('train') or 'which it does not name'}, is gone or has changed: leave it out to take the backbone alone"
             )
         return names
-
-
-def request(config: StartConfig) -> dict[str, Any]:
-    """What was asked for, in a form in which two runs can be compared."""
-    return {**asdict(config), "weights": os.path.realpath(config.weights)}
 
 
 def backbone_of(path: str, ema: bool = False) -> dict[str, Tensor]:

@@ -102,17 +102,19 @@ def test_a_restart_goes_on_and_does_not_begin_again(ranks, others, source, tmp_p
     os.rename(tmp_path / "source", tmp_path / "gone")  # which a run that goes on does not need
     (step, _, _, remarks, _), _ = ranks(2).run(beginning, config("broken"))
     assert step == 2 and remarks == []
+    asked_otherwise = replace(config("broken"), start=StartConfig(str(tmp_path / "source"), classifier=True))
+    refuses(asked_otherwise, r"/broken/.* began with .*source \(classifier=False, ema=False\)")
     np.testing.assert_allclose(ranks(2).run(train_losses, config("broken"))[0], whole, rtol=1e-4)
     for name in checkpoint.complete(str(tmp_path / "broken" / "checkpoints")):
         info = checkpoint.read_info(str(tmp_path / "broken" / "checkpoints" / name))
-        assert info["started_from"]["weights"] == str(tmp_path / "source") and info["started_from"]["step"] == STEPS
+        assert info["started_from"]["path"] == str(tmp_path / "source") and info["started_from"]["step"] == STEPS
 
 
 def test_a_folder_of_another_run_is_not_gone_on_with(data, others, source, tmp_path):
     shutil.copytree(source, tmp_path / "own")
     config = tuned(data, tmp_path / "own", source)
-    refuses(config, r"--from .*: the run of checkpoint .*/own/.* did not begin with the weights of another one.*run\.folder=PATH")
-    refuses(tuned(data, tmp_path / "own", tmp_path / "own"), "did not begin with the weights of another one")
+    refuses(config, r"--from .*: the run of checkpoint .*/own/.* did not begin with another one's weights\. .*run\.folder=PATH")
+    refuses(tuned(data, tmp_path / "own", tmp_path / "own"), "did not begin with another one's weights")
     refuses(tuned(data, tmp_path / "own", tmp_path / "own"), "--resume none would rename .*/own, where .*/own lies", "none")
     refuses(tuned(data, tmp_path / "new", source), "leave out --from", checkpoint.locate(source))
     assert beginning(config, "none")[0] == 0 and os.path.isdir(tmp_path / "own.1")
@@ -236,6 +238,7 @@ def test_fine_tuning_does_not_depend_on_ranks_or_engine(ranks, data, others, tmp
     one = losses_of(1, "ddp")
     assert len(one) == 12
     for other in (losses_of(2, "ddp"), losses_of(2, "deepspeed"), losses_of(2, "deepspeed", engine_options={"zero_stage": 2})):
+        print(f"largest relative deviation of 12 losses: {max(abs(a / b - 1) for a, b in zip(other, one, strict=True)):.1e}")
         np.testing.assert_allclose(other, one, rtol=1e-4)
 
 
