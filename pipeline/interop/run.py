@@ -127,8 +127,9 @@ def _new_folder(out: str) -> Iterator[str]:
         if os.listdir(out) != [WORKPLACE]:
             raise ValueError(_occupied(out))
         yield work
-        for name in sorted(os.listdir(work)):  # checkpoints before recipe.py: a recipe alone would start from random weights
-            os.rename(os.path.join(work, name), os.path.join(out, name))
+        for name in ("checkpoints", "recipe.py"):  # in this order: a recipe alone would start from random weights
+            if os.path.exists(os.path.join(work, name)):
+                os.rename(os.path.join(work, name), os.path.join(out, name))
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if is_new and not os.listdir(out):
