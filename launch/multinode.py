@@ -63,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="section.field=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
+    parser.add_argument("--from", dest="overrides", action="append", type="start.weights={}".format, default=[],
+                        metavar="CHECKPOINT|RUN|FILE", help="begin a new run with that backbone, as for `protoshard train`")  # fmt: skip
     parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after a worker died (default: 3)")
     parser.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
                         help="variables for the ranks beside those of docs/clusters.md; without VALUE, as in this shell")  # fmt: skip

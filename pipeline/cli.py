@@ -51,7 +51,8 @@ def _eval(options: argparse.Namespace) -> None:
     from pipeline.distributed import run_local
     from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
 
-    run_local(options.ranks, evaluate_checkpoint, options.checkpoint, options.data, options.json, options.figure, options.no_flip)
+    arguments = (options.checkpoint, options.data, options.json, options.figure, options.no_flip, options.ema)
+    run_local(options.ranks, evaluate_checkpoint, *arguments)
 
 
 def _faces(options: argparse.Namespace) -> None:
@@ -120,6 +121,15 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     train.add_argument(
         "--resume", default="auto", metavar="auto|none|PATH", help="newest checkpoint of the run, a new start, or that checkpoint (auto)"
     )
+    train.add_argument(
+        "--from",
+        dest="set",
+        action="append",
+        type="start.weights={}".format,
+        default=[],
+        metavar="CHECKPOINT|RUN|FILE",
+        help="begin a new run with the backbone of that checkpoint, run, .pt or .safetensors file; short for --set start.weights=",
+    )
 
     evaluate = command(commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
@@ -127,6 +137,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (1)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.add_argument("--figure", metavar="FILE.png", help="also write the ROC curve")
+    evaluate.add_argument("--ema", action="store_true", help="the average of the weights that the run kept (run.ema)")
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
     data = commands.add_parser("data", help="make, pack and check data sets").add_subparsers(metavar="COMMAND", required=True)

@@ -1,13 +1,10 @@
-"""The backbone's optimizer and the learning rate of both optimizers over the run."""
+"""Options of the optimizers of backbone and classifier, and their learning rate over the run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -20,6 +17,10 @@ class OptimizerConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     classifier_lr: float = 0.0  # 0: the same as lr
+    lr_factors: tuple[tuple[str, float], ...] = ()  # parts of the backbone and factors of lr, [["fc", 10]]; the first that names one counts
+    layer_decay: float = 1.0  # factor of lr per layer of the backbone, from the last to the first
+    no_decay: tuple[str, ...] = ()  # parts of the backbone without weight decay, such as *.bias
+    frozen: tuple[str, ...] = ()  # parts of the backbone that do not move, batch statistics included: parameters, modules or patterns
     unsampled: Literal["frozen", "lazy"] = "frozen"  # prototypes outside a step's sample stay, or move later as if they had been in it
     in_backward: bool = False  # prototypes move during backward, and their gradient is never whole in memory
     schedule: Literal["polynomial", "cosine"] = "polynomial"
@@ -39,16 +40,15 @@ class OptimizerConfig:
         for name in ("lr", "classifier_lr", "weight_decay", "warmup_epochs", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but must not be negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay is {self.layer_decay}, but must be above 0 and at most 1, which is no decay")
+        for rate in self.lr_factors:
+            if not (isinstance(rate, tuple) and len(rate) == 2 and isinstance(rate[0], str) and isinstance(rate[1], int | float)):
+                raise ValueError(f'optimizer.lr_factors holds {rate!r}, but must hold pairs of a name and a factor, such as [["fc", 10]]')
+            if rate[1] <= 0:
+                raise ValueError(f"optimizer.lr_factors gives {rate[0]!r} the factor {rate[1]}, but it must be positive")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum is {self.momentum}, but must be at least 0 and below 1")
-
-
-def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    fused = parameters[0].device.type in ("cpu", "cuda")  # one pass over memory
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def rate_factor(config: OptimizerConfig, step: int, total_steps: int, warmup_steps: int) -> float:

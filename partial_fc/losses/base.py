@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 from typing_extensions import dataclass_transform  # which torch brings
@@ -12,6 +12,8 @@ from typing_extensions import dataclass_transform  # which torch brings
 from partial_fc.fields import check_fields, hint_at
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.statistics import softplus as softplus  # for losses to import from here
+
+Needs = Literal["no", "partly", "only"]
 
 
 class Loss(Protocol):
@@ -51,6 +53,11 @@ class Loss(Protocol):
     def uses_bank(self) -> bool:
         """Whether the loss asks for the bank of last features: batch.fresh, batch.against_bank."""
         return False
+
+    def needs_positives(self) -> Needs:
+        """Whether it learns from samples whose identity has another image in the batch, and from them only. A trainer warns of batches
+        that rarely hold such."""
+        return "no"
 
 
 REGISTRY: dict[str, type] = {}

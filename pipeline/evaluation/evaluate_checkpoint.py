@@ -12,10 +12,14 @@ from pipeline.config import from_dict
 from pipeline.distributed import join
 from pipeline.evaluation import PairReport, evaluate
 from pipeline.evaluation.figures import roc_figure, save_png
+from pipeline.starting_weights import backbone_of
 
 
-def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str | None = None, no_flip: bool = False) -> None:
-    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`."""
+def evaluate_checkpoint(
+    path: str, data: str, as_json: bool = False, figure: str | None = None, no_flip: bool = False, ema: bool = False
+) -> None:
+    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. With `ema`,
+    those of the average that the run kept of its weights."""
     place = join()
     path = checkpoint.locate(path)
     saved = checkpoint.read_info(path)["config"]
@@ -24,8 +28,7 @@ def evaluate_checkpoint(path: str, data: str, as_json: bool = False, figure: str
     torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations
     with torch.device(place.device):
         module = backbones.build(config.backbone, config.data.image_size)
-    weights = checkpoint.load_replicated(path, "backbone.")
-    module.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in weights.items()})
+    module.load_state_dict(backbone_of(path, ema))
     if place.is_first and not as_json:
         logging.getLogger(__name__).warning("evaluating %s on %s", path, data)
     report = evaluate(

@@ -44,8 +44,8 @@ class Evaluator:
         self.config, self.data, self.place, self.folder = config, data, place, folder
         self.first: dict[str, dict[str, PairReport]] = {}  # by name of the set: its first report, drawn beside the newest
 
-    def run(self, module: nn.Module, step: int, monitor: Monitor) -> dict[str, float]:
-        """The figures of the first set, or nothing where there is none. Every rank calls it."""
+    def run(self, module: nn.Module, step: int, monitor: Monitor, suffix: str = "") -> dict[str, float]:
+        """The figures of the first set, or nothing where there is none. Every rank calls it. `suffix` is added to the names of sets."""
         results = []
         for path in filter(None, (self.config.data, *self.config.pairs)):
             report = evaluate(
@@ -58,7 +58,7 @@ class Evaluator:
                 rank=self.place.rank,
                 world_size=self.place.world_size,
             )
-            name = os.path.splitext(os.path.basename(path))[0]
+            name = os.path.splitext(os.path.basename(path))[0] + suffix
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
             if self.place.is_first:
                 figures = {f"{name}/{key}": value for key, value in results[-1].items()}

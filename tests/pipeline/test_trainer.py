@@ -127,16 +127,16 @@ def test_micro_batches_and_moves_in_backward_are_refused(data, tmp_path):
 
 def test_the_check_before_a_save_takes_no_memory():
     join()
-    run = mock.Mock(place=mock.Mock(device=torch.device("cpu")), step=3, _checkpoints="none")
+    run = mock.Mock(place=mock.Mock(device=torch.device("cpu")), step=3, checkpoints="none")
     for dtype in (torch.float32, torch.bfloat16):
         weights = torch.zeros(1000, 100, dtype=dtype)
         with LargestTensor() as largest:
-            Trainer._check_finite(run, [weights, torch.zeros(0, 100)])
+            Trainer.check_finite(run, [weights, torch.zeros(0, 100)])
         assert largest.bytes < 100
         for value in (torch.nan, torch.inf, -torch.inf):
             weights[500, 50] = value
             with pytest.raises(ValueError, match="a weight is not finite at step 3"):
-                Trainer._check_finite(run, [torch.ones(2), weights])
+                Trainer.check_finite(run, [torch.ones(2), weights])
 
 
 def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones_aside(ranks, data, one_rank, tmp_path):
