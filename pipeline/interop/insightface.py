@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.interop.plain_config import read_config
-from pipeline.interop.step_function import recognise
+from pipeline.interop.step_function import Steps, recognise
 
 # What arcface_torch's training script fixes without an option: 112 x 112 images of all identities, DDP on GPUs, one schedule. The power is
 # that of its script until April 2023, which the published results are of (their logs show it); `_choices` says so.
@@ -77,7 +77,8 @@ RENAMED = {
     "seed": "run.seed",
 }
 
-CHANGED = ("margin_list", "loss", "network", "batch_size", "rec", "val_targets", "verbose", "fp16")  # by import_config
+# By import_config.
+CHANGED = ("margin_list", "loss", "network", "batch_size", "rec", "val_targets", "verbose", "fp16", "decay_epoch", "lr_func")
 
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(("batch_size", "gradient_acc", "embedding_size", "verbose", "frequent", "seed"), (int, "a whole number")),
@@ -100,6 +101,7 @@ NO_COUNTERPART = {
     "interclass_filtering_threshold": "its script sets non-target cosines above it to 0; here they count",
 }
 NEEDLESS = ("output", "dali_aug", "interclass_filtering_threshold")  # nothing is lost where they are off
+LR_BATCH = 512  # images per step that lr is meant for in scripts before 2022, which scale it by their own
 FEWEST = 1e-9  # for a sample_rate of 0, which classifier.sample_rate cannot be: one class of a thousand million
 
 
@@ -135,9 +137,7 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
             raise ValueError(
                 f"{path} sets config.{name} to {options[name]!r}, which does not exist here: choose one of {', '.join(known)}."
             )
-    for name in ("decay_epoch", "lr_func"):
-        if name in given:
-            raise ValueError(f"{path} sets config.{name}: {_steps(given[name])}. Without it, the rate falls as a polynomial.")
+    steps = _steps(given, path)
     optional = dict(given)  # does not stop at what cannot be read
     lost = [name for name in given if name not in RENAMED and name not in CHANGED and (name not in NEEDLESS or optional[name])]
     unmapped = [f"{name}: {_reason(name)}" for name in lost]
@@ -146,6 +146,12 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
     fields["run.batch"] = options["batch_size"] * ranks * options["gradient_acc"]
     fields["optimizer.warmup_epochs"] = max(0, options.get("warmup_epoch", 0))
     fields["optimizer.classifier"] = options["optimizer"]  # one for both there
+    if steps and steps.epochs:
+        fields |= {"optimizer.schedule": "steps", "optimizer.step_epochs": steps.epochs, "optimizer.step_factor": steps.factor}
+    elif steps:
+        fields["optimizer.power"] = 0.0  # the rate stays
+    if steps:
+        fields["optimizer.lr"] = options["lr"] / LR_BATCH * options["batch_size"] * ranks
     fields["classifier.sample_rate"] = options["sample_rate"] or FEWEST
 
     loss, margins, remarks = _margin(given, path)
@@ -168,16 +174,24 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
     fp16 = bool(given.get("fp16", False))
     fields["engine.precision"], fields["classifier.dtype"] = ("auto", "bfloat16") if fp16 else ("float32", "float32")
     num_classes = optional.get("num_classes")
-    return ImportedConfig(fields, unmapped, _choices(options, loss, fp16), num_classes if isinstance(num_classes, int) else None)
+    return ImportedConfig(fields, unmapped, _choices(options, loss, fp16, steps), num_classes if isinstance(num_classes, int) else None)
 
 
-def _steps(value: Any) -> str:
-    """What a schedule in steps does, in words."""
-    steps = recognise(value)
-    epochs = steps.epochs if steps else value if isinstance(value, list | tuple) else None
-    if epochs is None:
-        return "a schedule of its own, which does not exist here"
-    return f"the rate falls in steps, at epochs {', '.join(map(str, epochs)) or 'none'}, which no schedule here does"
+def _steps(given: Mapping[str, Any], path: str | Path) -> Steps | None:
+    """The schedule of scripts before 2022; None for the later ones, which is that of FIXED."""
+    if "decay_epoch" in given:
+        epochs = given["decay_epoch"]
+        if not isinstance(epochs, list | tuple) or not all(isinstance(epoch, int | float) for epoch in epochs):
+            raise ValueError(f"{path} sets config.decay_epoch to {epochs!r}, but it must be a list of epochs.")
+        return Steps(tuple(epochs))
+    if "lr_func" not in given:
+        return None
+    steps = recognise(given["lr_func"])
+    if steps is None:
+        raise ValueError(
+            f"{path} sets config.lr_func to a schedule of its own, which does not exist here: without it, the rate falls as a polynomial."
+        )
+    return steps
 
 
 def _reason(name: str) -> str:
@@ -185,7 +199,7 @@ def _reason(name: str) -> str:
     return NO_COUNTERPART.get(name, "logging goes to TensorBoard and metrics.jsonl" if logged else "there is no such option here")
 
 
-def _choices(options: Mapping[str, Any], loss: str, fp16: bool) -> list[str]:
+def _choices(options: Mapping[str, Any], loss: str, fp16: bool, steps: Steps | None) -> list[str]:
     if fp16:
         precision = (
             "fp16 becomes bfloat16, which needs no loss scaling, in the backbone where the hardware has it (engine.precision=auto) and in "
@@ -196,8 +210,7 @@ def _choices(options: Mapping[str, Any], loss: str, fp16: bool) -> list[str]:
         precision = "float32 in backbone and classifier, as without fp16"
     chosen = [
         f"precision: {precision}",
-        "schedule: the rate decays with power 2, as in arcface_torch's published runs; its script has power 1 since April 2023, which is "
-        "--set optimizer.power=1",
+        _schedule(steps),
         "device: GPUs with DDP, as its script; without a GPU, --set engine.device=cpu",
     ]
     if loss == "arcface":
@@ -224,6 +237,16 @@ def _choices(options: Mapping[str, Any], loss: str, fp16: bool) -> list[str]:
     if "num_epoch" not in options:
         chosen.append("num_epoch: not set there, so run.epochs is what this project has by default")
     return chosen
+
+
+def _schedule(steps: Steps | None) -> str:
+    if steps is None:
+        return (
+            "schedule: the rate decays with power 2, as in arcface_torch's published runs; its script has power 1 since April 2023, which "
+            "is --set optimizer.power=1"
+        )
+    warmup = ". It warms up linearly here, with the square of the epoch there" if steps.warmup else ""
+    return f"schedule: in steps, and lr is scaled by the batch of a step over {LR_BATCH}, as in scripts before 2022{warmup}"
 
 
 def _margin(given: Mapping[str, Any], path: str | Path) -> tuple[str, dict[str, float], list[str]]:

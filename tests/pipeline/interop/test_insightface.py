@@ -186,15 +186,7 @@ STEPS = "((epoch + 1) / (4 + 1)) ** 2 if epoch < config.warmup_epoch else 0.1 **
         ("config.network = 'ir_101'", "sets config.network to 'ir_101', which does not exist here"),
         ("config.optimizer = 'lamb'", "sets config.optimizer to 'lamb', which does not exist here: choose one of sgd, adamw"),
         ("config.loss = 'adaface'", "sets config.loss to 'adaface', which arcface_torch does not have: set margin_list"),
-        (
-            "config.decay_epoch = [10, 16]",
-            "sets config.decay_epoch: the rate falls in steps, at epochs 10, 16, which no schedule here does",
-        ),
-        (
-            f"def f(epoch):\n    return {STEPS}\nconfig.lr_func = f",
-            r"sets config\.lr_func: the rate falls in steps, at epochs 7, 13, which",
-        ),
-        ("config.lr_func = lambda e: 0.1 ** len([k for k in [2, 4] if k <= e])", "at epochs 2, 4, which"),
+        ("config.decay_epoch = 16", "sets config.decay_epoch to 16, but it must be a list of epochs"),
         ("config.lr_func = lambda e: 0.98 ** e", "a schedule of its own, which does not exist here"),
         ("config.lr = lr_of_the_day()", r"config\.lr is needed, but .*wf42m\.py:3: cannot read `lr_of_the_day\(\)` without running it"),
     ],
@@ -202,6 +194,24 @@ STEPS = "((epoch + 1) / (4 + 1)) ** 2 if epoch < config.warmup_epoch else 0.1 **
 def test_what_would_train_otherwise_stops_the_import(tmp_path, lines, sentence):
     with pytest.raises(ValueError, match=sentence):
         import_config(write(tmp_path, f"config = edict()\nconfig.warmup_epoch = -1\n{lines}\n"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "epochs"),
+    [
+        ("config.decay_epoch = [10, 16]", (10, 16)),
+        (f"def f(epoch):\n    return {STEPS}\nconfig.lr_func = f", (7, 13)),
+        ("config.lr_func = lambda e: 0.1 ** len([k for k in [2, 4] if k <= e])", (2, 4)),
+        ("config.decay_epoch = []", ()),
+    ],
+)
+def test_schedules_in_steps_and_the_rate_that_came_with_them(tmp_path, lines, epochs):
+    said, config = chosen(tmp_path, f"config.lr = 0.1\nconfig.batch_size = 32\nconfig.warmup_epoch = -1\n{lines}")
+    optimizer = config.optimizer
+    assert optimizer.lr == pytest.approx(0.05)  # half of it: 8 GPUs x 32 images, where it was meant for 512
+    assert (optimizer.schedule, optimizer.step_epochs, optimizer.step_factor) == ("steps" if epochs else "polynomial", epochs, 0.1)
+    assert optimizer.power == (2.0 if epochs else 0.0)
+    assert said["schedule"] == "in steps, and lr is scaled by the batch of a step over 512, as in scripts before 2022"
 
 
 def test_options_that_nobody_needs_do_not_stop_the_import(tmp_path):
