@@ -169,7 +169,10 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     )
     insightface.add_argument("config", metavar="CONFIG.py")
     insightface.add_argument(
-        "models", metavar="MODEL.pt", nargs="*", help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too"
+        "models",
+        metavar="MODEL.pt",
+        nargs="*",
+        help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too (older: model.pt and all softmax_fc_gpu_*.pt)",
     )
     _add_out(insightface)
     insightface.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.iresnet import DEPTHS, conv
+from pipeline.backbones.recompute import Block, checkpoint_blocks
 
 IR_DEPTHS = {"ir18": 18, "ir34": 34, "ir50": 50, "ir101": 100}
 CHANNELS = (64, 64, 128, 256, 512)  # of the stem and behind each stage
 
 
-class IRBlock(nn.Module):
+class IRBlock(Block):
     """BN - conv 3x3 - BN - PReLU - conv 3x3 - BN, added to every `stride`-th pixel of the input (1x1 convolution and BN where the number of
     channels changes)."""
 
@@ -31,14 +32,16 @@ class IRBlock(nn.Module):
             nn.BatchNorm2d(channels_out),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         return self.shortcut_layer(x) + self.res_layer(x)
 
 
 class IR(nn.Module):
     """Images [b, 3, image_size, image_size] -> features [b, width]. `name` is a key of IR_DEPTHS; `image_size` a multiple of 16."""
 
-    def __init__(self, name: str, width: int = 512, image_size: int = 112, dropout: float = 0.0) -> None:
+    def __init__(
+        self, name: str, width: int = 512, image_size: int = 112, dropout: float = 0.0, checkpoint_activations: bool = False
+    ) -> None:
         super().__init__()
         self.input_layer = nn.Sequential(conv(3, CHANNELS[0], 3), nn.BatchNorm2d(CHANNELS[0]), nn.PReLU(CHANNELS[0]))
         blocks = []
@@ -58,6 +61,7 @@ class IR(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        checkpoint_blocks(self, checkpoint_activations)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(self.input_layer(x))

@@ -1,4 +1,4 @@
-"""IResNet 18-100: the residual networks of face recognition, with the improved residual (IR) block of ArcFace (arXiv 1801.07698, 3.2.1).
+"""IResNet 18-200: the residual networks of face recognition, with the improved residual (IR) block of ArcFace (arXiv 1801.07698, 3.2.1).
 
 Modules carry the names of InsightFace's arcface_torch, so that its state dicts load as they are.
 """
@@ -6,7 +6,9 @@ Modules carry the names of InsightFace's arcface_torch, so that its state dicts 
 import torch
 from torch import nn
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
+from pipeline.backbones.recompute import Block, checkpoint_blocks
+
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 
 
 def conv(channels_in: int, channels_out: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -14,7 +16,7 @@ def conv(channels_in: int, channels_out: int, size: int, stride: int = 1) -> nn.
     return nn.Conv2d(channels_in, channels_out, size, stride, padding=size // 2, bias=False)
 
 
-class IRBlock(nn.Module):
+class IRBlock(Block):
     """BN - conv 3x3 - BN - PReLU - conv 3x3 - BN, added to the input (1x1 convolution and BN where the shape changes).
 
     The stride sits in the second convolution; nothing follows the sum.
@@ -32,7 +34,7 @@ class IRBlock(nn.Module):
         if stride != 1 or channels_in != channels_out:
             self.downsample = nn.Sequential(conv(channels_in, channels_out, 1, stride), nn.BatchNorm2d(channels_out))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         residual = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
         return residual + (x if self.downsample is None else self.downsample(x))
 
@@ -43,7 +45,9 @@ class IResNet(nn.Module):
     The weight of the last batch norm stays 1 (a learned one could only rescale features that the loss normalises); its bias is learned.
     """
 
-    def __init__(self, depth: int, width: int = 512, image_size: int = 112, dropout: float = 0.0) -> None:
+    def __init__(
+        self, depth: int, width: int = 512, image_size: int = 112, dropout: float = 0.0, checkpoint_activations: bool = False
+    ) -> None:
         super().__init__()
         blocks = DEPTHS[depth]
         self.conv1 = conv(3, 64, 3)
@@ -61,6 +65,7 @@ class IResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.1)
+        checkpoint_blocks(self, checkpoint_activations)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.prelu(self.bn1(self.conv1(x)))

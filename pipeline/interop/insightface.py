@@ -32,7 +32,7 @@ def _vit(size: str, drop_path: float, mask_ratio: float, **options: Any) -> dict
 # Its script masks a tenth of the patches whatever part a network's name says, unless that is none.
 MASKED = 0.1
 NETWORKS: dict[str, dict[str, Any]] = {
-    **{f"r{depth}": {"name": f"iresnet{depth}"} for depth in (18, 34, 50, 100, 200)},
+    **{f"{prefix}{depth}": {"name": f"iresnet{depth}"} for prefix in ("r", "iresnet") for depth in (18, 34, 50, 100, 200)},
     "mbf": {"name": "mobilefacenet"},
     "mbf_large": {"name": "mobilefacenet_large"},
     "vit_t": _vit("t", 0.1, MASKED),

@@ -6,8 +6,8 @@ from torch import nn
 
 from pipeline.backbones import BackboneConfig, build
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
-PARAMETERS = {18: 24_025_600, 34: 34_139_328, 50: 43_590_848, 100: 65_156_160}
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
+PARAMETERS = {18: 24_025_600, 34: 34_139_328, 50: 43_590_848, 100: 65_156_160, 200: 118_833_920}
 
 
 def norm(name):
@@ -25,7 +25,7 @@ def arcface_torch_names(depth):
     return [*names, *norm("bn2"), "fc.weight", "fc.bias", *norm("features")]
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 100])
+@pytest.mark.parametrize("depth", BLOCKS)
 def test_names_and_number_of_parameters(depth):
     with torch.device("meta"):
         model = build(BackboneConfig(f"iresnet{depth}"), 112)

@@ -155,6 +155,7 @@ def test_adamw_moves_the_classifier_too(tmp_path):
     ("network", "fields"),
     [
         ("r200", {"name": "iresnet200"}),
+        ("iresnet50", {"name": "iresnet50"}),  # its name before 2021
         ("mbf", {"name": "mobilefacenet"}),
         ("mbf_large", {"name": "mobilefacenet_large"}),
         ("vit_t_dp005_mask0", {"name": "vit_t", "drop_path": 0.05, "mask_ratio": 0.0, "float32_attention": True}),
