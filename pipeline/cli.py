@@ -85,9 +85,21 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _import_insightface(options: argparse.Namespace) -> None:
-    from pipeline.interop.insightface import import_run
+    from pipeline.interop.run import import_run
 
     print(import_run(options.config, options.models, options.out, options.gpus))
+
+
+def _import_adaface(options: argparse.Namespace) -> None:
+    from pipeline.interop.run import import_weights
+
+    print(import_weights(options.weights, options.out, options.colors or "bgr"))
+
+
+def _import_cvlface(options: argparse.Namespace) -> None:
+    from pipeline.interop.run import import_weights
+
+    print(import_weights(options.weights, options.out, options.colors))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -157,10 +169,23 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     )
     insightface.add_argument("config", metavar="CONFIG.py")
     insightface.add_argument(
-        "models", metavar="MODEL.pt", nargs="*", help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too"
+        "models",
+        metavar="MODEL.pt",
+        nargs="*",
+        help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too (older: model.pt and all softmax_fc_gpu_*.pt)",
     )
-    insightface.add_argument("--out", default="imported", metavar="FOLDER", help="(imported)")
+    _add_out(insightface)
     insightface.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")
+
+    for name, run, example, default in (
+        ("adaface", _import_adaface, "adaface_ir50_ms1mv2.ckpt", "bgr"),
+        ("cvlface", _import_cvlface, "model.safetensors", "what the .yaml or config.json beside it says, else rgb"),
+    ):
+        summary = f"turn a checkpoint of {name}'s IR networks into a start checkpoint"
+        weights = command(imports, name, run, summary, f"protoshard import {name} {example} --out imported")
+        weights.add_argument("weights", metavar="WEIGHTS")
+        _add_out(weights)
+        weights.add_argument("--colors", choices=("rgb", "bgr"), help=f"order that the network takes ({default})")
 
     plan = command(
         commands,
@@ -171,6 +196,10 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     )
     _add_plan(plan)
     return parser, commands
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="imported", metavar="FOLDER", help="of the new run, empty or not there yet (imported)")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

@@ -155,7 +155,7 @@ class Trainer:
             share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
             self.classifier.loss = self.config.loss.with_margins(share)
         self.classifier.step = self.step
-        factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
+        factor = rate_factor(optimizer, self.step, self.total_steps, self.steps_per_epoch)
         self.rate = optimizer.lr * factor
         for group in self.classifier_optimizer.param_groups:  # before backward, which may move prototypes
             group["lr"] = self.classifier_lr * factor
