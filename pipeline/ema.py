@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.module_state import average_buffers
+from pipeline.engine.module_state import average_buffers
 
 
 class Ema:

@@ -29,6 +29,7 @@ class OptimizerConfig:
     step_factor: float = 0.1
     warmup_epochs: float = 0.0
     clip: float = 5.0  # largest norm of the backbone's gradient; 0 switches clipping off
+    clip_jointly: bool = False  # clip bounds the norm over backbone and classifier, and one factor scales both; needs engine.name=ddp
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -55,6 +56,8 @@ class OptimizerConfig:
                 raise ValueError(f'optimizer.lr_factors holds {rate!r}, but must hold pairs of a name and a factor, such as [["fc", 10]]')
             if rate[1] <= 0:
                 raise ValueError(f"optimizer.lr_factors gives {rate[0]!r} the factor {rate[1]}, but it must be positive")
+        if self.clip_jointly and (self.in_backward or not self.clip):
+            raise ValueError("optimizer.clip_jointly needs the gradients of a whole step, and a clip above 0: set in_backward=False")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum is {self.momentum}, but must be at least 0 and below 1")
 

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from dali_loaders import Batch, TrainLoader, open_source
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
-from partial_fc import PartialFC, RowAdamW, RowSGD
+from partial_fc import PartialFC, RowAdamW, RowSGD, clip_grad_norm_
 from partial_fc.optimizers import RowOptimizer
 from pipeline import backbones, checkpoint, classifier_state, run_checkpoints
 from pipeline.config import TrainConfig, as_text
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import average_buffers, build_engine, has_bfloat16
+from pipeline.engine.parameters import freeze
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
-from pipeline.parameters import freeze
 from pipeline.positives import check_positives
 from pipeline.schedule import rate_factor
 
@@ -78,6 +78,7 @@ class Trainer:
                 f"statistics: use at least {2 * run.batch}"
             )
         self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
+        self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
@@ -181,6 +182,8 @@ class Trainer:
             total += loss.detach()
         is_finite = self.classifier.is_finite()
         if is_finite:
+            if optimizer.clip_jointly:
+                self.joint_norm = clip_grad_norm_(self.engine.module, self.classifier, optimizer.clip)
             self.engine.step(self.rate)
             if self.ema:
                 self.ema.update(self.engine.module, self.step)
@@ -228,7 +231,7 @@ class Trainer:
             "target_cosine": float(target_B.mean()),
             "hardest_non_target_cosine": float(hardest_B.mean()),
             "learning_rate": self.rate,
-            "gradient_norm": self.engine.gradient_norm(),
+            "gradient_norm": self.engine.gradient_norm() if self.joint_norm is None else float(self.joint_norm),
             "images_per_second": len(self.losses) * self.config.run.batch / seconds,
             "wait_share": waited / self.place.world_size,
             "skipped_images": skipped,

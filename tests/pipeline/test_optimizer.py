@@ -10,9 +10,9 @@ from torch import nn
 
 from pipeline.backbones import BackboneConfig, build, layers_of
 from pipeline.engine import EngineConfig
-from pipeline.optimizer import groups
+from pipeline.engine.optimizer import groups
+from pipeline.engine.parameters import freeze
 from pipeline.overrides import override
-from pipeline.parameters import freeze
 from pipeline.resolve import resolve
 from pipeline.schedule import OptimizerConfig
 from tests.pipeline.test_engine import steps

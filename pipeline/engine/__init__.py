@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.ddp_engine import DDPEngine, FrozenEngine
-from pipeline.deepspeed_engine import BUCKET, DeepSpeedEngine
 from pipeline.distributed import Place
-from pipeline.engine_config import EngineConfig, has_bfloat16
-from pipeline.module_state import average_buffers
+from pipeline.engine.config import EngineConfig, has_bfloat16
+from pipeline.engine.ddp import DDPEngine, FrozenEngine
+from pipeline.engine.deepspeed import BUCKET, DeepSpeedEngine
+from pipeline.engine.module_state import average_buffers
 from pipeline.schedule import OptimizerConfig
 
 __all__ = ["BUCKET", "Engine", "EngineConfig", "average_buffers", "build_engine", "has_bfloat16"]
@@ -59,5 +59,7 @@ def build_engine(config: EngineConfig, optimizer: OptimizerConfig, module: nn.Mo
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return FrozenEngine(config, module, place)
     if config.name == "deepspeed":
+        if optimizer.clip_jointly:
+            raise ValueError("optimizer.clip_jointly needs engine.name=ddp: DeepSpeed clips the backbone alone, within its own step")
         return DeepSpeedEngine(config, optimizer, module, place, accumulation)
     return DDPEngine(config, optimizer, module, place)

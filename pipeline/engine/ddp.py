@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from pipeline.distributed import Place
-from pipeline.engine_config import EngineConfig
-from pipeline.module_state import average_buffers, weights_in
-from pipeline.optimizer import build_optimizer, set_rate
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.module_state import average_buffers, weights_in
+from pipeline.engine.optimizer import build_optimizer, set_rate
 from pipeline.schedule import OptimizerConfig
 
 
@@ -36,7 +36,7 @@ class DDPEngine:
                 parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
             self.parallel = parallel
         self.optimizer = build_optimizer(optimizer, module)
-        self.clip = optimizer.clip or float("inf")
+        self.clip = (not optimizer.clip_jointly and optimizer.clip) or float("inf")
         self.norm = torch.zeros(())
 
     def _maybe_local(self, is_last: bool) -> Any:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.distributed import Place
-from pipeline.engine_config import EngineConfig
-from pipeline.module_state import average_buffers, weights_in
-from pipeline.optimizer import build_optimizer, set_rate
+from pipeline.engine.config import EngineConfig
+from pipeline.engine.module_state import average_buffers, weights_in
+from pipeline.engine.optimizer import build_optimizer, set_rate
 from pipeline.schedule import OptimizerConfig
 
 BUCKET = 1 << 23  # numbers: 32 MB in float32, as DDP's 25 MB; DeepSpeed's default of 5e8 would wait for the whole network, in 2 GB

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline import backbones
-from pipeline.parameters import matches
+from pipeline.engine.parameters import matches
 from pipeline.schedule import OptimizerConfig
 
 
