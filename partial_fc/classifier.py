@@ -68,6 +68,7 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
+        """See the class. ValueError or TypeError, with a sentence, for an option that does not exist or does not go with the others."""
         super().__init__()
         if feature_gradient not in ("averaged", "global"):
             raise ValueError(f"feature_gradient is {feature_gradient!r}, but must be 'averaged' or 'global'")
@@ -351,6 +352,7 @@ class PartialFC(nn.Module):
         return values_KD
 
     def refuse_several_samples(self) -> None:
+        """ValueError if classes were sampled more than once in this step."""
         if self.current.draws > 1:
             raise ValueError(
                 f"{self.current.draws} samples of classes were drawn since the last step, and their gradients do not add up: call "
@@ -371,9 +373,11 @@ class PartialFC(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def get_extra_state(self) -> Tensor:
+        """A part of `state_dict`: the step, and the classes that the state is of."""
         return place.saved_place(self.step, self.shard)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Goes on at the step that `load_state_dict` found."""
         self.step = int(state[0])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -390,5 +394,6 @@ class PartialFC(nn.Module):
         return {**self.__dict__, "companion": None, "consumer": None, "current": current}
 
     def extra_repr(self) -> str:
+        """The classes of this rank, the width and the loss, for `print`."""
         first, stop = self.shard.first, self.shard.first + self.shard.rows
         return f"classes [{first}, {stop}) of {self.shard.num_classes}, width {self.width}, {self.loss}"
