@@ -116,11 +116,11 @@ class VisionTransformer(nn.Module):
             nn.Linear(channels, width, bias=False),
             nn.BatchNorm1d(width, eps=2e-5),
         )
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.pos_embed, self.mask_token):  # arcface_torch truncates some of these at 2, a hundred standard deviations
+            nn.init.normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         checkpoint_blocks(self, checkpoint_activations)
