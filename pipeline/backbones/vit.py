@@ -104,6 +104,8 @@ class VisionTransformer(nn.Module):
         channels, depth = SIZES[size]
         tokens = (image_size // PATCH) ** 2
         self.kept = int(tokens * (1 - mask_ratio))
+        if self.kept == 0:
+            raise ValueError(f"mask_ratio {mask_ratio} of backbone {size!r} leaves no patch of the {tokens} of an image: lower it")
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, channels))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
         self.patch_embed = PatchEmbed(channels)
