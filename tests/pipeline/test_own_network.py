@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from dali_loaders.faces import FacesConfig, write_faces
 from pipeline import backbones
@@ -87,6 +89,16 @@ def test_train_on_two_ranks_and_evaluate(tmp_path, clean_imports, capsys):
     assert main(with_recipe) == 2
     error = capsys.readouterr().err
     assert "does not fit backbone 'tiny' as it is now" in error and "body.0.weight" in error
+
+
+def test_the_example_of_the_docs(tmp_path, clean_imports):
+    with open(os.path.join(ROOT, "docs", "backbones.md")) as page:
+        (block,) = re.findall(r"```python\n(.*?)```", page.read(), re.DOTALL)
+    (tmp_path / "thin.py").write_text(block)
+    config = resolve(str(tmp_path / "thin.py"), ["data.image_size=24"])
+    assert backbones.build(config.backbone, 24)(torch.randn(2, 3, 24, 24)).shape == (2, 128)
+    with pytest.raises(ValueError, match="divisible by 8, not 20"):
+        resolve(str(tmp_path / "thin.py"), ["data.image_size=20"])
 
 
 PLAIN = "from pipeline.recipes.small import faces_small\n{imports}\ndef recipe():\n    return faces_small()\n"
