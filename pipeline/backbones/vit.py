@@ -107,7 +107,8 @@ class VisionTransformer(nn.Module):
         if self.kept == 0:
             raise ValueError(f"mask_ratio {mask_ratio} of backbone {size!r} leaves no patch of the {tokens} of an image: lower it")
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, channels))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
+        # Without masks nothing uses it, and DDP would wait for its gradient.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels), requires_grad=mask_ratio > 0)
         self.patch_embed = PatchEmbed(channels)
         shares = [drop_path * block / (depth - 1) for block in range(depth)]
         self.blocks = nn.ModuleList(TransformerBlock(channels, share, float32_attention) for share in shares)

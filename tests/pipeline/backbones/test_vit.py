@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.backbones import BackboneConfig, build
 from pipeline.backbones.vit import DropPath
@@ -54,6 +55,19 @@ def test_the_mask_token_learns():
     network = shallow(replace(CONFIG, mask_ratio=0.4)).train()
     network(torch.randn(4, 3, SIDE, SIDE))[:, 0].square().sum().backward()
     assert network.mask_token.grad is not None
+
+
+def steps_of_ddp(mask_ratio: float) -> torch.Tensor:
+    parallel = DistributedDataParallel(shallow(replace(CONFIG, mask_ratio=mask_ratio)), broadcast_buffers=False)
+    for _ in range(2):  # DDP misses a gradient when the next step begins
+        parallel(torch.randn(4, 3, SIDE, SIDE))[:, 0].square().sum().backward()
+    return parallel.module.pos_embed.grad
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.4])
+def test_ddp_finds_a_gradient_of_every_parameter_that_is_trained(ranks, mask_ratio):
+    first, second = ranks(2).run(steps_of_ddp, mask_ratio)
+    assert torch.equal(first, second) and first.abs().sum() > 0
 
 
 def test_drop_path_grows_from_block_to_block_and_keeps_the_mean():
