@@ -51,8 +51,8 @@ def _eval(options: argparse.Namespace) -> None:
     from pipeline.distributed import run_local
     from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
 
-    arguments = (options.checkpoint, options.data, options.json, options.figure, options.no_flip, options.ema)
-    run_local(options.ranks, evaluate_checkpoint, *arguments)
+    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe
+    run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
 
 
 def _faces(options: argparse.Namespace) -> None:
@@ -134,6 +134,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate = command(commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="labelled folder, .tar or .rec, or an InsightFace .bin pair set")
+    evaluate.add_argument("--recipe", metavar="FILE.py", help="the recipe file that registers the run's backbone, if that is one's own")
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (1)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.add_argument("--figure", metavar="FILE.png", help="also write the ROC curve")
@@ -215,6 +216,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--in-backward", action="store_true", help="prototypes are updated during backward: no gradient of all of them")
     plan.add_argument("--bank", action="store_true", help="with a bank of last features, for substitution_source=bank and losses that ask")
     plan.add_argument("--backbone", default="iresnet50", metavar="NAME", help="or none, for the classifier alone (iresnet50)")
+    plan.add_argument("--checkpoint-activations", action="store_true", help="backward computes the inside of the backbone's blocks again")
     plan.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
     plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
     plan.add_argument("--engine", default="ddp", choices=("ddp", "deepspeed"), help="of the backbone (ddp)")

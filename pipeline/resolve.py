@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from partial_fc import losses
@@ -52,6 +54,7 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
         spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        _admit_neighbours(recipe)
         sys.modules[spec.name] = module  # dataclasses and type hints of a loss that the file defines look for names there
         try:
             spec.loader.exec_module(module)
@@ -63,3 +66,41 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
     if recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is unknown: {hint_at(recipe, RECIPES)}")
     return RECIPES[recipe]
+
+
+def _admit_neighbours(recipe: str) -> None:
+    """Lets a recipe file import the modules beside it, for the whole process, because they may import others later.
+
+    Their folder comes last in sys.path, so that a neighbour called like a module of an installed package or of Python itself does not get
+    into its place. ValueError if the file, or a neighbour that it imports, asks for a neighbour and Python would take another module.
+    """
+    folder = os.path.dirname(os.path.abspath(recipe))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()
+    files = [os.path.abspath(recipe)]
+    for file in files:  # grows on the way
+        for name in _imports(file):
+            candidates = (os.path.join(folder, f"{name}.py"), os.path.join(folder, name, "__init__.py"))
+            mine = next((path for path in candidates if os.path.isfile(path)), None)
+            if mine is None or mine in files:
+                continue
+            files.append(mine)
+            spec = importlib.util.find_spec(name)
+            taken = spec.origin if spec and spec.origin else "another module"
+            if os.path.realpath(taken) != os.path.realpath(mine):
+                raise ValueError(f"{file} imports {name}, but Python takes {taken} for it instead of {mine}: give yours another name")
+
+
+def _imports(file: str) -> Iterator[str]:
+    """First parts of the names of all modules that a file imports anywhere; none if it cannot be parsed, which running it will tell."""
+    try:
+        with tokenize.open(file) as source:
+            tree = ast.parse(source.read())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]

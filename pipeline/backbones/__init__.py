@@ -18,7 +18,7 @@ from pipeline.backbones.mobilefacenet import BLOCKS, MobileFaceNet
 from pipeline.backbones.small import SmallNet
 from pipeline.backbones.vit import SIZES, VisionTransformer
 
-__all__ = ["BackboneConfig", "build", "check", "layers_of", "names", "register"]
+__all__ = ["BackboneConfig", "build", "check", "layers_of", "names", "options", "register"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ def names() -> list[str]:
     return list(_NETWORKS)
 
 
+def options(name: str) -> frozenset[str]:
+    """Which options of BackboneConfig the network of that name has."""
+    return _NETWORKS[name].options
+
+
 def check(config: BackboneConfig, image_size: int) -> None:
     """ValueError for an unknown name, an image size that the network does not take, an option that it does not have, or a value out of
     range."""
@@ -137,8 +142,8 @@ def build(config: BackboneConfig, image_size: int) -> nn.Module:
     """
     check(config, image_size)
     network = _NETWORKS[config.name]
-    options = {name: getattr(config, name) for name in OPTIONS if name in network.options}
-    module = network.create(width=config.width, image_size=image_size, **options)
+    chosen = {name: getattr(config, name) for name in OPTIONS if name in network.options}
+    module = network.create(width=config.width, image_size=image_size, **chosen)
     if not isinstance(module, nn.Module):
         raise ValueError(f"backbone {config.name!r} is a {type(module).__name__}, but must be a torch.nn.Module.")
     return module

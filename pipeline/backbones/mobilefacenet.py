@@ -111,4 +111,4 @@ class MobileFaceNet(nn.Module):
         for layer in self.layers:
             x = layer(x)
         with torch.autocast(x.device.type, enabled=False):  # as arcface_torch: its float32 begins before the last linear layer
-            return self.features(self.conv_sep(x.float()))
+            return self.features(self.conv_sep(x.to(next(self.features.parameters()).dtype)))

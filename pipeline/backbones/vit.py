@@ -104,8 +104,11 @@ class VisionTransformer(nn.Module):
         channels, depth = SIZES[size]
         tokens = (image_size // PATCH) ** 2
         self.kept = int(tokens * (1 - mask_ratio))
+        if self.kept == 0:
+            raise ValueError(f"mask_ratio {mask_ratio} of backbone {size!r} leaves no patch of the {tokens} of an image: lower it")
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, channels))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
+        # Without masks nothing uses it, and DDP would wait for its gradient.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels), requires_grad=mask_ratio > 0)
         self.patch_embed = PatchEmbed(channels)
         shares = [drop_path * block / (depth - 1) for block in range(depth)]
         self.blocks = nn.ModuleList(TransformerBlock(channels, share, float32_attention) for share in shares)
@@ -116,11 +119,11 @@ class VisionTransformer(nn.Module):
             nn.Linear(channels, width, bias=False),
             nn.BatchNorm1d(width, eps=2e-5),
         )
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.pos_embed, self.mask_token):  # arcface_torch truncates some of these at 2, a hundred standard deviations
+            nn.init.normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         checkpoint_blocks(self, checkpoint_activations)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+from pipeline import backbones
 from pipeline.plan.hardware import GIB, PRESETS, Hardware, find_hardware
 from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.memory import estimates, memory
@@ -100,6 +101,7 @@ FIELDS = {
     "rate": "classifier.sample_rate",
     "accumulation": "run.accumulation",
     "batch": "run.batch",
+    "checkpoint_activations": "backbone.checkpoint_activations",
 }
 
 
@@ -114,6 +116,8 @@ def alternatives(job: Job, hardware: Hardware) -> tuple[Alternative, ...]:
         changes.append({**changes[0], **changes[1]})
     if job.rate > 0.1 and not job.in_backward:
         changes.append({"rate": 0.1})
+    if job.has_backbone and not job.checkpoint_activations and "checkpoint_activations" in backbones.options(job.backbone):
+        changes.append({"checkpoint_activations": True})
     changes += [change for change in (_micro_batches(job, hardware), _ranks(job, hardware) or _smaller_batch(job)) if change]
     tried = (_alternative(job, hardware, change) for change in changes)
     total = _total(job, hardware)
@@ -199,4 +203,6 @@ def _backbone_text(job: Job, hardware: Hardware) -> str:
     engine = "DDP" if job.engine == "ddp" else f"DeepSpeed ZeRO {job.zero_stage}"
     batches = f"{job.accumulation} x {job.local}" if job.accumulation > 1 else f"{job.local}"
     precision = "bfloat16" if hardware.has_bfloat16 else "float32"
-    return f"backbone {job.backbone} at {job.image_size} pixels, {batches} images a rank, {precision}, {job.backbone_optimizer}, {engine}"
+    again = ", activations computed again" if job.checkpoint_activations else ""
+    images = f"{batches} images a rank"
+    return f"backbone {job.backbone} at {job.image_size} pixels, {images}, {precision}, {job.backbone_optimizer}, {engine}{again}"

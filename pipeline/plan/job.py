@@ -27,6 +27,7 @@ class Job:
     in_backward: bool = False
     bank: bool = False  # of last features, which substitution_source="bank" and some losses keep
     backbone: str = "none"  # a name of pipeline.backbones; none for the classifier alone
+    checkpoint_activations: bool = False  # of its blocks
     image_size: int = 112
     backbone_optimizer: OptimizerName = "sgd"
     engine: Literal["ddp", "deepspeed"] = "ddp"
@@ -41,7 +42,7 @@ class Job:
         if self.in_backward and self.accumulation > 1:
             raise ValueError("--in-backward moves prototypes in every backward pass, of which --accumulation takes several: choose one")
         if self.has_backbone:
-            backbones.check(backbones.BackboneConfig(self.backbone, self.width), self.image_size)
+            backbones.check(self.network, self.image_size)
             parts = self.ranks * self.accumulation
             if self.batch % parts or self.batch == parts:
                 raise ValueError(
@@ -52,6 +53,10 @@ class Job:
     @property
     def has_backbone(self) -> bool:
         return self.backbone != "none"
+
+    @property
+    def network(self) -> backbones.BackboneConfig:
+        return backbones.BackboneConfig(self.backbone, self.width, checkpoint_activations=self.checkpoint_activations)
 
     @property
     def rows(self) -> int:

@@ -21,7 +21,7 @@ def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     network = Footprint(0, 0, 0, 0)
     if job.has_backbone:
         # bfloat16 as engine.precision=auto decides.
-        network = footprint(job.backbone, job.width, job.image_size, job.local, in_bfloat16=hardware.has_bfloat16)
+        network = footprint(job.network, job.image_size, job.local, in_bfloat16=hardware.has_bfloat16)
     lines = {**_backbone(job, hardware, network), **_classifier(job)}
     work = max(_tiles(job, hardware) + _vectors(job), network.backward)
     # When weights move and checkpoints are written, activations and tiles are gone.

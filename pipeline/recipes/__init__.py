@@ -15,6 +15,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "dogs_small": small.dogs_small,
     "omniglot_small": small.omniglot_small,
     "ms1mv3_iresnet50_arcface_8gpu": faces.ms1mv3_iresnet50_arcface_8gpu,
+    "ms1mv3_mobilefacenet_arcface_8gpu": faces.ms1mv3_mobilefacenet_arcface_8gpu,
     "glint360k_iresnet100_cosface_8gpu": faces.glint360k_iresnet100_cosface_8gpu,
+    "glint360k_mobilefacenet_cosface_8gpu": faces.glint360k_mobilefacenet_cosface_8gpu,
     "webface42m_iresnet100_cosface_32gpu": faces.webface42m_iresnet100_cosface_32gpu,
+    "webface42m_vit_t_64gpu": faces.webface42m_vit_t_64gpu,
+    "webface42m_vit_b_64gpu": faces.webface42m_vit_b_64gpu,
 }

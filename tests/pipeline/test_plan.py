@@ -210,3 +210,16 @@ def test_bad_input_ends_in_one_sentence(arguments, words, capsys):
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("protoshard: ") and words in error and error.count("\n") == 1
+
+
+def test_activations_that_are_computed_again(capsys):
+    arguments = ["plan", "--identities", "1000000", "--ranks", "8", "--batch", "2048", "--hardware", "a100-40gb", "--backbone", "vit_b"]
+    assert main([*arguments, "--json"]) == 0 and main([*arguments, "--checkpoint-activations", "--json"]) == 0
+    kept, again = (json.loads(part)["memory"] for part in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
+    assert again["activations"] < 0.15 * kept["activations"] and again["work"] > kept["work"]
+    assert main([*arguments, "--batch", "8192"]) == 0
+    out = capsys.readouterr().out
+    assert "--set backbone.checkpoint_activations=true" in out and "--checkpoint-activations" in out
+    assert main([*arguments, "--batch", "8192", "--checkpoint-activations"]) == 0
+    out = capsys.readouterr().out
+    assert "activations computed again" in out and "It fits" in out
