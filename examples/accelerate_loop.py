@@ -1,6 +1,6 @@
 """The classifier in a loop with Hugging Face Accelerate: a small network, random data, checkpoints.
 
-    accelerate launch --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py          # or, with GPUs, accelerate launch --num_processes 2
 
 Any number of processes that divides the batch prints the same losses. A run that is started again goes on where its checkpoint is.
 """

@@ -7,6 +7,7 @@ Any number of processes that divides the batch prints the same losses.
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # it keeps the group that it finds when it is first imported, as DDP does: so before there is one
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +18,12 @@ IDENTITIES, BATCH, STEPS = 200, 60, 61
 
 def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train()
+    dist.barrier()  # no rank leaves while another still sends
+    dist.destroy_process_group()  # now that DDP is gone, which would keep gloo's threads, and these abort some processes at their exit
+
+
+def train() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -44,8 +51,6 @@ def main() -> None:
         backbone_optimizer.zero_grad()
         if rank == 0 and step % 20 == 0:
             print(f"step {step} loss {loss.item():.4f}")
-    dist.barrier()  # no rank leaves while another still sends
-    dist.destroy_process_group()
 
 
 def draw_batch(means_CD: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-
-# Its functions keep the group that exists when it is imported, as the default of their arguments; DDP and optimizers import it. Imported
-# before there is a group, it lets the group go at destroy_process_group: otherwise gloo's threads abort a tenth of the processes at exit.
-import torch.distributed.nn
 from torch import Tensor
 
 from partial_fc.renamed import refuse
