@@ -53,15 +53,25 @@ class Loss(Protocol):
         return False
 
 
+def kept_by(loss: Loss) -> tuple[object, ...]:
+    """The names of all that a loss learns and keeps in a classifier."""
+    if not hasattr(loss, "learned_by_class"):
+        raise ValueError(f"loss is {loss!r}, but must be one of losses.build(...), or of a class with @losses.register above it")
+    return set(loss.learned(1)), set(loss.learned_by_class(1)), set(loss.tracked()), loss.queued(), loss.uses_bank()
+
+
 REGISTRY: dict[str, type] = {}
 _L = TypeVar("_L", bound=type)
 
 
 @dataclass_transform(frozen_default=True)
 def register(name: str) -> Callable[[_L], _L]:
-    """Makes a class a frozen dataclass, unless it is one already, and gives it a name."""
+    """Makes a class a frozen dataclass, unless it is one already, and gives it a name, which must be new; a class of the same module and
+    name may be defined anew, as notebooks do."""
 
     def add(cls: _L) -> _L:
+        if (other := REGISTRY.get(name)) is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"there is a loss named {name!r} already, {other.__module__}.{other.__qualname__}: take another name")
         REGISTRY[name] = cls if "__dataclass_params__" in vars(cls) else dataclass(frozen=True)(cls)
         return cls
 
