@@ -25,28 +25,35 @@ def main(folder: str = "runs/accelerate_loop") -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=batches)  # without a GPU it joins nobody unasked
     if accelerator.scaler is not None:
         raise ValueError("accelerator.backward would scale the prototypes' gradient, which nothing divides again: use bf16")
-    set_seed(0)  # the same backbone on every process
+    train(accelerator, folder)
+    accelerator.free_memory()  # lets DDP go before its group, as it must
+    accelerator.end_training()
+
+
+def train(accelerator: Accelerator, folder: str) -> None:
+    set_seed(0)  # the same data and backbone on every process
+    labels_N = torch.arange(IDENTITIES).repeat_interleave(8)
+    inputs_ND = torch.randn(IDENTITIES, 32)[labels_N] + 0.3 * torch.randn(len(labels_N), 32)  # noise around the mean of an identity
+    loader = DataLoader(TensorDataset(inputs_ND, labels_N), BATCH, shuffle=True, drop_last=True)
     backbone = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 64))
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
-    loader = DataLoader(draw_faces(), BATCH, shuffle=True, drop_last=True)
     backbone, optimizer, loader = accelerator.prepare(backbone, optimizer, loader)
 
     # This process's share of the prototypes: made once the processes have joined, which Accelerator() does, and never prepared.
-    loss_function = losses.build("cosface", scale=16.0, margin=0.2)
-    classifier = PartialFC(IDENTITIES, width=64, loss=loss_function, sample_rate=0.5, device=accelerator.device)
+    cosface = losses.build("cosface", scale=16.0, margin=0.2)
+    classifier = PartialFC(IDENTITIES, width=64, loss=cosface, sample_rate=0.5, device=accelerator.device)
     rows = RowSGD(classifier, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
     # save_state and register_for_checkpointing write what process 0 has. The classifier is another one on every process.
+    own_file = f"classifier-{accelerator.process_index}.pt"
+
     def save(models: list[nn.Module], weights: list[dict], output: str) -> None:
-        torch.save({"classifier": classifier.state_dict(), "rows": rows.state_dict()}, shard_file(output))
+        torch.save({"classifier": classifier.state_dict(), "rows": rows.state_dict()}, Path(output, own_file))
 
     def load(models: list[nn.Module], output: str) -> None:
-        saved = torch.load(shard_file(output), map_location="cpu")
+        saved = torch.load(Path(output, own_file), map_location="cpu")
         classifier.load_state_dict(saved["classifier"])
         rows.load_state_dict(saved["rows"])
-
-    def shard_file(output: str) -> str:
-        return f"{output}/classifier-{accelerator.process_index}.pt"
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -64,15 +71,6 @@ def main(folder: str = "runs/accelerate_loop") -> None:
             optimizer.zero_grad()
         accelerator.print(f"epoch {epoch} loss {loss.item():.6f}")
         accelerator.save_state(f"{folder}/epoch-{epoch:03}")
-    accelerator.end_training()
-
-
-def draw_faces() -> TensorDataset:
-    """Noise around the mean of each sample's identity."""
-    generator = torch.Generator().manual_seed(1)
-    labels_N = torch.arange(IDENTITIES).repeat_interleave(8)
-    means_CD = torch.randn(IDENTITIES, 32, generator=generator)
-    return TensorDataset(means_CD[labels_N] + 0.3 * torch.randn(len(labels_N), 32, generator=generator), labels_N)
 
 
 if __name__ == "__main__":

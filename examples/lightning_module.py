@@ -71,6 +71,7 @@ def main(ranks: str = "1", checkpoint: str | None = None) -> None:
     loader = DataLoader(TensorDataset(inputs_ND, labels_N), BATCH // int(ranks), shuffle=True, drop_last=True)
     trainer = lightning.Trainer(strategy="ddp", devices=int(ranks), max_epochs=EPOCHS)
     trainer.fit(Recogniser(), loader, ckpt_path=checkpoint)
+    torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the interpreter, where gloo aborts some processes
 
 
 if __name__ == "__main__":

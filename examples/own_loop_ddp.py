@@ -7,7 +7,6 @@ Any number of processes that divides the batch prints the same losses.
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # it keeps the group that it finds when it is first imported, as DDP does: so before there is one
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +19,7 @@ def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     train()
     dist.barrier()  # no rank leaves while another still sends
-    dist.destroy_process_group()  # now that DDP is gone, which would keep gloo's threads, and these abort some processes at their exit
+    dist.destroy_process_group()  # DDP has to be gone before its group: it would wait for threads of gloo that may be waiting for it
 
 
 def train() -> None:

@@ -14,16 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-# Accelerate and Lightning leave their process group to the end of the interpreter, where gloo's threads abort some processes that end at
-# once (docs/own_training_loop.md): the pause lets them finish before.
+# Threads of gloo that outlive their group abort some processes while the interpreter ends (docs/own_training_loop.md): so they are counted.
 RUNNER = """
-import importlib.util, sys, time
+import atexit, glob, importlib.util, sys
+def count():
+    print("threads of gloo:", sum("gloo" in open(name).read() for name in glob.glob("/proc/self/task/*/comm")), flush=True)
+atexit.register(count)
 spec = importlib.util.spec_from_file_location("example", sys.argv[1])
 example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)
 example.EPOCHS = int(sys.argv[2])
 example.main(*sys.argv[3:])
-time.sleep(1)
 """
 
 
@@ -49,6 +50,7 @@ def train(ranks: int, folder: Path, script: str, *arguments: str, epochs: int = 
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), said
+    assert all("threads of gloo: 0" in output for output, _ in said)
     return [float(loss) for loss in re.findall(r"(?:step|epoch) \d+ loss (\S+)", said[0][0])]
 
 
