@@ -1,5 +1,7 @@
 """The model-parallel classifier, usable alone in any training loop. It imports nothing from the other folders."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from partial_fc import losses
 from partial_fc.classifier import PartialFC
 from partial_fc.columns import Columns, of_bank, of_classes, of_sampled, of_samples
@@ -17,3 +19,8 @@ __all__ = [
     "clip_grad_norm_", "copy_prototypes", "grow", "keep_out_of_ddp", "losses", "merge_identities", "of_bank", "of_classes", "of_sampled",
     "of_samples", "pair_statistics", "similarity_statistics",
 ]  # fmt: skip
+
+try:
+    __version__ = version("protoshard")
+except PackageNotFoundError:  # a checkout that was put on the path without being installed
+    __version__ = "unknown"

@@ -6,17 +6,20 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 
 from pipeline.commands import command
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 
-def main(arguments: list[str] | None = None, add_commands: Callable[[argparse._SubParsersAction], None] | None = None) -> int:
-    """The exit code. `add_commands` adds the commands of rooms above this one, of which the pipeline knows nothing (benchmarks/cli.py)."""
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
     parser, commands = _parser()
-    if add_commands:
-        add_commands(commands)
+    if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
+        import_module("benchmarks.commands").add(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     try:

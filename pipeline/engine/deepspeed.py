@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dali_loaders.extras import extra
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.module_state import average_buffers, weights_in
@@ -23,7 +24,8 @@ class DeepSpeedEngine:
     def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, accumulation: int) -> None:
         on_cpu = place.device.type == "cpu"
         os.environ["DS_ACCELERATOR"] = place.device.type  # it would look for a GPU itself
-        import deepspeed
+        with extra("train"):
+            import deepspeed
 
         if on_cpu:  # otherwise the first collective compiles an extension for half a minute and needs g++
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -11,7 +11,6 @@ from pipeline import backbones, checkpoint
 from pipeline.config import from_dict
 from pipeline.distributed import join
 from pipeline.evaluation import PairReport, evaluate
-from pipeline.evaluation.figures import roc_figure, save_png
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -30,6 +29,8 @@ def evaluate_checkpoint(
     configuration is that of the checkpoint."""
     if recipe:
         resolve(recipe)
+    if figure:
+        from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
     path = checkpoint.locate(path)
     saved = checkpoint.read_info(path)["config"]
@@ -61,12 +62,12 @@ def evaluate_checkpoint(
     if not place.is_first:
         return
     if figure and isinstance(report, PairReport):
-        save_png(roc_figure({data: report}, "ROC"), figure)
-    figures = report.as_dict()
+        figures.save_png(figures.roc_figure({data: report}, "ROC"), figure)
+    measured = report.as_dict()
     if as_json:
-        print(json.dumps(figures))
+        print(json.dumps(measured))
         return
-    for name, value in figures.items():
+    for name, value in measured.items():
         for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
             shown = "unreached: too few impostor pairs" if number is None else f"{number:.4f}" if isinstance(number, float) else str(number)
             print(f"{name + ('=' + key if key else ''):28}{shown}")
