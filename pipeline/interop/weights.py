@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dali_loaders.extras import extra
+
 # Where training scripts keep the network within a checkpoint; the first that is there counts.
 WRAPPERS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone", "net", "network", "module")
 
@@ -120,11 +122,9 @@ def _other_classes(file: Any) -> list[str]:
 
 
 def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    try:
+    with extra("train"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-    except ImportError:
-        raise ValueError(f"reading {path} needs the package safetensors: pip install 'protoshard[export]'.") from None
     try:
         return load_file(path)
     except OSError as error:
