@@ -2,4 +2,4 @@
 
 from dali_loaders import renamed
 
-renamed.modules({"benchmarks.meters": "pipeline.measuring"})
+renamed.modules({"benchmarks.cli": "pipeline.cli", "benchmarks.meters": "pipeline.measuring"})

@@ -20,8 +20,9 @@ from benchmarks.record import quartiles, spread
 from partial_fc import PartialFC, RowSGD, losses
 from pipeline import backbones
 from pipeline.distributed import keep_freed_memory
+from pipeline.engine.optimizer import build_optimizer
 from pipeline.measuring import peak_memory, seconds
-from pipeline.schedule import OptimizerConfig, build_optimizer
+from pipeline.schedule import OptimizerConfig
 
 Layout = Literal["nhwc", "nchw"]
 Step = Callable[[Tensor, Tensor], Tensor]  # images [b, 3, H, W] and labels [b] -> loss

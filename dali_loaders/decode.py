@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from dali_loaders.config import AugmentConfig
 from dali_loaders.config import DataConfig as DataConfig  # older recipe files import it from here
+from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, image_pipeline, size_pipeline
 from dali_loaders.order import uniform
 from dali_loaders.sources import Source
+
+with extra("train"):
+    import cv2
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes

@@ -4,13 +4,18 @@ DALI draws no random numbers here: the flip, matrix, brightness and contrast of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
+
+from dali_loaders.extras import extra
+
+with extra("train"):
+    import cv2
 
 
 class Graph:
@@ -62,11 +67,11 @@ def _sound_images() -> list[bytes]:
 
 def dali_modules() -> tuple[Any, Any, Any]:
     """nvidia.dali with its fn and types, imported when first needed so that the rest works where DALI does not exist."""
-    try:
+    if sys.platform != "linux":
+        raise ValueError("decoding images needs NVIDIA DALI, which exists for Linux only")
+    with extra("train"):
         from nvidia import dali
         from nvidia.dali import fn, types
-    except ImportError as error:
-        raise ValueError(f"decoding images needs NVIDIA DALI, which cannot be imported here ({error}); use a Linux machine.") from error
     return dali, fn, types
 
 

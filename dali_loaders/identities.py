@@ -1,8 +1,11 @@
-"""The text file beside a packed set that keeps its identities: a line 'number of images<tab>name' each, in label order."""
+"""Names of identities: the text file beside a packed set that keeps them, a line 'number of images<tab>name' each, in label order; and a
+checksum."""
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,3 +33,8 @@ def write_identities(path: str, counts: np.ndarray, names: list[str]) -> None:
     """Writes to `path` itself, which is not yet the name that `read_identities` looks for while the set is being packed."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{count}\t{name}\n" for count, name in zip(counts, names, strict=True))
+
+
+def checksum(names: Sequence[str]) -> str:
+    """8 digits by which two sets can be told apart that differ in a name or in their order."""
+    return f"{zlib.crc32(chr(10).join(names).encode(errors='surrogateescape')):08x}"

@@ -17,6 +17,12 @@ IDENTITIES, BATCH, STEPS = 200, 60, 61
 
 def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    train()
+    dist.barrier()  # no rank leaves while another still sends
+    dist.destroy_process_group()  # DDP has to be gone before its group: it would wait for threads of gloo that may be waiting for it
+
+
+def train() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -44,8 +50,6 @@ def main() -> None:
         backbone_optimizer.zero_grad()
         if rank == 0 and step % 20 == 0:
             print(f"step {step} loss {loss.item():.4f}")
-    dist.barrier()  # no rank leaves while another still sends
-    dist.destroy_process_group()
 
 
 def draw_batch(means_CD: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """`launch/multinode.sh`: a recipe on a Ray cluster, which is used where it runs or started here and stopped at the end."""
 
 import argparse
+import importlib.util
 import os
 import shlex
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dali_loaders.extras import missing
 from launch.hosts import Host, read_hosts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="section.field=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
+    parser.add_argument("--from", dest="overrides", action="append", type="start.weights={}".format, default=[],
+                        metavar="CHECKPOINT|RUN|FILE", help="begin a new run with that backbone, as for `protoshard train`")  # fmt: skip
     parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after a worker died (default: 3)")
     parser.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
                         help="variables for the ranks beside those of docs/clusters.md; without VALUE, as in this shell")  # fmt: skip
@@ -73,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
 
 def check(options: argparse.Namespace) -> None:
     """ValueError for what can be known to be wrong before anything is started."""
+    if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
+        raise missing("ray", "train")
     if options.ranks_per_node is not None and options.ranks_per_node < 1:
         raise ValueError(f"--ranks-per-node is {options.ranks_per_node}; a node needs at least 1 rank.")
     if options.max_failures < 0:

@@ -6,8 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 if [[ ! -x $python ]]; then
-    echo "multinode.sh: $python is missing; make it with: bash launch/quickstart.sh" >&2
-    exit 2
+    (cd "$root" && bash -euc "source launch/environment.sh; install_into_venv train")
 fi
 
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$root

@@ -10,9 +10,7 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
 fi
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-# No extras: this is not about the arguments of this script.
-# shellcheck disable=SC2119
-install_into_venv
+install_into_venv train
 
 make_faces() { # NAME FIRST_IDENTITY IDENTITIES
     [[ -f "data/faces/$1.tar" ]] || .venv/bin/protoshard data faces "data/faces/$1.tar" --first-identity "$2" --identities "$3" --images 20

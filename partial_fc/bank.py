@@ -53,7 +53,7 @@ def last_of_each(keys_B: Tensor) -> Tensor:
 def empty(rows: int, width: int, device: torch.device) -> Bank:
     """A bank [rows, width] without features. ValueError, before anything is allocated, if it would not fit into the device's memory."""
     check_fits(rows, width, available_bytes(device))
-    return Bank(torch.zeros(rows, width, device=device), torch.full((rows,), -1, device=device))
+    return Bank(torch.zeros(rows, width, dtype=torch.float32, device=device), torch.full((rows,), -1, device=device))
 
 
 def check_fits(rows: int, width: int, available: float) -> None:

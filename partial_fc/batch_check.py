@@ -25,6 +25,41 @@ def check_labels(labels_b: Tensor) -> None:
         )
 
 
+class ToHost:
+    """Numbers on their way from the device to the host, which goes on."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+        self.is_ready = policy_of(numbers.device).host_looks  # whether `read` will certainly not wait
+        self.copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
+
+    def read(self) -> list:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.numbers.tolist()
+
+
+class RowsCheck:
+    """Check that every rank brings equally many rows, before they are gathered: what comes after would end without a word, or never."""
+
+    def __init__(self, rows_N: Tensor, step: int) -> None:
+        self.rows, self.step = ToHost(rows_N), step
+        self.is_ready = self.rows.is_ready
+
+    def faults(self) -> tuple[str | None, str | None]:
+        """(what is wrong with the batch, None). Waits for the device."""
+        rows = self.rows.read()
+        if min(rows) == max(rows):
+            return None, None
+        other = next(rank for rank, count in enumerate(rows) if count != rows[0])
+        return (
+            f"at step {self.step} rank 0 brings {rows[0]} rows, but rank {other} brings {rows[other]}: make the classifier with "
+            "uneven_batches=True, or leave out the last, incomplete batch (drop_last)"
+        ), None
+
+
 class BatchCheck:
     """Checks of one global batch: labels are classes, and features finite. Made without waiting for the device; see `faults`.
 
@@ -44,18 +79,12 @@ class BatchCheck:
         is_infinite_B = ~(smallest_B.isfinite() & largest_B.isfinite())
         bad_3B = torch.stack([is_wrong_B, is_unknown_B, is_infinite_B])
         row_3 = bad_3B.byte().argmax(dim=1)  # the first of several
-        found = torch.stack([bad_3B.sum(dim=1), row_3, labels_B[row_3]])
-        self.found = found.to("cpu", non_blocking=True)  # into pinned memory
-        self.is_ready = policy_of(found.device).host_looks  # whether `faults` will certainly not wait
-        self.copied = torch.cuda.Event() if found.is_cuda else None
-        if self.copied is not None:
-            self.copied.record()
+        self.found = ToHost(torch.stack([bad_3B.sum(dim=1), row_3, labels_B[row_3]]))
+        self.is_ready = self.found.is_ready
 
     def faults(self) -> tuple[str | None, str | None]:
         """(what is wrong with labels, what is wrong with features), each a sentence or None. Waits for the device."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        (wrong, unknown, infinite), (wrong_row, unknown_row, infinite_row), (wrong_label, unknown_label, _) = self.found.tolist()
+        (wrong, unknown, infinite), (wrong_row, unknown_row, infinite_row), (wrong_label, unknown_label, _) = self.found.read()
         labels = features = None
         if wrong:
             labels = (

@@ -1,24 +1,23 @@
 """PartialFC: the model-parallel classifier. Each rank holds the prototypes of its own classes; the loss is the global batch's."""
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from partial_fc import bank, collectives, sampling
+from partial_fc import bank, collectives, place, sampling
 from partial_fc.bank import Bank
-from partial_fc.batch_check import BatchCheck, check_labels, check_shapes
+from partial_fc.batch_check import BatchCheck, RowsCheck, check_labels, check_shapes
 from partial_fc.buffer_pool import BufferPool
-from partial_fc.collectives import Group
+from partial_fc.collectives import Group, SharedGroup
 from partial_fc.columns import Columns, of_classes, of_sampled
 from partial_fc.config import ClassifierConfig
 from partial_fc.fields import hint_at
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses.base import Loss
-from partial_fc.prototype_sources import AllRows, Consumer
+from partial_fc.losses.base import Loss, build, kept_by
+from partial_fc.prototype_sources import AllRows, Companion, Consumer
 from partial_fc.sampling import ClassSample
 from partial_fc.shards import ClassShard, initial_prototypes
 from partial_fc.similarity import DTYPES, nearest_classes, similarity_statistics
@@ -34,13 +33,14 @@ class PartialFC(nn.Module):
 
     num_classes       identities of the whole job
     width             features per sample, D
-    loss              from `losses.build`; may be replaced between steps by one of its kind (margin warm-up). What it learns are parameters
-                      in `learned`, what it tracks buffers `tracked_...`; all of these but numbers per class are equal on every rank
+    loss              from `losses.build`, or a name for its defaults; may be replaced between steps by one that learns and keeps the same
+                      (margin warm-up). What it learns are parameters in `learned`, what it tracks buffers `tracked_...`; all of these but
+                      numbers per class are equal on every rank
     sample_rate       below 1, a step sees all classes of its batch and each other class with this probability; `prototypes.grad` is then a
                       sparse tensor of sampled rows and of padding (of value 0), which only RowSGD and RowAdamW update
     options           fields of ClassifierConfig, such as dtype, storage_dtype, correct_rate, hard_negatives and substitution_rate
-    uneven_batches    lets ranks bring different numbers of rows, including none, in any step; costs one more all-gather of one number per
-                      rank, for which the host waits. By default every rank must bring the same number of rows
+    uneven_batches    lets ranks bring different numbers of rows, including none, in any step; the host then waits for these numbers. By
+                      default every rank must bring the same number of rows
     seed              of initial prototypes and samples, which depend only on the class id (and step), not on the number of ranks
     group             process group; without an initialised one this is an ordinary single-process module
     kernel            "auto" or a name in similarity.KERNELS; see similarity_statistics
@@ -56,7 +56,7 @@ class PartialFC(nn.Module):
         self,
         num_classes: int,
         width: int,
-        loss: Loss,
+        loss: Loss | str,
         sample_rate: float = 1.0,
         *,
         uneven_batches: bool = False,
@@ -68,33 +68,42 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
+        """See the class. ValueError or TypeError, with a sentence, for an option that does not exist or does not go with the others."""
         super().__init__()
         if feature_gradient not in ("averaged", "global"):
             raise ValueError(f"feature_gradient is {feature_gradient!r}, but must be 'averaged' or 'global'")
-        ranks = collectives.world_size(group)
-        self.shard = ClassShard.of_rank(num_classes, collectives.rank(group), ranks)
+        self.made = collectives.rank(group), collectives.world_size(group)
+        if self.made[0] < 0:
+            raise ValueError("this rank is not in the group of the classifier: make it on the ranks of the group only")
+        self.shard = ClassShard.of_rank(num_classes, *self.made)
         for name in options.keys() - ClassifierConfig.__dataclass_fields__.keys():
             raise TypeError(f"PartialFC has no option {name!r}: {hint_at(name, ClassifierConfig.__dataclass_fields__)}")
         self.config = ClassifierConfig(sample_rate=sample_rate, **options)
-        self.width, self.loss, self.seed, self.group, self.uneven_batches = width, loss, seed, group, uneven_batches
+        device = torch.get_default_device() if device is None else device
+        self.width, self.seed, self.uneven_batches = width, seed, uneven_batches
+        self.loss = loss = build(loss) if isinstance(loss, str) else loss
+        self.shared_group = SharedGroup(group)
+        self.is_known_whole = False  # no other rank has this shard: looked up at the first use, and after a load
+        self.rows_before = -1  # that this rank brought to the last step
         self.current = Step()
         self.skipped_steps = 0
-        self.before_use: Callable[[Tensor], None] | None = None  # a lazy optimizer's, called with the rows of a new sample
+        self.companion: Companion | None = None  # a RowOptimizer
         self.consumer: Consumer | None = None  # takes the gradient of prototypes chunk by chunk during backward
         self.kernel = kernel
         self.pool = BufferPool()
-        self.gradient_factor = float(ranks) if feature_gradient == "averaged" else 1.0
+        self.gradient_factor = float(self.made[1]) if feature_gradient == "averaged" else 1.0
         self.prototypes = nn.Parameter(initial_prototypes(self.shard, width, seed).to(device, DTYPES[self.config.storage_dtype]))
         # What the loss learns and tracks; a loss put in its place later uses the same.
-        scalars = {name: torch.tensor(value, device=device) for name, value in loss.learned(num_classes).items()}
-        vectors = {name: torch.full((self.shard.rows,), value, device=device) for name, value in loss.learned_by_class(num_classes).items()}
-        self.learned = nn.ParameterDict({name: nn.Parameter(value.float()) for name, value in (scalars | vectors).items()})
+        wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        scalars = {name: torch.tensor(value, **wide) for name, value in loss.learned(num_classes).items()}
+        vectors = {name: torch.full((self.shard.rows,), value, **wide) for name, value in loss.learned_by_class(num_classes).items()}
+        self.learned = nn.ParameterDict({name: nn.Parameter(value) for name, value in (scalars | vectors).items()})
         self.tracked_names = [*loss.tracked(), *loss.queued()]
         for name, value in loss.tracked().items():
-            first = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+            first = value.clone() if isinstance(value, Tensor) else torch.tensor(float(value), **wide)
             self.register_buffer(f"tracked_{name}", first.to(device))
         for name, rows in loss.queued().items():
-            self.register_buffer(f"tracked_{name}", torch.zeros(rows, width, device=device))
+            self.register_buffer(f"tracked_{name}", torch.zeros(rows, width, **wide))
         self.has_bank = loss.uses_bank() or (self.config.substitution_rate > 0 and self.config.substitution_source == "bank")
         if self.has_bank:
             first_bank = bank.empty(self.shard.rows, width, self.prototypes.device)
@@ -104,7 +113,8 @@ class PartialFC(nn.Module):
 
     def count_images(self, class_counts: Tensor | None) -> None:
         """Takes over the images of each identity, int64 [num_classes]; None where they are unknown."""
-        self.class_counts_S, self.label_share = None, 1.0  # the share of labels that can be this rank's
+        self.register_buffer("class_counts_S", None, persistent=False)
+        self.label_share = 1.0  # the share of labels that can be this rank's
         if class_counts is None:
             return
         if class_counts.shape != (self.shard.num_classes,):
@@ -116,8 +126,32 @@ class PartialFC(nn.Module):
             self.label_share = max(of_images, self.shard.rows / self.shard.num_classes)
 
     @property
+    def group(self) -> Group:
+        return self.shared_group.group
+
+    @property
+    def loss(self) -> Loss:
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: Loss) -> None:
+        before = getattr(self, "_loss", loss)
+        if kept_by(loss) != kept_by(before):
+            raise ValueError(
+                f"{type(loss).__name__} cannot take the place of {type(before).__name__}, because it learns or keeps other numbers from "
+                "step to step: make another classifier"
+            )
+        self._loss = loss
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss":  # which torch would register, if it is a module
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
     def step(self) -> int:
-        """Number of samples of classes, or at rate 1 of optimizer steps; set it to resume."""
+        """Number of samples of classes, or at rate 1 of optimizer steps; a part of `state_dict`."""
         return self.current.next_draw
 
     @step.setter
@@ -129,16 +163,19 @@ class PartialFC(nn.Module):
         """The classes of the newest step; None at rate 1."""
         return self.current.sample
 
+    @torch.compiler.disable
     def begin_step(self, labels_b: Tensor) -> None:
         """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank. The
         optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
-        all-gather of the labels (8 bytes each), with uneven_batches 1 of N counts, and with hard_negatives what `nearest_classes` says."""
+        all-gather of N counts and 1 of the labels (8 bytes each), and with hard_negatives what `nearest_classes` says."""
         check_labels(labels_b)
+        self._check_shard()
         if self.config.sample_rate < 1:
             labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
             self._draw(labels_B)
             self.current.labels_B, self.current.is_begun = labels_B, True
 
+    @torch.compiler.disable
     def end_step(self) -> None:
         """Ends a step after the optimizer's update: its features go into the bank, if there is one and they are finite, and the next call
         of `forward` or `begin_step` starts a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor RowAdamW."""
@@ -163,7 +200,7 @@ class PartialFC(nn.Module):
                 self.skipped_steps += 1
         return self.current.is_finite
 
-    def _judge(self, check: BatchCheck) -> bool:
+    def _judge(self, check: BatchCheck | RowsCheck) -> bool:
         labels, features = check.faults()
         if labels or (features and self.config.non_finite == "raise"):
             self.current.is_finite = False  # if the caller goes on
@@ -176,15 +213,34 @@ class PartialFC(nn.Module):
             self._judge(check)  # no optimizer will
             return
         self.current.checks.append(check)
-        if check.is_ready or len(self.current.checks) == MOST_CHECKS:
+        if check.is_ready or len(self.current.checks) >= MOST_CHECKS:
             self.is_finite()
+
+    def _check_rows(self, rows_b: Tensor) -> None:
+        """A rank whose own number has changed waits for the device here, and so knows before the gathering that would hang."""
+        rows = torch.full((1,), len(rows_b), device=rows_b.device)
+        check = RowsCheck(collectives.gather_constant(rows, self.group), self.current.number)
+        is_usual, self.rows_before = len(rows_b) == self.rows_before, len(rows_b)
+        if torch.is_grad_enabled() and is_usual and not check.is_ready:
+            self.current.checks.append(check)
+        else:
+            self._judge(check)
+
+    def _check_shard(self) -> None:
+        place.check_place(self.made, self.group)
+        place.check_whole(self.prototypes, (self.shard.rows, self.width))
+        if not self.is_known_whole:
+            place.check_shards_differ(self.prototypes, self.made, self.group)
+            self.is_known_whole = True
 
     def _counts(self, rows_b: Tensor) -> list[int]:
         """Rows of each rank."""
         if self.uneven_batches:
             counts = collectives.gather_counts(len(rows_b), rows_b.device, self.group)
         else:
-            counts = [len(rows_b)] * collectives.world_size(self.group)
+            if self.made[1] > 1:
+                self._check_rows(rows_b)
+            counts = [len(rows_b)] * self.made[1]
         if not any(counts):
             raise ValueError("the batch is empty on every rank: a step needs at least one sample")
         return counts
@@ -198,20 +254,21 @@ class PartialFC(nn.Module):
         sample = sampling.draw(self.shard, certain_n, self.config.sample_rate, self.seed, self.current.next_draw, self.label_share)
         if torch.is_grad_enabled():
             self.current.draw(sample)
-            if self.before_use is not None:
-                self.before_use(sample.rows_K)
+            if self.companion is not None:
+                self.companion.before_use(sample.rows_K)
         return sample
 
+    @torch.compiler.disable
     def forward(self, features_bD: Tensor, labels_b: Tensor) -> Tensor:
         """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
 
         features_bD  float [b, D], with gradient
         labels_b     int64 [b], global class ids
 
-        Communicates 1 all-gather of B D floats (2 or 4 bytes each: gather_dtype), 1 of B labels (8 bytes) and what the loss asks for (see
-        GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. uneven_batches adds 1 all-gather of N counts (8 bytes) before
-        them, and rows travel padded to the largest local batch m: N m rows instead of B. NaN, infinity and labels that are not classes end
-        in a ValueError or a skipped step: see `is_finite`."""
+        Communicates 1 all-gather of N counts (8 bytes each), 1 of B D floats (2 or 4 bytes: gather_dtype), 1 of B labels (8 bytes) and what
+        the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. With uneven_batches the host waits for the
+        counts, and rows travel padded to the largest local batch m: N m rows instead of B. NaN, infinity and labels that are not classes
+        end in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         features_BD, labels_B, counts = self._gather(features_bD, labels_b, gather_dtype)
         self._check(features_BD, labels_B, counts)
@@ -220,6 +277,7 @@ class PartialFC(nn.Module):
     def _gather(self, features_bD: Tensor, labels_b: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, list[int]]:
         """(features of all ranks, their labels, rows of each rank); features travel as `dtype`."""
         check_shapes(features_bD, labels_b, self.width)
+        self._check_shard()
         counts = self._counts(labels_b)
         if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
             features_bD = features_bD.detach().requires_grad_()  # a rank without rows takes part in the reduce-scatter too
@@ -266,21 +324,76 @@ class PartialFC(nn.Module):
         assert self.bank is not None
         return substitute_from_bank(columns, self.bank, config.substitution_staleness, config.substitution_rate, self.seed, step)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
         """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass.
-        Communicates 1 all-gather of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`. Values are not
-        checked: cosines of a row with NaN, or with a label that is not a class, mean nothing."""
+        Communicates 1 all-gather of N counts, 1 of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`.
+        Values are not checked: cosines of a row with NaN, or with a label that is not a class, mean nothing."""
         features_BD, labels_B, _ = self._gather(features_bD, labels_b)
         columns = of_classes(self.prototypes, labels_B, self.shard.first)
         statistics = similarity_statistics(features_BD, columns, TopK(), scale=1.0, **self._products())
         return statistics.target_B, statistics.non_target_B[:, 0]
 
+    def gradient_values(self) -> Tensor:
+        """The gradient of prototypes: [S, D], or [K, D] of the sampled rows, the sum over micro-batches; an empty tensor if there is none.
+        Writing to it changes the gradient. Raises ValueError if micro-batches saw several samples of classes."""
+        gradient, sample = self.prototypes.grad, self.sample
+        if gradient is None:
+            return self.prototypes.detach()[:0]
+        if not gradient.is_sparse:
+            return gradient
+        self.refuse_several_samples()
+        assert sample is not None
+        values_KD, columns = gradient._values(), len(sample.rows_K)
+        if len(values_KD) > columns:  # autograd only concatenates those of micro-batches
+            values_KD = values_KD.view(-1, columns, values_KD.shape[1]).sum(dim=0)
+            self.prototypes.grad = torch.sparse_coo_tensor(sample.rows_K[None], values_KD, gradient.shape, check_invariants=False)
+        return values_KD
+
+    def refuse_several_samples(self) -> None:
+        """ValueError if classes were sampled more than once in this step."""
+        if self.current.draws > 1:
+            raise ValueError(
+                f"{self.current.draws} samples of classes were drawn since the last step, and their gradients do not add up: call "
+                "classifier.begin_step(labels of all micro-batches) first"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `half`, `cuda` and the like call."""
+        place.check_dtype(self.prototypes.dtype, fn(self.prototypes.detach().new_empty(0)).dtype)
+        super()._apply(fn, recurse)
+        if self.companion is not None:
+            self.companion.after_move()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.companion is not None:
+            self.companion.flush()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def get_extra_state(self) -> Tensor:
+        """A part of `state_dict`: the step, and the classes that the state is of."""
+        return place.saved_place(self.step, self.shard)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Goes on at the step that `load_state_dict` found."""
+        self.step = int(state[0])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if (saved := state_dict.get(f"{prefix}_extra_state")) is not None:
+            place.check_saved(saved, self.shard)
+        self.is_known_whole = False
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no optimizer, and its bank keeps only what the copy itself is given."""
-        current = replace(self.current, brought=deque(maxlen=MOST_CHECKS))
-        return {**self.__dict__, "before_use": None, "consumer": None, "current": current}
+        if self.companion is not None:
+            self.companion.flush()
+        current = replace(self.current, brought=deque(maxlen=MOST_CHECKS), checks=[])
+        return {**self.__dict__, "companion": None, "consumer": None, "current": current}
 
     def extra_repr(self) -> str:
+        """The classes of this rank, the width and the loss, for `print`."""
         first, stop = self.shard.first, self.shard.first + self.shard.rows
         return f"classes [{first}, {stop}) of {self.shard.num_classes}, width {self.width}, {self.loss}"

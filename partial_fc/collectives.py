@@ -25,6 +25,19 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
+class SharedGroup:
+    """Holds a process group for a module, whose copies share it. A pickle leaves it out, because a group exists only in its process."""
+
+    def __init__(self, group: Group = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> "SharedGroup":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedGroup, ()
+
+
 def gather_counts(rows: int, device: torch.device, group: Group = None) -> list[int]:
     """Number of rows of each rank, for which the host waits. 1 all-gather of N integers, (N-1)/N of 8 N bytes."""
     if world_size(group) == 1:

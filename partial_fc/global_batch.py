@@ -178,9 +178,11 @@ class GlobalBatch:
 
     def of_labels(self, vector_S: Tensor) -> Tensor:
         """[B]: the value of each sample's class in a vector by row of this rank's shard, with gradient. 1 all-reduce of B numbers."""
-        rows_B, own_B = self.shard.rows_of(self.labels_B), vector_S.new_zeros(len(self.labels_B))
+        rows_B = self.shard.rows_of(self.labels_B)
         if self.shard.rows:
             own_B = vector_S.index_select(0, rows_B.clamp(min=0)).where(rows_B >= 0, 0)
+        else:  # zeros with gradient: a rank without classes must take part in backward's collectives too
+            own_B = vector_S.sum().expand(len(rows_B))
         return collectives.sum_values(own_B, self.group)
 
     def class_counts(self) -> Tensor:

@@ -113,7 +113,8 @@ def copy_prototypes(source: PartialFC, target: PartialFC, new_labels: np.ndarray
 
 def move_rows(old_S: Tensor, old: ClassShard, new_S: Tensor, new: ClassShard, new_labels: np.ndarray | None, group: Group) -> None:
     """Writes row c of a matrix [old.num_classes, ...] into row new_labels[c] of one of [new.num_classes, ...], both sharded over `group`,
-    in rounds of at most BLOCK_ELEMENTS from each rank: 1 all-to-all each, and each row travels once. Nothing else is exchanged."""
+    in rounds of at most BLOCK_ELEMENTS from each rank: 1 all-to-all each, and each row travels once. Nothing else is exchanged. Rows whose
+    new label is -1 stay behind."""
     ranks, rank = collectives.world_size(group), collectives.rank(group)
     rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(old_S.shape[1:])))
     rows_per_rank = ClassShard.of_rank(new.num_classes, 0, ranks).rows
@@ -123,6 +124,7 @@ def move_rows(old_S: Tensor, old: ClassShard, new_S: Tensor, new: ClassShard, ne
         shard = ClassShard.of_rank(old.num_classes, sender, ranks)
         sent = np.arange(first, max(first, min(first + rows, shard.rows)))
         labels = sent + shard.first if new_labels is None else new_labels[sent + shard.first]
+        sent, labels = sent[labels >= 0], labels[labels >= 0]
         order = np.argsort(labels // rows_per_rank, kind="stable")
         return sent[order], labels[order], labels[order] // rows_per_rank
 

@@ -2,6 +2,7 @@
 and triplets. Rows are divided among ranks and computed in blocks, which backward recomputes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,25 @@ def hardest(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) 
     return cosines_nB.masked_fill(~is_positive_nB, 2.0).amin(dim=1), cosines_nB.masked_fill(~is_negative_nB, -2.0).amax(dim=1)
 
 
+class _Products(torch.autograd.Function):
+    """The rows [start, stop) of units units^T, in the precision of the units, also if forward or backward runs within torch.autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, units_BD: Tensor, start: int, stop: int) -> Tensor:
+        ctx.save_for_backward(units_BD)
+        ctx.span = slice(start, stop)
+        with torch.autocast(units_BD.device.type, enabled=False):
+            return units_BD[ctx.span] @ units_BD.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_nB,), (units_BD,) = grads, ctx.saved_tensors
+        with torch.autocast(units_BD.device.type, enabled=False):
+            grad_BD = grad_nB.T @ units_BD[ctx.span]
+            grad_BD[ctx.span] += grad_nB @ units_BD
+        return grad_BD, None, None
+
+
 def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction = hardest, *, group: Group = None) -> tuple[Tensor, ...]:
     """The result of `reduction` on every sample's cosines with all samples, [B] or [B, k] each, equal on every rank.
 
@@ -38,9 +58,7 @@ def pair_statistics(features_BD: Tensor, labels_B: Tensor, reduction: Reduction 
     def block(units_BD: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         is_same_nB = labels_B[start:stop, None] == labels_B
         is_self_nB = torch.arange(start, stop, device=labels_B.device)[:, None] == torch.arange(batch, device=labels_B.device)
-        with torch.autocast(units_BD.device.type, enabled=False):
-            cosines_nB = units_BD[start:stop] @ units_BD.T
-        return reduction(cosines_nB, is_same_nB & ~is_self_nB, ~is_same_nB)
+        return reduction(_Products.apply(units_BD, start, stop), is_same_nB & ~is_self_nB, ~is_same_nB)
 
     blocks = [checkpoint(block, units_BD, start, stop, use_reentrant=False) for start, stop in parts]
     columns = [torch.cat([part[place] for part in blocks]) for place in range(len(blocks[0]))]

@@ -45,6 +45,19 @@ class Consumer(Protocol):
     def consume(self, rows: slice | Tensor, gradient_nD: Tensor, is_real_n: Tensor | None) -> None: ...
 
 
+class Companion(Protocol):
+    """The optimizer of a classifier's rows, which learns from the classifier what happens to them."""
+
+    def before_use(self, rows_K: Tensor) -> None:
+        """The rows of a new sample are about to be read."""
+
+    def flush(self) -> None:
+        """All rows are about to be read."""
+
+    def after_move(self) -> None:
+        """The parameters have another dtype or device."""
+
+
 class AllRows:
     """All rows of a matrix [S, D], with a dense gradient."""
 

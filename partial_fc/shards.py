@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,11 @@ class ClassShard:
 def initial_prototypes(shard: ClassShard, width: int, seed: int, std: float = 0.01) -> Tensor:
     """Normal prototypes [rows, width] (float32, CPU) of one shard, equal for a class however the classes are sharded. std 0.01 is usual in
     the field (arcface_torch). Classes are drawn in blocks of 1024, each from its own generator keyed (seed, block)."""
-    prototypes_SD = torch.empty(shard.rows, width)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch.set_default_... says
+    prototypes_SD = torch.empty(shard.rows, width, **options)
     for block in range(shard.first // INIT_BLOCK, -(-(shard.first + shard.rows) // INIT_BLOCK)):
         key = int(np.random.SeedSequence((seed, block)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        drawn = torch.empty(INIT_BLOCK, width).normal_(0.0, std, generator=torch.Generator().manual_seed(key))
+        drawn = torch.empty(INIT_BLOCK, width, **options).normal_(0.0, std, generator=torch.Generator("cpu").manual_seed(key))
         first = max(block * INIT_BLOCK, shard.first)
         stop = min((block + 1) * INIT_BLOCK, shard.first + shard.rows)
         prototypes_SD[first - shard.first : stop - shard.first] = drawn[first - block * INIT_BLOCK : stop - block * INIT_BLOCK]

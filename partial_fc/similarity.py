@@ -106,7 +106,7 @@ def _choose(kernel: str, problem: Problem) -> Kernel:
 def nearest_classes(shard: ClassShard, prototypes: PrototypeSource, labels_B: Tensor, k: int, **options: Any) -> Tensor:
     """The classes [B k] whose prototypes are nearest to those of the labels; -1 where there are too few. Options: those of
     similarity_statistics. 2 B S D operations; communicates 1 all-reduce of B D floats and 1 all-gather of (3 k + 1) N B."""
-    own_BD = torch.zeros(len(labels_B), prototypes.shape[1], device=labels_B.device)
+    own_BD = torch.zeros(len(labels_B), prototypes.shape[1], dtype=torch.float32, device=labels_B.device)
     if shard.rows:
         rows_B = shard.rows_of(labels_B)
         own_BD = prototypes.load(rows_B.clamp(min=0)).float().where(rows_B[:, None] >= 0, 0)

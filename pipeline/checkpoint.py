@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INFO = "protoshard.json"  # describes the checkpoint, with the size and CRC-32 of every other file in it; written last
+IDENTITIES = "identities.json"  # a list of the names, by row of the prototypes; a few bytes beside each row's kilobytes
 NAME = "step-{:08d}"
 PARTIAL = ".partial"
 SUPERSEDED = ".superseded"
@@ -56,9 +57,12 @@ def sharded(local_SD: Tensor, rows: int) -> Tensor:
     return DTensor.from_local(local_SD, mesh, [Shard(0)], run_check=False, shape=shape, stride=local_SD.contiguous().stride())
 
 
-def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any], keep: int) -> str:
+def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any], keep: int, identities: Sequence[str] | None = None) -> str:
     """Writes FOLDER/step-N and returns its path; every rank calls it with the same names. On return the checkpoint is complete on disk,
-    and all but the `keep` newest are gone. Whatever fails before leaves the earlier ones as they were."""
+    and all but the `keep` newest are gone. Whatever fails before leaves the earlier ones as they were.
+
+    identities: names of the classes, for `read_identities`
+    """
     path = os.path.join(folder, NAME.format(step))
     partial = path + PARTIAL
     first = _rank() == 0
@@ -67,6 +71,8 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
             if name.endswith(PARTIAL):  # left by a save that was broken off
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         os.makedirs(partial)
+        if identities is not None:
+            _write_json(os.path.join(partial, IDENTITIES), identities)
     _barrier()
     try:
         dcp.save(state, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
@@ -76,10 +82,7 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
     files = _as_first_rank_sees(lambda: sorted(os.listdir(partial)))
     written = _merge({name: _fingerprint(os.path.join(partial, name)) for name in _share(files)})
     if first:
-        with open(os.path.join(partial, INFO), "w") as file:
-            json.dump({"format": 1, "step": step, **info, "files": written}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_json(os.path.join(partial, INFO), {"format": 1, "step": step, **info, "files": written}, indent=1)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
         for name in list(reversed(complete(folder)))[keep:]:
@@ -119,10 +122,16 @@ def supersede(folder: str, step: int) -> None:
 
 
 def set_aside(folder: str) -> None:
-    """Renames an earlier run's folder, so that a new start loses nothing. Every rank calls it."""
+    """Renames an earlier run's folder, so that a new start loses nothing, and makes an empty one. Every rank calls it. Where FOLDER is a
+    symbolic link, that is done to the folder it leads to."""
+    folder = os.path.realpath(folder) if os.path.islink(folder) else folder
     if _rank() == 0 and os.path.isdir(folder) and os.listdir(folder):
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
-        os.rename(folder, f"{folder}.{number}")
+        try:
+            os.rename(folder, f"{folder}.{number}")
+        except OSError as error:  # it is mounted, say
+            raise ValueError(f"the earlier run in {folder} cannot be renamed ({error.strerror}): move it yourself") from None
+        os.makedirs(folder)
         print(f"kept the earlier run as {folder}.{number}", file=sys.stderr)
     _barrier()
 
@@ -172,6 +181,18 @@ def read_info(path: str) -> dict[str, Any]:
     return info
 
 
+def read_identities(path: str) -> list[str] | None:
+    """Names of the classes, by row of the prototypes; None if the checkpoint has none, as those of earlier versions."""
+    name = os.path.join(path, IDENTITIES)
+    if not os.path.isfile(name):
+        return None
+    try:
+        with open(name) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read ({error})") from None
+
+
 def tensors(path: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in a checkpoint."""
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -201,6 +222,13 @@ def _as_first_rank_sees(look: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(seen)
     return cast(T, seen[0])
+
+
+def _write_json(path: str, value: Any, indent: int | None = None) -> None:
+    with open(path, "w") as file:
+        file.write(json.dumps(value, indent=indent))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fingerprint(path: str) -> list[int]:

@@ -27,6 +27,8 @@ def state_of(classifier: PartialFC, optimizer: RowOptimizer) -> dict[str, Tensor
             has_rows = tensor.ndim > 0 and name not in replicated
             state[key] = checkpoint.sharded(tensor, num_classes) if has_rows else tensor
     for name, buffer in classifier.named_buffers():
+        if not name.startswith(OF_THE_LOSS):
+            continue  # images of each class, which the data tells
         state[name] = checkpoint.sharded(buffer, num_classes) if name.startswith("bank_") else buffer
     return state
 

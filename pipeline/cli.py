@@ -6,17 +6,20 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 
 from pipeline.commands import command
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 
-def main(arguments: list[str] | None = None, add_commands: Callable[[argparse._SubParsersAction], None] | None = None) -> int:
-    """The exit code. `add_commands` adds the commands of rooms above this one, of which the pipeline knows nothing (benchmarks/cli.py)."""
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
     parser, commands = _parser()
-    if add_commands:
-        add_commands(commands)
+    if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
+        import_module("benchmarks.commands").add(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     try:
@@ -51,7 +54,7 @@ def _eval(options: argparse.Namespace) -> None:
     from pipeline.distributed import run_local
     from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
 
-    settings = options.data, options.json, options.figure, options.no_flip, options.recipe
+    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
 
 
@@ -85,9 +88,21 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _import_insightface(options: argparse.Namespace) -> None:
-    from pipeline.interop.insightface import import_run
+    from pipeline.interop.run import import_run
 
     print(import_run(options.config, options.models, options.out, options.gpus))
+
+
+def _import_adaface(options: argparse.Namespace) -> None:
+    from pipeline.interop.run import import_weights
+
+    print(import_weights(options.weights, options.out, options.colors or "bgr"))
+
+
+def _import_cvlface(options: argparse.Namespace) -> None:
+    from pipeline.interop.run import import_weights
+
+    print(import_weights(options.weights, options.out, options.colors))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -109,6 +124,15 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     train.add_argument(
         "--resume", default="auto", metavar="auto|none|PATH", help="newest checkpoint of the run, a new start, or that checkpoint (auto)"
     )
+    train.add_argument(
+        "--from",
+        dest="set",
+        action="append",
+        type="start.weights={}".format,
+        default=[],
+        metavar="CHECKPOINT|RUN|FILE",
+        help="begin a new run with the backbone of that checkpoint, run, .pt or .safetensors file; short for --set start.weights=",
+    )
 
     evaluate = command(commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
@@ -117,6 +141,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (1)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.add_argument("--figure", metavar="FILE.png", help="also write the ROC curve")
+    evaluate.add_argument("--ema", action="store_true", help="the average of the weights that the run kept (run.ema)")
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
     data = commands.add_parser("data", help="make, pack and check data sets").add_subparsers(metavar="COMMAND", required=True)
@@ -148,10 +173,23 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     )
     insightface.add_argument("config", metavar="CONFIG.py")
     insightface.add_argument(
-        "models", metavar="MODEL.pt", nargs="*", help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too"
+        "models",
+        metavar="MODEL.pt",
+        nargs="*",
+        help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too (older: model.pt and all softmax_fc_gpu_*.pt)",
     )
-    insightface.add_argument("--out", default="imported", metavar="FOLDER", help="(imported)")
+    _add_out(insightface)
     insightface.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")
+
+    for name, run, example, default in (
+        ("adaface", _import_adaface, "adaface_ir50_ms1mv2.ckpt", "bgr"),
+        ("cvlface", _import_cvlface, "model.safetensors", "what the .yaml or config.json beside it says, else rgb"),
+    ):
+        summary = f"turn a checkpoint of {name}'s IR networks into a start checkpoint"
+        weights = command(imports, name, run, summary, f"protoshard import {name} {example} --out imported")
+        weights.add_argument("weights", metavar="WEIGHTS")
+        _add_out(weights)
+        weights.add_argument("--colors", choices=("rgb", "bgr"), help=f"order that the network takes ({default})")
 
     plan = command(
         commands,
@@ -162,6 +200,10 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     )
     _add_plan(plan)
     return parser, commands
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="imported", metavar="FOLDER", help="of the new run, empty or not there yet (imported)")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

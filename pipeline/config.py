@@ -19,6 +19,7 @@ from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.schedule import OptimizerConfig
+from pipeline.starting_weights import StartConfig
 
 renamed.names(__name__, {"resolve": "pipeline.resolve"})
 
@@ -34,6 +35,7 @@ class RunConfig:
     batch: int = 128  # samples per optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per step
     epochs: float = 20.0
+    ema: float = 0.0  # decay of a running average of the backbone's weights, evaluated beside them, such as 0.9999; 0: none
     margin_warmup: float = 0.0  # share of the run over which the loss's margins (fields ending so) grow from 0; helps small sets
     log_every: int = 20  # steps between lines of metrics
     timeout: float = 60.0  # minutes that ranks wait for each other, at the start for the slowest storage, before the run fails
@@ -48,6 +50,8 @@ class RunConfig:
             raise ValueError(f"run.epochs is {self.epochs}, but must be positive and below 1e9")
         if not 0 < self.timeout < 1e6:
             raise ValueError(f"run.timeout is {self.timeout} minutes, but must be positive and below 1e6")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"run.ema is {self.ema}, but must be at least 0, which is none, and below 1")
         if not 0 <= self.margin_warmup <= 1:
             raise ValueError(f"run.margin_warmup is {self.margin_warmup}, but must be from 0 to 1")
 
@@ -55,6 +59,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)

@@ -97,7 +97,7 @@ def _parse_tuple(path: str, text: str, kind: Any) -> tuple[Any, ...]:
     if kind in (str, int, float, bool):
         return tuple(parse(path, item.strip(), kind) for item in text.split(",") if item.strip())
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(text or "()")
     except (ValueError, SyntaxError):
         value = None
     if not isinstance(value, list | tuple):

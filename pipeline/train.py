@@ -26,6 +26,7 @@ def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
     lock = FolderLock(config.run.folder, place)
     try:
         trainer = Trainer(config, place, resume)
+        lock.follow()
         try:
             return trainer.fit()
         finally:

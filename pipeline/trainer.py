@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import time
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -17,22 +16,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dali_loaders import Batch, TrainLoader, open_source
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
-from partial_fc import PartialFC, RowAdamW, RowSGD
+from partial_fc import PartialFC, RowAdamW, RowSGD, clip_grad_norm_
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, checkpoint, classifier_state
-from pipeline.config import TrainConfig, as_dict, as_text
+from pipeline import backbones, checkpoint, classifier_state, run_checkpoints
+from pipeline.config import TrainConfig, as_text
 from pipeline.distributed import Place
+from pipeline.ema import Ema
 from pipeline.engine import average_buffers, build_engine, has_bfloat16
+from pipeline.engine.parameters import freeze
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
+from pipeline.positives import check_positives
 from pipeline.schedule import rate_factor
 
-LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
 MOST_SKIPPED = 100  # steps in a row
 
 
@@ -57,11 +57,13 @@ class Trainer:
         least = config.data.min_images
         remedy = "train on them too with --set data.min_images=1"
         counts_C = check_images_per_identity(self.source, least, f"data.min_images is {least}", remedy)
+        remark = check_positives(config.loss, counts_C, run.batch // run.accumulation, group)
         self.num_classes = len(self.source.identities)
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
+        freeze(backbone, config.optimizer.frozen)
         self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
         width, options = config.backbone.width, asdict(config.classifier)
         options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}
@@ -69,15 +71,18 @@ class Trainer:
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = self._build_classifier_optimizer()
 
-        if run.batch == run.accumulation * place.world_size and any(isinstance(part, nn.BatchNorm1d) for part in backbone.modules()):
+        norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm1d) and part.training]
+        if run.batch == run.accumulation * place.world_size and norms:
             raise ValueError(
                 f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
                 f"statistics: use at least {2 * run.batch}"
             )
         self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
+        self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
-        self.resume_remarks: list[str] = []
-        resumed = self._resume(resume)
+        self.ema = Ema(run.ema) if run.ema else None
+        self.started_from: dict[str, Any] | None = None
+        resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
@@ -86,8 +91,8 @@ class Trainer:
         )
         if config.classifier.dtype == "bfloat16" and not has_bfloat16(place.device):
             self.monitor.say("this processor emulates bfloat16, several times slower than float32: use classifier.dtype=float32")
-        for remark in self.resume_remarks:
-            self.monitor.say(remark)
+        for line in filter(None, [*self.resume_remarks, remark]):
+            self.monitor.say(line)
         self.loader = TrainLoader(
             self.source,
             config.data,
@@ -151,7 +156,7 @@ class Trainer:
             share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
             self.classifier.loss = self.config.loss.with_margins(share)
         self.classifier.step = self.step
-        factor = rate_factor(optimizer, self.step, self.total_steps, round(optimizer.warmup_epochs * self.steps_per_epoch))
+        factor = rate_factor(optimizer, self.step, self.total_steps, self.steps_per_epoch)
         self.rate = optimizer.lr * factor
         for group in self.classifier_optimizer.param_groups:  # before backward, which may move prototypes
             group["lr"] = self.classifier_lr * factor
@@ -177,7 +182,11 @@ class Trainer:
             total += loss.detach()
         is_finite = self.classifier.is_finite()
         if is_finite:
+            if optimizer.clip_jointly:
+                self.joint_norm = clip_grad_norm_(self.engine.module, self.classifier, optimizer.clip)
             self.engine.step(self.rate)
+            if self.ema:
+                self.ema.update(self.engine.module, self.step)
         else:
             self.engine.skip()
             for buffer, before in buffers:
@@ -189,7 +198,7 @@ class Trainer:
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise ValueError(
                 f"{MOST_SKIPPED} steps in a row, up to step {self.step}, were skipped because their features held NaN or infinity: lower "
-                f"optimizer.lr or lengthen optimizer.warmup_epochs; the newest checkpoint is {checkpoint.newest(self._checkpoints)}"
+                f"optimizer.lr or lengthen optimizer.warmup_epochs; the newest checkpoint is {checkpoint.newest(self.checkpoints)}"
             )
         return total if is_finite else None
 
@@ -216,13 +225,13 @@ class Trainer:
         dist.all_reduce(sums)
         waited, skipped = sums.tolist()
         if losses:
-            self._check_finite([torch.tensor(loss)])
+            self.check_finite([torch.tensor(loss)])
         values = {
             "loss": loss,
             "target_cosine": float(target_B.mean()),
             "hardest_non_target_cosine": float(hardest_B.mean()),
             "learning_rate": self.rate,
-            "gradient_norm": self.engine.gradient_norm(),
+            "gradient_norm": self.engine.gradient_norm() if self.joint_norm is None else float(self.joint_norm),
             "images_per_second": len(self.losses) * self.config.run.batch / seconds,
             "wait_share": waited / self.place.world_size,
             "skipped_images": skipped,
@@ -234,16 +243,21 @@ class Trainer:
         self._open_window()
 
     def evaluate(self) -> dict[str, float]:
-        """Runs the configured evaluations over all ranks; returns the figures of the first, or nothing."""
-        average_buffers(self.engine.module)
+        """Runs the configured evaluations over all ranks, also with averaged weights; returns the figures of the first, or nothing."""
+        module = self.engine.module
+        average_buffers(module)
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
-            return self.evaluator.run(self.engine.module, self.step, self.monitor)
+            figures = self.evaluator.run(module, self.step, self.monitor)
+            if self.ema:
+                with self.ema.in_place_of(module):
+                    self.evaluator.run(module, self.step, self.monitor, suffix="_ema")
+        return figures
 
     @property
-    def _checkpoints(self) -> str:
+    def checkpoints(self) -> str:
         return os.path.join(self.config.run.folder, "checkpoints")
 
-    def _check_finite(self, tensors: Iterable[Tensor]) -> None:
+    def check_finite(self, tensors: Iterable[Tensor]) -> None:
         """ValueError on every rank if a number anywhere is NaN or infinite. Takes no memory for a tensor's worth of answers."""
         extremes = [torch.stack(tensor.aminmax()).float().to(self.place.device) for tensor in tensors if tensor.numel()]  # keep NaN
         finite = torch.stack(extremes).isfinite().all().int()
@@ -251,63 +265,12 @@ class Trainer:
         if not finite:
             raise ValueError(
                 f"the loss or a weight is not finite at step {self.step}: lower optimizer.lr or lengthen optimizer.warmup_epochs; "
-                f"the newest good checkpoint is {checkpoint.newest(self._checkpoints)}"
+                f"the newest good checkpoint is {checkpoint.newest(self.checkpoints)}"
             )
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that loads it must agree on."""
-        config = self.config
-        return {
-            "num_classes": self.num_classes,
-            "identities": f"{zlib.crc32(chr(10).join(self.source.identities).encode()):08x}",
-            "width": config.backbone.width,
-            "backbone": config.backbone.name,
-            "image_size": config.data.image_size,
-            "optimizer": config.optimizer.name,
-            "batch": config.run.batch,
-            "images_per_identity": config.data.images_per_identity,
-        }
 
     def save(self) -> str:
         """Writes a checkpoint of this step. Every rank calls it."""
-        info = {
-            **self._identity(),
-            "consumed": self.consumed,
-            "skipped_steps": self.classifier.skipped_steps,
-            "world_size": self.place.world_size,
-            "config": as_dict(self.config),
-        }
-        self.classifier_optimizer.flush()
-        state = {**self.engine.state(), **classifier_state.state_of(self.classifier, self.classifier_optimizer)}
-        # A checkpoint that cannot be continued should not push out one that can.
-        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in state.values())
-        self._check_finite(tensor for tensor in local if tensor.is_floating_point())
-        return checkpoint.save(self._checkpoints, self.step, state, info, self.config.checkpoint.keep)
-
-    def _resume(self, resume: str) -> str | None:
-        """Loads what `resume` (auto, none, or a path) means and returns its path."""
-        if resume == "none":
-            checkpoint.set_aside(self.config.run.folder)
-            return None
-        path = checkpoint.newest(self._checkpoints) if resume == "auto" else checkpoint.locate(resume)
-        if path is None:
-            return None
-        info = checkpoint.read_info(path)
-        if "batch" in info:  # written by a run, not imported
-            info.setdefault("images_per_identity", 1)  # what versions without groups did
-        for key, ours in self._identity().items():
-            # An imported checkpoint may lack a classifier, and so its class count, or an optimizer.
-            if info.get(key) not in (None, ours):
-                raise ValueError(
-                    f"checkpoint {path} has {LABELS.get(key, key)} {info[key]}, but this run has {ours}: use the recipe and data it was "
-                    "trained with, or start anew with --resume none"
-                )
-        self.resume_remarks = classifier_state.load(path, info, self.classifier, self.classifier_optimizer)
-        self.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
-        self.consumed = info["consumed"]
-        self.classifier.skipped_steps = info.get("skipped_steps", 0)
-        checkpoint.supersede(self._checkpoints, self.step)
-        return path
+        return run_checkpoints.save(self)
 
     def close(self) -> None:
         self.loader.close()

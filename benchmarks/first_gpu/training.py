@@ -69,7 +69,7 @@ def _train(run: Run, recipe: str, overrides: list[str], name: str, kill: bool = 
     folder = os.path.join(run.work, name)
     if importlib.util.find_spec("deepspeed") is None:
         overrides = [*overrides, "engine.name=ddp"]
-    command = [sys.executable, "-m", "benchmarks.cli", "train", recipe, "--set", f"run.folder={folder}", *overrides]
+    command = [sys.executable, "-m", "pipeline.cli", "train", recipe, "--set", f"run.folder={folder}", *overrides]
     with subprocess.Popen(command) as process:
         while kill and process.poll() is None and not checkpoint.complete(os.path.join(folder, "checkpoints")):
             time.sleep(0.02)

@@ -12,8 +12,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
+
+from dali_loaders.extras import extra
+
+with extra("train"):
+    import cv2
 
 from dali_loaders.faces.drawing import draw_face
 from dali_loaders.faces.traits import Conditions, Traits, draw_record

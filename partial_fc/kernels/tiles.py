@@ -160,8 +160,10 @@ class TileLoop:
         is_here_B = (place_B >= 0) & (place_B < columns)
         flat_B = self.first_B * columns + place_B.clamp(0, columns - 1)
         # The other rows rewrite one of their entries, since selecting them would make the host wait for the device.
-        old_B = tile_Bn.take(flat_B)
-        tile_Bn.put_(flat_B, old_B.masked_fill_(is_here_B, value) if isinstance(value, float) else value.where(is_here_B, old_B))
+        flat = tile_Bn.view(-1)
+        old_B = flat.index_select(0, flat_B)
+        new_B = old_B.masked_fill_(is_here_B, value) if isinstance(value, float) else value.where(is_here_B, old_B)
+        flat.index_copy_(0, flat_B, new_B)  # as fast as put_ here, which torch's deterministic algorithms refuse; scatter_ is slower
 
     def take_hardest(self, chunk: Chunk, logits_Bn: Tensor) -> Hardest:
         """The largest non-target of each row, which this then masks."""

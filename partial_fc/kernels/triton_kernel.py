@@ -98,7 +98,7 @@ def _choice(problem: Problem) -> tuple[Blocks, ...]:
 
 def _first_launch(device: torch.device) -> None:
     """Of a small program. Triton first compiles, and links with Python, what launches them."""
-    row_1D = torch.zeros(1, 16, device=device)
+    row_1D = torch.zeros(1, 16, dtype=torch.float32, device=device)
     with torch.cuda.device_of(row_1D):
         _programs().unit_rows[(1,)](torch.empty_like(row_1D), row_1D, row_1D.new_empty(1), 1, 16, 16, 1)
 
@@ -198,7 +198,7 @@ def _total(loop: FusedForward) -> Total:
     batch, shifts = len(loop.queries_BD), loop.problem.shifts
     most = -(-loop.size // min(blocks.n for blocks in loop.choice))  # blocks of a chunk
     capacity = max(most, min(most * -(-loop.count // loop.size), PARTIAL_BYTES // (12 * batch)))
-    sums, largest = (torch.empty(capacity, batch, device=loop.queries_BD.device) for _ in range(2))
+    sums, largest = (torch.empty(capacity, batch, dtype=torch.float32, device=loop.queries_BD.device) for _ in range(2))
     columns = torch.empty(capacity, batch, device=loop.queries_BD.device, dtype=torch.int32)
     total = Total(sums.new_zeros(batch), sums.new_full((batch,), -torch.inf), columns.new_full((batch,), -1))
     best_B = total.largest_B.clone()

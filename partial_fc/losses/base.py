@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 from typing_extensions import dataclass_transform  # which torch brings
@@ -12,6 +12,8 @@ from typing_extensions import dataclass_transform  # which torch brings
 from partial_fc.fields import check_fields, hint_at
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.statistics import softplus as softplus  # for losses to import from here
+
+Needs = Literal["no", "partly", "only"]
 
 
 class Loss(Protocol):
@@ -52,6 +54,18 @@ class Loss(Protocol):
         """Whether the loss asks for the bank of last features: batch.fresh, batch.against_bank."""
         return False
 
+    def needs_positives(self) -> Needs:
+        """Whether it learns from samples whose identity has another image in the batch, and from them only. A trainer warns of batches
+        that rarely hold such."""
+        return "no"
+
+
+def kept_by(loss: Loss) -> tuple[object, ...]:
+    """The names of all that a loss learns and keeps in a classifier."""
+    if not hasattr(loss, "learned_by_class"):
+        raise ValueError(f"loss is {loss!r}, but must be one of losses.build(...), or of a class with @losses.register above it")
+    return set(loss.learned(1)), set(loss.learned_by_class(1)), set(loss.tracked()), loss.queued(), loss.uses_bank()
+
 
 REGISTRY: dict[str, type] = {}
 _L = TypeVar("_L", bound=type)
@@ -59,9 +73,12 @@ _L = TypeVar("_L", bound=type)
 
 @dataclass_transform(frozen_default=True)
 def register(name: str) -> Callable[[_L], _L]:
-    """Makes a class a frozen dataclass, unless it is one already, and gives it a name."""
+    """Makes a class a frozen dataclass, unless it is one already, and gives it a name, which must be new; a class of the same module and
+    name may be defined anew, as notebooks do."""
 
     def add(cls: _L) -> _L:
+        if (other := REGISTRY.get(name)) is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"there is a loss named {name!r} already, {other.__module__}.{other.__qualname__}: take another name")
         REGISTRY[name] = cls if "__dataclass_params__" in vars(cls) else dataclass(frozen=True)(cls)
         return cls
 

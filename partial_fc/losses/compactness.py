@@ -7,7 +7,7 @@ from torch import Tensor
 
 from partial_fc.fields import Margin, Scale, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.base import Loss, Needs, register, softplus
 from partial_fc.losses.margins import CosFace
 from partial_fc.losses.pair_losses import mean_of
 from partial_fc.pairs import later_rows, pair_statistics
@@ -59,6 +59,9 @@ class Range(Loss):
     margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit vectors are at most 4")] = 1.0
     intra_weight: Weight = 0.5
     inter_weight: Weight = 0.5
+
+    def needs_positives(self) -> Needs:
+        return "partly"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         return self.intra_weight * self._intra(batch) + self.inter_weight * self._inter(batch)
@@ -114,6 +117,9 @@ class Intra(Loss):
     margin: Margin = 0.4
     intra_weight: Weight = 1.0
     sharpness: Annotated[float, Within(1e-3, 1e3, "it scales cosines")] = 16.0
+
+    def needs_positives(self) -> Needs:
+        return "partly"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         def soft_minimum(cosines_nB: Tensor, is_positive_nB: Tensor, is_negative_nB: Tensor) -> tuple[Tensor, Tensor]:

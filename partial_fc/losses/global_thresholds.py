@@ -59,7 +59,7 @@ class GCE(Loss):
     def tracked(self) -> dict[str, float | Tensor]:
         if not self.queue:
             return {}
-        return {"queue": torch.zeros(2, self.queue), "queue_labels": torch.full((self.queue,), -1)}
+        return {"queue": torch.zeros(2, self.queue, dtype=torch.float32), "queue_labels": torch.full((self.queue,), -1)}
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics = batch.against_classes(scale=self.scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from partial_fc.fields import Margin, Scale, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.base import Loss, Needs, register, softplus
 from partial_fc.losses.margins import CosFace, check_margin, with_margin
 from partial_fc.pairs import later_rows, negative_quantiles
 
@@ -54,6 +54,9 @@ class Contrastive(Loss):
     positive_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 0.0
     negative_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 1.0
 
+    def needs_positives(self) -> Needs:
+        return "partly"
+
     def __call__(self, batch: GlobalBatch) -> Tensor:
         def costs(cosines_nB: Tensor) -> tuple[Tensor, Tensor]:
             distance_nB = distances(cosines_nB)
@@ -76,6 +79,9 @@ class Triplet(Loss):
     use = "Fine-tuning with large batches; or in a sum."
     margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit features differ by at most 4")] = 0.2
     distance: Literal["squared", "euclidean"] = "squared"
+
+    def needs_positives(self) -> Needs:
+        return "only"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         positive_B, negative_B = batch.pairs()
@@ -158,6 +164,9 @@ class AnchorFace(Loss):
     tau: Annotated[float, Within(1e-4, 2.0, "it is a difference of cosines")] = 0.01
     far_weight: Weight = 1000.0
     tar_weight: Weight = 1.0
+
+    def needs_positives(self) -> Needs:
+        return "partly"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         (threshold,) = negative_quantiles(batch.features_BD, batch.labels_B, (1 - self.far,), group=batch.group)

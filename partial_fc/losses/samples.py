@@ -6,7 +6,7 @@ from torch import Tensor
 
 from partial_fc.fields import Cosine, Margin, Scale, Weight
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.base import Loss, Needs, register, softplus
 from partial_fc.statistics import SoftplusSum
 from partial_fc.unit_rows import EPSILON
 
@@ -24,6 +24,9 @@ class SampleSoftmax(Loss):
     use = "In addition to a sample-to-class loss, where a learned threshold is not wanted."
     scale: Scale = 64.0
     margin: Margin = 0.1
+
+    def needs_positives(self) -> Needs:
+        return "only"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics, has_positive_B = batch.against_samples(scale=self.scale)
@@ -51,6 +54,9 @@ class SampleBCE(Loss):
     def tracked(self) -> dict[str, float | Tensor]:
         return {} if self.threshold is not None else {"thresholds_is_started": 0.0}
 
+    def needs_positives(self) -> Needs:
+        return "partly"
+
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.threshold is None:
             with torch.no_grad():
@@ -75,6 +81,9 @@ class NPlus1Tuplet(Loss):
     scale: Scale = 64.0
     normalizes: bool = True
     norm_weight: Weight = 0.0
+
+    def needs_positives(self) -> Needs:
+        return "only"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         if self.normalizes:

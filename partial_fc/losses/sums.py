@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses.base import Loss, build, name_of, register
+from partial_fc.losses.base import Loss, Needs, build, name_of, register
 from partial_fc.losses.margins import CosFace
 from partial_fc.losses.thresholds import USS
 
@@ -42,6 +42,10 @@ class _Parts(Loss):
 
     def uses_bank(self) -> bool:
         return any(loss.uses_bank() for _, _, loss in self.weighted())
+
+    def needs_positives(self) -> Needs:
+        parts = {loss.needs_positives() for _, weight, loss in self.weighted() if weight}
+        return "no" if parts <= {"no"} else "only" if parts == {"only"} else "partly"
 
 
 @register("unitsface")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from partial_fc.fields import Cosine, Margin, Scale, Steps, Weight, Within
 from partial_fc.global_batch import GlobalBatch
-from partial_fc.losses.base import Loss, register, softplus
+from partial_fc.losses.base import Loss, Needs, register, softplus
 from partial_fc.maps import Map, sloped
 from partial_fc.statistics import SoftplusSum
 
@@ -71,6 +71,9 @@ class USS(Loss):
 
     def uses_bank(self) -> bool:
         return self.source == "bank"
+
+    def needs_positives(self) -> Needs:
+        return "partly" if self.source == "batch" else "no"
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         ask = batch.against_samples

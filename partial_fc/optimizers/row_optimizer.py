@@ -43,15 +43,20 @@ class RowOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             # Made at once, so that a checkpoint always has them; zeros also give torch's first step.
             matrices = {name: torch.zeros_like(parameter, dtype=_wide(parameter)) for name in self.state_names}
-            self.state[parameter] = {"step": torch.zeros(()), **matrices}
+            self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **matrices}
         self.is_lazy = unsampled == "lazy" and classifier.config.sample_rate < 1
         self._missed: list[tuple[float, ...]] = []  # what rows outside the sample missed, step by step since the last flush
         if self.is_lazy:  # how many of these steps, from the first on, each row has made
             self._made_S = torch.zeros(len(classifier.prototypes), dtype=torch.int32, device=classifier.prototypes.device)
         self._is_moving = False  # backward has moved rows, `step` has not run yet
         self._step_supports_amp_scaling = True  # so that GradScaler also calls `step` to skip it, with its findings in `found_inf`
-        classifier.before_use = self._catch_up_sample if self.is_lazy else None
+        classifier.companion = self
         classifier.consumer = self if in_backward else None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError(f"{type(self).__name__} moves the rows of its classifier alone: give others an optimizer of their own")
+        super().add_param_group(param_group)
 
     def _move(self, group: dict[str, Any], step: int, grad_nD: Tensor, weight_nD: Tensor, *state_nD: Tensor) -> None:
         """Makes a step of rows, in place; `step` counts from 0."""
@@ -79,9 +84,12 @@ class RowOptimizer(torch.optim.Optimizer):
         return int(self.state[parameter]["step"].numpy())  # it is on the CPU: nothing waits
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves the rows, unless backward has, and ends the classifier's step. With a GradScaler 1 all-reduce of a number."""
-        assert closure is None, f"{type(self).__name__} takes no closure"
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Moves the rows, unless backward has, and ends the classifier's step. Returns what `closure` does, which is called first."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
         if self.classifier.is_finite() and not self._is_skipped_by_scaler():
             if self.in_backward:
                 self._refuse_gradient()
@@ -99,6 +107,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if self._missed and self._must_flush():
             self.flush()
         self.classifier.end_step()
+        return result
 
     def _is_skipped_by_scaler(self) -> bool:
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -106,12 +115,15 @@ class RowOptimizer(torch.optim.Optimizer):
             return False
         if self.in_backward:
             raise ValueError("a GradScaler judges gradients after backward, in which in_backward=True has used them: use in_backward=False")
-        device = self.classifier.prototypes.device
-        (found,) = collectives.sum_packed([torch.as_tensor(found_inf, dtype=torch.float32, device=device)], self.classifier.group)
+        if self.classifier.made[1] > 1 and not getattr(self, "is_judged_on_all_ranks", False):
+            raise ValueError(
+                "torch.amp.GradScaler looks for overflows on its own rank alone, which has its own part of the classifier, so ranks would "
+                "take different steps and scales: use partial_fc.GradScaler"
+            )
         for parameter in self._parameters():
             if parameter.grad is not None and scale is not None:
                 (parameter.grad._values() if parameter.grad.is_sparse else parameter.grad).div_(scale)
-        return bool(found)
+        return bool(found_inf)
 
     def _move_by_grad(self, parameter: Tensor, group: dict[str, Any]) -> None:
         grad, sample = parameter.grad, self.classifier.sample
@@ -121,18 +133,7 @@ class RowOptimizer(torch.optim.Optimizer):
             self._move_rows(parameter, group, slice(0, len(_matrix(grad))), _matrix(grad))
         else:
             assert sample is not None
-            self._move_rows(parameter, group, sample.rows_K, self._sampled_gradient(parameter), sample.is_real_K)
-
-    def _sampled_gradient(self, parameter: Tensor) -> Tensor:
-        """[K, D]: the sum over micro-batches, which share the step's sample and whose gradients autograd only concatenates."""
-        self._refuse_several_samples()
-        grad, sample = parameter.grad, self.classifier.sample
-        assert grad is not None and sample is not None
-        values, columns = grad._values(), len(sample.rows_K)
-        if len(values) > columns:
-            values = values.view(-1, columns, values.shape[1]).sum(dim=0)
-            parameter.grad = torch.sparse_coo_tensor(sample.rows_K[None], values, grad.shape, check_invariants=False)
-        return values
+            self._move_rows(parameter, group, sample.rows_K, self.classifier.gradient_values(), sample.is_real_K)
 
     def _move_rows(self, parameter: Tensor, group: dict[str, Any], rows: Rows, grad_nD: Tensor, is_real_n: Tensor | None = None) -> None:
         step = self._steps(parameter)
@@ -176,10 +177,20 @@ class RowOptimizer(torch.optim.Optimizer):
                 kept_nD = moved_nD if is_real_n1 is None else torch.where(is_real_n1, moved_nD, matrix.index_select(0, rows_n))
                 matrix.index_copy_(0, rows_n, kept_nD)
 
-    def _catch_up_sample(self, rows_K: Tensor) -> None:
+    def before_use(self, rows_K: Tensor) -> None:
         """The classifier calls it with the rows of each new sample. Padding, which depends on the number of ranks, stays behind."""
-        assert self.classifier.sample is not None
-        self._catch_up(rows_K, self.classifier.sample.is_real_K)
+        if self.is_lazy:
+            assert self.classifier.sample is not None
+            self._catch_up(rows_K, self.classifier.sample.is_real_K)
+
+    @torch.no_grad()
+    def after_move(self) -> None:
+        """The classifier calls it when its parameters have another dtype or device, which the state takes over."""
+        for parameter in self._parameters():
+            for name in self.state_names:
+                self.state[parameter][name] = self.state[parameter][name].to(parameter.device, _wide(parameter))
+        if self.is_lazy:
+            self._made_S = self._made_S.to(self.classifier.prototypes.device)
 
     @torch.no_grad()
     def _catch_up(self, rows: Rows, is_real_n: Tensor | None = None) -> None:
@@ -217,7 +228,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 "call step() after every backward, or accumulate gradients with in_backward=False"
             )
         self._refuse_gradient()
-        self._refuse_several_samples()
+        self.classifier.refuse_several_samples()
         self._is_moving = self.classifier.is_finite()
 
     @torch.no_grad()
@@ -234,11 +245,8 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "in_backward=True has moved prototypes before the norm of their gradient is known: clip with in_backward=False"
             )
-        prototypes = self.classifier.prototypes
-        values = prototypes.new_zeros(0) if prototypes.grad is None else prototypes.grad
-        if values.is_sparse:
-            values = self._sampled_gradient(prototypes)
-        square = torch.linalg.vector_norm(values, dtype=_wide(prototypes)).square()
+        values = self.classifier.gradient_values()
+        square = torch.linalg.vector_norm(values, dtype=_wide(values)).square()
         (square,) = collectives.sum_packed([square], self.classifier.group)
         norm = square.sqrt()
         values.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))  # as torch.nn.utils.clip_grad_norm_
@@ -247,13 +255,6 @@ class RowOptimizer(torch.optim.Optimizer):
     def _refuse_gradient(self) -> None:
         if self.classifier.prototypes.grad is not None:
             raise ValueError("prototypes.grad is set, but in_backward=True would never use it: call zero_grad() before backward")
-
-    def _refuse_several_samples(self) -> None:
-        if self.classifier.current.draws > 1:
-            raise ValueError(
-                f"{self.classifier.current.draws} samples of classes were drawn since the last step, and their gradients do not add up: "
-                "call classifier.begin_step(labels of all micro-batches) first"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """State of this rank's rows, all up to date."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from partial_fc.fields import hint_at
+from pipeline.backbones.ir import IR, IR_DEPTHS
 from pipeline.backbones.iresnet import DEPTHS, IResNet
 from pipeline.backbones.layers import layers_of
 from pipeline.backbones.mobilefacenet import BLOCKS, MobileFaceNet
@@ -26,7 +27,8 @@ class BackboneConfig:
 
     name: "iresnet18", 34, 50, 100 (the field's standard), 200, "mobilefacenet", "mobilefacenet_large", "vit_t", "vit_s", "vit_b", "vit_l":
         with the parameter names of InsightFace's arcface_torch. "small" (a few minutes of CPU), "small_nobn" (the same without batch
-        statistics: row i of the output depends on image i only). Or the name of a registered network.
+        statistics: row i of the output depends on image i only). "ir18", "ir34", "ir50", "ir101": those of AdaFace and CVLface. Or the name
+        of a registered network.
     width: features per image.
     dropout: probability in front of the last linear layer.
     drop_path: share of the images for which the last block of a ViT is left out in training; falls evenly to 0 at the first block.
@@ -92,6 +94,8 @@ def _definition(create: Any) -> Any:
 
 for _depth in DEPTHS:
     register(f"iresnet{_depth}", multiple_of=16)(partial(IResNet, _depth))
+for _size in IR_DEPTHS:
+    register(_size, multiple_of=16)(partial(IR, _size))
 for _size in BLOCKS:
     register(_size, multiple_of=16)(partial(MobileFaceNet, _size))
 for _size in SIZES:

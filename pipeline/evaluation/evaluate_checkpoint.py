@@ -11,17 +11,26 @@ from pipeline import backbones, checkpoint
 from pipeline.config import from_dict
 from pipeline.distributed import join
 from pipeline.evaluation import PairReport, evaluate
-from pipeline.evaluation.figures import roc_figure, save_png
 from pipeline.resolve import resolve
+from pipeline.starting_weights import backbone_of
 
 
 def evaluate_checkpoint(
-    path: str, data: str, as_json: bool = False, figure: str | None = None, no_flip: bool = False, recipe: str | None = None
+    path: str,
+    data: str,
+    as_json: bool = False,
+    figure: str | None = None,
+    no_flip: bool = False,
+    ema: bool = False,
+    recipe: str | None = None,
 ) -> None:
-    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. `recipe` is
-    needed for the backbone that it registers, and for nothing else: the configuration is that of the checkpoint."""
+    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. With `ema`,
+    those of the average that the run kept of its weights. `recipe` is needed for the backbone that it registers, and for nothing else: the
+    configuration is that of the checkpoint."""
     if recipe:
         resolve(recipe)
+    if figure:
+        from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
     path = checkpoint.locate(path)
     saved = checkpoint.read_info(path)["config"]
@@ -34,9 +43,8 @@ def evaluate_checkpoint(
         raise ValueError(f"{path} has backbone {name!r}, which is none of protoshard's: {remedy}")
     with torch.device(place.device):
         module = backbones.build(config.backbone, config.data.image_size)
-    weights = checkpoint.load_replicated(path, "backbone.")
     try:
-        module.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in weights.items()})
+        module.load_state_dict(backbone_of(path, ema))
     except RuntimeError as error:  # lines of what is missing, unknown or of another shape
         raise ValueError(f"{path} does not fit backbone {name!r} as it is now: {' '.join(str(error).split())[:400]}") from error
     if place.is_first and not as_json:
@@ -54,12 +62,12 @@ def evaluate_checkpoint(
     if not place.is_first:
         return
     if figure and isinstance(report, PairReport):
-        save_png(roc_figure({data: report}, "ROC"), figure)
-    figures = report.as_dict()
+        figures.save_png(figures.roc_figure({data: report}, "ROC"), figure)
+    measured = report.as_dict()
     if as_json:
-        print(json.dumps(figures))
+        print(json.dumps(measured))
         return
-    for name, value in figures.items():
+    for name, value in measured.items():
         for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
             shown = "unreached: too few impostor pairs" if number is None else f"{number:.4f}" if isinstance(number, float) else str(number)
             print(f"{name + ('=' + key if key else ''):28}{shown}")

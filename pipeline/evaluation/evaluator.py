@@ -13,7 +13,6 @@ from dali_loaders.config import DataConfig
 from pipeline.distributed import Place
 from pipeline.evaluation import PairReport, evaluate
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
-from pipeline.evaluation.figures import roc_figure, save_png, score_figure
 from pipeline.monitor import Monitor
 
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
@@ -41,11 +40,13 @@ class Evaluator:
         for name, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
             if path and not os.path.exists(path):
                 raise ValueError(f"evaluation.{name}: {path} does not exist; name another set, or none with --set evaluation.{name}=")
-        self.config, self.data, self.place, self.folder = config, data, place, folder
+        from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
+
+        self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
         self.first: dict[str, dict[str, PairReport]] = {}  # by name of the set: its first report, drawn beside the newest
 
-    def run(self, module: nn.Module, step: int, monitor: Monitor) -> dict[str, float]:
-        """The figures of the first set, or nothing where there is none. Every rank calls it."""
+    def run(self, module: nn.Module, step: int, monitor: Monitor, suffix: str = "") -> dict[str, float]:
+        """The figures of the first set, or nothing where there is none. Every rank calls it. `suffix` is added to the names of sets."""
         results = []
         for path in filter(None, (self.config.data, *self.config.pairs)):
             report = evaluate(
@@ -58,7 +59,7 @@ class Evaluator:
                 rank=self.place.rank,
                 world_size=self.place.world_size,
             )
-            name = os.path.splitext(os.path.basename(path))[0]
+            name = os.path.splitext(os.path.basename(path))[0] + suffix
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
             if self.place.is_first:
                 figures = {f"{name}/{key}": value for key, value in results[-1].items()}
@@ -72,11 +73,11 @@ class Evaluator:
     def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
         monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
         monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
-        monitor.figure(step, f"{name}/cosines", score_figure(report, name))
+        monitor.figure(step, f"{name}/cosines", self.figures.score_figure(report, name))
         first = self.first.setdefault(name, {f"step {step}": report})
-        figure = roc_figure({**first, f"step {step}": report}, name)
+        figure = self.figures.roc_figure({**first, f"step {step}": report}, name)
         monitor.figure(step, f"{name}/roc", figure)
-        save_png(figure, os.path.join(self.folder, f"roc-{name}-{step:08d}.png"))
+        self.figures.save_png(figure, os.path.join(self.folder, f"roc-{name}-{step:08d}.png"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

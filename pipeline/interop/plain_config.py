@@ -1,104 +1,206 @@
-"""Reads a Python config file of the `config.name = value` kind without running it: plain values, arithmetic and edicts, nothing else."""
+"""Reads a Python config file of the `config.name = value` kind without running it: assignments, branches on known values, other config
+files that it imports. A value that cannot be worked out is kept as `Unknown`, and stops whoever asks for it."""
 
 import ast
-import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from pipeline.interop.plain_values import Function, Unknown, UnknownError, Values
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The options that a config file assigns to `config`, without running it. ValueError names file and line of what is not understood."""
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-        tree = ast.parse(source, filename=str(path))
-    except OSError as error:
-        raise ValueError(f"cannot read the config file {path}: {error.strerror}.") from error
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path}:{getattr(error, 'lineno', None) or 1}: this is not a Python file: {error}.") from error
-    variables: dict[str, Any] = {}
-    for statement in tree.body:
-        try:
-            _execute(statement, variables)
-        except _NotPlainError as error:
-            raise ValueError(f"{path}:{error.line}: cannot read `{error.code}` without running it; write the value out.") from None
-        except (ArithmeticError, TypeError, KeyError, IndexError) as error:
-            raise ValueError(f"{path}:{statement.lineno}: cannot work out `{ast.unparse(statement)}`: {error}.") from None
-    if not isinstance(variables.get("config"), dict):
+class Config(dict[str, Any]):
+    """Options by name. Asking for one that could not be read raises ValueError with file, line and code; `in` and iteration do not."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, Unknown):
+            raise ValueError(f"config.{name} is needed, but {value}")
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 (dict.get would not ask __getitem__)
+
+
+def read_config(path: str | Path) -> Config:
+    """The options that a config file, and those beside it that it imports, assign to `config`, without running any.
+
+    Raises ValueError with file and line for a file that is no Python, defines no `config`, or may change it in ways that only a run tells.
+    """
+    variables = _Reader(Path(path)).read()
+    config = variables.get("config")
+    if isinstance(config, Unknown):
+        raise ValueError(str(config))
+    if not isinstance(config, dict):
         raise ValueError(f"{path} does not define `config`, as an arcface_torch config file does with `config = edict()`.")
-    return variables["config"]
+    return Config(config)
 
 
-class _NotPlainError(Exception):
-    def __init__(self, node: ast.AST) -> None:
-        self.line, self.code = getattr(node, "lineno", 1), ast.unparse(node).splitlines()[0]
+_HARMLESS = re.compile(r"(print|pprint|logging\.\w+|logger\.\w+|len|dict|str)$")
 
 
-_ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
+class _Reader:
+    def __init__(self, path: Path, readers: tuple[Path, ...] = ()) -> None:
+        self.path, self.readers = path, (*readers, path)
+        self.variables: dict[str, Any] = {"__name__": "config"}
+        self.values = Values(path, self.variables)
 
+    def read(self) -> dict[str, Any]:
+        try:
+            tree = ast.parse(self.path.read_text(encoding="utf-8"), filename=str(self.path))
+        except OSError as error:
+            raise ValueError(f"cannot read the config file {self.path}: {error.strerror}.") from error
+        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}:{getattr(error, 'lineno', None) or 1}: this is not a Python file: {error}.") from error
+        self.run(tree.body)
+        return self.variables
 
-def _execute(statement: ast.stmt, variables: dict[str, Any]) -> None:
-    match statement:
-        case ast.Import() | ast.Expr(value=ast.Constant()):
-            pass
-        case ast.ImportFrom(module=module, level=0) if module and module.partition(".")[0] != "configs":
-            pass  # an imported name has no value here, so using it is an error
-        case ast.Assign(targets=targets, value=value):
-            result = _evaluate(value, variables)
-            for target in targets:
-                _assign(target, result, variables)
-        case _:
-            raise _NotPlainError(statement)
+    def run(self, statements: Iterable[ast.stmt]) -> None:
+        for statement in statements:
+            match statement:
+                case ast.Pass() | ast.Assert() | ast.Global() | ast.Expr(value=ast.Constant()):
+                    pass
+                case ast.Import(names=names):
+                    for name in names:
+                        self.variables.pop((name.asname or name.name).partition(".")[0], None)
+                case ast.ImportFrom():
+                    self.run_import(statement)
+                case ast.Expr(value=ast.Call(func=ast.Attribute(value=owner, attr="update"), args=args, keywords=keywords)):
+                    self.run_update(owner, args, keywords, statement)
+                case ast.Expr(value=value):
+                    self.refuse_changes(value, statement)
+                case ast.Assign(targets=targets, value=value):
+                    result = self.value_or_unknown(value, statement)
+                    for target in targets:
+                        self.assign(target, result, statement)
+                case ast.AnnAssign(target=target, value=value) if value is not None:
+                    self.assign(target, self.value_or_unknown(value, statement), statement)
+                case ast.AugAssign(target=target, op=op, value=value):
+                    read = ast.copy_location(ast.BinOp(ast.parse(ast.unparse(target), mode="eval").body, op, value), statement)
+                    self.assign(target, self.value_or_unknown(read, statement), statement)
+                case ast.If(test=test, body=body, orelse=orelse):
+                    try:
+                        self.run(body if self.values.value(test) else orelse)
+                    except UnknownError:
+                        self.forget([*body, *orelse])
+                case ast.FunctionDef(name=name):
+                    self.variables[name] = Function(statement, self.variables)
+                case ast.ClassDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    self.variables[name] = self.values.unknown(statement)
+                case ast.AnnAssign():
+                    pass
+                case ast.For() | ast.While() | ast.With() | ast.Try():
+                    self.forget([statement])
+                case _:
+                    self.refuse(statement)
 
+    def run_import(self, statement: ast.ImportFrom) -> None:
+        """Reads the file of the name, where there is one beside this file or above it; other imported names have no value here."""
+        parts = (statement.module or "").split(".") if statement.module else []
+        folders = [self.path.parents[statement.level - 1]] if statement.level else list(self.path.parents)[:2]
+        for name in statement.names:
+            bound = name.asname or name.name
+            if name.name in ("edict", "EasyDict", "ConfigDict"):
+                self.variables[bound] = dict
+                continue
+            inside = next((folder.joinpath(*parts).with_suffix(".py") for folder in folders if self.has(folder, parts)), None)
+            module = next((folder.joinpath(*parts, f"{name.name}.py") for folder in folders if self.has(folder, [*parts, name.name])), None)
+            if inside is None and module is None:
+                if name.name == "*":
+                    self.refuse(statement)
+                self.variables[bound] = self.values.unknown(statement)
+                continue
+            file = inside or module
+            assert file is not None
+            if file in self.readers:
+                raise ValueError(f"{self.path}:{statement.lineno}: {file} imports itself.")
+            found = _Reader(file, self.readers).read()
+            if name.name == "*":
+                self.variables.update(found)
+            else:
+                self.variables[bound] = found.get(name.name, self.values.unknown(statement)) if inside else found
 
-def _assign(target: ast.expr, value: Any, variables: dict[str, Any]) -> None:
-    match target:
-        case ast.Name(id=name):
-            variables[name] = value
-        case ast.Attribute(value=owner, attr=name) | ast.Subscript(value=owner, slice=ast.Constant(value=str(name))):
-            owned = _evaluate(owner, variables)
-            if not isinstance(owned, dict):
-                raise _NotPlainError(target)
-            owned[name] = value
-        case _:
-            raise _NotPlainError(target)
+    @staticmethod
+    def has(folder: Path, parts: list[str]) -> bool:
+        return bool(parts) and folder.joinpath(*parts).with_suffix(".py").is_file()
 
+    def run_update(self, owner: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], statement: ast.stmt) -> None:
+        try:
+            owned = self.values.value(owner)
+        except UnknownError:
+            return  # not an option
+        if not isinstance(owned, dict):
+            return
+        try:
+            new = dict(*(self.values.value(argument) for argument in args))
+        except (UnknownError, TypeError, ValueError):
+            self.refuse(statement)
+        for keyword in keywords:
+            if keyword.arg is None:
+                self.refuse(statement)
+            new[keyword.arg] = self.value_or_unknown(keyword.value, statement)
+        owned.update(new)
 
-def _evaluate(node: ast.expr, variables: Mapping[str, Any]) -> Any:
-    def value(child: ast.expr) -> Any:
-        return _evaluate(child, variables)
+    def assign(self, target: ast.expr, value: Any, statement: ast.stmt) -> None:
+        match target:
+            case ast.Name(id=name):
+                self.variables[name] = value
+            case ast.Attribute(value=owner, attr=name):
+                self.assign_item(owner, name, value, statement)
+            case ast.Subscript(value=owner, slice=key):
+                try:
+                    self.assign_item(owner, self.values.value(key), value, statement)
+                except UnknownError:
+                    self.refuse(statement)
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                fits = isinstance(value, list | tuple) and len(value) == len(items)
+                for number, item in enumerate(items):
+                    self.assign(item, value[number] if fits else self.values.unknown(statement), statement)
+            case _:
+                self.refuse(statement)
 
-    match node:
-        case ast.Constant(value=constant):
-            return constant
-        case ast.Tuple(elts=items):
-            return tuple(value(item) for item in items)
-        case ast.List(elts=items):
-            return [value(item) for item in items]
-        case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {value(key): value(item) for key, item in zip(keys, values, strict=True) if key is not None}
-        case ast.Name(id=name) if name in variables:
-            return variables[name]
-        case ast.Attribute(value=ast.Name(id=owner), attr=name) if isinstance(variables.get(owner), dict):
-            return variables[owner][name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -value(operand)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-            a, b = value(left), value(right)
-            if not isinstance(op, ast.Add) and isinstance(a, str | list | tuple | dict) | isinstance(b, str | list | tuple | dict):
-                raise _NotPlainError(node)
-            return _ARITHMETIC[type(op)](a, b)
-        case ast.Call(func=ast.Name(id="edict" | "EasyDict"), args=args, keywords=keywords):
-            positional = [value(argument) for argument in args]
-            return {**dict(*positional), **{keyword.arg or "": value(keyword.value) for keyword in keywords}}
-        case ast.Call(func=function, args=args, keywords=[]) if ast.unparse(function) in ("os.path.join", "osp.join"):
-            return str(Path(*(value(argument) for argument in args)))
-        case _:
-            raise _NotPlainError(node)
+    def assign_item(self, owner: ast.expr, name: Any, value: Any, statement: ast.stmt) -> None:
+        try:
+            owned = self.values.value(owner)
+        except UnknownError:
+            return  # of an object that is no option, such as os.environ
+        if not isinstance(owned, dict):
+            self.refuse(statement)
+        owned[name] = value
+
+    def forget(self, statements: list[ast.stmt]) -> None:
+        """Marks all that `statements` may assign, of which it is not known whether and how often they run."""
+        for statement in statements:
+            for part in ast.walk(statement):
+                match part:
+                    case ast.Assign(targets=targets):
+                        for target in targets:
+                            self.assign(target, self.values.unknown(part), statement)
+                    case ast.AugAssign(target=target) | ast.AnnAssign(target=target) | ast.For(target=target):
+                        self.assign(target, self.values.unknown(part), statement)
+                    case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                        self.variables[name] = self.values.unknown(part)
+                    case ast.Delete():
+                        self.refuse(part)
+                    case ast.Call():
+                        self.refuse_changes(part, statement)
+
+    def refuse_changes(self, node: ast.expr, statement: ast.stmt) -> None:
+        """A call that is handed a dictionary of options, or is a method of one, may change any of them."""
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and not _HARMLESS.match(ast.unparse(call.func)):
+                handed = [*call.args, *(keyword.value for keyword in call.keywords)]
+                handed += [call.func.value] if isinstance(call.func, ast.Attribute) else []
+                if any(isinstance(item, ast.Name) and isinstance(self.variables.get(item.id), dict) for item in handed):
+                    self.refuse(statement)
+
+    def refuse(self, node: ast.stmt) -> NoReturn:
+        raise ValueError(str(self.values.unknown(node)))
+
+    def value_or_unknown(self, node: ast.expr, statement: ast.stmt) -> Any:
+        try:
+            return self.values.value(node)
+        except UnknownError as error:
+            self.refuse_changes(node, statement)
+            return error.unknown

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from benchmarks.classifier import Setting, measure
-from benchmarks.cli import main
 from pipeline import plan
+from pipeline.cli import main
 
 TINY = ["--classes", "300", "--batch", "8", "--width", "256", "--threads", "1", "--pairs", "2"]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.cli import main
 from benchmarks.step import Setting
+from pipeline.cli import main
 
 TINY = ["--classes", "50", "--batch", "8", "--image-size", "16", "--rounds", "1"]
 

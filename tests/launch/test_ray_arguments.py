@@ -142,7 +142,13 @@ def commands(page: str, program: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/clusters.md"])
+def test_the_weights_of_a_new_run_reach_the_job():
+    options = multinode.parser().parse_args(["stub", "--set", "a=1", "--from", "my run", "--set", "b=2"])
+    words = shlex.split(multinode.entrypoint(options))[3:]
+    assert ray_driver.parser().parse_args(words).overrides == ["a=1", "start.weights=my run", "b=2"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/clusters.md", "docs/fine_tuning.md"])
 def test_launcher_commands_of_the_docs(page):
     for words in commands(page, "launch/multinode.sh"):
         options = multinode.parser().parse_args(words)

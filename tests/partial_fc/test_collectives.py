@@ -65,10 +65,12 @@ class Path(NamedTuple):
 
 
 def gathered(rows: list[int] = EVEN, feature_bytes: int = 4) -> list[tuple[str, int]]:
-    """forward: features, and labels of 8 bytes; rows padded to the largest local batch, after one count per rank, if they may differ."""
+    """forward: a count per rank, features, and labels of 8 bytes; rows padded to the largest local batch."""
     padded = len(rows) * max(rows)
-    counts = [("all_gather", 8 * len(rows))] if rows is UNEVEN else []
-    return [*counts, ("all_gather", feature_bytes * padded * WIDTH), ("all_gather", 8 * padded)]
+    return [COUNTS, ("all_gather", feature_bytes * padded * WIDTH), ("all_gather", 8 * padded)]
+
+
+COUNTS = ("all_gather", 8 * RANKS)
 
 
 def scattered(rows: list[int] = EVEN) -> list[tuple[str, int]]:
@@ -91,17 +93,17 @@ PATHS = [
     Path("map", [*gathered(), ("all_reduce", 4 * B), ("all_reduce", 4 * 2 * B), *scattered()], loss="mv_softmax", scale=32.0),
     Path("nearest", [*gathered(), ("all_gather", 4 * (3 + 1) * B * RANKS), *scattered()], loss="npt"),
     Path("begin_step", [], call="begin_step"),
-    Path("begin_step, sampled", [("all_gather", 8 * B)], call="begin_step", options={"sample_rate": 0.3}),
+    Path("begin_step, sampled", [COUNTS, ("all_gather", 8 * B)], call="begin_step", options={"sample_rate": 0.3}),
     Path(
         "begin_step, uneven",
-        [("all_gather", 8 * RANKS), ("all_gather", 8 * RANKS * max(UNEVEN))],
+        [COUNTS, ("all_gather", 8 * RANKS * max(UNEVEN))],
         UNEVEN,
         call="begin_step",
         options={"sample_rate": 0.3},
     ),
     Path(
         "begin_step, hard negatives",
-        [("all_gather", 8 * B), ("all_reduce", 4 * B * WIDTH), ("all_gather", 4 * (3 * 2 + 1) * B * RANKS)],
+        [COUNTS, ("all_gather", 8 * B), ("all_reduce", 4 * B * WIDTH), ("all_gather", 4 * (3 * 2 + 1) * B * RANKS)],
         call="begin_step",
         options={"sample_rate": 0.3, "hard_negatives": 2},
     ),
@@ -116,6 +118,7 @@ def traffic(number: int) -> Counter:
     loss = losses.build(path.loss) if path.loss == "npt" else losses.build(path.loss, scale=path.scale)
     classifier = PartialFC(CLASSES, WIDTH, loss, uneven_batches=path.rows is UNEVEN, **path.options)
     features, labels = (x.split(path.rows)[rank] for x in batch(CLASSES, WIDTH, sum(path.rows)))
+    classifier.is_known_whole = True  # looked up once, at the first use
     with counted() as calls:
         if path.call == "step":
             classifier(features.clone().requires_grad_(), labels).backward()

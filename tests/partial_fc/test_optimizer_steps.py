@@ -108,6 +108,31 @@ def test_what_updates_in_backward_cannot_serve_is_refused():
         optimizer.begin_update()
 
 
+@pytest.mark.parametrize("ours", [RowSGD, RowAdamW])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_closure_is_called_with_gradient_and_its_value_returned(ours, in_backward):
+    """As Lightning always does."""
+    features, labels = batch(CLASSES, WIDTH, 6)
+    found = []
+    for has_closure in (True, False):
+        classifier = classifier_of(0.3, torch.float32)
+        optimizer = ours(classifier, lr=0.1, in_backward=in_backward)
+
+        def closure(classifier=classifier, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = classifier(features, labels)
+            loss.backward()
+            return loss
+
+        if has_closure:
+            loss = optimizer.step(closure)
+        else:
+            loss = closure()
+            assert optimizer.step() is None
+        found.append((loss.detach(), classifier.prototypes.detach()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails on what would make the host wait for a device."""
 
@@ -125,7 +150,7 @@ def test_nothing_waits_for_the_device(ours, rate, storage):
         gradient = draw(classifier, step)[1]
         with NoWaiting():
             if rate < 1:
-                optimizer._catch_up_sample(classifier.sample.rows_K)
+                optimizer.before_use(classifier.sample.rows_K)
                 set_sampled(classifier, gradient)
             else:
                 classifier.prototypes.grad = gradient

@@ -141,6 +141,16 @@ def test_pack_check_and_train_on_the_packed_set(trained, capsys):
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_a_new_run_from_another_ones_weights(trained, capsys):
+    assert main(["data", "faces", str(trained / "more.tar"), "--identities", "8", "--images", "6", "--size", "32"]) == 0
+    new = train(trained, f"--from={trained / 'run'}", data="more.tar", run="tuned")
+    assert main(new) == 0 and "a new run with the backbone weights of" in capsys.readouterr().err
+    assert main(new) == 0 and "resumed from" in capsys.readouterr().err
+    refused(train(trained, f"--from={trained / 'run'}", run="run"), capsys, "did not begin with another one's weights", "run.folder=PATH")
+    refused(train(trained, data="more.tar"), capsys, "has num_classes 9, but this run has 8", "--from")
+    refused(train(trained, f"--from={trained / 'none'}", run="other"), capsys, "none does not exist")
+
+
 def test_resume_none_keeps_the_earlier_run(trained, capsys):
     assert main(train(trained, run="again")) == 0
     assert main(train(trained, "--resume=none", run="again/")) == 0

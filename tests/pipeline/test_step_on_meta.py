@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dali_loaders import Batch
-from partial_fc import PartialFC, collectives
+from partial_fc import PartialFC, batch_check, collectives
 from partial_fc.classifier import ClassifierConfig
 from partial_fc.optimizers import adamw, sgd
 from pipeline import trainer
@@ -47,6 +47,18 @@ def seen(monkeypatch):
     return found
 
 
+class NoNumbers:
+    """Equal numbers of rows on all ranks, which the meta device cannot tell."""
+
+    is_ready = True
+
+    def __init__(self, _):
+        pass
+
+    def read(self):
+        return [0] * RANKS
+
+
 @pytest.fixture
 def fake_ranks(monkeypatch):
     """32 ranks, of which this process is number 3; and stand-ins for what has no form on the meta device: see test_no_host_read."""
@@ -57,10 +69,14 @@ def fake_ranks(monkeypatch):
     for module, name in ((sgd, "sgd"), (adamw, "adamw")):
         monkeypatch.setattr(module, name, unfused(getattr(module, name)))
     monkeypatch.setattr(PartialFC, "_check", lambda *_: None)
+    monkeypatch.setattr(batch_check, "ToHost", NoNumbers)
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module, *_, **__: module)  # its gradients are torch's affair
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))  # refuses the device
     yield
     dist.destroy_process_group()
+
+
+COUNTS = ("all_gather", 8 * RANKS)
 
 
 def batches(*_, **options):
@@ -92,8 +108,10 @@ def collectives_of_a_step(seen, tmp_path, monkeypatch, accumulation=1, in_backwa
 
 
 def forward_and_backward(float_bytes=FLOATS):
-    """PartialFC.forward: 1 all-gather of B D floats, 1 of B labels, CosFace's all-reduce of 2 B floats; backward 1 reduce-scatter."""
+    """PartialFC.forward: 1 all-gather of N counts, 1 of B D floats, 1 of B labels, CosFace's all-reduce of 2 B floats; backward 1
+    reduce-scatter."""
     return [
+        COUNTS,
         ("all_gather", SAMPLES * WIDTH * float_bytes),
         ("all_gather", SAMPLES * 8),
         ("all_reduce", 2 * SAMPLES * FLOATS),
@@ -108,7 +126,7 @@ def test_all_classes(step_of, in_backward):
 
 def test_sampled_classes_with_micro_batches(step_of):
     found = step_of(accumulation=2, sample_rate=0.5)
-    assert found == [("all_gather", 2 * SAMPLES * 8), *forward_and_backward(), *forward_and_backward()]  # begin_step gathers labels
+    assert found == [COUNTS, ("all_gather", 2 * SAMPLES * 8), *forward_and_backward(), *forward_and_backward()]  # begin_step gathers labels
 
 
 def test_features_that_travel_in_bfloat16(step_of):
@@ -120,7 +138,7 @@ def test_hard_negatives(step_of):
     k = 2
     found = step_of(sample_rate=0.5, hard_negatives=k)
     nearest = [("all_reduce", SAMPLES * WIDTH * FLOATS), ("all_gather", (3 * k + 1) * RANKS * SAMPLES * FLOATS)]
-    gathered, rest = forward_and_backward()[:2], forward_and_backward()[2:]
+    gathered, rest = forward_and_backward()[:3], forward_and_backward()[3:]
     assert found == [*gathered, *nearest, *rest]
 
 

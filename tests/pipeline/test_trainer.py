@@ -11,10 +11,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dali_loaders import TrainLoader
-from pipeline.distributed import join
+from pipeline.distributed import Place, join
+from pipeline.engine import EngineConfig, build_engine
+from pipeline.schedule import OptimizerConfig
 from pipeline.train import train
 from pipeline.trainer import Trainer
 from tests.partial_fc.test_similarity import LargestTensor
@@ -91,6 +94,26 @@ def test_zero_2_and_a_clip_that_binds(ranks, data, tmp_path):
     assert_equal(losses[1], losses[0], 1e-5)
 
 
+@pytest.mark.parametrize("sample_rate", [1.0, 0.4])
+def test_a_clip_of_backbone_and_classifier_together(ranks, data, sample_rate, tmp_path):
+    options = {"clip": 0.3, "clip_jointly": True}
+    found = [
+        *ranks(1).run(train_losses, configuration(data, str(tmp_path / "1"), 4, sample_rate=sample_rate, optimizer=options)),
+        *ranks(3).run(train_losses, configuration(data, str(tmp_path / "3"), 4, sample_rate=sample_rate, optimizer=options)),
+        *ranks(1).run(train_losses, configuration(data, str(tmp_path / "apart"), 4, sample_rate=sample_rate, optimizer={"clip": 0.3})),
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+    assert found[-1][1:] != pytest.approx(found[0][1:], rel=1e-4)
+
+
+def test_a_joint_clip_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="DeepSpeed clips the backbone alone"):
+        build_engine(EngineConfig("deepspeed"), OptimizerConfig(clip_jointly=True), nn.Linear(2, 2), Place(0, 1, torch.device("cpu")), 1)
+    for options in ({"clip": 0.0}, {"in_backward": True}):
+        with pytest.raises(ValueError, match="clip_jointly needs"):
+            OptimizerConfig(clip_jointly=True, **options)
+
+
 def test_bfloat16_and_batch_statistics_resume_on_the_same_ranks(ranks, data, tmp_path):
     def config(folder):
         options = {"backbone": "small", "engine_options": {"precision": "bfloat16"}, "save_every": 5}
@@ -127,16 +150,16 @@ def test_micro_batches_and_moves_in_backward_are_refused(data, tmp_path):
 
 def test_the_check_before_a_save_takes_no_memory():
     join()
-    run = mock.Mock(place=mock.Mock(device=torch.device("cpu")), step=3, _checkpoints="none")
+    run = mock.Mock(place=mock.Mock(device=torch.device("cpu")), step=3, checkpoints="none")
     for dtype in (torch.float32, torch.bfloat16):
         weights = torch.zeros(1000, 100, dtype=dtype)
         with LargestTensor() as largest:
-            Trainer._check_finite(run, [weights, torch.zeros(0, 100)])
+            Trainer.check_finite(run, [weights, torch.zeros(0, 100)])
         assert largest.bytes < 100
         for value in (torch.nan, torch.inf, -torch.inf):
             weights[500, 50] = value
             with pytest.raises(ValueError, match="a weight is not finite at step 3"):
-                Trainer._check_finite(run, [torch.ones(2), weights])
+                Trainer.check_finite(run, [torch.ones(2), weights])
 
 
 def test_going_back_to_an_earlier_checkpoint_keeps_the_later_ones_aside(ranks, data, one_rank, tmp_path):

@@ -1,5 +1,6 @@
 """Every loss against a dense float64 implementation: value and gradients by features, prototypes and learned numbers, on 1 to 4 ranks with
-uneven shards and batches (one rank has no row), at rate 1 and below, in float64 and float32."""
+uneven and empty shards and batches (one rank has no row), at rate 1 and below, in float64 and float32, with torch's deterministic
+algorithms and without."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from partial_fc.shards import ClassShard, initial_prototypes
 
 CLASSES, WIDTH = 23, 6
 ROWS = {1: [13], 2: [8, 5], 3: [6, 0, 7], 4: [5, 4, 0, 4]}  # 13 each
+FEW = {1: 5, 2: 1, 3: 4, 4: 5}  # classes that leave the last of 2 to 4 ranks without any; a single class has no non-targets
 
 
 class Dense(NamedTuple):
@@ -44,26 +46,28 @@ def cosines(dense: Dense) -> tuple[Tensor, Tensor]:
     return found[is_target], found.masked_fill(is_target | ~dense.included, -torch.inf)
 
 
-def data(kind: str = "random", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(features [13, WIDTH], labels, counts): three identities come three times, two twice, three once. kind "right": every feature is its
-    prototype's direction, "wrong": the opposite one."""
+def data(kind: str = "random", seed: int = 0, classes: int = CLASSES) -> tuple[Tensor, Tensor, Tensor]:
+    """(features [13, WIDTH], labels, counts): of all classes, three identities come three times, two twice, three once. kind "right": every
+    feature is its prototype's direction, "wrong": the opposite one."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor([3, 7, 3, 19, 22, 7, 0, 19, 5, 5, 3, 7, 11])
+    labels = torch.tensor([3, 7, 3, 19, 22, 7, 0, 19, 5, 5, 3, 7, 11]) % classes
     features = torch.randn(13, WIDTH, generator=generator, dtype=torch.float64) * torch.linspace(0.5, 3, 13, dtype=torch.float64)[:, None]
     if kind != "random":
         own = initial_prototypes(ClassShard.of_rank(CLASSES, 0, 1), WIDTH, seed=3).double()[labels]
         features = own * (1000.0 if kind == "right" else -1000.0)
-    return features, labels, torch.arange(1, CLASSES + 1) ** 2
+    return features, labels, torch.arange(1, classes + 1) ** 2
 
 
-def step(name: str, parameters: dict[str, Any], dtype: torch.dtype, rate: float, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+def step(
+    name: str, parameters: dict[str, Any], dtype: torch.dtype, rate: float, kind: str, options: dict[str, Any], classes: int = CLASSES
+) -> dict[str, Any]:
     """On every rank: one step's loss, and gradients of this rank's features and prototypes and of what is learned."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    features, labels, counts = data(kind)
+    features, labels, counts = data(kind, classes=classes)
     mine = features.to(dtype).split(ROWS[size])[rank].clone().requires_grad_()
     loss_function = losses.build(name, **parameters)
     classifier = PartialFC(
-        CLASSES, WIDTH, loss_function, rate, seed=3, uneven_batches=True, feature_gradient="global", class_counts=counts, **options
+        classes, WIDTH, loss_function, rate, seed=3, uneven_batches=True, feature_gradient="global", class_counts=counts, **options
     )
     classifier = classifier.to(dtype)
     loss = classifier(mine, labels.split(ROWS[size])[rank])
@@ -76,20 +80,26 @@ def step(name: str, parameters: dict[str, Any], dtype: torch.dtype, rate: float,
     return {"loss": loss.detach(), "features": mine.grad, "prototypes": gradient.to_dense(), "learned": learned, "tracked": tracked}
 
 
-def steps(calls: list[tuple[Any, ...]], policy: DevicePolicy = CPU) -> list[dict[str, Any]]:
-    with forced(policy):
-        return [step(*call) for call in calls]
+def steps(calls: list[tuple[Any, ...]], policy: DevicePolicy = CPU, is_deterministic: bool = False) -> list[dict[str, Any]]:
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        with forced(policy):
+            return [step(*call) for call in calls]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def exact(name: str, parameters: dict[str, Any], oracle: Oracle, dtype: torch.dtype, rate: float, kind: str = "random") -> dict[str, Any]:
-    features, labels, counts = data(kind)
-    loss_function, whole = losses.build(name, **parameters), ClassShard.of_rank(CLASSES, 0, 1)
-    included = torch.ones(CLASSES, dtype=torch.bool)
+def exact(
+    name: str, parameters: dict[str, Any], oracle: Oracle, dtype: torch.dtype, rate: float, classes: int = CLASSES, kind: str = "random"
+) -> dict[str, Any]:
+    features, labels, counts = data(kind, classes=classes)
+    loss_function, whole = losses.build(name, **parameters), ClassShard.of_rank(classes, 0, 1)
+    included = torch.ones(classes, dtype=torch.bool)
     if rate < 1:
         sample = sampling.draw(whole, labels, rate, seed=3, step=0)
-        included = torch.zeros(CLASSES, dtype=torch.bool).index_fill_(0, sample.rows_K[sample.is_real_K], True)
-    learned = {key: torch.tensor(float(value)) for key, value in loss_function.learned(CLASSES).items()}
-    learned |= {key: torch.full((CLASSES,), float(value)) for key, value in loss_function.learned_by_class(CLASSES).items()}
+        included = torch.zeros(classes, dtype=torch.bool).index_fill_(0, sample.rows_K[sample.is_real_K], True)
+    learned = {key: torch.tensor(float(value)) for key, value in loss_function.learned(classes).items()}
+    learned |= {key: torch.full((classes,), float(value)) for key, value in loss_function.learned_by_class(classes).items()}
     inputs = [features, initial_prototypes(whole, WIDTH, seed=3), *learned.values()]
     features, prototypes, *values = (x.to(dtype).clone().requires_grad_() for x in inputs)
     dense = Dense(features, prototypes, labels, included, dict(zip(learned, values, strict=True)), counts)
@@ -119,17 +129,24 @@ def largest_error(results: list[dict[str, Any]], right: dict[str, Any]) -> float
 
 
 def check(ranks: Any, name: str, parameters: dict[str, Any], oracle: Oracle, rates: tuple[float, ...] = (1.0, 0.4), **options: Any) -> None:
-    """Value and gradients on 1 to 4 ranks, with the ways of a CPU and of a GPU: to 1e-9 in float64, and in float32 to 4 times the dense
-    float32 computation's own error."""
-    right = {rate: exact(name, parameters, oracle, torch.float64, rate) for rate in rates}
-    dense_error = {rate: largest_error([exact(name, parameters, oracle, torch.float32, rate)], right[rate]) for rate in rates}
-    calls = [(name, parameters, dtype, rate, "random", options) for dtype in (torch.float64, torch.float32) for rate in rates]
-    for size, policy in itertools.product((1, 2, 3, 4), (CPU, GPU)):
-        found = [steps(calls, policy)] if size == 1 else ranks(size).run(steps, calls, policy)
-        for place, (_, _, dtype, rate, _, _) in enumerate(calls):
-            allowed = 1e-9 if dtype == torch.float64 else max(1e-5, 4 * dense_error[rate])
-            worst = largest_error([of_rank[place] for of_rank in found], right[rate])
-            assert worst < allowed, f"{name} {parameters} on {size} ranks in {dtype} at rate {rate}: error {worst:.1e}"
+    """Value and gradients on 1 to 4 ranks, with and without a rank that has no class, with the ways of a CPU and of a GPU, with torch's
+    deterministic algorithms and without: to 1e-9 in float64, and in float32 to 4 times the dense float32 computation's own error."""
+    right, dense_error = {}, {}
+    for rate, classes in itertools.product(rates, {CLASSES, *FEW.values()}):
+        if classes > 1:
+            dense, single = (exact(name, parameters, oracle, dtype, rate, classes) for dtype in (torch.float64, torch.float32))
+        else:  # most oracles know nothing to do without non-targets: one rank takes their place
+            dense, single = (step(name, parameters, dtype, rate, "random", options, classes) for dtype in (torch.float64, torch.float32))
+        right[rate, classes], dense_error[rate, classes] = dense, largest_error([single], dense)
+    for size, (policy, is_deterministic) in itertools.product((1, 2, 3, 4), ((CPU, False), (CPU, True), (GPU, True))):
+        cases = list(itertools.product((torch.float64, torch.float32), rates, (CLASSES, FEW[size])))
+        calls = [(name, parameters, dtype, rate, "random", options, classes) for dtype, rate, classes in cases]
+        found = [steps(calls, policy, is_deterministic)] if size == 1 else ranks(size).run(steps, calls, policy, is_deterministic)
+        for place, (dtype, *case) in enumerate(cases):
+            allowed = 1e-9 if dtype == torch.float64 else max(1e-5, 4 * dense_error[tuple(case)])
+            worst = largest_error([of_rank[place] for of_rank in found], right[tuple(case)])
+            where = f"{size} ranks in {dtype} at rate, classes {case}{', deterministic' * is_deterministic}"
+            assert worst < allowed, f"{name} {parameters} on {where}: error {worst:.1e}"
 
 
 def check_finite(name: str, parameters: dict[str, Any], **options: Any) -> None:

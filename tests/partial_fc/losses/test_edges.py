@@ -49,6 +49,40 @@ def test_every_loss_trains_with_every_option(name, option):
     assert all(parameter.isfinite().all() for parameter in classifier.parameters())
 
 
+@pytest.mark.parametrize("name", sorted(losses.REGISTRY))
+def test_mixed_precision_around_the_loop_changes_no_loss(name):
+    """torch.autocast turns products into bfloat16, in backward too if that lies within it."""
+    found = []
+    for is_mixed in (False, True):
+        classifier = classifier_of(name)
+        features, labels = batch()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            loss = classifier(features, labels)
+            loss.backward()
+        found.append([loss, features.grad, *(parameter.grad for parameter in classifier.parameters() if parameter.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+@pytest.mark.parametrize("name", sorted(losses.REGISTRY))
+def test_deterministic_algorithms_train_twice_to_the_same_bits(name, rate):
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = []
+        for _ in range(2):
+            classifier = classifier_of(name, sample_rate=rate)
+            optimizer = RowSGD(classifier, lr=0.01)
+            for _ in range(3):
+                features, labels = batch()
+                classifier(features, labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append([features.grad, *classifier.parameters(), *classifier.buffers()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", ["uss", "unitsface", "sample_bce"])
 def test_a_batch_of_one_identity_does_not_start_a_threshold(name):
     classifier = classifier_of(name)

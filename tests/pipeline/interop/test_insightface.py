@@ -1,12 +1,12 @@
-"""Configs, backbone weights and classifier files of arcface_torch, made up here in its formats."""
+"""Configs of arcface_torch and of its forks, made up here in their form."""
 
 import pytest
-import torch
 
 from partial_fc.losses.margins import ArcFace, Combined, CosFace
-from pipeline.backbones import BackboneConfig, build
-from pipeline.interop.insightface import ImportedConfig, import_config, load_backbone, merge_classifier, recipe_source
+from pipeline.interop.insightface import ImportedConfig, import_config
+from pipeline.interop.recipe_file import recipe_source
 from pipeline.resolve import resolve
+from tests.pipeline.interop.official_configs import PAGE, import_all, page_with_table
 
 CONFIG = """
 from easydict import EasyDict as edict
@@ -85,7 +85,7 @@ def test_whatever_is_not_taken_over_is_named(tmp_path):
 
 def chosen(tmp_path, lines):
     """What is chosen, by its first word."""
-    imported = import_config(write(tmp_path, f"config = edict()\n{lines}\n"))
+    imported = import_config(write(tmp_path, f"config = edict(num_epoch=20)\n{lines}\n"))
     recipe = tmp_path / "imported.py"
     recipe.write_text(recipe_source(imported, "wf42m.py"))
     assert all(line in recipe.read_text() for line in imported.chosen)  # for whoever reads the recipe later
@@ -124,7 +124,8 @@ def test_choices_between_versions_of_arcface_torch_are_said(tmp_path):
         ("config.margin_list = (0.9, 0.4, 0.15)", Combined(64.0, 0.9, 0.4, 0.15), 1),
         ("config.margin_list = (1.35, 0.0, 0.0)", Combined(64.0, 1.35, 0.0, 0.0), 1),
         ("config.loss = 'cosface'", CosFace(64.0, 0.4), 0),
-        ("config.loss = 'adaface'", ArcFace(64.0, 0.5), 1),
+        ("config.loss = 'ArcFace'", ArcFace(64.0, 0.5), 0),
+        ("config.loss = 'adaface'\nconfig.margin_list = (1.0, 0.0, 0.3)", CosFace(64.0, 0.3), 1),
     ],
 )
 def test_margins(tmp_path, lines, loss, remarks):
@@ -140,22 +141,128 @@ def test_what_arcface_torch_makes_of_combined_margins_is_said(tmp_path):
         assert words in import_config(write(tmp_path, f"config = edict()\nconfig.margin_list = {margins}\n")).unmapped[0]
 
 
-def test_adamw_moves_the_classifier_too_and_a_network_without_counterpart_is_refused(tmp_path):
-    imported = import_config(write(tmp_path, "config = edict(network='vit_l', optimizer='adamw', rec='synthetic', warmup_epoch=-1)\n"))
+def test_adamw_moves_the_classifier_too(tmp_path):
+    imported = import_config(write(tmp_path, "config = edict(optimizer='adamw', rec='synthetic', warmup_epoch=-1)\n"))
     assert "data.train" not in imported.fields
     recipe = tmp_path / "imported.py"
     recipe.write_text(recipe_source(imported, "vit.py"))
-    with pytest.raises(ValueError, match="there is no backbone named 'vit_l'"):  # rather than another one in its place
-        resolve(str(recipe))
-    config = resolve(str(recipe), ["backbone.name=iresnet100"])
-    assert config.backbone.name == "iresnet100"
+    config = resolve(str(recipe))
     assert (config.optimizer.name, config.optimizer.classifier, config.optimizer.warmup_epochs) == ("adamw", "adamw", 0)
-    assert [line.partition(":")[0] for line in imported.unmapped] == ["network", "rec"]
+    assert [line.partition(":")[0] for line in imported.unmapped] == ["rec"]
 
 
-@pytest.mark.parametrize("setting", ["batch_size = '64'", "lr = None", "margin_list = 0.5", "network = 50", "margin_list = (1.0, 0.5)"])
+@pytest.mark.parametrize(
+    ("network", "fields"),
+    [
+        ("r200", {"name": "iresnet200"}),
+        ("iresnet50", {"name": "iresnet50"}),  # its name before 2021
+        ("mbf", {"name": "mobilefacenet"}),
+        ("mbf_large", {"name": "mobilefacenet_large"}),
+        ("vit_t_dp005_mask0", {"name": "vit_t", "drop_path": 0.05, "mask_ratio": 0.0, "float32_attention": True}),
+        ("vit_s", {"name": "vit_s", "drop_path": 0.1, "mask_ratio": 0.1, "float32_attention": True}),
+        (
+            "vit_b_dp005_mask_005",
+            {"name": "vit_b", "drop_path": 0.05, "mask_ratio": 0.1, "float32_attention": True, "checkpoint_activations": True},
+        ),
+    ],
+)
+def test_networks_are_those_that_are_named(tmp_path, network, fields):
+    imported = import_config(write(tmp_path, f"config = edict(network={network!r})\n"))
+    assert {name.removeprefix("backbone."): value for name, value in imported.fields.items() if name.startswith("backbone.")} == fields | {
+        "width": 512
+    }
+    recipe = tmp_path / "imported.py"
+    recipe.write_text(recipe_source(imported, "a.py"))
+    assert resolve(str(recipe)).backbone.name == fields["name"]
+    assert ("mask_ratio: 0.1, which its script takes, not the 0.05 of the network's name" in imported.chosen) == ("mask_005" in network)
+
+
+STEPS = "((epoch + 1) / (4 + 1)) ** 2 if epoch < config.warmup_epoch else 0.1 ** len([m for m in [8, 14] if m - 1 <= epoch])"
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("config.network = 'vit_h'", r"wf42m\.py sets config\.network to 'vit_h', which does not exist here: choose one of r18, r34, "),
+        ("config.network = 'ir_101'", "sets config.network to 'ir_101', which does not exist here"),
+        ("config.optimizer = 'lamb'", "sets config.optimizer to 'lamb', which does not exist here: choose one of sgd, adamw"),
+        ("config.loss = 'adaface'", "sets config.loss to 'adaface', which arcface_torch does not have: set margin_list"),
+        ("config.decay_epoch = 16", "sets config.decay_epoch to 16, but it must be a list of epochs"),
+        ("config.lr_func = lambda e: 0.98 ** e", "a schedule of its own, which does not exist here"),
+        ("config.lr = lr_of_the_day()", r"config\.lr is needed, but .*wf42m\.py:3: cannot read `lr_of_the_day\(\)` without running it"),
+    ],
+)
+def test_what_would_train_otherwise_stops_the_import(tmp_path, lines, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        import_config(write(tmp_path, f"config = edict()\nconfig.warmup_epoch = -1\n{lines}\n"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "epochs"),
+    [
+        ("config.decay_epoch = [10, 16]", (10, 16)),
+        (f"def f(epoch):\n    return {STEPS}\nconfig.lr_func = f", (7, 13)),
+        ("config.lr_func = lambda e: 0.1 ** len([k for k in [2, 4] if k <= e])", (2, 4)),
+        ("config.decay_epoch = []", ()),
+    ],
+)
+def test_schedules_in_steps_and_the_rate_that_came_with_them(tmp_path, lines, epochs):
+    said, config = chosen(tmp_path, f"config.lr = 0.1\nconfig.batch_size = 32\nconfig.warmup_epoch = -1\n{lines}")
+    optimizer = config.optimizer
+    assert optimizer.lr == pytest.approx(0.05)  # half of it: 8 GPUs x 32 images, where it was meant for 512
+    assert (optimizer.schedule, optimizer.step_epochs, optimizer.step_factor) == ("steps" if epochs else "polynomial", epochs, 0.1)
+    assert optimizer.power == (2.0 if epochs else 0.0)
+    assert said["schedule"] == "in steps, and lr is scaled by the batch of a step over 512, as in scripts before 2022"
+
+
+def test_options_that_nobody_needs_do_not_stop_the_import(tmp_path):
+    lines = "config.output = f'{now()}'\nconfig.wandb_key = os.environ['NONE']\nconfig.num_image = 'forget'\nconfig['lr'] = 0.3\n"
+    imported = import_config(write(tmp_path, f"import os\nconfig = edict()\n{lines}config.verbose = 1\nconfig.notes = unknown\n"))
+    assert imported.fields["optimizer.lr"] == 0.3
+    assert "evaluation.every_epochs" not in imported.fields
+    assert "verbose: without num_image it cannot be told in epochs; set evaluation.every_epochs" in imported.unmapped
+    assert "notes: logging goes to TensorBoard and metrics.jsonl" in imported.unmapped
+    assert any(line.startswith("num_epoch: not set there") for line in imported.chosen)
+
+
+def test_a_folder_of_identities_is_read_as_such(tmp_path):
+    (tmp_path / "faces").mkdir()
+    line = f"config.rec = {str(tmp_path / 'faces')!r}"
+    assert import_config(write(tmp_path, f"config = edict()\n{line}\n")).fields["data.train"] == str(tmp_path / "faces")
+    (tmp_path / "faces" / "train.rec").touch()
+    assert import_config(write(tmp_path, f"config = edict()\n{line}\n")).fields["data.train"] == str(tmp_path / "faces" / "train.rec")
+
+
+def test_the_classes_of_the_batch_alone(tmp_path):
+    imported = import_config(write(tmp_path, "config = edict(sample_rate=0)\n"))
+    assert 0 < imported.fields["classifier.sample_rate"] < 1e-6
+    assert any(line.startswith("sample_rate: 0, the classes of the batch alone") for line in imported.chosen)
+
+
+def test_all_official_configs_and_the_page_that_lists_them():
+    found = import_all()
+    assert len(found) == 43
+    stopped = {name: result for name, result in found.items() if isinstance(result, str)}
+    assert list(stopped) == ["wf42m_pfc02_vit_h"] and "'vit_h', which does not exist here" in stopped["wf42m_pfc02_vit_h"]
+    assert found["wf42m_pfc03_32gpu_r200"].fields["backbone.name"] == "iresnet200"
+    page = PAGE.read_text()
+    assert page_with_table(page) == page, "run python -m tests.pipeline.interop.official_configs"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "batch_size = '64'",
+        "lr = None",
+        "margin_list = 0.5",
+        "network = 50",
+        "margin_list = (1.0, 0.5)",
+        "margin_list = (1.0, 'a', 0.0)",
+        "rec = 3",
+    ],
+)
 def test_values_of_the_wrong_kind(tmp_path, setting):
-    with pytest.raises(ValueError, match=rf"config\.{setting.split()[0]} .*must be"):
+    with pytest.raises(ValueError, match=rf"config\.{setting.split()[0]} to .*must be"):
         import_config(write(tmp_path, f"config = edict()\nconfig.{setting}\n"))
 
 
@@ -166,94 +273,10 @@ def test_recipe_source_gives_the_configuration_back(tmp_path):
     assert (config.run.batch, config.backbone.name, config.loss.margin) == (512, "iresnet100", 0.4)
     assert config.data.train == "/train_tmp/WebFace42M/train.rec"
     lines = path.read_text().splitlines()
+    assert config.run.folder == str(tmp_path)  # wherever the folder is moved to
     assert "from dali_loaders.config import DataConfig" in lines and "from pipeline.config import RunConfig, TrainConfig" in lines
 
 
 def test_recipe_source_is_python_whatever_the_values():
     source = recipe_source(ImportedConfig({"loss.name": "cosface", "data.train": "a\"\\'b"}, ['odd: """ \\'], ['choice: """']), 'c"""d.py')
     compile(source, "recipe", "exec")
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return build(BackboneConfig("iresnet18", width=16), 32).state_dict()
-
-
-def save(tmp_path, content, name="model.pt"):
-    torch.save(content, tmp_path / name)
-    return tmp_path / name
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda w: w,
-        lambda w: {f"module.{name}": tensor for name, tensor in w.items()},
-        lambda w: {"epoch": 3, "global_step": 7, "state_dict_backbone": w, "state_dict_softmax_fc": {"weight": torch.zeros(2, 16)}},
-        lambda w: {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in w.items()},
-    ],
-    ids=["plain", "module", "checkpoint", "half"],
-)
-def test_backbone_weights_load(tmp_path, weights, wrap):
-    loaded = load_backbone(save(tmp_path, wrap(weights)), "r18", width=16, image_size=32)
-    assert list(loaded) == list(weights)
-    assert all(loaded[name].dtype == weights[name].dtype for name in weights)
-    torch.testing.assert_close(loaded["fc.weight"], weights["fc.weight"], atol=1e-3, rtol=1e-3)
-    build(BackboneConfig("iresnet18", width=16), 32).load_state_dict(loaded)
-
-
-def test_backbone_mismatch_names_the_parameter(tmp_path, weights):
-    with pytest.raises(ValueError, match=r"fc.weight in .*model.pt is \(16, 2048\), but r18 of width 32 expects \(32, 2048\)"):
-        load_backbone(save(tmp_path, weights), "r18", width=32, image_size=32)
-    with pytest.raises(ValueError, match=r"has no parameter layer1.2.bn1.weight, which r34 needs with the shape \(64,\)"):
-        load_backbone(save(tmp_path, weights), "r34", width=16, image_size=32)
-    with pytest.raises(ValueError, match=r"has a parameter extra that r18 lacks"):
-        load_backbone(save(tmp_path, {**weights, "extra": torch.zeros(1)}), "r18", width=16, image_size=32)
-    with pytest.raises(ValueError, match="did you mean 'iresnet50'"):
-        load_backbone(save(tmp_path, weights), "resnet50")
-
-
-class NotPlain:
-    pass
-
-
-def test_files_that_hold_no_weights(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    for path, words in [
-        (tmp_path / "missing.pt", "cannot read"),
-        (tmp_path / "text.pt", "not a file of weights"),
-        (save(tmp_path, {"a": NotPlain()}, "object.pt"), "more than weights"),
-        (save(tmp_path, [1]), "holds a list"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            load_backbone(path, "r18")
-
-
-def split(weight, ranks):
-    sizes = [len(weight) // ranks + (rank < len(weight) % ranks) for rank in range(ranks)]
-    return [{"state_dict_softmax_fc": {"weight": part.clone()}} for part in weight.split(sizes)]
-
-
-@pytest.mark.parametrize("ranks", [1, 3, 4, 12])
-def test_classifier_files_merge_in_rank_order(tmp_path, ranks):
-    weight = torch.randn(26, 4)
-    files = [save(tmp_path, part, f"checkpoint_gpu_{rank}.pt") for rank, part in enumerate(split(weight, ranks))]
-    torch.testing.assert_close(merge_classifier(sorted(map(str, files))), weight, rtol=0, atol=0)
-    torch.testing.assert_close(merge_classifier(split(weight, ranks), num_classes=26), weight, rtol=0, atol=0)
-
-
-def test_classifier_mismatch_is_named(tmp_path):
-    parts = split(torch.randn(10, 4), 4)
-    with pytest.raises(ValueError, match=r"classifier of rank 0 is \(2, 4\), but \(3, 4\) is its part of 7 classes"):
-        merge_classifier([parts[2], parts[1], parts[3]])
-    with pytest.raises(ValueError, match=r"3 classifier files hold 8 classes together, but 10 are expected"):
-        merge_classifier(parts[:3], num_classes=10)
-    with pytest.raises(ValueError, match=r"rank 1 is \(5, 3\), but \(5, 4\)"):
-        merge_classifier([{"weight": torch.zeros(5, 4)}, {"weight": torch.zeros(5, 3)}])
-    with pytest.raises(ValueError, match="the given state dict holds no classifier"):
-        merge_classifier([{"state_dict_backbone": {}}])
-    with pytest.raises(ValueError, match="no classifier file"):
-        merge_classifier([])
-    files = [save(tmp_path, part, f"checkpoint_gpu_{rank}.pt") for rank, part in enumerate(parts)]
-    with pytest.raises(ValueError, match=r"checkpoint_gpu_1\.pt is missing"):
-        merge_classifier([files[0], files[2]])
