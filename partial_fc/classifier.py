@@ -27,6 +27,10 @@ from partial_fc.substitution import substitute, substitute_from_bank
 
 __all__ = ["ClassifierConfig", "PartialFC"]
 
+# Keeps torch.compile out. torch.compiler.disable would import Dynamo together with this file, which takes a second and brings
+# torch.distributed.nn: if that is imported before there is a process group, destroying the group may hang while DDP lives (torch 2.13).
+eager = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
 
 class PartialFC(nn.Module):
     """Prototype matrix [num_classes, width], sharded by rows over the ranks of `group`, with a loss on top.
@@ -163,7 +167,7 @@ class PartialFC(nn.Module):
         """The classes of the newest step; None at rate 1."""
         return self.current.sample
 
-    @torch.compiler.disable
+    @eager
     def begin_step(self, labels_b: Tensor) -> None:
         """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank. The
         optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
@@ -175,7 +179,7 @@ class PartialFC(nn.Module):
             self._draw(labels_B)
             self.current.labels_B, self.current.is_begun = labels_B, True
 
-    @torch.compiler.disable
+    @eager
     def end_step(self) -> None:
         """Ends a step after the optimizer's update: its features go into the bank, if there is one and they are finite, and the next call
         of `forward` or `begin_step` starts a new step. Call it yourself if the prototypes' optimizer is neither RowSGD nor RowAdamW."""
@@ -258,7 +262,7 @@ class PartialFC(nn.Module):
                 self.companion.before_use(sample.rows_K)
         return sample
 
-    @torch.compiler.disable
+    @eager
     def forward(self, features_bD: Tensor, labels_b: Tensor) -> Tensor:
         """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
 
@@ -324,7 +328,7 @@ class PartialFC(nn.Module):
         assert self.bank is not None
         return substitute_from_bank(columns, self.bank, config.substitution_staleness, config.substitution_rate, self.seed, step)
 
-    @torch.compiler.disable
+    @eager
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
         """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass.
