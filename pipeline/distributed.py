@@ -248,3 +248,6 @@ def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Cal
         os._exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may outlive the group, and abort a process whose interpreter ends around them

@@ -67,7 +67,13 @@ class Start:
     def backbone(self, module: nn.Module, network: str) -> dict[str, Tensor]:
         """Weights and buffers under the names of `module`; ValueError that names keys if they are of another network."""
         if self.is_file:
-            return fit(read_weights(self.path), module, self.path, network)
+            weights = read_weights(self.path)
+            if "input_layer.0.weight" in weights:
+                raise ValueError(
+                    f"{self.path} has the names of AdaFace and CVLface, of which the former takes blue, green, red: run `protoshard import "
+                    "adaface` or `cvlface` with it, and give --from the folder that this makes"
+                )
+            return fit(weights, module, self.path, network)
         name = f"{self.path} ({self.info.get('backbone', 'a backbone')} of width {self.info.get('width', 'unknown')})"
         return fit(backbone_of(self.path, self.config.ema), module, name, network)
 

@@ -122,7 +122,8 @@ class DeepSpeedEngine:
             safe_set_full_fp32_param(parameter, state[f"backbone.{name}"].to(parameter))
             if has_optimizer:
                 for key in keys:
-                    safe_set_full_optimizer_state(parameter, state[f"optimizer.{name}.{key}"].to(parameter), key)
+                    if (value := state.get(f"optimizer.{name}.{key}")) is not None:  # else it did not move before: a ViT's mask token
+                        safe_set_full_optimizer_state(parameter, value.to(parameter), key)
         steps = [value for name, value in state.items() if name.startswith("optimizer.") and name.endswith(".step")]
         if steps:
             for values in self.engine.optimizer.optimizer.state.values():

@@ -179,6 +179,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(others, source, tmp_path):
     write_faces(str(tmp_path / "far.tar"), FacesConfig(identities=8, images_per_identity=6, size=32, first_identity=900), workers=1)
     config = tuned(str(tmp_path / "far.tar"), tmp_path / "tuned", source, start={"classifier": True})
     refuses(config, r"none of the 13 identities of .* \(such as .*\) is among the 8 of this run \(such as .*\): leave it out")
+    torch.save({"input_layer.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "adaface.ckpt")  # blue first, if it is AdaFace's
+    refuses(of(weights=tmp_path / "adaface.ckpt"), "run `protoshard import adaface` or `cvlface` with it, and give --from the folder")
     with pytest.raises(ValueError, match=r"start\.classifier needs the checkpoint that a new run begins with: give --from PATH"):
         StartConfig(classifier=True)
 
