@@ -186,12 +186,12 @@ def _first_steps(name: str, side: Side | None, device: torch.device) -> dict[str
     names = [f"{name}_{what}" for what in ("loss", "state_mib", "extra_mib", "peak_mib", "sent_bytes", "calls")]
     if side is None:
         return dict.fromkeys(names)
-    loss = float(side.step())
+    with Traffic() as traffic:
+        loss = float(side.step())
     side.clear()
     if isinstance(side.classifier, PartialFC):
         side.classifier.pool = BufferPool()  # the memory that it keeps from step to step is counted too
-    with Traffic() as traffic:  # of a second step: the first one also looks whether every rank has a shard of its own
-        extra, peak = peak_memory(side.step, device)
+    extra, peak = peak_memory(side.step, device)
     side.clear()
     memory = [round(_over_ranks(max, value) / 2**20, 1) for value in (side.state_bytes(), extra, peak)]
     calls = ", ".join(f"{count} {kind}" for kind, count in traffic.calls.items())

@@ -41,23 +41,37 @@ class ToHost:
         return self.numbers.tolist()
 
 
-class RowsCheck:
-    """Check that every rank brings equally many rows, before they are gathered: what comes after would end without a word, or never."""
+class RanksCheck:
+    """Check of what ranks bring to a batch, before it is gathered: equally many rows, else what comes after would end without a word, or
+    never; and a shard of their own.
 
-    def __init__(self, rows_N: Tensor, step: int) -> None:
-        self.rows, self.step = ToHost(rows_N), step
-        self.is_ready = self.rows.is_ready
+    told_N2  int64, of each rank: its rows, and the mark of its shard (place.mark_of)"""
+
+    def __init__(self, told_N2: Tensor, step: int, may_differ: bool) -> None:
+        self.told, self.step, self.may_differ = ToHost(told_N2), step, may_differ
+        self.is_ready = self.told.is_ready
+
+    def rows(self) -> list[int]:
+        """Of each rank. Waits for the device."""
+        return [rows for rows, _ in self.told.read()]
 
     def faults(self) -> tuple[str | None, str | None]:
-        """(what is wrong with the batch, None). Waits for the device."""
-        rows = self.rows.read()
-        if min(rows) == max(rows):
-            return None, None
-        other = next(rank for rank, count in enumerate(rows) if count != rows[0])
-        return (
-            f"at step {self.step} rank 0 brings {rows[0]} rows, but rank {other} brings {rows[other]}: make the classifier with "
-            "uneven_batches=True, or leave out the last, incomplete batch (drop_last)"
-        ), None
+        """(what is wrong, None). Waits for the device."""
+        rows, marks = zip(*self.told.read(), strict=True)
+        other = next((rank for rank, count in enumerate(rows) if count != rows[0]), 0)
+        twin = next((rank for rank, mark in enumerate(marks) if marks.index(mark) < rank), 0)
+        if twin:
+            return (
+                f"ranks {marks.index(marks[twin])} and {twin} hold the same prototypes, which should be of different classes: keep the "
+                "classifier out of engines that broadcast or shard parameters (DDP: partial_fc.keep_out_of_ddp; DeepSpeed, FSDP: give the "
+                "backbone alone), and load into each rank its own shard"
+            ), None
+        if other and not self.may_differ:
+            return (
+                f"at step {self.step} rank 0 brings {rows[0]} rows, but rank {other} brings {rows[other]}: make the classifier with "
+                "uneven_batches=True, or leave out the last, incomplete batch (drop_last)"
+            ), None
+        return None, None
 
 
 class BatchCheck:

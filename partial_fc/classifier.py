@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from partial_fc import bank, collectives, place, sampling
 from partial_fc.bank import Bank
-from partial_fc.batch_check import BatchCheck, RowsCheck, check_labels, check_shapes
+from partial_fc.batch_check import BatchCheck, RanksCheck, check_labels, check_shapes
 from partial_fc.buffer_pool import BufferPool
 from partial_fc.collectives import Group, SharedGroup
 from partial_fc.columns import Columns, of_classes, of_sampled
@@ -87,7 +87,6 @@ class PartialFC(nn.Module):
         self.width, self.seed, self.uneven_batches = width, seed, uneven_batches
         self.loss = loss = build(loss) if isinstance(loss, str) else loss
         self.shared_group = SharedGroup(group)
-        self.is_known_whole = False  # no other rank has this shard: looked up at the first use, and after a load
         self.rows_before = -1  # that this rank brought to the last step
         self.current = Step()
         self.skipped_steps = 0
@@ -171,7 +170,7 @@ class PartialFC(nn.Module):
     def begin_step(self, labels_b: Tensor) -> None:
         """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank. The
         optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
-        all-gather of N counts and 1 of the labels (8 bytes each), and with hard_negatives what `nearest_classes` says."""
+        all-gather of 2 N numbers and 1 of the labels (8 bytes each), and with hard_negatives what `nearest_classes` says."""
         check_labels(labels_b)
         self._check_shard()
         if self.config.sample_rate < 1:
@@ -204,7 +203,7 @@ class PartialFC(nn.Module):
                 self.skipped_steps += 1
         return self.current.is_finite
 
-    def _judge(self, check: BatchCheck | RowsCheck) -> bool:
+    def _judge(self, check: BatchCheck | RanksCheck) -> bool:
         labels, features = check.faults()
         if labels or (features and self.config.non_finite == "raise"):
             self.current.is_finite = False  # if the caller goes on
@@ -220,31 +219,26 @@ class PartialFC(nn.Module):
         if check.is_ready or len(self.current.checks) >= MOST_CHECKS:
             self.is_finite()
 
-    def _check_rows(self, rows_b: Tensor) -> None:
-        """A rank whose own number has changed waits for the device here, and so knows before the gathering that would hang."""
-        rows = torch.full((1,), len(rows_b), device=rows_b.device)
-        check = RowsCheck(collectives.gather_constant(rows, self.group), self.current.number)
-        is_usual, self.rows_before = len(rows_b) == self.rows_before, len(rows_b)
-        if torch.is_grad_enabled() and is_usual and not check.is_ready:
-            self.current.checks.append(check)
-        else:
-            self._judge(check)
-
     def _check_shard(self) -> None:
         place.check_place(self.made, self.group)
         place.check_whole(self.prototypes, (self.shard.rows, self.width))
-        if not self.is_known_whole:
-            place.check_shards_differ(self.prototypes, self.made, self.group)
-            self.is_known_whole = True
 
     def _counts(self, rows_b: Tensor) -> list[int]:
-        """Rows of each rank."""
-        if self.uneven_batches:
-            counts = collectives.gather_counts(len(rows_b), rows_b.device, self.group)
-        else:
-            if self.made[1] > 1:
-                self._check_rows(rows_b)
-            counts = [len(rows_b)] * self.made[1]
+        """Rows of each rank. With uneven_batches the host waits for them; else a rank whose own number has changed does, and so knows of
+        others before the gathering that would hang."""
+        rank, ranks = self.made
+        counts = [len(rows_b)] * ranks
+        if ranks > 1:
+            mark = place.mark_of(self.prototypes, rank)
+            told_2 = torch.cat([torch.full_like(mark, len(rows_b)), mark])
+            told_N2 = collectives.gather_constant(told_2[None], self.group)
+            check = RanksCheck(told_N2, self.current.number, self.uneven_batches)
+            is_usual, self.rows_before = len(rows_b) == self.rows_before, len(rows_b)
+            if torch.is_grad_enabled() and is_usual and not (check.is_ready or self.uneven_batches):
+                self.current.checks.append(check)
+            else:
+                self._judge(check)
+            counts = check.rows() if self.uneven_batches else counts
         if not any(counts):
             raise ValueError("the batch is empty on every rank: a step needs at least one sample")
         return counts
@@ -269,9 +263,9 @@ class PartialFC(nn.Module):
         features_bD  float [b, D], with gradient
         labels_b     int64 [b], global class ids
 
-        Communicates 1 all-gather of N counts (8 bytes each), 1 of B D floats (2 or 4 bytes: gather_dtype), 1 of B labels (8 bytes) and what
-        the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. With uneven_batches the host waits for the
-        counts, and rows travel padded to the largest local batch m: N m rows instead of B. NaN, infinity and labels that are not classes
+        Communicates 1 all-gather of 2 N numbers (8 bytes each), 1 of B D floats (2 or 4 bytes: gather_dtype), 1 of B labels (8 bytes) and
+        what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. With uneven_batches the host waits for
+        the first, and rows travel padded to the largest local batch m: N m rows instead of B. NaN, infinity and labels that are not classes
         end in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         features_BD, labels_B, counts = self._gather(features_bD, labels_b, gather_dtype)
@@ -332,7 +326,7 @@ class PartialFC(nn.Module):
     @torch.no_grad()
     def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
         """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass.
-        Communicates 1 all-gather of N counts, 1 of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`.
+        Communicates 1 all-gather of 2 N numbers, 1 of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`.
         Values are not checked: cosines of a row with NaN, or with a label that is not a class, mean nothing."""
         features_BD, labels_B, _ = self._gather(features_bD, labels_b)
         columns = of_classes(self.prototypes, labels_B, self.shard.first)
@@ -387,7 +381,6 @@ class PartialFC(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if (saved := state_dict.get(f"{prefix}_extra_state")) is not None:
             place.check_saved(saved, self.shard)
-        self.is_known_whole = False
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:

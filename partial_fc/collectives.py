@@ -38,13 +38,6 @@ class SharedGroup:
         return SharedGroup, ()
 
 
-def gather_counts(rows: int, device: torch.device, group: Group = None) -> list[int]:
-    """Number of rows of each rank, for which the host waits. 1 all-gather of N integers, (N-1)/N of 8 N bytes."""
-    if world_size(group) == 1:
-        return [rows]
-    return gather_constant(torch.tensor([rows], device=device), group).tolist()
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,7 +64,7 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(
     x_bD: Tensor, group: Group = None, gradient_factor: float = 1.0, counts: list[int] | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """All ranks' rows [B, D] in rank order. Every rank brings the same b, or as many as `counts` says (from `gather_counts`; 0 is allowed).
+    """All ranks' rows [B, D] in rank order. Every rank brings the same b, or as many as `counts` says (0 is allowed).
 
     Values travel as `dtype`, rounded once, and come back in their own dtype. Backward gives each rank the *sum over ranks* of its rows'
     gradients, times `gradient_factor`; gradients travel in the dtype of x, because a sum over ranks in bfloat16 would round at every

@@ -33,21 +33,11 @@ def check_whole(prototypes: Tensor, shape: tuple[int, int]) -> None:
         )
 
 
-@torch.no_grad()
-def check_shards_differ(prototypes: Tensor, made: tuple[int, int], group: Group) -> None:
-    """Engines broadcast what they wrap from rank 0. The host waits. 1 all-gather of a number of 8 bytes."""
-    if made[1] == 1 or prototypes.is_meta:
-        return
-    bits_D = prototypes[:1].double().view(torch.int64).flatten()
-    key = (bits_D * (2 * torch.arange(len(bits_D), device=bits_D.device) + 1)).sum(dim=0, keepdim=True)
-    keys = collectives.gather_constant(key if len(bits_D) else key - 1 - made[0], group).tolist()
-    twins = [rank for rank, other in enumerate(keys) if keys.index(other) < rank]
-    if twins:
-        raise ValueError(
-            f"ranks {keys.index(keys[twins[0]])} and {twins[0]} hold the same prototypes, which should be of different classes: keep the "
-            "classifier out of engines that broadcast or shard parameters (DDP: partial_fc.keep_out_of_ddp; DeepSpeed, FSDP: give the "
-            "backbone alone), and load into each rank its own shard"
-        )
+def mark_of(prototypes: Tensor, rank: int) -> Tensor:
+    """int64 [1]: the first bits of a shard, by which to tell it from another's. Engines broadcast what they wrap from rank 0."""
+    count = 8 // prototypes.itemsize
+    first = prototypes.detach()[:1, :count].flatten()
+    return first.clone().view(torch.int64) if len(first) == count else torch.full((1,), -1 - rank, device=first.device)
 
 
 def check_dtype(before: torch.dtype, after: torch.dtype) -> None:

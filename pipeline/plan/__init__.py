@@ -81,13 +81,13 @@ def seconds(job: Job, hardware: Hardware) -> dict[str, float]:
     compute  8 B S D operations: logits, again in backward, and two products with them
     memory   S D stored numbers read in forward and in backward of every micro-batch; of the updated rows weight and state read and
              written, and the gradient
-    network  a ring of N ranks sends (N-1)/N of: features and their gradient, float32, labels, two sums per sample; and the
-             number of rows of each rank
+    network  a ring of N ranks sends (N-1)/N of: features and their gradient, float32, labels, two sums per sample; and two
+             numbers of each rank
     """
     batch, width = job.batch, job.width
     stored = BYTES[job.storage_dtype]
     update = 2 * stored + 8 * STATES[job.optimizer] + (0 if job.in_backward else 6)
-    sent = (batch * (8 * width + 24) + 8 * job.ranks) * (job.ranks - 1) / job.ranks
+    sent = (batch * (8 * width + 24) + 16 * job.ranks) * (job.ranks - 1) / job.ranks
     return {
         "compute": 8 * batch * job.sampled * width / (hardware.bfloat16 if job.dtype == "bfloat16" else hardware.float32),
         "memory": (2 * stored * job.accumulation + update) * job.sampled * width / hardware.memory_rate,

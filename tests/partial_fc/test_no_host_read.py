@@ -45,7 +45,6 @@ def what_meta_lacks(monkeypatch):
     for module, name in ((sgd, "sgd"), (adamw, "adamw")):
         monkeypatch.setattr(module, name, unfused(getattr(module, name)))
     monkeypatch.setattr(PartialFC, "_check", lambda *_: None)
-    monkeypatch.setattr(PartialFC, "_check_rows", lambda *_: None)
 
 
 def steps(loss, rule, count=2, micro=1, **options):

@@ -105,7 +105,7 @@ def test_the_cost_model_of_the_field():
         {
             "compute": 8 * 1024 * elements / 989e12,
             "memory": 30 * elements / 3.35e12,
-            "network": ((8 * 512 + 24) * 1024 + 8 * 8) * 7 / 8 / 450e9,
+            "network": ((8 * 512 + 24) * 1024 + 16 * 8) * 7 / 8 / 450e9,
         }
     )
     assert plan(job, H100).bound_by == "memory" and plan(replace(job, dtype="float32"), H100).bound_by == "compute"

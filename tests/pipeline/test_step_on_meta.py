@@ -48,7 +48,7 @@ def seen(monkeypatch):
 
 
 class NoNumbers:
-    """Equal numbers of rows on all ranks, which the meta device cannot tell."""
+    """Equal numbers of rows and other shards on all ranks, which the meta device cannot tell."""
 
     is_ready = True
 
@@ -56,7 +56,7 @@ class NoNumbers:
         pass
 
     def read(self):
-        return [0] * RANKS
+        return [(0, rank) for rank in range(RANKS)]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def fake_ranks(monkeypatch):
     dist.destroy_process_group()
 
 
-COUNTS = ("all_gather", 8 * RANKS)
+TOLD = ("all_gather", 16 * RANKS)
 
 
 def batches(*_, **options):
@@ -108,10 +108,10 @@ def collectives_of_a_step(seen, tmp_path, monkeypatch, accumulation=1, in_backwa
 
 
 def forward_and_backward(float_bytes=FLOATS):
-    """PartialFC.forward: 1 all-gather of N counts, 1 of B D floats, 1 of B labels, CosFace's all-reduce of 2 B floats; backward 1
+    """PartialFC.forward: 1 all-gather of 2 N numbers, 1 of B D floats, 1 of B labels, CosFace's all-reduce of 2 B floats; backward 1
     reduce-scatter."""
     return [
-        COUNTS,
+        TOLD,
         ("all_gather", SAMPLES * WIDTH * float_bytes),
         ("all_gather", SAMPLES * 8),
         ("all_reduce", 2 * SAMPLES * FLOATS),
@@ -126,7 +126,7 @@ def test_all_classes(step_of, in_backward):
 
 def test_sampled_classes_with_micro_batches(step_of):
     found = step_of(accumulation=2, sample_rate=0.5)
-    assert found == [COUNTS, ("all_gather", 2 * SAMPLES * 8), *forward_and_backward(), *forward_and_backward()]  # begin_step gathers labels
+    assert found == [TOLD, ("all_gather", 2 * SAMPLES * 8), *forward_and_backward(), *forward_and_backward()]  # begin_step gathers labels
 
 
 def test_features_that_travel_in_bfloat16(step_of):
