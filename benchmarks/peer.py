@@ -55,9 +55,7 @@ class PeerStep:
         self.device, on_gpu = device, device.type == "cuda"
         classes, width = prototypes_CD.shape
         if not network.startswith("iresnet"):
-            raise ValueError(
-                f"arcface_torch is measured with its IResNets: leave out --peer, or take one in place of {network}"
-            )
+            raise ValueError(f"arcface_torch is measured with its IResNets: leave out --peer, or take one in place of {network}")
         depth = network.removeprefix("iresnet")
         self.backbone = modules["backbones"].get_model(f"r{depth}", dropout=0.0, fp16=on_gpu, num_features=width).to(device)
         if self.backbone.fc.weight.shape != weights["fc.weight"].shape:

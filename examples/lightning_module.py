@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import lightning
 import torch
+import torch.distributed.nn  # imported later, it would keep the process group, and threads with it: docs/own_training_loop.md
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

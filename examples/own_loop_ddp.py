@@ -7,6 +7,7 @@ Any number of processes that divides the batch prints the same losses.
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, it would keep the process group, and threads with it: docs/own_training_loop.md
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
