@@ -79,6 +79,8 @@ def check(options: argparse.Namespace) -> None:
     """ValueError for what can be known to be wrong before anything is started."""
     if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
         raise missing("ray", "train")
+    if "start.weights=" in options.overrides:
+        raise ValueError("--from is given an empty path: name a checkpoint, a run or a weight file, or leave it out")
     if options.ranks_per_node is not None and options.ranks_per_node < 1:
         raise ValueError(f"--ranks-per-node is {options.ranks_per_node}; a node needs at least 1 rank.")
     if options.max_failures < 0:

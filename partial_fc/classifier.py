@@ -120,6 +120,7 @@ class PartialFC(nn.Module):
         self.label_share = 1.0  # the share of labels that can be this rank's
         if class_counts is None:
             return
+        class_counts = torch.as_tensor(class_counts)
         if class_counts.shape != (self.shard.num_classes,):
             raise ValueError(f"class_counts has shape {tuple(class_counts.shape)}, but must be [{self.shard.num_classes}], one per class")
         mine = slice(self.shard.first, self.shard.first + self.shard.rows)
@@ -175,7 +176,8 @@ class PartialFC(nn.Module):
         self._check_shard()
         if self.config.sample_rate < 1:
             labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
-            self._draw(labels_B)
+            with torch.enable_grad():  # a step for training, wherever it is opened
+                self._draw(labels_B)
             self.current.labels_B, self.current.is_begun = labels_B, True
 
     @eager
@@ -359,7 +361,7 @@ class PartialFC(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What `to`, `half`, `cuda` and the like call."""
-        place.check_dtype(self.prototypes.dtype, fn(self.prototypes.detach().new_empty(0)).dtype)
+        place.check_dtype(fn(self.prototypes.detach().new_empty(0, dtype=torch.float32)).dtype)
         super()._apply(fn, recurse)
         if self.companion is not None:
             self.companion.after_move()
@@ -376,11 +378,15 @@ class PartialFC(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Goes on at the step that `load_state_dict` found."""
-        self.step = int(state[0])
+        self.step = int(state[0].round())
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if (saved := state_dict.get(f"{prefix}_extra_state")) is not None:
             place.check_saved(saved, self.shard)
+        elif self.config.sample_rate == 1:  # of an earlier version; below 1 the step matters, and torch says that it is missing
+            state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
+        if self.companion is not None:
+            self.companion.flush()  # steps that rows missed were those of the weights before
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __getstate__(self) -> dict[str, Any]:

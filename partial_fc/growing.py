@@ -61,6 +61,8 @@ def grow(
     has_counts = classifier.class_counts_S is not None or class_counts is not None
     if has_counts and (class_counts is None or class_counts.shape != (num_classes,)):
         raise ValueError(f"the classifier knows the images of each identity: give grow class_counts=, int64 [{num_classes}]")
+    if optimizer is None and classifier.companion is not None:
+        raise ValueError("this classifier has an optimizer, whose state must grow with it: give it to grow(classifier, optimizer, ...)")
     first_bank = bank.empty(new.rows, classifier.width, classifier.prototypes.device) if classifier.has_bank else None
     if isinstance(optimizer, RowOptimizer):
         optimizer.flush()
@@ -71,7 +73,7 @@ def grow(
 
     def replaced(before: nn.Parameter, first_S: Tensor) -> nn.Parameter:
         """The parameter that takes the place of another, in the optimizer too."""
-        after = nn.Parameter(moved(before.data, first_S.to(before)))
+        after = nn.Parameter(moved(before.data, first_S.to(before)), requires_grad=before.requires_grad)
         if optimizer is not None:
             for group in optimizer.param_groups:
                 group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
@@ -108,6 +110,9 @@ def copy_prototypes(source: PartialFC, target: PartialFC, new_labels: np.ndarray
     if source.width != target.width:
         raise ValueError(f"prototypes of width {source.width} cannot be copied into a classifier of width {target.width}")
     _check_labels(new_labels, source.shard.num_classes, target.shard.num_classes)
+    for each in (source, target):
+        if each.companion is not None:
+            each.companion.flush()
     move_rows(source.prototypes.data, source.shard, target.prototypes.data, target.shard, new_labels, target.group)
 
 

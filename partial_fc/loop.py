@@ -1,11 +1,12 @@
 """What a training loop needs around a PartialFC whose prototypes are on many ranks: kept out of DDP, one norm and one decision for all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import collectives
@@ -19,35 +20,46 @@ def keep_out_of_ddp(module: nn.Module) -> None:
     names = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for prefix, part in module.named_modules():
         if isinstance(part, PartialFC):
-            names |= {f"{prefix}.{name}" for name, _ in [*part.named_parameters(), *part.named_buffers()]}
+            own = [f"{prefix}.{name}" for name, _ in [*part.named_parameters(), *part.named_buffers()]]
+            names |= {*own, *(f"_orig_mod.{name}" for name in own)}  # within torch.compile(module)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 @torch.no_grad()
-def clip_grad_norm_(backbone: nn.Module | Iterable[Tensor], classifier: PartialFC, max_norm: float) -> Tensor:
+def clip_grad_norm_(backbone: nn.Module | Iterable[Tensor], classifier: PartialFC | Sequence[PartialFC], max_norm: float) -> Tensor:
     """Scales all gradients down by one factor if their joint 2-norm is larger than max_norm, and returns the norm before, equal on every
     rank. Each rank of torch's function of this name would see another part of the classifier and take another factor, so that the replicas
     of the backbone drift apart.
 
-    backbone    whose gradients are equal on every rank, as DDP leaves them; a module or its parameters
+    backbone    whose gradients are equal on every rank, as DDP leaves them, or in parts of torch's FSDP2; a module or its parameters
+    classifier  or all of several
 
-    Call it between backward and the optimizers' steps, and with a GradScaler after `unscale_` of all optimizers. 1 all-reduce of a number.
-    """
-    if classifier.consumer is not None:
-        raise ValueError("in_backward=True has moved prototypes before the norm of their gradient is known: clip with in_backward=False")
-    parameters = backbone.parameters() if isinstance(backbone, nn.Module) else backbone
-    own = set(classifier.parameters())
+    Call it between backward and the optimizers' steps, and with a GradScaler after `unscale_` of all optimizers. 1 all-reduce of a number
+    for each classifier."""
+    classifiers = [classifier] if isinstance(classifier, PartialFC) else list(classifier)
+    parameters = list(backbone.parameters() if isinstance(backbone, nn.Module) else backbone)
+    if isinstance(backbone, nn.Module) and any(isinstance(part, PartialFC) and part not in classifiers for part in backbone.modules()):
+        raise ValueError(
+            "the module holds a PartialFC that is not among the classifiers: give all, as clip_grad_norm_(module, [a, b], 1.0)"
+        )
+    own = {parameter for each in classifiers for parameter in each.parameters()}
     everywhere = [parameter.grad for parameter in parameters if parameter.grad is not None and parameter not in own]
-    by_class = classifier.loss.learned_by_class(classifier.shard.num_classes)
-    here = [classifier.gradient_values()]
-    for name, parameter in classifier.learned.items():
-        if parameter.grad is not None:
-            (here if name in by_class else everywhere).append(parameter.grad)
-    (square_here,) = collectives.sum_packed([_square(here, classifier.prototypes)], classifier.group)
-    norm = (square_here + _square(everywhere, classifier.prototypes)).sqrt()
+    scaled, square = [], torch.zeros((), device=classifiers[0].prototypes.device)
+    for each in classifiers:
+        if each.consumer is not None:
+            raise ValueError("in_backward=True has moved prototypes before the norm of their gradient is known: use in_backward=False")
+        by_class = each.loss.learned_by_class(each.shard.num_classes)
+        here = [each.gradient_values()]
+        for name, parameter in each.learned.items():
+            if parameter.grad is not None:
+                (here if name in by_class else everywhere).append(parameter.grad)
+        square = square + collectives.sum_packed([_square(here, each.prototypes)], each.group)[0].to(square)
+        scaled += here
+    norm = (square + _square(everywhere, classifiers[0].prototypes)).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-    for gradient in [*here, *everywhere]:
-        gradient.mul_(factor.to(gradient.device))
+    for gradient in [*scaled, *everywhere]:
+        part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        part.mul_(factor.to(part.device))
     return norm
 
 
@@ -55,6 +67,7 @@ def _square(gradients: list[Tensor], like: Tensor) -> Tensor:
     """The square of their joint norm, in float32 or wider, on the device of `like`."""
     wide = torch.promote_types(like.dtype, torch.float32)
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, wide)) for gradient in gradients]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.stack([norm.to(like.device, wide) for norm in norms]).square().sum() if norms else like.new_zeros((), dtype=wide)
 
 
@@ -78,6 +91,8 @@ class GradScaler(torch.amp.GradScaler):
         return {found.device: found}
 
     def step(self, optimizer: torch.optim.Optimizer, *arguments: Any, **options: Any) -> float | None:
+        if not self.is_enabled():
+            return super().step(optimizer, *arguments, **options)
         findings = [found for state in self._per_optimizer_states.values() for found in state["found_inf_per_device"].values()]
         if len(findings) > 1:
             together = torch.stack(findings).amax(dim=0)

@@ -34,14 +34,16 @@ def check_whole(prototypes: Tensor, shape: tuple[int, int]) -> None:
 
 
 def mark_of(prototypes: Tensor, rank: int) -> Tensor:
-    """int64 [1]: the first bits of a shard, by which to tell it from another's. Engines broadcast what they wrap from rank 0."""
-    count = 8 // prototypes.itemsize
-    first = prototypes.detach()[:1, :count].flatten()
-    return first.clone().view(torch.int64) if len(first) == count else torch.full((1,), -1 - rank, device=first.device)
+    """int64 [1]: the bits of the first two numbers of a shard, by which to tell it from another's, or the rank's own number if they tell
+    nothing, because somebody filled it with a constant. Engines broadcast what they wrap from rank 0."""
+    bits_2 = prototypes.detach()[:1, :2].flatten().double().view(torch.int64)
+    none = torch.full((1,), -1 - rank, device=bits_2.device)
+    return none if len(bits_2) < 2 else torch.where(bits_2[:1] == bits_2[1:], none, 3 * bits_2[:1] + bits_2[1:])
 
 
-def check_dtype(before: torch.dtype, after: torch.dtype) -> None:
-    if after not in (before, torch.float32, torch.float64):
+def check_dtype(after: torch.dtype) -> None:
+    """after: what becomes of a float32 tensor."""
+    if after not in (torch.float32, torch.float64):
         raise ValueError(
             f"a PartialFC cannot become {after}: what it learns and tracks needs float32. The backbone's features may have any dtype; "
             'for prototypes in half the memory make it with storage_dtype="bfloat16"'
@@ -54,7 +56,7 @@ def saved_place(step: int, shard: ClassShard) -> Tensor:
 
 
 def check_saved(saved: Tensor, shard: ClassShard) -> None:
-    _, first, rows, classes = saved.tolist()
+    _, first, rows, classes = saved.round().long().tolist()  # averages of weights make floats of it
     if (first, rows, classes) != (shard.first, shard.rows, shard.num_classes):
         raise ValueError(
             f"this state is of the classes [{first}, {first + rows}) of {classes}, but this rank has [{shard.first}, "

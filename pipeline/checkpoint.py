@@ -78,6 +78,8 @@ def save(folder: str, step: int, state: dict[str, Tensor], info: dict[str, Any],
         dcp.save(state, storage_writer=FileSystemWriter(partial), no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:  # on every rank; a BaseException, which `except Exception` would miss
         cause = next(iter(error.failures.values()), (error,))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise ValueError(f"checkpoint {path} could not be written ({cause}): is there room? The ones before it are untouched") from None
     files = _as_first_rank_sees(lambda: sorted(os.listdir(partial)))
     written = _merge({name: _fingerprint(os.path.join(partial, name)) for name in _share(files)})
@@ -204,7 +206,9 @@ def load(path: str, state: dict[str, Tensor]) -> None:
     try:
         dcp.load(state, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
     except dcp.api.CheckpointException as error:  # a BaseException, which `except Exception` would miss
-        cause = next(iter(error.failures.values()), error)
+        cause = next(iter(error.failures.values()), (error,))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise ValueError(f"checkpoint {path} cannot be read: {cause}") from None
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.commands import command
+from pipeline.commands import command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -124,15 +124,6 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     train.add_argument(
         "--resume", default="auto", metavar="auto|none|PATH", help="newest checkpoint of the run, a new start, or that checkpoint (auto)"
     )
-    train.add_argument(
-        "--from",
-        dest="set",
-        action="append",
-        type="start.weights={}".format,
-        default=[],
-        metavar="CHECKPOINT|RUN|FILE",
-        help="begin a new run with the backbone of that checkpoint, run, .pt or .safetensors file; short for --set start.weights=",
-    )
 
     evaluate = command(commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
@@ -233,6 +224,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from pipeline/recipes, or a Python file with a function recipe()")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="section.field=value", help="override fields; may be repeated"
+    )
+    parser.add_argument(
+        "--from",
+        dest="set",
+        action="append",
+        type=start_weights,
+        default=[],
+        metavar="CHECKPOINT|RUN|FILE",
+        help="begin a new run with the backbone of that checkpoint, run, .pt or .safetensors file; short for --set start.weights=",
     )
 
 

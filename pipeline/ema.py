@@ -49,10 +49,10 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self, module: nn.Module) -> None:
-        for name, tensor in module.state_dict().items():
-            weights = tensor.clone()
-            tensor.copy_(self.averages[name])
-            self.averages[name].copy_(weights)
+        pairs = [(self.averages[name], tensor, tensor.clone()) for name, tensor in module.state_dict().items()]
+        for average, tensor, weights in pairs:  # cloned before the first is written: tied weights have two names
+            tensor.copy_(average)
+            average.copy_(weights)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint holds of it: ema.NAME of every weight and buffer, the same on every rank. Every rank must call it."""

@@ -18,8 +18,9 @@ from pipeline.config import RENAMED, TrainConfig, with_tuples
 
 def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """`config` with `section.field=value` overrides applied. ValueError with one sentence names the first that cannot be."""
-    # The loss is chosen first: chosen last, it would undo what was set of its fields.
-    ordered = sorted(map(_split, overrides), key=lambda change: change[0] != "loss")
+    # The loss is chosen first: chosen last, it would undo what was set of its fields. Fields of a section are set together, because some
+    # go only with others.
+    ordered = sorted(map(_split, overrides), key=lambda change: (change[0] != "loss", change[0].rpartition(".")[0]))
     for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
         config = _set(config, section.split(".") if section else [], list(changes))
     return config

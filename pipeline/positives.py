@@ -1,8 +1,9 @@
-"""Whether batches hold what a loss learns from: several images of an identity."""
+"""Whether there is something to learn: several images of an identity in a batch, and something that moves."""
 
 from __future__ import annotations
 
 import numpy as np
+from torch import nn
 
 from partial_fc.losses import Loss, name_of
 
@@ -29,3 +30,9 @@ def check_positives(loss: Loss, counts_C: np.ndarray, batch: int, images_per_ide
     if partners >= 1:
         return None
     return f"{learns}: of {batch} samples these are {batch * partners:.2g} on average; set data.images_per_identity=2 or more"
+
+
+def check_something_moves(loss: Loss, backbone: nn.Module) -> None:
+    """ValueError if all of the backbone is frozen and the loss, which learns from samples alone, moves no prototypes either."""
+    if loss.needs_positives() == "only" and not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError(f"optimizer.frozen leaves nothing of the backbone to train, and the loss {name_of(loss)} uses no prototypes")

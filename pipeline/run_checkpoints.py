@@ -89,6 +89,8 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     if path is not None:
         return path, _go_on(run, path)
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
+    if resume == "none":
+        checkpoint.set_aside(run.config.run.folder)  # once nothing can be refused any more
     if run.ema:
         run.ema.restart(run.engine.module)
     return None, lines
@@ -100,7 +102,6 @@ def _checkpoint_of(run: Run, resume: str) -> str | None:
         return checkpoint.newest(run.checkpoints) if resume == "auto" else checkpoint.locate(resume)
     if source and _is_within(source, folder):
         raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
-    checkpoint.set_aside(folder)
     return None
 
 

@@ -54,8 +54,8 @@ class OptimizerConfig:
         for rate in self.lr_factors:
             if not (isinstance(rate, tuple) and len(rate) == 2 and isinstance(rate[0], str) and isinstance(rate[1], int | float)):
                 raise ValueError(f'optimizer.lr_factors holds {rate!r}, but must hold pairs of a name and a factor, such as [["fc", 10]]')
-            if rate[1] <= 0:
-                raise ValueError(f"optimizer.lr_factors gives {rate[0]!r} the factor {rate[1]}, but it must be positive")
+            if isinstance(rate[1], bool) or not 0 < rate[1] < math.inf:
+                raise ValueError(f"optimizer.lr_factors gives {rate[0]!r} the factor {rate[1]}, but it must be a positive number")
         if self.clip_jointly and (self.in_backward or not self.clip):
             raise ValueError("optimizer.clip_jointly needs the gradients of a whole step, and a clip above 0: set in_backward=False")
         if not 0 <= self.momentum < 1:

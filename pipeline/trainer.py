@@ -30,7 +30,7 @@ from pipeline.engine import average_buffers, build_engine, has_bfloat16
 from pipeline.engine.parameters import freeze
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
-from pipeline.positives import check_positives
+from pipeline.positives import check_positives, check_something_moves
 from pipeline.schedule import rate_factor
 
 MOST_SKIPPED = 100  # steps in a row
@@ -64,6 +64,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
         freeze(backbone, config.optimizer.frozen)
+        check_something_moves(config.loss, backbone)
         self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
         width, options = config.backbone.width, asdict(config.classifier)
         options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}

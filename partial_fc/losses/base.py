@@ -62,7 +62,7 @@ class Loss(Protocol):
 
 def kept_by(loss: Loss) -> tuple[object, ...]:
     """The names of all that a loss learns and keeps in a classifier."""
-    if not hasattr(loss, "learned_by_class"):
+    if isinstance(loss, type) or not hasattr(loss, "learned_by_class"):
         raise ValueError(f"loss is {loss!r}, but must be one of losses.build(...), or of a class with @losses.register above it")
     return set(loss.learned(1)), set(loss.learned_by_class(1)), set(loss.tracked()), loss.queued(), loss.uses_bank()
 

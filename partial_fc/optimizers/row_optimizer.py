@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partial_fc import collectives
+from partial_fc import collectives, place
 from partial_fc.classifier import PartialFC
 from partial_fc.device_policy import policy_of
 from partial_fc.optimizers.rounding import round_to_bfloat16
@@ -38,6 +38,8 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> None:
         if unsampled not in ("frozen", "lazy"):
             raise ValueError(f"unsampled is {unsampled!r}, but must be 'frozen' or 'lazy'")
+        if not isinstance(classifier, PartialFC):
+            raise ValueError(f"{type(self).__name__} takes the PartialFC itself, not its parameters")
         super().__init__(classifier.parameters(), defaults)
         self.classifier, self.in_backward = classifier, in_backward
         for parameter in self._parameters():
@@ -90,6 +92,11 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if all(parameter is not self.classifier.prototypes for parameter in self._parameters()):
+            raise ValueError(
+                "the prototypes became another tensor after this optimizer was made (load_state_dict(assign=True), an assignment): make "
+                "the optimizer after that"
+            )
         if self.classifier.is_finite() and not self._is_skipped_by_scaler():
             if self.in_backward:
                 self._refuse_gradient()
@@ -100,7 +107,7 @@ class RowOptimizer(torch.optim.Optimizer):
                         self._move_by_grad(parameter, group)
                     elif not (is_prototypes and self._is_moving):
                         continue
-                    if is_prototypes and self.is_lazy:
+                    if is_prototypes and self.is_lazy and (parameter.grad is None or parameter.grad.is_sparse):
                         self._missed.append(self._missed_step(group, self._steps(parameter)))
                     self.state[parameter]["step"] += 1
         self._is_moving = False
@@ -129,7 +136,8 @@ class RowOptimizer(torch.optim.Optimizer):
         grad, sample = parameter.grad, self.classifier.sample
         assert grad is not None
         if not grad.is_sparse:
-            assert not self._missed or parameter is not self.classifier.prototypes, "a gradient of all rows after one of a sample"
+            if parameter is self.classifier.prototypes:
+                self.flush()  # somebody's own term of the loss moves all rows
             self._move_rows(parameter, group, slice(0, len(_matrix(grad))), _matrix(grad))
         else:
             assert sample is not None
@@ -210,6 +218,11 @@ class RowOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__}  # torch's keeps only its own attributes
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.classifier.companion = self  # a copy of both belongs together
+        self.classifier.consumer = self if self.in_backward else None
+
     def flush(self) -> None:
         """Makes all steps that rows missed. Call it before reading prototypes or state of classes that were not sampled, such as for an
         evaluation or your own checkpoint (`state_dict` flushes by itself). Does something only with "lazy" rows."""
@@ -259,12 +272,15 @@ class RowOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State of this rank's rows, all up to date."""
         self.flush()
-        return super().state_dict()
+        return {**super().state_dict(), "classes": place.saved_place(self.classifier.step, self.classifier.shard)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but state stays float32 whatever the prototypes' dtype. A torch.optim optimizer's of the same rows works too."""
         self.flush()
+        state_dict = dict(state_dict)
+        if (classes := state_dict.pop("classes", None)) is not None:
+            place.check_saved(classes, self.classifier.shard)
         saved = [state_dict["state"].get(number, {}) for group in state_dict["param_groups"] for number in group["params"]]
         for parameter, values in zip(self._parameters(), saved, strict=False):
             for name in self.state_names:

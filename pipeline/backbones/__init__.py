@@ -79,6 +79,11 @@ def register(name: str, multiple_of: int = 1) -> Callable[[_C], _C]:
         missing = [] if takes_all else [needed for needed in ("width", "image_size") if needed not in parameters]
         if missing:
             raise ValueError(f"backbone {name!r} must take {' and '.join(missing)}: it is called with width= and image_size=")
+        given = {"width", "image_size", *OPTIONS}
+        kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+        wants = [key for key, each in parameters.items() if each.default is each.empty and each.kind not in kinds and key not in given]
+        if wants:
+            raise ValueError(f"backbone {name!r} asks for {', '.join(wants)}, which nothing gives it: give it a default")
         _NETWORKS[name] = _Network(create, multiple_of, frozenset(OPTIONS if takes_all else OPTIONS.keys() & parameters))
         return create
 

@@ -39,7 +39,7 @@ def evaluate_checkpoint(
     torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations
     name = config.backbone.name
     if name not in backbones.names():
-        remedy = f"which {recipe} does not register either" if recipe else "name the recipe file that registers it: --recipe FILE.py"
+        remedy = f"{recipe} does not register it either" if recipe else "name the recipe file that registers it: --recipe FILE.py"
         raise ValueError(f"{path} has backbone {name!r}, which is none of protoshard's: {remedy}")
     with torch.device(place.device):
         module = backbones.build(config.backbone, config.data.image_size)

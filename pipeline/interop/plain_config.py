@@ -48,7 +48,7 @@ class _Reader:
 
     def read(self) -> dict[str, Any]:
         try:
-            tree = ast.parse(self.path.read_text(encoding="utf-8"), filename=str(self.path))
+            tree = ast.parse(self.path.read_text(encoding="utf-8-sig"), filename=str(self.path))
         except OSError as error:
             raise ValueError(f"cannot read the config file {self.path}: {error.strerror}.") from error
         except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -187,8 +187,12 @@ class _Reader:
                         self.refuse_changes(part, statement)
 
     def refuse_changes(self, node: ast.expr, statement: ast.stmt) -> None:
-        """A call that is handed a dictionary of options, or is a method of one, may change any of them."""
+        """A call that is handed a dictionary of options, or is a method of one, may change any of them; so may one of the file's own
+        functions, exec and eval."""
         for call in ast.walk(node):
+            name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+            if name in ("exec", "eval") or isinstance(self.variables.get(name), Function):
+                self.refuse(statement)
             if isinstance(call, ast.Call) and not _HARMLESS.match(ast.unparse(call.func)):
                 handed = [*call.args, *(keyword.value for keyword in call.keywords)]
                 handed += [call.func.value] if isinstance(call.func, ast.Attribute) else []

@@ -147,7 +147,9 @@ class Values:
     def _call(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Any:
         value = self.value
         if name in _DICTIONARIES or self.variables.get(name) is dict:
-            named = {keyword.arg or "": value(keyword.value) for keyword in keywords}
+            named: dict[str, Any] = {}
+            for keyword in keywords:  # one without a name is **options
+                named |= value(keyword.value) if keyword.arg is None else {keyword.arg: value(keyword.value)}
             return {**dict(*map(value, args)), **named}
         if not keywords:
             if name in ("os.path.join", "osp.join", "path.join"):

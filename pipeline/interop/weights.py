@@ -46,7 +46,7 @@ def fit(
     numbers, and says how many more there are.
     """
     expected = expected.state_dict() if isinstance(expected, nn.Module) else expected
-    found = _without_owner(found, expected)
+    found = _without_owner(found, expected, path)
     faults = [
         *_listed("missing", (name for name in expected if name not in found and not name.endswith("num_batches_tracked"))),
         *_listed("unknown to it", (name for name in found if name not in expected and not name.endswith(COUNTERS))),
@@ -137,10 +137,13 @@ def _plain(tensor: Tensor) -> Tensor:
     return (tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()).contiguous()
 
 
-def _without_owner(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`found` as it is, or what lies below the prefix under which most of the expected names are."""
+def _without_owner(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """`found` as it is, or what lies below the prefix under which most of the expected names are; ValueError if that is not one prefix."""
     heads = Counter(head for name in found for head in _heads(name) if name.removeprefix(head) in expected)
-    prefix = max(sorted(heads, key=len), key=heads.__getitem__, default="")
+    best = [head for head, count in heads.items() if count == max(heads.values())] or [""]
+    if len(best) > 1:
+        raise ValueError(f"{path} holds the network {len(best)} times, under {', '.join(map(repr, best))}: save the state dict of one")
+    prefix = best[0]
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 

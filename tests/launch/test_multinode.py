@@ -34,6 +34,7 @@ def free_port() -> int:
     [
         (["stab"], "There is no recipe 'stab'; did you mean 'stub'?"),
         (["stub", "--ranks-per-node", "0"], "--ranks-per-node is 0; a node needs at least 1 rank."),
+        (["stub", "--from", ""], "--from is given an empty path"),
         (["stub", "--max-failures", "-1"], "--max-failures is -1;"),
         (["stub", "--env", "NO_SUCH_VARIABLE"], "--env NO_SUCH_VARIABLE: this shell has no such variable; export it, or give --env"),
         (["stub", "--env", "CUDA_VISIBLE_DEVICES=0"], "--env CUDA_VISIBLE_DEVICES: Ray gives each rank its GPUs;"),

@@ -70,6 +70,36 @@ def test_gradients_that_are_used_in_backward_cannot_be_clipped():
         clip_grad_norm_(nn.Linear(2, 2), classifier, 1.0)
 
 
+def two_heads():
+    """Runs on every rank: the norm over a module with two classifiers, and over its parts."""
+    heads = [PartialFC(CLASSES, WIDTH, "cosface", seed=seed) for seed in (3, 4)]
+    whole = nn.ModuleList([backbone_of(), *heads])
+    _, size, part = mine()
+    inputs, labels = batch(CLASSES, INPUTS, SAMPLES)
+    features = whole[0](inputs[part])
+    sum(head(features, labels[part]) for head in heads).backward()
+    for parameter in whole[0].parameters():
+        if size > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= size
+    with pytest.raises(ValueError, match="not among the classifiers"):
+        clip_grad_norm_(whole, heads[0], 1e6)
+    return clip_grad_norm_(whole, heads, 1e6).item()
+
+
+def test_two_classifiers_share_one_norm(ranks):
+    assert ranks(3).run(two_heads) == pytest.approx([two_heads()] * 3, rel=1e-5)
+
+
+def test_a_scaler_that_is_switched_off_does_nothing():
+    classifier = PartialFC(CLASSES, WIDTH, "cosface")
+    optimizer, scaler = RowSGD(classifier, lr=0.1), GradScaler("cpu", enabled=False)
+    scaler.scale(classifier(*batch(CLASSES, WIDTH, 6))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.state[classifier.prototypes]["step"] == 1
+
+
 def scaled(scaler_class):
     """Runs on every rank, with an overflow in the last one's shard: (scale, whether each optimizer made its step)."""
     rank, size, part = mine()

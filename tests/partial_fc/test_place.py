@@ -173,6 +173,94 @@ def test_a_state_dict_holds_all_that_a_resume_needs(unsampled):
     torch.testing.assert_close(resumed[0].state_dict(), whole[0].state_dict())
 
 
+def test_earlier_weights_are_not_moved_by_steps_that_later_ones_missed():
+    classifier = classifier_of(0.2)
+    optimizer = RowSGD(classifier, lr=0.5, unsampled="lazy")
+
+    def steps(numbers):
+        for number in numbers:
+            classifier(*part(step=number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(range(3))
+    states = copy.deepcopy((classifier.state_dict(), optimizer.state_dict()))
+    steps(range(3, 8))
+    classifier.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    assert torch.equal(classifier.state_dict()["prototypes"], states[0]["prototypes"])
+
+
+@pytest.mark.parametrize(("unsampled", "in_backward"), [("lazy", False), ("frozen", True)])
+def test_a_copy_of_a_classifier_with_its_optimizer_goes_on_alike(unsampled, in_backward):
+    classifier = classifier_of(0.2)
+    both = [(classifier, RowSGD(classifier, lr=0.5, unsampled=unsampled, in_backward=in_backward))]
+    for number in range(6):
+        if number == 3:
+            both.append(copy.deepcopy(both[0]))
+        for each, optimizer in both:
+            each(*part(step=number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(*(each.state_dict()["prototypes"] for each, _ in both), rtol=0, atol=0)
+
+
+def another_optimizers_state():
+    optimizer = RowSGD(classifier_of(), lr=0.1)
+    states = [optimizer.state_dict()]
+    dist.broadcast_object_list(states, 0)
+    return sentence_of(optimizer.load_state_dict, states[0]) if dist.get_rank() else ""
+
+
+def test_the_optimizer_of_one_rank_is_not_taken_for_that_of_all(ranks):
+    assert "this state is of the classes [0, 20) of 40" in ranks(2).run(another_optimizers_state)[1]
+
+
+def test_a_step_may_be_opened_without_gradient():
+    found = []
+    for is_enabled in (True, False):
+        classifier = classifier_of(0.2)
+        features, labels = part()
+        with torch.set_grad_enabled(is_enabled):
+            classifier.begin_step(labels)
+        found.append(classifier(features, labels).item())
+    assert found[0] == found[1]
+
+
+def constant():
+    classifier = classifier_of()
+    nn.init.constant_(classifier.prototypes, 0.5)
+    return classifier(*part()).item()
+
+
+def test_prototypes_that_were_set_to_a_constant_are_nobodys_copy(ranks):
+    assert len(set(ranks(2).run(constant))) == 1
+
+
+def test_a_term_of_ones_own_on_all_prototypes():
+    """Its gradient is dense, also where classes are sampled."""
+    found = []
+    for unsampled in ("frozen", "lazy"):
+        classifier = classifier_of(0.2)
+        optimizer = RowSGD(classifier, lr=0.5, unsampled=unsampled)
+        for number in range(3):
+            (classifier(*part(step=number)) + classifier.prototypes.square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(classifier.state_dict()["prototypes"])
+    torch.testing.assert_close(*found)
+
+
+def test_what_is_not_a_classifier_or_a_loss_ends_in_a_sentence():
+    classifier = classifier_of()
+    assert "takes the PartialFC itself" in sentence_of(RowSGD, classifier.parameters(), 0.1)
+    assert "must be one of losses.build" in sentence_of(PartialFC, CLASSES, WIDTH, type(losses.build("cosface")))
+    optimizer = RowSGD(classifier, lr=0.1)
+    classifier.prototypes = nn.Parameter(classifier.prototypes.detach().clone())
+    classifier(*part()).backward()
+    assert "became another tensor" in sentence_of(optimizer.step)
+
+
 def copied():
     """Runs on every rank: a copy and a pickle of a classifier with a group of its own, and their losses."""
     group = dist.new_group([0, 1])
@@ -220,6 +308,8 @@ def test_half_precision_is_refused_before_anything_changes():
         whole = nn.Sequential(nn.Linear(WIDTH, WIDTH), classifier_of())
         assert "cannot become torch." in sentence_of(cast, whole)
         assert whole[1].prototypes.dtype is torch.float32
+    stored = classifier_of(loss="uss", storage_dtype="bfloat16")
+    assert "cannot become torch." in sentence_of(stored.bfloat16) and stored.to("cpu").learned["threshold"].dtype is torch.float32
 
 
 @pytest.mark.parametrize("making", [RowSGD, RowAdamW])

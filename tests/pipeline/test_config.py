@@ -152,6 +152,11 @@ def test_a_recipe_whose_loss_has_no_name(tmp_path):
         resolve(str(file))
 
 
+def test_fields_that_go_together_may_be_given_apart():
+    changed = resolve("dogs_small", ["optimizer.schedule=steps", "run.epochs=12", "optimizer.step_epochs=8"])
+    assert changed.optimizer.step_epochs == (8,) and changed.run.epochs == 12
+
+
 def test_a_loss_may_be_named_after_its_fields():
     assert resolve("dogs_small", ["loss.margin=0.15", "loss=arcface"]).loss == losses.build("arcface", margin=0.15)
 

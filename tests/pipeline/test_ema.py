@@ -159,3 +159,18 @@ def test_weights_come_back_to_the_bit_after_an_error():
         assert torch.equal(module[0].weight, before["0.weight"])
         raise RuntimeError("stop")
     assert torch.equal(module[0].weight, changed) and torch.equal(ema.averages["0.weight"], before["0.weight"])
+
+
+def test_tied_weights_keep_their_values():
+    """They have two names in a state dict."""
+    join("cpu")
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    ema = Ema(0.5)
+    ema.restart(module)
+    with torch.no_grad():
+        module[0].weight += 1
+    changed, averaged = module[0].weight.detach().clone(), ema.averages["0.weight"].clone()
+    with ema.in_place_of(module):
+        assert torch.equal(module[1].weight, averaged)
+    assert torch.equal(module[0].weight, changed) and torch.equal(ema.averages["1.weight"], averaged)

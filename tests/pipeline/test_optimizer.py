@@ -66,7 +66,7 @@ def test_fields_as_texts():
     assert config.optimizer.lr_factors == (("fc", 10),) and config.optimizer.frozen == ("stem", "stages.0")
     for text, sentence in (
         ("lr_factors=[['fc']]", r"holds \('fc',\), but must hold pairs of a name and a factor"),
-        ("lr_factors=[['fc', 0]]", "gives 'fc' the factor 0, but it must be positive"),
+        ("lr_factors=[['fc', 0]]", "gives 'fc' the factor 0, but it must be a positive number"),
         ("layer_decay=1.5", r"layer_decay is 1\.5, but must be above 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=sentence):

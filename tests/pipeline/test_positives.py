@@ -13,7 +13,7 @@ from dali_loaders.faces import FacesConfig, write_faces
 from partial_fc import PartialFC, losses
 from partial_fc.global_batch import GlobalBatch
 from pipeline.distributed import join
-from pipeline.positives import check_positives
+from pipeline.positives import check_positives, check_something_moves
 from pipeline.trainer import Trainer
 from tests.pipeline.runs import configuration, faces
 
@@ -117,3 +117,11 @@ def test_a_run_says_it_at_its_start(tmp_path, capfd):
     alone = replace(config, data=replace(config.data, train=str(tmp_path / "single.tar"), min_images=1))
     with pytest.raises(ValueError, match="no batch ever holds two"):
         Trainer(alone, join())
+
+
+def test_a_frozen_backbone_and_a_loss_without_prototypes_have_nothing_to_learn():
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    check_something_moves(losses.build("cosface"), frozen)
+    check_something_moves(losses.build("triplet"), torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="the loss triplet uses no prototypes"):
+        check_something_moves(losses.build("triplet"), frozen)

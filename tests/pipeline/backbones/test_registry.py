@@ -65,6 +65,8 @@ def test_what_cannot_be_called_or_is_no_network():
         register("sized")(lambda image_size: nn.Flatten())
     with pytest.raises(ValueError, match='put @register\\("NAME"\\) above flat'):
         register(flat)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backbone 'needy' asks for depth, which nothing gives it: give it a default"):
+        register("needy")(lambda width, image_size, depth: nn.Flatten())
     register("list")(lambda width, image_size: [nn.Flatten()])
     with pytest.raises(ValueError, match=r"backbone 'list' is a list, but must be a torch\.nn\.Module"):
         build(BackboneConfig("list"), 8)

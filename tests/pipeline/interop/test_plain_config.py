@@ -38,6 +38,7 @@ def test_values_arithmetic_and_references(tmp_path):
     ("lines", "value"),
     [
         ("config.key = f'{config.lr:g}_{3}'", "0.1_3"),
+        ("more = dict(key=4)\nconfig = edict(config, **more)", 4),
         ("config.key = os.environ.get('PROTOSHARD_NONE', '/data')", "/data"),
         ("config.key = os.environ.get('PROTOSHARD_SET', '/data')", "/set"),
         ("config.key = os.path.join(os.environ['PROTOSHARD_SET'], 'ms1m')", "/set/ms1m"),
@@ -115,11 +116,17 @@ def test_what_cannot_be_worked_out_stops_whoever_asks_for_it(tmp_path, line):
         "if unknown():\n    change(config)",
         "from configs.base import *",
         "config.lr.value = 1",
+        "exec('config.lr = 3')",
     ],
 )
 def test_what_may_change_any_option_stops_with_file_and_line(tmp_path, line):
     with pytest.raises(ValueError, match=r"example\.py:[34]: cannot read `.*` without running it"):
         read(tmp_path, f"config = edict()\nconfig.lr = 0.1\n{line}\n")
+
+
+def test_a_function_of_the_file_may_change_options_too(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read `change\(\)` without running it"):
+        read(tmp_path, "config = edict()\nconfig.lr = 0.1\ndef change():\n    config.lr = 9\nchange()\n")
 
 
 def test_configs_that_import_others(tmp_path):

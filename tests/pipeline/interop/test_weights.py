@@ -134,3 +134,10 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
     with pytest.raises(ValueError, match=r"^safetensors is not installed; .* pip install 'protoshard\[train\]'$"):
         read_weights(tmp_path / "model.safetensors")
+
+
+def test_a_network_that_is_there_twice_is_not_chosen_from(net):
+    student, teacher = net.state_dict(), {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    both = {**{f"backbone.{name}": x for name, x in student.items()}, **{f"teacher.{name}": x for name, x in teacher.items()}}
+    with pytest.raises(ValueError, match=r"a\.pt holds the network 2 times, under 'backbone\.', 'teacher\.': save the state dict of one"):
+        fit(both, net, "a.pt", "net")
