@@ -66,7 +66,7 @@ def test_one_norm_of_all_gradients_on_any_number_of_ranks(ranks, rate, loss, max
 def test_gradients_that_are_used_in_backward_cannot_be_clipped():
     classifier = PartialFC(CLASSES, WIDTH, "cosface")
     RowSGD(classifier, lr=0.1, in_backward=True)
-    with pytest.raises(ValueError, match="clip with in_backward=False"):
+    with pytest.raises(ValueError, match="use in_backward=False"):
         clip_grad_norm_(nn.Linear(2, 2), classifier, 1.0)
 
 
