@@ -15,7 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from partial_fc import PartialFC, RowAdamW, RowSGD, device_policy, losses
-from partial_fc.batch_check import BatchCheck
+from partial_fc.batch_check import BatchCheck, RanksCheck
 from partial_fc.kernels import chunked, triton_kernel
 from partial_fc.optimizers import RowOptimizer, sgd
 from pipeline import backbones
@@ -37,7 +37,8 @@ def on_fake_gpus(monkeypatch):
             dist.destroy_process_group()
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
-    monkeypatch.setattr(BatchCheck, "faults", lambda check: (None, None))  # reads values
+    for check in (BatchCheck, RanksCheck):
+        monkeypatch.setattr(check, "faults", lambda check: (None, None))  # reads values
     monkeypatch.setattr(RowOptimizer, "_steps", lambda optimizer, parameter: 0)  # too
     monkeypatch.setattr(mem_tracker, "get_untyped_storages", with_sparse(mem_tracker.get_untyped_storages))
     monkeypatch.setattr(triton_kernel, "refusal", lambda problem: None)
@@ -90,7 +91,7 @@ class Step:
             network = backbones.build(job.network, job.image_size).requires_grad_()
             network.to = lambda **format: network  # which fake weights cannot change; convolutions take that of the images
             place = Place(0, 1, torch.device("cpu"))  # of one rank: torch's DDP itself knows no fake tensors
-            self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, place, accumulation=1)
+            self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, place)
             for group in self.engine.optimizer.param_groups:
                 group.update(fused=False, foreach=False)  # the fused one has no fake form
             for parameter in network.parameters():
