@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from partial_fc import GradScaler, PartialFC, RowSGD, clip_grad_norm_, losses
@@ -89,6 +91,25 @@ def two_heads():
 
 def test_two_classifiers_share_one_norm(ranks):
     assert ranks(3).run(two_heads) == pytest.approx([two_heads()] * 3, rel=1e-5)
+
+
+def sharded_backbone():
+    """Runs on every rank: the norm of a classifier with a backbone in FSDP2, and the backbone's gradient after clipping, whole."""
+    _, size, part = mine()
+    network, classifier = backbone_of(), PartialFC(CLASSES, WIDTH, "cosface", seed=3)
+    if size > 1:
+        fully_shard(network, mesh=init_device_mesh("cpu", (size,)))
+    inputs, labels = batch(CLASSES, INPUTS, SAMPLES)
+    classifier(network(inputs[part]), labels[part]).backward()
+    norm = clip_grad_norm_(network, classifier, 0.5).item()
+    gradient = network[0].weight.grad
+    return norm, gradient.full_tensor() if size > 1 else gradient
+
+
+def test_a_backbone_in_parts_counts_whole(ranks):
+    right = sharded_backbone()
+    for norm, gradient in ranks(2).run(sharded_backbone):
+        assert norm == pytest.approx(right[0], rel=1e-5) and (gradient - right[1]).norm() < 1e-4 * right[1].norm()
 
 
 def test_a_scaler_that_is_switched_off_does_nothing():
