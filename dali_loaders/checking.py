@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from dali_loaders.config import DataConfig
-from dali_loaders.decode import Decoder, HeaderReader, UnreadableImagesError, read_image
+from dali_loaders.decode import Decoder, UnreadableImagesError
+from dali_loaders.encoded import HeaderReader, Unreadable, read_image
 from dali_loaders.sources import open_source, single_image_identities
 
 _BATCH = 256
@@ -58,7 +59,7 @@ def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "a
             indices = range(start, min(start + _BATCH, len(source)))
             encoded = list(pool.map(lambda index: read_image(source, index), indices))
             bad = _unreadable(images, encoded)
-            found = headers.sizes(encoded).tolist()
+            found = headers.sizes(encoded)[0].tolist()
             sizes.update((width, height) for at, (height, width) in enumerate(found) if at not in bad)
             unreadable += [source.name(start + at) for at in sorted(bad)]
     counts = np.bincount(source.labels, minlength=len(source.identities))
@@ -74,7 +75,7 @@ def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "a
     )
 
 
-def _unreadable(decoder: Decoder, encoded: list[bytes]) -> set[int]:
+def _unreadable(decoder: Decoder, encoded: list[bytes | Unreadable]) -> set[int]:
     """Places of the images that cannot be decoded. The decoder names broken headers first, then broken bodies."""
     good = list(range(len(encoded)))
     while good:
@@ -82,7 +83,7 @@ def _unreadable(decoder: Decoder, encoded: list[bytes]) -> set[int]:
             decoder([encoded[at] for at in good], {})
             break
         except UnreadableImagesError as error:
-            broken = {good[place] for place in error.places}
+            broken = {good[place] for place in error.why}
             good = [at for at in good if at not in broken]
     return set(range(len(encoded))) - set(good)
 

@@ -1,4 +1,4 @@
-"""From encoded bytes to batches of images, and which images are unreadable. The random numbers of an augmentation come from counters."""
+"""From encoded bytes to batches of images, and which images are unreadable."""
 
 from __future__ import annotations
 
@@ -9,48 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from dali_loaders.config import AugmentConfig
+from dali_loaders import renamed
 from dali_loaders.config import DataConfig as DataConfig  # older recipe files import it from here
-from dali_loaders.extras import extra
-from dali_loaders.graphs import Graph, byte_arrays, image_pipeline, size_pipeline
-from dali_loaders.order import uniform
-from dali_loaders.sources import Source
+from dali_loaders.encoded import HeaderReader, Unreadable
+from dali_loaders.graphs import Graph, byte_arrays
+from dali_loaders.image_graph import image_pipeline
 
-with extra("train"):
-    import cv2
-
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
-_AUGMENT_STREAM = 1
-_COLUMNS = 7  # flip, angle, zoom, shift x, shift y, brightness, contrast: fixed, so that one option does not change another's numbers
-
-
-def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """Per-sample arguments of the graph for the stream positions, each a function of (seed, position) alone.
-
-    flip int32 [b]; matrix float32 [b, 2, 3], which maps output to input pixels; brightness and contrast float32 [b]."""
-    draw = uniform(seed, _AUGMENT_STREAM, positions, _COLUMNS)
-    signed = 2 * draw - 1
-    arguments = {"flip": (draw[:, 0] < 0.5).astype(np.int32) * config.flip}
-    if config.geometric:
-        angle, scale = np.radians(config.rotate) * signed[:, 1], 1 + config.zoom * signed[:, 2]
-        cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
-        centre = image_size / 2
-        from_x, from_y = centre + config.shift * image_size * signed[:, 3], centre + config.shift * image_size * signed[:, 4]
-        rows = [cos, sin, centre - cos * from_x - sin * from_y, -sin, cos, centre + sin * from_x - cos * from_y]
-        arguments["matrix"] = np.stack(rows, axis=1).reshape(-1, 2, 3).astype(np.float32)
-    if config.photometric:
-        arguments["brightness"] = (1 + config.brightness * signed[:, 5]).astype(np.float32)
-        arguments["contrast"] = (1 + config.contrast * signed[:, 6]).astype(np.float32)
-    return arguments
+renamed.names(
+    __name__,
+    {
+        "augment_arguments": "dali_loaders.augment",
+        "is_complete": "dali_loaders.encoded",
+        "read_image": "dali_loaders.encoded",
+    },
+)
 
 
 class UnreadableImagesError(Exception):
-    """Some images of a batch cannot be decoded: those at `places`."""
+    """Some images of a batch cannot be decoded: those at the places in `why`, which gives the reasons."""
 
-    def __init__(self, places: list[int]) -> None:
-        super().__init__(f"unreadable images at {places} of the batch")
-        self.places = places
+    def __init__(self, why: dict[int, str]) -> None:
+        super().__init__(f"unreadable images at places of the batch: {why}")
+        self.why = why
 
 
 class Decoder:
@@ -90,20 +70,21 @@ class Decoder:
         # Which images are unreadable is decided on the CPU, also in a run on a GPU: what a GPU cannot decode DALI hands to the CPU.
         self._judge = Graph(partial(image_pipeline, image_size, 1, 1, torch.device("cpu"), decode_on="cpu", resize=False))
 
-    def __call__(self, encoded: Sequence[bytes], arguments: dict[str, np.ndarray]) -> torch.Tensor:
+    def __call__(self, encoded: Sequence[bytes | Unreadable], arguments: dict[str, np.ndarray]) -> torch.Tensor:
         """Raises UnreadableImagesError, after which other images can be decoded; RuntimeError for what is not the images' fault."""
         # Headers are read first, because one that cannot be parsed makes the decoder of DALI 2.4 crash the process (its threads outlive
         # the error).
-        sizes_b2 = self._headers.sizes(encoded)
-        if not sizes_b2.all():
-            raise UnreadableImagesError(np.flatnonzero(sizes_b2[:, 0] == 0).tolist())
+        sizes_b2, why = self._headers.sizes(encoded)
+        if why:
+            raise UnreadableImagesError(why)
+        good = [data for data in encoded if not isinstance(data, Unreadable)]  # all, as `why` is empty
         if not self._resize and (sizes_b2 != self._size).any():
             self._resize, self._graph = True, None
         self._graph = self._graph or Graph(partial(self._pipeline, resize=self._resize, arguments=set(arguments)))
         try:
-            output = self._graph.run({"encoded": byte_arrays(encoded)} | arguments, self._stream)
+            output = self._graph.run({"encoded": byte_arrays(good)} | arguments, self._stream)
         except RuntimeError as error:
-            raise UnreadableImagesError(self._judge.unreadable(encoded, error)) from error
+            raise UnreadableImagesError(dict.fromkeys(self._judge.unreadable(good, error), "damaged")) from error
         return self._to_torch(output)
 
     def to_device(self, labels: torch.Tensor) -> torch.Tensor:
@@ -128,57 +109,3 @@ class Decoder:
             # Only the thread that feeds waits here, never the training step; afterwards DALI may reuse its buffer.
             self._stream.synchronize()
         return images.permute(0, 3, 1, 2) if self._channels_last else images
-
-
-class HeaderReader:
-    """Reads the sizes of encoded images from their headers."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._graph = Graph(partial(size_pipeline, batch_size))
-
-    def sizes(self, encoded: Sequence[bytes]) -> np.ndarray:
-        """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early.
-
-        It reads JPEG, PNG and WebP only: a BMP with a header that no decoder accepts crashes DALI 2.4 (see read_image)."""
-        sizes_b2 = np.zeros((len(encoded), 2), np.int64)
-        complete = [at for at, data in enumerate(encoded) if is_complete(data)]
-        try:
-            self._parse(encoded, complete, sizes_b2)
-        except RuntimeError as error:
-            broken = self._graph.unreadable([encoded[at] for at in complete], error)
-            self._parse(encoded, np.delete(complete, broken).tolist(), sizes_b2)
-        sizes_b2[sizes_b2.prod(axis=1) > _MAX_PIXELS] = 0
-        return sizes_b2
-
-    def _parse(self, encoded: Sequence[bytes], places: list[int], sizes_b2: np.ndarray) -> None:
-        if places:
-            shapes = self._graph.run({"encoded": byte_arrays([encoded[at] for at in places])})
-            sizes_b2[places] = np.asarray(shapes.as_tensor())[:, :2]
-
-
-def read_image(source: Source, index: int) -> bytes:
-    """Encoded image `index` as JPEG, PNG or WebP; no bytes where it cannot be read. Other formats become PNG, in the calling thread."""
-    try:
-        data = source.read(index)
-    except (OSError, ValueError):
-        return b""
-    if not data or _is_common(data):
-        return data
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # a size beyond OpenCV's limits
-        return b""
-    return b"" if image is None else cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-
-
-def is_complete(data: bytes) -> bool:
-    """False for what is no JPEG, PNG or WebP, and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
-
-    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
-    if not data.startswith(_JPEG) or data.endswith(b"\xff\xd9"):
-        return _is_common(data)
-    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
-
-
-def _is_common(data: bytes) -> bool:
-    return data.startswith((_JPEG, _PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")

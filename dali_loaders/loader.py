@@ -15,14 +15,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dali_loaders.augment import augment_arguments
 from dali_loaders.background import Background
 from dali_loaders.config import DataConfig
-from dali_loaders.decode import Decoder, UnreadableImagesError, augment_arguments, read_image
+from dali_loaders.decode import Decoder, UnreadableImagesError
+from dali_loaders.encoded import Unreadable, read_image
 from dali_loaders.order import Order, build_order
 from dali_loaders.sources import Source
 
 MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
 _JUDGED = 10_000  # reads, or the size of a smaller set, below which chance could mislead a rank about that share
+
+_KNOWN = Unreadable("unreadable before")
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +123,7 @@ def _decoder(config: DataConfig, batch_size: int, device: torch.device | str, ch
 class _Request(NamedTuple):
     indices: np.ndarray  # wanted images, int64 [b]
     arguments: dict[str, np.ndarray]
-    reads: list[Future[list[bytes]]]  # one per reading thread
+    reads: list[Future[list[bytes | Unreadable]]]  # one per reading thread
 
 
 class _Feed:
@@ -174,7 +178,7 @@ class _Feed:
 
     def _read_ahead(
         self, pool: ThreadPoolExecutor, requests: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]]
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[bytes]]]:
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], list[bytes | Unreadable]]]:
         """Adds the encoded images to each request while the one before it is decoded; several threads hide the latency of storage."""
         pending: deque[_Request] = deque()
         for request in itertools.chain(requests, [None]):
@@ -185,28 +189,28 @@ class _Feed:
                 indices, arguments, reads = pending.popleft()
                 yield indices, arguments, [data for read in reads for data in read.result()]
 
-    def _read(self, indices: np.ndarray) -> list[bytes]:
-        return [b"" if index in self._bad else read_image(self._source, index) for index in indices.tolist()]
+    def _read(self, indices: np.ndarray) -> list[bytes | Unreadable]:
+        return [_KNOWN if index in self._bad else read_image(self._source, index) for index in indices.tolist()]
 
-    def _decode(self, encoded: list[bytes], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
+    def _decode(self, encoded: list[bytes | Unreadable], indices: np.ndarray, arguments: dict[str, np.ndarray]) -> torch.Tensor | None:
         """The images of a batch, or None after naming those of it that cannot be decoded."""
         try:
             return self.decoder(encoded, arguments)
         except UnreadableImagesError as error:
-            broken = error.places
-        for index in sorted({int(indices[at]) for at in broken} - self._bad):
-            self._name_unreadable(index)
+            why = {int(indices[at]): reason for at, reason in error.why.items()}
+        for index in sorted(why.keys() - self._bad):
+            self._name_unreadable(index, why[index])
         return None
 
-    def _name_unreadable(self, index: int) -> None:
+    def _name_unreadable(self, index: int, reason: str) -> None:
         name = self._source.name(index)
-        log.warning("skipping unreadable image %s", name)
+        log.warning("skipping unreadable image %s: %s", name, reason)
         self._bad.add(index)
         self._skipped.append(name)
         if self._skipped_path is not None:
             os.makedirs(os.path.dirname(self._skipped_path) or ".", exist_ok=True)
             with open(self._skipped_path, "a", encoding="utf-8") as file:
-                file.write(name + "\n")
+                file.write(f"{name}\t{reason}\n")
 
     def _stop_above(self, skipped_reads: int, reads_so_far: int) -> None:
         images = len(self._source)

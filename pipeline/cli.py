@@ -10,6 +10,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
+from pipeline import data_commands
 from pipeline.commands import command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -56,28 +57,6 @@ def _eval(options: argparse.Namespace) -> None:
 
     settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
-
-
-def _faces(options: argparse.Namespace) -> None:
-    from dali_loaders.faces import FacesConfig, write_faces
-
-    write_faces(options.out, FacesConfig(options.identities, options.images, options.size, options.seed, options.first_identity))
-    print(f"{options.identities * options.images} images of {options.identities} identities in {options.out}")
-
-
-def _pack(options: argparse.Namespace) -> None:
-    from dali_loaders import open_source
-    from dali_loaders.packing import pack
-
-    source = open_source(options.source)
-    pack(source, options.out)
-    print(f"{len(source)} images of {len(source.identities)} identities in {options.out}")
-
-
-def _check(options: argparse.Namespace) -> None:
-    from dali_loaders.checking import check
-
-    print(check(options.path, options.reader, decoder=options.decoder))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -135,21 +114,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("--ema", action="store_true", help="the average of the weights that the run kept (run.ema)")
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
-    data = commands.add_parser("data", help="make, pack and check data sets").add_subparsers(metavar="COMMAND", required=True)
-    faces = command(data, "faces", _faces, "draw a procedural-faces set", "protoshard data faces data/faces.tar --identities 400")
-    faces.add_argument("out", metavar="OUT", help="a .tar, a .rec, or a folder")
-    faces.add_argument("--identities", type=int, default=400, metavar="N", help="(400)")
-    faces.add_argument("--images", type=int, default=20, metavar="N", help="images of each identity (20)")
-    faces.add_argument("--size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
-    faces.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
-    faces.add_argument("--first-identity", type=int, default=0, metavar="N", help="sets that share no number share no identity (0)")
-    pack = command(data, "pack", _pack, "pack a set into RecordIO", "protoshard data pack faces.tar faces.rec")
-    pack.add_argument("source", metavar="FOLDER_OR_TAR")
-    pack.add_argument("out", metavar="OUT.rec")
-    check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
-    check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
-    check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")
-    check.add_argument("--decoder", default="auto", choices=("auto", "gpu", "cpu"), help="data.decoder of the run to come (auto)")
+    data_commands.add(commands)
 
     config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)

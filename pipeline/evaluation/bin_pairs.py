@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dali_loaders.account import Account
 from dali_loaders.config import DataConfig
 from pipeline.evaluation.all_pairs import equal_error_rate
 from pipeline.evaluation.embed import embed
@@ -55,6 +56,7 @@ class MemorySource:
         self.images = images
         self.labels = np.arange(len(images), dtype=np.int64)
         self.identities = [str(i) for i in range(len(images))]
+        self.account = Account(seen=len(images), used=len(images))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dali_loaders import graphs
+from dali_loaders import image_graph
 
 
 class Stream:
@@ -53,7 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    run, copy, image_pipeline = dali.Pipeline.run, pytorch.feed_ndarray, graphs.image_pipeline
+    run, copy, image_pipeline = dali.Pipeline.run, pytorch.feed_ndarray, image_graph.image_pipeline
 
     def record_pipeline(image_size, batch_size, threads, device, **options):
         seen.pipelines.append({"device": device} | options)

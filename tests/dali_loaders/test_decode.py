@@ -12,7 +12,9 @@ import torch
 from pictures import picture, write_folder
 
 from dali_loaders import AugmentConfig, DataConfig, open_source
-from dali_loaders.decode import Decoder, HeaderReader, UnreadableImagesError, augment_arguments, is_complete, read_image
+from dali_loaders.augment import augment_arguments
+from dali_loaders.decode import Decoder, UnreadableImagesError
+from dali_loaders.encoded import HeaderReader, Unreadable, is_complete, read_image
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -91,7 +93,7 @@ def test_images_are_turned_as_their_camera_says(orientation):
     turned = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(tag) + 8) + b"Exif\0\0" + tag + jpeg[2:]
     expected = opencv(turned)
     assert expected.shape == ((20, 50, 3) if orientation < 5 else (50, 20, 3))
-    assert HeaderReader(1).sizes([turned]).tolist() == [list(expected.shape[:2])]
+    assert HeaderReader(1).sizes([turned])[0].tolist() == [list(expected.shape[:2])]
     png = cv2.imencode(".png", expected[..., ::-1].astype(np.uint8))[1].tobytes()
     decoder = Decoder(32, 1, 1, CPU)
     assert np.abs(levels(decoder([turned], {})) - levels(decoder([png], {}))).max() <= 3
@@ -191,7 +193,7 @@ def test_unreadable_images_are_found(kind):
             encoded[place] = damages()[kind]
         with pytest.raises(UnreadableImagesError) as error:
             decoder(encoded, {})
-        assert error.value.places == places
+        assert list(error.value.why) == places
     assert torch.equal(decoder(whole, {}), expected)
 
 
@@ -201,7 +203,7 @@ def test_other_formats_become_png(tmp_path, extension):
     (tmp_path / "set" / "person00" / f"02{extension}").write_bytes(picture(1, 32, extension)[:20])
     source = open_source(str(tmp_path / "set"))
     first, second, broken = (read_image(source, index) for index in range(3))
-    assert broken == b""
+    assert broken == Unreadable("no image")
     images = levels(Decoder(32, 2, 1, CPU)([first, second], {}))
     assert np.array_equal(images[1].round(), opencv(source.read(1)))
 
@@ -210,12 +212,12 @@ def test_a_header_that_claims_gigabytes():
     png = picture(1, 32, ".png")
     ihdr = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]
     huge = png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + png[33:]
-    assert HeaderReader(1).sizes([huge]).tolist() == [[0, 0]]
+    assert HeaderReader(1).sizes([huge])[0].tolist() == [[0, 0]]
 
 
 def test_sizes_from_headers():
     encoded = [picture(1, (20, 50)), b"", picture(1, 32, ".png"), b"text"]
-    assert HeaderReader(4).sizes(encoded).tolist() == [[20, 50], [0, 0], [32, 32], [0, 0]]
+    assert HeaderReader(4).sizes(encoded)[0].tolist() == [[20, 50], [0, 0], [32, 32], [0, 0]]
 
 
 def test_end_of_jpeg():

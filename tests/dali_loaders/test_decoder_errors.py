@@ -7,7 +7,8 @@ import torch
 from pictures import picture, write_folder
 
 from dali_loaders import DataConfig, TrainLoader, open_source
-from dali_loaders.decode import Decoder, HeaderReader, UnreadableImagesError
+from dali_loaders.decode import Decoder, UnreadableImagesError
+from dali_loaders.encoded import HeaderReader
 
 dali = pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -69,7 +70,7 @@ def test_no_memory_in_a_batch_with_a_bad_image(monkeypatch):
     failing(monkeypatch, lambda pipeline: decodes(pipeline) and pipeline.num_threads == 2)
     with pytest.raises(UnreadableImagesError) as error:
         decoder([*ENCODED[:5], damaged_png(1)], {})
-    assert error.value.places == [5]
+    assert list(error.value.why) == [5]
     with pytest.raises(RuntimeError, match=NO_MEMORY):
         decoder(ENCODED[:5], {})
 
@@ -99,7 +100,7 @@ def test_bad_images_are_found_with_few_pipelines(builds):
     encoded[3], encoded[11] = damaged_png(3), damaged_png(11)
     with pytest.raises(UnreadableImagesError) as error:
         decoder(encoded, {"flip": np.zeros(16, np.int32)})
-    assert error.value.places == [3, 11]
+    assert list(error.value.why) == [3, 11]
     # Headers, the batch, and one of single images, again after each bad one.
     assert builds.count(16) == 2
     assert builds.count(1) <= 3
@@ -109,7 +110,7 @@ def test_a_batch_of_bad_images_alone(builds):
     """Sound images of the same format tell it from a missing library."""
     with pytest.raises(UnreadableImagesError) as error:
         Decoder(32, 4, 2, CPU)([damaged_png(n) for n in range(4)], {})
-    assert error.value.places == [0, 1, 2, 3]
+    assert list(error.value.why) == [0, 1, 2, 3]
 
 
 def test_a_run_ends_with_the_error(monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from dali_loaders import graphs
-from dali_loaders.decode import augment_arguments
+from dali_loaders import graphs, image_graph
+from dali_loaders.augment import augment_arguments
 
 dali = pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
 
@@ -20,7 +20,9 @@ ARGUMENTS = ["flip", "matrix", "brightness", "contrast"]
 @pytest.fixture
 def without_driver(monkeypatch):
     """A pipeline with the number of a GPU needs a driver even to be serialised; one without is given a GPU when it is built."""
-    monkeypatch.setattr(graphs, "new_pipeline", lambda size, threads, device: dali.Pipeline(size, threads, None, prefetch_queue_depth=1))
+    monkeypatch.setattr(
+        image_graph, "new_pipeline", lambda size, threads, device: dali.Pipeline(size, threads, None, prefetch_queue_depth=1)
+    )
 
 
 @pytest.mark.parametrize("decode_on", ["gpu", "cpu"])
@@ -28,7 +30,7 @@ def without_driver(monkeypatch):
 def test_graphs_of_gpus_are_serialised(without_driver, decode_on, arguments):
     for channels_last, dtype, resize in itertools.product([False, True], [torch.float32, torch.float16], [False, True]):
         options = {"decode_on": decode_on, "arguments": arguments, "channels_last": channels_last, "dtype": dtype, "resize": resize}
-        text = graphs.image_pipeline(112, 128, 4, GPU, **options).serialize()
+        text = image_graph.image_pipeline(112, 128, 4, GPU, **options).serialize()
         assert (b"mixed" in text) == (decode_on == "gpu")
         assert (b"Resize" in text) == resize
         assert (b"WarpAffine" in text) == ("matrix" in arguments)
@@ -45,7 +47,7 @@ def _device(text: bytes, operator: bytes) -> bytes:
 
 def test_the_gpu_decodes_independently_of_the_place_in_the_batch(without_driver):
     with mock.patch.object(dali.fn.decoders, "image", wraps=dali.fn.decoders.image) as image:
-        graphs.image_pipeline(112, 128, 4, GPU, decode_on="gpu", resize=True)
+        image_graph.image_pipeline(112, 128, 4, GPU, decode_on="gpu", resize=True)
     options = image.call_args.kwargs
     assert (options["device"], options["hw_decoder_load"], options["jpeg_fancy_upsampling"]) == ("mixed", 0.0, True)
 

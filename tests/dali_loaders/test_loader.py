@@ -201,7 +201,8 @@ def test_an_unreadable_image_is_replaced_and_named(tmp_path, kind, world_size):
     assert np.array_equal(indices, np.where(wanted == 19, 20, wanted))
     assert labels[wanted == 19].tolist() == [5]
     assert torch.equal(images[wanted == 19], images[wanted == 20])
-    assert set(listed.read_text().splitlines()) == {f"{folder}/person04/03.jpg"}
+    names, reasons = zip(*(line.split("\t") for line in listed.read_text().splitlines()), strict=True)
+    assert set(names) == {f"{folder}/person04/03.jpg"} and all(reasons)
 
 
 def test_neighbouring_and_last_unreadable_images(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from pictures import picture, write_folder
 
 from dali_loaders import AugmentConfig, DataConfig, TrainLoader, open_source
-from dali_loaders.decode import Decoder, UnreadableImagesError, augment_arguments
+from dali_loaders.augment import augment_arguments
+from dali_loaders.decode import Decoder, UnreadableImagesError
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -49,7 +50,7 @@ def test_unreadable_images_are_found():
     decode = Decoder(32, 32, 2, GPU)
     with pytest.raises(UnreadableImagesError) as error:
         decode(encoded, {})
-    assert error.value.places == [7]
+    assert list(error.value.why) == [7]
     assert decode(encoded[:7], {}).shape == (7, 3, 32, 32)
 
 

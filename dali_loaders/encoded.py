@@ -1,0 +1,98 @@
+"""Encoded images before they are decoded: their sizes by their headers, and why some have none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from dali_loaders.account import ReadError
+from dali_loaders.extras import extra
+from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
+from dali_loaders.sources import Source
+
+with extra("train"):
+    import cv2
+
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an image's bytes: why there are none that can be decoded, in a few words."""
+
+    reason: str
+
+
+def read_image(source: Source, index: int) -> bytes | Unreadable:
+    """Encoded image `index` as JPEG, PNG or WebP; why not, where it cannot be read. Other formats become PNG, in the calling thread."""
+    try:
+        data = source.read(index)
+    except ValueError as error:
+        return Unreadable(str(error))
+    except OSError as error:
+        return Unreadable(str(ReadError.of(error)))
+    if not data:
+        return Unreadable("empty")
+    if _is_common(data):
+        return data
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # a size beyond OpenCV's limits
+        return Unreadable("too large")
+    return Unreadable("no image") if image is None else cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+class HeaderReader:
+    """Reads the sizes of encoded images from their headers."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._graph = Graph(partial(size_pipeline, batch_size))
+
+    def sizes(self, encoded: Sequence[bytes | Unreadable]) -> tuple[np.ndarray, dict[int, str]]:
+        """Height and width, int64 [b, 2]; zeros where there is no valid header or the data visibly ends too early, and there why, by place.
+
+        It reads JPEG, PNG and WebP only: a BMP with a header that no decoder accepts crashes DALI 2.4 (see read_image)."""
+        sizes_b2 = np.zeros((len(encoded), 2), np.int64)
+        why: dict[int, str] = {}
+        good: dict[int, bytes] = {}
+        for at, data in enumerate(encoded):
+            if isinstance(data, Unreadable):
+                why[at] = data.reason
+            elif not is_complete(data):
+                why[at] = "cut off" if data.startswith(_JPEG) else "no image"
+            else:
+                good[at] = data
+        try:
+            self._parse(good, sizes_b2)
+        except RuntimeError as error:
+            places = list(good)
+            for place in self._graph.unreadable(list(good.values()), error):
+                why[places[place]] = "no valid header"
+                del good[places[place]]
+            self._parse(good, sizes_b2)
+        too_large = np.flatnonzero(sizes_b2.prod(axis=1) > _MAX_PIXELS)
+        why.update((at, "too large") for at in too_large.tolist())
+        sizes_b2[too_large] = 0
+        return sizes_b2, why
+
+    def _parse(self, encoded: dict[int, bytes], sizes_b2: np.ndarray) -> None:
+        if encoded:
+            shapes = self._graph.run({"encoded": byte_arrays(list(encoded.values()))})
+            sizes_b2[list(encoded)] = np.asarray(shapes.as_tensor())[:, :2]
+
+
+def is_complete(data: bytes) -> bool:
+    """False for what is no JPEG, PNG or WebP, and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
+
+    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
+    if not data.startswith(_JPEG) or data.endswith(b"\xff\xd9"):
+        return _is_common(data)
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+
+
+def _is_common(data: bytes) -> bool:
+    return data.startswith((_JPEG, _PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
