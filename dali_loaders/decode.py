@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from dali_loaders import renamed
-from dali_loaders.config import DataConfig as DataConfig  # older recipe files import it from here
+from dali_loaders.config import AugmentConfig as AugmentConfig  # older recipe files import both from here
+from dali_loaders.config import DataConfig as DataConfig
 from dali_loaders.encoded import HeaderReader, Unreadable
 from dali_loaders.graphs import Graph, byte_arrays
 from dali_loaders.image_graph import image_pipeline

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv, then lint, types, tests. Arguments go to pytest: tests/run.sh -k checkpoint
+# With --long the long forms of tests run too: thousands of fuzzed inputs, every kill point.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
