@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ with extra("train"):
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
+GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
     except cv2.error:  # a size beyond OpenCV's limits
         return Unreadable("too large")
     return Unreadable("no image") if image is None else cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def groups(sizes_b2: np.ndarray, most_pixels: int = GROUP_PIXELS) -> list[slice]:
+    """Cuts a batch into parts of consecutive images with at most `most_pixels` pixels together, or one image with more.
+
+    sizes_b2: int64 [b, 2], as of HeaderReader.sizes. Memory for decoding is then bounded, whatever the images and the batch."""
+    cuts, held = [0], 0
+    for at, pixels in enumerate(sizes_b2.prod(axis=1).tolist()):
+        if held and held + pixels > most_pixels:
+            cuts.append(at)
+            held = 0
+        held += pixels
+    return [slice(start, stop) for start, stop in itertools.pairwise([*cuts, len(sizes_b2)]) if stop > start]
 
 
 class HeaderReader:
