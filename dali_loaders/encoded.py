@@ -109,7 +109,7 @@ class HeaderReader:
 def is_complete(data: bytes) -> bool:
     """False for what is no JPEG, PNG or WebP, and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
     Cut PNG and WebP need no look: they cannot be decoded."""
-    return jpeg.has_end(data) if data.startswith(jpeg.START) else _is_common(data)
+    return jpeg.end(data) is not None if data.startswith(jpeg.START) else _is_common(data)
 
 
 def _is_common(data: bytes) -> bool:

@@ -86,7 +86,7 @@ def format_of(data: bytes) -> str | None:
 
 
 def _of_jpeg(data: bytes) -> str:
-    if not jpeg.has_end(data):
+    if jpeg.end(data) is None:
         return CUT_OFF
     frame = jpeg.frame(data)
     if frame is None:
