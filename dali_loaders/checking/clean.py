@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dali_loaders.account import Account
-from dali_loaders.checking.look import Findings
+from dali_loaders.checking.findings import Findings
 from dali_loaders.packing import pack
 from dali_loaders.sources import Source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 from dali_loaders.account import Account
 from dali_loaders.checking.clean import check_name, write_clean
 from dali_loaders.checking.duplicates import copies
-from dali_loaders.checking.look import Findings, look
+from dali_loaders.checking.findings import Findings, look
 from dali_loaders.config import DataConfig
+from dali_loaders.identities import identities_path
 from dali_loaders.sources import Source, open_source, single_image_identities
 
-_SHOWN = 10  # names in a line for people; JSON has all
+_SHOWN = 10  # names for people; JSON has all
 _SIZES = 5
 # Beginnings of reasons for which a file is rightly passed over. Whatever else is, may be a loss.
 _SYSTEM = ("hidden", "in a hidden", "thumbnail", "macOS metadata", "Windows metadata", "in a recycle bin", "in lost+found")
@@ -50,9 +52,9 @@ class CheckReport:
         """What has to be mended, a few words each; empty for a set that can be trained on as it is."""
         lost = {reason: passed.count for reason, passed in self.account.passed_over.items() if not reason.startswith(_RIGHTLY)}
         counts = {
-            "unreadable images": len(self.unreadable),
-            "damaged images": len(self.damaged),
-            "images under several identities": len(self.contradictions),
+            "unreadable image(s)": len(self.unreadable),
+            "damaged image(s)": len(self.damaged),
+            "image(s) under several identities": len(self.contradictions),
         }
         return [f"{count} {what}" for what, count in counts.items() if count] + [
             f"{count} passed over: {why}" for why, count in lost.items()
@@ -67,11 +69,11 @@ class CheckReport:
             *self.account.lines(),
             f"images per identity: min {least}, median {median:g}, max {most}",
             f"sizes: {shown or 'none'}{others}",
-            f"identities with one image: {_listed(self.single)}",
-            f"unreadable images: {_listed(_reasons(self.unreadable))}",
-            f"damaged images, which training would use as they are: {_listed(_reasons(self.damaged))}",
-            f"the same image several times under one identity: {_listed([' = '.join(group) for group in self.copies])}",
-            f"the same image under several identities: {_listed([' = '.join(group) for group in self.contradictions])}",
+            *_listed("identities with one image", self.single),
+            *_listed("unreadable images", [f"{name}: {reason}" for name, reason in self.unreadable]),
+            *_listed("damaged images, which training would use as they are", [f"{name}: {reason}" for name, reason in self.damaged]),
+            *_listed("the same image several times under one identity", [" = ".join(group) for group in self.copies]),
+            *_listed("the same image under several identities", [" = ".join(group) for group in self.contradictions]),
             *([f"labels: {self.labels}"] if self.labels else []),
             f"JPEG decoded by: {self.decoder}",
             f"wrong: {'; '.join(self.wrong) or 'nothing'}",
@@ -145,8 +147,8 @@ def _report(source: Source, found: Findings, groups: Sequence[np.ndarray]) -> Ch
 
 
 def _odd_labels(source: Source) -> str | None:
-    """Of a .rec without names of identities these are the labels of its records."""
-    if not source.path.lower().endswith(".rec"):
+    """Of a .rec without names beside it, whose identities are called by the labels of its records."""
+    if not source.path.lower().endswith(".rec") or os.path.exists(identities_path(source.path)):
         return None
     try:
         values = sorted(int(name) for name in source.identities)
@@ -159,10 +161,6 @@ def _odd_labels(source: Source) -> str | None:
     return f"{values[0]} to {values[-1]}{gaps}; training numbers them 0 to {len(values) - 1}"
 
 
-def _reasons(why: Sequence[tuple[str, str]]) -> list[str]:
-    return [f"{name}: {reason}" for name, reason in why]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)}" + (f" ({', '.join(names[:_SHOWN])}{more})" if names else "")
+def _listed(what: str, names: list[str]) -> list[str]:
+    more = [f"  and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return [f"{what}: {len(names)}", *(f"  {name}" for name in names[:_SHOWN]), *more]

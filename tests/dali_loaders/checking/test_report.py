@@ -8,7 +8,9 @@ import torch
 from pictures import picture, write_folder
 
 from dali_loaders import check, open_source
-from dali_loaders.checking import look
+from dali_loaders.checking import findings
+from dali_loaders.checking import report as reporting
+from dali_loaders.encoded import groups
 from dali_loaders.records import IRHeader, RecordWriter, pack_record
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
@@ -38,14 +40,12 @@ def test_a_healthy_set(folder, tar):
     ],
 )
 def test_the_decoder_is_that_of_a_run_on_this_machine(monkeypatch, folder, gpu, decoder, told):
-    from dali_loaders.checking import look as module  # the function hides it
-
-    class OnCpu(module.__globals__["Decoder"]):
+    class OnCpu(findings.Decoder):
         def __init__(self, size, batch_size, threads, device, *, decoder):
             super().__init__(size, batch_size, threads, torch.device("cpu"))
             self.decodes_on = "gpu" if device.type == "cuda" and decoder != "cpu" else "cpu"
 
-    monkeypatch.setitem(look.__globals__, "Decoder", OnCpu)
+    monkeypatch.setattr(findings, "Decoder", OnCpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert told in str(check(str(folder), threads=2, decoder=decoder))
 
@@ -81,11 +81,18 @@ def test_what_is_wrong_is_named(faulty):
     assert report.sizes == {(32, 32): 24, (40, 20): 1}
     assert report.images_per_identity == (1, 4.0, 5)
     assert (report.account.seen, report.account.used) == (28, 27)
-    assert report.wrong == ["2 unreadable images", "1 damaged images", "1 images under several identities"]
+    assert report.wrong == ["2 unreadable image(s)", "1 damaged image(s)", "1 image(s) under several identities"]
     text = str(report)
-    assert f"unreadable images: 2 ({faulty}/person01/01.jpg: text, " in text
+    assert f"unreadable images: 2\n  {faulty}/person01/01.jpg: text\n  {faulty}/person02/02.jpg: cut off\n" in text
     assert "28 seen, 27 used, 1 passed over" in text and "readme.txt" in text
-    assert text.endswith("wrong: 2 unreadable images; 1 damaged images; 1 images under several identities")
+    assert text.endswith("wrong: 2 unreadable image(s); 1 damaged image(s); 1 image(s) under several identities")
+
+
+def test_long_lists_are_shortened_for_people(folder):
+    for number in range(12):
+        (folder / "person01" / f"x{number:02}.jpg").write_bytes(b"")
+    assert "unreadable images: 12\n" in (text := str(check(str(folder), threads=2)))
+    assert text.count(": empty") == 10 and "\n  and 2 more\n" in text
 
 
 def test_the_report_as_json(faulty):
@@ -128,7 +135,7 @@ def test_an_identity_of_which_nothing_is_left_has_no_label(folder, tmp_path):
 )
 def test_a_clean_set_that_cannot_be_written_is_refused_before_the_check(monkeypatch, tmp_path, out, words):
     write_rec(tmp_path / "set.rec", [0, 1])
-    monkeypatch.setitem(check.__globals__, "look", None)
+    monkeypatch.setattr(reporting, "look", None)
     with pytest.raises(ValueError, match=words):
         check(str(tmp_path / "set.rec"), fix=str(tmp_path / out))
 
@@ -190,16 +197,15 @@ def test_memory_is_bounded_by_pixels_and_bytes(tmp_path, monkeypatch):
     (tmp_path / "set" / "person02" / "01.jpg").write_bytes(cut_in_half(picture(4)))
     whole = check(path, threads=2)
     batches = []
-    decoder = look.__globals__["Decoder"]
 
-    class Counting(decoder):
+    class Counting(findings.Decoder):
         def __call__(self, encoded, arguments):
             batches.append(len(encoded))
             return super().__call__(encoded, arguments)
 
-    monkeypatch.setitem(look.__globals__, "Decoder", Counting)
-    monkeypatch.setitem(look.__globals__, "_BYTES", 10_000)
-    monkeypatch.setattr("dali_loaders.encoded.groups.__defaults__", (3 * 32 * 32,))
-    report = check(path, threads=2)
-    assert report.as_dict() == whole.as_dict() and len(report.unreadable) == len(report.damaged) == 1
+    monkeypatch.setattr(findings, "Decoder", Counting)
+    monkeypatch.setattr(findings, "_BYTES", 10_000)
+    monkeypatch.setattr(findings, "groups", lambda sizes_b2: groups(sizes_b2, 3 * 32 * 32))
+    parts = check(path, threads=2)
+    assert parts.as_dict() == whole.as_dict() and len(parts.unreadable) == len(parts.damaged) == 1
     assert max(batches) == 3 and sum(batches) == 26
