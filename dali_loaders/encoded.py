@@ -11,14 +11,11 @@ import numpy as np
 
 from dali_loaders import jpeg, reasons
 from dali_loaders.account import ReadError
-from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
 from dali_loaders.sources import Source
+from dali_loaders.uncommon import NotDecodedError, to_png
 
-with extra("train"):
-    import cv2
-
-_MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
+MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
 
 
@@ -37,21 +34,12 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
         return Unreadable(str(error))
     except OSError as error:
         return Unreadable(str(ReadError.of(error)))
-    return data if _is_common(data) else _to_png(data)
-
-
-def _to_png(data: bytes) -> bytes | Unreadable:
-    if not data:
-        return Unreadable(reasons.EMPTY)
+    if _is_common(data):
+        return data
     try:
-        image, as_stored = (cv2.imdecode(np.frombuffer(data, np.uint8), flag) for flag in (cv2.IMREAD_COLOR, cv2.IMREAD_UNCHANGED))
-    except cv2.error as error:
-        return Unreadable("too large" if "MAX_IMAGE" in str(error) else reasons.undecodable(data))
-    if image is None or as_stored is None:
-        return Unreadable(reasons.undecodable(data))
-    if as_stored.dtype.kind == "f":  # OpenCV makes nearly black or noisy images of these (PFM, Radiance, some TIFF)
-        return Unreadable(reasons.FLOATING)
-    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        return to_png(data, MAX_PIXELS)
+    except NotDecodedError as error:
+        return Unreadable(str(error))
 
 
 def groups(sizes_b2: np.ndarray, most_pixels: int = GROUP_PIXELS) -> list[slice]:
@@ -95,7 +83,7 @@ class HeaderReader:
                 why[places[place]] = _without_header(good[places[place]])
                 del good[places[place]]
             self._parse(good, sizes_b2)
-        too_large = np.flatnonzero(sizes_b2.prod(axis=1) > _MAX_PIXELS)
+        too_large = np.flatnonzero(sizes_b2.prod(axis=1) > MAX_PIXELS)
         why.update((at, reasons.too_large(*sizes_b2[at].tolist())) for at in too_large.tolist())
         sizes_b2[too_large] = 0
         return sizes_b2, why
