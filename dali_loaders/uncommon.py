@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -18,6 +20,7 @@ with extra("train"):
 # Bytes between the numbers of a PNM header: white space and comments.
 _GAP = rb"(?:\s|#[^\n]*\n)+"
 _PNM = re.compile(rb"P[1-6]" + _GAP + rb"(\d{1,9})" + _GAP + rb"(\d{1,9})\s")
+_LARGE, _LARGE_PIXELS = threading.Lock(), 1 << 22
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 
@@ -30,13 +33,21 @@ def to_png(data: bytes, most_pixels: int) -> bytes:
     if reasons.format_of(data) not in _SIZES:
         raise NotDecodedError(reasons.undecodable(data))
     size = size_of(data)
-    if size is not None and size[0] * size[1] > most_pixels:
+    if size is None:
+        raise NotDecodedError(reasons.undecodable(data))
+    if size[0] * size[1] > most_pixels:
         raise NotDecodedError(reasons.too_large(*size))
+    # OpenCV holds a large image several times over, and one in each reading thread would be too many.
+    with _LARGE if size[0] * size[1] > _LARGE_PIXELS else nullcontext():
+        return _converted(data)
+
+
+def _converted(data: bytes) -> bytes:
     try:
         image, as_stored = (cv2.imdecode(np.frombuffer(data, np.uint8), flag) for flag in (cv2.IMREAD_COLOR, cv2.IMREAD_UNCHANGED))
     except cv2.error:
         image = None
-    if size is None or image is None or as_stored is None:
+    if image is None or as_stored is None:
         raise NotDecodedError(reasons.undecodable(data))
     if as_stored.dtype.kind == "f":  # which OpenCV converts to noise
         raise NotDecodedError(reasons.FLOATING)

@@ -192,11 +192,29 @@ def test_sizes_from_headers():
     assert why == {1: "empty", 3: "text", 4: "permission denied", 5: "cut off"}
 
 
-def test_motion_photos_are_complete():
-    """With the marker of a scan in the video."""
-    motion = picture(1) + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08mdat" * 10
-    assert is_complete(motion)
-    assert np.array_equal(decoded(motion), decoded(picture(1)))
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".webp", ".bmp", ".tiff", ".ppm"])
+def test_motion_photos_are_images(extension):
+    """A video behind the image, with the marker of a scan in it."""
+    motion = picture(1, 32, extension) + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08mdat" * 10
+    assert np.array_equal(decoded(motion), decoded(picture(1, 32, extension)))
+
+
+@pytest.mark.parametrize("turn", [3, 6, 8])
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG", "TIFF"])
+def test_every_format_is_turned_as_its_exif_data_say(form, turn):
+    Image = pytest.importorskip("PIL.Image")
+    from PIL.ImageOps import exif_transpose
+
+    exif = Image.Exif()
+    exif[0x112] = turn
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(form, {})
+    data = by_pillow(form, exif=exif, **options)
+    expected = np.asarray(exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert np.abs(decoded(data) - expected).mean() < 2
+
+
+def test_a_motion_photo_is_complete():
+    assert is_complete(picture(1) + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08mdat" * 10)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=30), st.integers(1, 4000))
