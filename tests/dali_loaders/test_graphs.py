@@ -20,9 +20,7 @@ ARGUMENTS = ["flip", "matrix", "brightness", "contrast"]
 @pytest.fixture
 def without_driver(monkeypatch):
     """A pipeline with the number of a GPU needs a driver even to be serialised; one without is given a GPU when it is built."""
-    monkeypatch.setattr(
-        image_graph, "new_pipeline", lambda size, threads, device: dali.Pipeline(size, threads, None, prefetch_queue_depth=1)
-    )
+    monkeypatch.setattr(image_graph, "pipeline_options", lambda *given: graphs.pipeline_options(*given) | {"device_id": None})
 
 
 @pytest.mark.parametrize("decode_on", ["gpu", "cpu"])
@@ -112,6 +110,6 @@ def test_streams_of_torch_are_understood():
 
 
 def test_outputs_on_a_stream_need_the_default_executor():
-    pipeline = graphs.new_pipeline(8, 1, CPU)
+    pipeline = dali.Pipeline(**graphs.pipeline_options(8, 1, CPU))
     assert pipeline.exec_async and pipeline.exec_pipelined and not pipeline.exec_separated
     pipeline._require_exec_dynamic("outputs on a stream need")
