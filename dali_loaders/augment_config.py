@@ -56,6 +56,8 @@ class AugmentConfig:
     jpeg_quality: tuple[int, int] = (30, 95)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"augment.flip is {self.flip}; expected true or false (it mirrors with probability 1/2).")
         for name, limit in _NUMBERS.items():
             value = getattr(self, name)
             if not 0 <= value <= limit:
