@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from changes import ALL, ALL_FRAMED, CHANGES, NONE, PROBABILITIES, only
 from pictures import picture
 
 from dali_loaders import AugmentConfig
@@ -17,32 +18,12 @@ from dali_loaders.order import uniform
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
 CPU, SIZE, BATCH = torch.device("cpu"), 48, 24
-NONE = AugmentConfig.named("none")
-CHANGES = {
-    "mask": {},
-    "crop": {},
-    "frame": {"crop": 0.5, "crop_resize": False},
-    "geometry": {"rotate": 20, "zoom": 0.2, "shift": 0.1},
-    "cutout": {},
-    "blur": {},
-    "low_resolution": {"low_resolution_scale": (0.2, 0.8)},
-    "colour": {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 90},
-    "grey": {},
-    "jpeg": {"jpeg_quality": (5, 50)},
-}
-PROBABILITIES = set(CHANGES) - {"frame"}
-ALL = replace(AugmentConfig(), **{name: value for change in CHANGES.values() for name, value in change.items() if name != "crop_resize"})
-ALL = replace(ALL, **dict.fromkeys(PROBABILITIES, 0.5))
 EXTREME = replace(
     ALL,
     **{"rotate": 180, "zoom": 0.9, "shift": 0.9, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 180},
     **{"crop_area": (0.01, 1), "crop_ratio": (0.1, 10), "cutout_area": (0.001, 1), "blur_sigma": (0.1, 20)},
     **{"low_resolution_scale": (0.01, 1), "jpeg_quality": (1, 100)},
 )
-
-
-def config(change: str, probability: float = 0.5) -> AugmentConfig:
-    return replace(NONE, **CHANGES[change] | ({"crop" if change == "frame" else change: probability}))
 
 
 def pictures(count: int = BATCH, size: int | tuple[int, int] = SIZE) -> list[bytes]:
@@ -66,8 +47,8 @@ def augmented(arguments: dict[str, list], size: int = SIZE) -> tuple[list[np.nda
 def test_images_that_are_not_chosen_stay_as_they_are(change):
     decode = Decoder(SIZE, BATCH, 2, CPU)
     plain = decode(pictures(), {}).clone()
-    assert torch.equal(Decoder(SIZE, BATCH, 2, CPU)(pictures(), augment_arguments(config(change, 1e-9), SIZE, 1, np.arange(BATCH))), plain)
-    images = Decoder(SIZE, BATCH, 2, CPU)(pictures(), augment_arguments(config(change), SIZE, 1, np.arange(BATCH)))
+    assert torch.equal(Decoder(SIZE, BATCH, 2, CPU)(pictures(), augment_arguments(only(change, 1e-9), SIZE, 1, np.arange(BATCH))), plain)
+    images = Decoder(SIZE, BATCH, 2, CPU)(pictures(), augment_arguments(only(change), SIZE, 1, np.arange(BATCH)))
     same = [torch.equal(a, b) for a, b in zip(images, plain, strict=True)]
     draw = uniform(1, 1, np.arange(BATCH), 35)
     column = {"geometry": 7, "colour": 8, "crop": 11, "frame": 11, "mask": 16, "cutout": 21, "blur": 26, "low_resolution": 28}
@@ -79,8 +60,8 @@ def test_no_option_changes_the_numbers_of_another():
     """And new options changed none of the first ones': theirs are the first seven columns."""
     positions = np.arange(100, 164)
     whole = augment_arguments(ALL, SIZE, 9, positions)
-    for change in CHANGES.keys() - {"frame"}:
-        for name, values in augment_arguments(config(change), SIZE, 9, positions).items():
+    for change in PROBABILITIES:
+        for name, values in augment_arguments(only(change), SIZE, 9, positions).items():
             assert name == "flip" or np.array_equal(values, whole[name])
     old = augment_arguments(AugmentConfig(rotate=10, brightness=0.2, contrast=0.4), SIZE, 9, positions)
     draw = uniform(9, 1, positions, 7)
@@ -90,7 +71,7 @@ def test_no_option_changes_the_numbers_of_another():
     assert np.allclose(old["brightness"], 0.8 + 0.4 * draw[:, 5]) and np.allclose(old["contrast"], 0.6 + 0.8 * draw[:, 6])
 
 
-@pytest.mark.parametrize("chosen", [AugmentConfig(), ALL, replace(ALL, crop_resize=False), AugmentConfig.named("adaface")])
+@pytest.mark.parametrize("chosen", [AugmentConfig(), ALL, ALL_FRAMED, AugmentConfig.named("adaface")])
 def test_arguments_depend_on_seed_and_position_alone(chosen):
     whole, part = augment_arguments(chosen, SIZE, 9, np.arange(100, 200)), augment_arguments(chosen, SIZE, 9, np.arange(150, 160))
     assert whole.keys() == part.keys() <= ARGUMENTS.keys()
@@ -143,7 +124,7 @@ def test_cutout_and_frame():
     before, after = augmented({"cutout": [1, 0], "cutout_anchor": [[5, 9], [0, 0]], "cutout_shape": [[10, 20], [4, 4]]})
     before[0][5:15, 9:29] = 128
     assert np.array_equal(after, before)
-    arguments = augment_arguments(config("frame", 1), SIZE, 1, np.arange(8))
+    arguments = augment_arguments(only("frame", 1), SIZE, 1, np.arange(8))
     before, after = augmented({name: arguments[name].tolist() for name in ("frame", "frame_anchor", "frame_shape")})
     for old, new, anchor, shape in zip(before, after, arguments["frame_anchor"], arguments["frame_shape"], strict=True):
         (top, left), (height, width) = np.array([shape[0], shape[5]], int), np.array([shape[4], anchor[7] - shape[5]], int)
