@@ -26,6 +26,7 @@ ARGUMENTS: dict[str, tuple[type[np.generic], int]] = {
     "mask_anchor": (np.float32, 1),
     "mask_shape": (np.float32, 1),
     "mask_colour": (np.float32, 1),
+    "crop": (np.bool_, 0),
     "crop_start": (np.float32, 1),
     "crop_end": (np.float32, 1),
     "geometry": (np.bool_, 0),
@@ -63,8 +64,8 @@ def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positio
     """Per-sample arguments [b, ...] of the graph for the stream positions, each a function of (seed, position) alone; which ones there
     are depends on config alone. Pairs are (y, x).
 
-    flip; mask, and its rectangles' mask_anchor and mask_shape (fractions of the decoded image) and mask_colour (RGB); crop_start and
-    crop_end (fractions); geometry, and matrix [b, 2, 3], which maps output to input pixels; frame, and its four black rectangles'
+    flip; mask, and its rectangles' mask_anchor and mask_shape (fractions of the decoded image) and mask_colour (RGB); crop, crop_start
+    and crop_end (fractions); geometry, and matrix [b, 2, 3], which maps output to input pixels; frame, and its four black rectangles'
     frame_anchor and frame_shape (pixels); cutout, cutout_anchor and cutout_shape (pixels); blur and sigma (pixels); low_resolution,
     low_size (pixels), shrink and enlarge (DALI's numbers of interpolations), and smooth, which shrinks by averaging instead;
     brightness and contrast; colour, saturation and hue (degrees); grey; jpeg and quality."""
@@ -76,7 +77,7 @@ def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positio
         start_b2, size_b2 = _part(draw, "crop", config.crop_area, config.crop_ratio)
         cropped = draw["crop"] < config.crop
         if config.crop_resize:
-            arguments |= {"crop_start": start_b2 * cropped[:, None], "crop_end": np.where(cropped[:, None], start_b2 + size_b2, 1)}
+            arguments |= {"crop": cropped, "crop_start": start_b2, "crop_end": start_b2 + size_b2}
         else:
             arguments |= _frame(_pixels(start_b2, size_b2, image_size), image_size) | {"frame": cropped}
     if max(config.rotate, config.zoom, config.shift) > 0:

@@ -54,7 +54,7 @@ def image_pipeline(
         if given.get("mask", False):
             rectangles = {"anchor": given["mask_anchor"], "shape": given["mask_shape"], "fill_value": given["mask_colour"]}
             images = fn.erase(images, **rectangles, axis_names="HW", normalized=True)
-        if "crop_start" in given:  # from the image as it was decoded, which may be larger
+        if given.get("crop", False):  # from the image as it was decoded, which may be larger
             images = fn.resize(images, size=size, roi_start=given["crop_start"], roi_end=given["crop_end"], roi_relative=True)
         elif resize:
             images = fn.resize(images, size=size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 
 import numpy as np
 import torch
@@ -19,23 +19,26 @@ with extra("train"):
 
 _GAP = 2  # pixels between images
 
+log = logging.getLogger(__name__)
+
 
 def write_preview(path: str, source: Source, config: DataConfig, *, images: int = 8, versions: int = 8, seed: int = 0) -> list[str]:
     """Writes `preview` as a PNG file and returns the names. ValueError also for a path that cannot be written."""
     if not path.lower().endswith(".png"):
         raise ValueError(f"the sheet is a PNG file, but its name is {path!r}; expected one that ends in .png")
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"{path} cannot be written: {'it is a folder' if os.path.isdir(path) else 'its folder does not exist'}")
     sheet, names = preview(source, config, images=images, versions=versions, seed=seed)
     _, png = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-    with open(path, "wb") as file:
-        file.write(png.tobytes())
+    try:
+        with open(path, "wb") as file:
+            file.write(png.tobytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
     return names
 
 
 def preview(source: Source, config: DataConfig, *, images: int, versions: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """RGB, uint8 [height, width, 3], and the names of the images: one a row, from all over the set, first as it is and then augmented
-    `versions` times as a training run with `config` augments. Unreadable images are passed over. ValueError if no image can be read."""
+    `versions` times as a training run with `config` augments. Unreadable images are passed over and logged; ValueError if all are."""
     if images < 1 or versions < 1:
         raise ValueError(f"a sheet of {images} images in {versions} versions is empty; expected at least 1 of each")
     decode = Decoder(config.image_size, 1, 1, torch.device("cpu"))
@@ -49,6 +52,7 @@ def preview(source: Source, config: DataConfig, *, images: int, versions: int, s
             plain, augmented = decode([encoded], {}), augment([encoded] * versions, arguments)
         except UnreadableImagesError as error:
             why = f"{source.name(index)}: {error.why[0]}"
+            log.warning("passing over unreadable image %s", why)
             continue
         rows.append(_row(torch.cat([plain, augmented])))
         names.append(source.name(index))

@@ -1,7 +1,9 @@
 """Augmentations against plain computations. Images that are not chosen stay as they are, and numbers depend on (seed, place) alone."""
 
 import itertools
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -136,12 +138,13 @@ def test_cutout_and_frame():
 
 def test_crop_is_enlarged_from_the_image_as_it_was_decoded():
     start, end = [0.25, 0.5], [0.75, 1.0]
-    before, after = augmented({"crop_start": [start, [0, 0]], "crop_end": [end, [1, 1]]})
+    before, after = augmented({"crop": [1, 0], "crop_start": [start, start], "crop_end": [end, end]})
     expected = cv2.resize(before[0][12:36, 24:48], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
     assert np.abs(after[0] - expected)[2:-2, 2:-2].max() <= 1.5
     assert np.array_equal(after[1], before[1])
     large = pictures(1, 4 * SIZE)
-    image = levels(Decoder(SIZE, 1, 1, CPU)(large, {"crop_start": np.array([start], np.float32), "crop_end": np.array([end], np.float32)}))
+    given = {"crop": np.array([True]), "crop_start": np.array([start], np.float32), "crop_end": np.array([end], np.float32)}
+    image = levels(Decoder(SIZE, 1, 1, CPU)(large, given))
     whole = cv2.imdecode(np.frombuffer(large[0], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     half = whole[48:144, 96:192]
     assert np.abs(image[0] - cv2.resize(half, (SIZE, SIZE), interpolation=cv2.INTER_AREA)).mean() < 2
@@ -277,3 +280,13 @@ def test_named_sets():
 def test_options_out_of_range(option, sentence):
     with pytest.raises(ValueError, match=rf"^augment\.{sentence}"):
         AugmentConfig(**option)
+
+
+def test_the_docs_have_every_option_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*?\|(.*?)\|(.*?)\|.*\|.*\|$", page[page.index("| change |") : page.index("- **Numbers**")], re.M)
+    written = dict(re.findall(r"`(\w+)` ([\w., ]*\w)", " ".join(cell for row in rows for cell in row)))
+    for field in fields(AugmentConfig):
+        ends = field.default if isinstance(field.default, tuple) else (field.default,)
+        assert written.pop(field.name) == ", ".join(f"{end:.4g}" if not isinstance(end, bool) else str(end).lower() for end in ends)
+    assert not written
