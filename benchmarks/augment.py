@@ -18,7 +18,7 @@ from dali_loaders.augment import augment_arguments
 from dali_loaders.decode import Decoder
 from dali_loaders.faces import FacesConfig, write_faces
 
-SIZE, BATCH, ROUNDS = 112, 128, 15
+SIZE, BATCH, ROUNDS = 112, 128, 25
 PLAIN = AugmentConfig(flip=False)
 # The options that make a change, and the one that is its probability.
 CHANGES: dict[str, tuple[AugmentConfig, str]] = {

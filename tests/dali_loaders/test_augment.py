@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from changes import ALL, ALL_FRAMED, CHANGES, NONE, PROBABILITIES, only
+from hypothesis import given
+from hypothesis import strategies as st
 from pictures import picture
 
-from dali_loaders import AugmentConfig
+from dali_loaders import AugmentConfig, DataConfig, TrainLoader, open_source
 from dali_loaders.augment import ARGUMENTS, augment_arguments
 from dali_loaders.decode import Decoder, UnreadableImagesError
 from dali_loaders.order import uniform
@@ -40,8 +42,8 @@ def levels(images: torch.Tensor) -> np.ndarray:
 def augmented(arguments: dict[str, list], size: int = SIZE) -> tuple[list[np.ndarray], np.ndarray]:
     """Pictures (RGB, float), and what the graph makes of them with arguments written as lists."""
     encoded = pictures(len(next(iter(arguments.values()))), size)
-    given = {name: np.array(values, ARGUMENTS[name][0]) for name, values in arguments.items()}
-    images = levels(Decoder(size, len(encoded), 2, CPU)(encoded, given))
+    arrays = {name: np.array(values, ARGUMENTS[name][0]) for name, values in arguments.items()}
+    images = levels(Decoder(size, len(encoded), 2, CPU)(encoded, arrays))
     return [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1].astype(np.float32) for data in encoded], images
 
 
@@ -107,6 +109,31 @@ def test_ranges_are_used_and_kept():
     assert 0.17 < smooth < 0.23
 
 
+ENDS = st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda ends: tuple(sorted(ends)))
+RATIOS = st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)).map(lambda ends: tuple(sorted(ends)))
+
+
+@given(ENDS, RATIOS, ENDS, st.integers(8, 600), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_parts_lie_in_the_image(areas, ratios, cutouts, size, seed, position):
+    chosen = replace(NONE, crop=0.5, crop_area=areas, crop_ratio=ratios, cutout=0.5, cutout_area=cutouts)
+    places = np.arange(position, position + 8)
+    resized, framed = (augment_arguments(replace(chosen, crop_resize=resize), size, seed, places) for resize in (True, False))
+    start, end = resized["crop_start"], resized["crop_end"]
+    assert (start >= 0).all() and (start < end).all() and (end <= 1 + 1e-6).all()
+    area = np.prod(end - start, axis=1)
+    assert (area >= areas[0] * (1 - 1e-5)).all() and (area <= areas[1] * (1 + 1e-5)).all()
+    anchor, shape = framed["frame_anchor"].reshape(-1, 4, 2).astype(int), framed["frame_shape"].reshape(-1, 4, 2).astype(int)
+    for corners, sides in zip(anchor, shape, strict=True):
+        black = np.zeros((size, size), int)
+        for (y, x), (height, width) in zip(corners, sides, strict=True):
+            assert min(y, x, height, width) >= 0 and y + height <= size and x + width <= size
+            black[y : y + height, x : x + width] += 1
+        assert black.max() <= 1 and black.sum() < size**2  # no rectangle covers another, and something is left
+    anchor, shape = framed["cutout_anchor"], framed["cutout_shape"]
+    assert (anchor >= 0).all() and (shape >= 1).all() and (anchor + shape <= size).all()
+    assert (anchor == anchor.round()).all() and (shape == shape.round()).all()
+
+
 def test_mask_covers_the_lower_face():
     before, after = augmented({"mask": [1] * 4, **{n: v.tolist() for n, v in masks(4).items()}}, 112)
     for old, new, colour in zip(before, after, masks(4)["mask_colour"], strict=True):
@@ -143,8 +170,8 @@ def test_crop_is_enlarged_from_the_image_as_it_was_decoded():
     assert np.abs(after[0] - expected)[2:-2, 2:-2].max() <= 1.5
     assert np.array_equal(after[1], before[1])
     large = pictures(1, 4 * SIZE)
-    given = {"crop": np.array([True]), "crop_start": np.array([start], np.float32), "crop_end": np.array([end], np.float32)}
-    image = levels(Decoder(SIZE, 1, 1, CPU)(large, given))
+    arrays = {"crop": np.array([True]), "crop_start": np.array([start], np.float32), "crop_end": np.array([end], np.float32)}
+    image = levels(Decoder(SIZE, 1, 1, CPU)(large, arrays))
     whole = cv2.imdecode(np.frombuffer(large[0], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     half = whole[48:144, 96:192]
     assert np.abs(image[0] - cv2.resize(half, (SIZE, SIZE), interpolation=cv2.INTER_AREA)).mean() < 2
@@ -220,6 +247,22 @@ def test_every_memory_format_has_the_same_values(channels_last, dtype, resize):
     images = Decoder(SIZE, BATCH, 2, CPU, channels_last=channels_last, dtype=dtype)(pictures(), arguments)
     assert torch.equal(images, expected.to(dtype))
     assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize(("channels_last", "dtype"), [(False, torch.float32), (True, torch.float16)])
+def test_batches_depend_neither_on_ranks_nor_on_a_resume(folder, channels_last, dtype):
+    source, chosen = open_source(str(folder)), DataConfig(image_size=32, threads=1, augment=ALL)
+
+    def images(**options) -> torch.Tensor:
+        loader = TrainLoader(source, chosen, seed=3, global_batch=8, channels_last=channels_last, dtype=dtype, **options)
+        batches = [next(loader).images.clone() for _ in range(3)]
+        loader.close()
+        return torch.cat(batches)
+
+    alone = images()
+    ranks = [images(rank=rank, world_size=2).view(3, 4, 3, 32, 32) for rank in range(2)]
+    assert torch.equal(torch.cat(ranks, dim=1).view(24, 3, 32, 32), alone)
+    assert torch.equal(images(consumed=16)[:8], alone[16:])
 
 
 @pytest.mark.parametrize("size", [8, 9, 50, 113])
