@@ -24,7 +24,7 @@ PLAIN = AugmentConfig(flip=False)
 CHANGES: dict[str, tuple[AugmentConfig, str]] = {
     "flip": (AugmentConfig(), ""),
     "rotate, zoom, shift": (replace(PLAIN, rotate=10, zoom=0.1, shift=0.1), "geometry"),
-    "brightness, contrast": (replace(PLAIN, brightness=0.5, contrast=0.5), ""),
+    "brightness, contrast": (replace(PLAIN, brightness=0.5, contrast=0.5), "colour"),
     "saturation, hue": (replace(PLAIN, saturation=0.5, hue=20), "colour"),
     "crop": (PLAIN, "crop"),
     "crop, crop_resize=false": (replace(PLAIN, crop_resize=False), "crop"),

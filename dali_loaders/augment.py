@@ -68,7 +68,7 @@ def augment_arguments(config: AugmentConfig, image_size: int, seed: int, positio
     and crop_end (fractions); geometry, and matrix [b, 2, 3], which maps output to input pixels; frame, and its four black rectangles'
     frame_anchor and frame_shape (pixels); cutout, cutout_anchor and cutout_shape (pixels); blur and sigma (pixels); low_resolution,
     low_size (pixels), shrink and enlarge (DALI's numbers of interpolations), and smooth, which shrinks by averaging instead;
-    brightness and contrast; colour, saturation and hue (degrees); grey; jpeg and quality."""
+    colour, brightness, contrast, saturation and hue (degrees); grey; jpeg and quality."""
     draw = dict(zip(_COLUMNS, uniform(seed, _AUGMENT_STREAM, positions, len(_COLUMNS)).T, strict=True))
     arguments = {"flip": (draw["flip"] < 0.5) * config.flip}
     if config.mask:
@@ -177,12 +177,11 @@ def _low_resolution(config: AugmentConfig, image_size: int, draw: Draw) -> dict[
 
 
 def _colour(config: AugmentConfig, draw: Draw) -> dict[str, np.ndarray]:
-    changed = draw["colour"] < config.colour
-    arguments = {}
+    arguments = _if_not_all("colour", config, draw)
     if max(config.brightness, config.contrast) > 0:
-        for name in ("brightness", "contrast"):  # cheap, and a factor of 1 changes no level, so all images pass
-            arguments[name] = 1 + changed * getattr(config, name) * (2 * draw[name] - 1)
+        for name in ("brightness", "contrast"):
+            arguments[name] = 1 + getattr(config, name) * (2 * draw[name] - 1)
     if max(config.saturation, config.hue) > 0:
-        arguments |= {"saturation": 1 + config.saturation * (2 * draw["saturation"] - 1), "hue": config.hue * (2 * draw["hue"] - 1)}
-        arguments |= _if_not_all("colour", config, draw)
+        arguments["saturation"] = 1 + config.saturation * (2 * draw["saturation"] - 1)
+        arguments["hue"] = config.hue * (2 * draw["hue"] - 1)
     return arguments

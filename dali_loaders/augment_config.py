@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Least and largest value of the options that are one number, and of both ends of those that are a range.
-_NUMBERS = {
-    "rotate": 180.0,
+# Largest values of numbers, of which the least is 0; least and largest of both ends of ranges.
+_PROBABILITIES = ("geometry", "colour", "crop", "mask", "cutout", "blur", "low_resolution", "grey", "jpeg")
+_LIMITS = dict.fromkeys((*_PROBABILITIES, "brightness", "contrast", "saturation"), 1.0) | {
     "zoom": 0.9,
     "shift": 0.9,
-    "brightness": 1.0,
-    "contrast": 1.0,
-    "saturation": 1.0,
-    "hue": 180.0,
-} | dict.fromkeys(("geometry", "colour", "crop", "mask", "cutout", "blur", "low_resolution", "grey", "jpeg"), 1.0)
+    "rotate": 180,
+    "hue": 180,
+}
 _RANGES = {
     "crop_area": (0.01, 1.0),
     "crop_ratio": (0.1, 10.0),
@@ -22,6 +20,8 @@ _RANGES = {
     "low_resolution_scale": (0.01, 1.0),
     "jpeg_quality": (1, 100),
 }
+# Changes whose amounts are all 0 unless they are set, which the probability alone does not show.
+_AMOUNTS = {"geometry": ("rotate", "zoom", "shift"), "colour": ("brightness", "contrast", "saturation", "hue")}
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,13 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):
             raise ValueError(f"augment.flip is {self.flip}; expected true or false (it mirrors with probability 1/2).")
-        for name, limit in _NUMBERS.items():
+        for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if not 0 <= value <= limit:
                 raise ValueError(f"augment.{name} is {value}; expected a number from 0 to {limit:g}.")
+        for name, amounts in _AMOUNTS.items():
+            if 0 < getattr(self, name) < 1 and not any(getattr(self, amount) for amount in amounts):
+                raise ValueError(f"augment.{name} is {getattr(self, name)}, but nothing changes: set an amount, {', '.join(amounts)}.")
         for name, (least, most) in _RANGES.items():
             ends = getattr(self, name)
             if not isinstance(ends, tuple) or len(ends) != 2 or not least <= ends[0] <= ends[1] <= most:

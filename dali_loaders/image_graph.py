@@ -75,10 +75,12 @@ def image_pipeline(
                 shrink = fn.reinterpret(given["shrink"], dtype=types.INTERP_TYPE)
                 small = fn.resize(images, size=given["low_size"], interp_type=shrink, antialias=False)
             images = fn.resize(small, size=size, interp_type=fn.reinterpret(given["enlarge"], dtype=types.INTERP_TYPE))
-        if "brightness" in given:
-            images = fn.brightness_contrast(images, brightness=given["brightness"], contrast=given["contrast"], contrast_center=127.5)
-        if "saturation" in given and given.get("colour", True):
-            images = fn.hsv(images, saturation=given["saturation"], hue=given["hue"])
+        if given.get("colour", True):
+            if "brightness" in given:
+                factors = {"brightness": given["brightness"], "contrast": given["contrast"]}
+                images = fn.brightness_contrast(images, **factors, contrast_center=127.5)
+            if "saturation" in given:
+                images = fn.hsv(images, saturation=given["saturation"], hue=given["hue"])
         if given.get("grey", False):
             grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
             images = fn.color_space_conversion(grey, image_type=types.GRAY, output_type=types.RGB)

@@ -311,6 +311,8 @@ def test_named_sets():
         ({"flip": 0.5}, r"flip is 0\.5; expected true or false"),
         ({"blur": 1.5}, r"blur is 1\.5; expected a number from 0 to 1\."),
         ({"hue": float("nan")}, r"hue is nan; expected a number from 0 to 180\."),
+        ({"colour": 0.2}, r"colour is 0\.2, but nothing changes: set an amount, brightness, contrast, saturation, hue\."),
+        ({"geometry": 0.2, "hue": 20}, r"geometry is 0\.2, but nothing changes: set an amount, rotate, zoom, shift\."),
         ({"crop_area": (0.5, 0.2)}, r"crop_area is \(0\.5, 0\.2\); expected two numbers, the smaller one first, from 0\.01 to 1\."),
         ({"crop_area": 0.5}, r"crop_area is 0\.5; expected two numbers"),
         ({"crop_ratio": (0.0, 1.0)}, r"crop_ratio is \(0\.0, 1\.0\); expected two numbers, the smaller one first, from 0\.1 to 10\."),
