@@ -34,7 +34,7 @@ class ParquetSource:
 
     Opening reads the labels and no image, but for row groups that hold null images or don't say. Identities are the names of the classes
     (ClassLabel), the strings, or the numbers of the label column, sorted; files may name different classes. Reading an image decodes its
-    row group, of which the last 128 MiB are kept. `path` may end in #IMAGE,LABEL, the names of the columns."""
+    row group, of which the last 128 MiB are kept. `path` may end in #IMAGE:LABEL, the names of the columns."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -47,6 +47,9 @@ class ParquetSource:
         parts = [self._read_labels(file, int(start)) for file, start in zip(files, self._file_starts, strict=False)]
         found = sorted({label for _, _, labels in parts for label in labels})
         label_of = {label: place for place, label in enumerate(found)}
+        broken = next((label for label in found if isinstance(label, str) and set(label) & {"\n", "\r"}), None)
+        if broken is not None:
+            raise ValueError(f"{path}: the identity {broken!r} has a line break in its name, which lists of names cannot hold; rename it.")
         if not found:
             raise ValueError(f"{path} holds no labelled image: {'; '.join(map(str.strip, self.account.lines()))}.")
         self._rows = np.concatenate([rows for rows, _, _ in parts])  # int64 [N], counted over all files
@@ -214,7 +217,7 @@ def _null_images(file: _File) -> dict[str, np.ndarray]:
 def _chunk(group: pq.RowGroupMetaData, name: str) -> pq.ColumnChunkMetaData:
     columns = [column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == name]
     if len(columns) != 1:
-        raise ValueError(f"a row group has {len(columns)} columns named {name!r}")
+        raise pa.ArrowInvalid(f"a row group has {len(columns)} columns named {name!r}")
     return columns[0]
 
 

@@ -141,7 +141,7 @@ def _named(file: str, schema: pa.Schema, fitting: list[str], name: str, what: st
 
 def _unclear(file: str, schema: pa.Schema, what: str, candidates: list[str]) -> str:
     why = f"columns {', '.join(candidates)} could all hold" if candidates else "no column is known to hold"
-    raise ValueError(f"{file}: {why} the {what}; name them as in PATH#image,label. Its columns are {_listed(schema)}.")
+    raise ValueError(f"{file}: {why} the {what}; name them as in PATH#image:label. Its columns are {_listed(schema)}.")
 
 
 def _listed(schema: pa.Schema) -> str:

@@ -26,13 +26,13 @@ def is_parquet(path: str) -> bool:
 
 
 def split_columns(path: str) -> tuple[str, list[str]]:
-    """PATH#IMAGE,LABEL names the columns; a path without a # names none."""
+    """PATH#IMAGE:LABEL names the columns; a path without a # names none."""
     where, mark, columns = path.rpartition("#")
     if not mark or os.path.exists(path):
         return path, []
-    names = columns.split(",")
+    names = columns.split(":")
     if len(names) != 2 or not all(names):
-        raise ValueError(f"{path}: expected two columns after the #, as in {where}#image,label.")
+        raise ValueError(f"{path}: expected two columns after the #, as in {where}#image:label.")
     return where, names
 
 

@@ -95,10 +95,10 @@ def test_a_missing_shard(tmp_path):
 
 
 def test_what_is_parquet(tmp_path):
-    assert is_parquet("a.parquet") and is_parquet("s/train-*.parquet#img,id") and not is_parquet("a.tar") and not is_parquet(str(tmp_path))
+    assert is_parquet("a.parquet") and is_parquet("s/train-*.parquet#img:id") and not is_parquet("a.tar") and not is_parquet(str(tmp_path))
     (tmp_path / "data").mkdir()
     export(tmp_path / "data")
-    assert is_parquet(str(tmp_path)) and is_parquet(str(tmp_path / "data")) and is_parquet(f"{tmp_path}#image,label")
+    assert is_parquet(str(tmp_path)) and is_parquet(str(tmp_path / "data")) and is_parquet(f"{tmp_path}#image:label")
     assert len(parquet_files(str(tmp_path), ParquetSource(str(tmp_path)).account)) == 3
 
 
@@ -169,12 +169,12 @@ def test_columns_that_are_not_clear(tmp_path):
     ):
         ParquetSource(file)
     with pytest.raises(ValueError, match="column 'photo_c', named for the images, does not exist"):
-        ParquetSource(f"{file}#photo_c,age")
+        ParquetSource(f"{file}#photo_c:age")
     with pytest.raises(ValueError, match="column 'photo_a', named for the labels, is of type struct"):
-        ParquetSource(f"{file}#photo_a,photo_a")
+        ParquetSource(f"{file}#photo_a:photo_a")
     with pytest.raises(ValueError, match="expected two columns after the #"):
         ParquetSource(f"{file}#photo_a")
-    source = ParquetSource(f"{file}#photo_b,person_id")
+    source = ParquetSource(f"{file}#photo_b:person_id")
     assert source.read(0) == picture(1) and source.identities == ["x"]
 
 
@@ -196,6 +196,11 @@ def test_the_column_of_classes_and_the_usual_name(tmp_path):
     table = table.rename_columns(["image", "identity", "gender"]).replace_schema_metadata({"huggingface": text})
     pq.write_table(table, tmp_path / "a.parquet")
     assert ParquetSource(str(tmp_path / "a.parquet")).identities == ["7"]
+
+
+def test_a_name_with_a_line_break(tmp_path):
+    with pytest.raises(ValueError, match=r"the identity 'a\\nb' has a line break in its name"):
+        ParquetSource(write(tmp_path / "a.parquet", image=images([0]), label=["a\nb"]))
 
 
 def test_files_that_differ(tmp_path):
