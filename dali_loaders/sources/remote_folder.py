@@ -9,7 +9,7 @@ import os
 import threading
 
 from dali_loaders.account import Account, ReadError
-from dali_loaders.remote import RemoteFile, cache_name, connect, described, retried, words
+from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, words
 from dali_loaders.sources.by_name import is_image, labels_of
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,9 @@ class RemoteFolderSource:
             data = retried(lambda: self._ask(file))
         except ReadError:
             raise
-        except FileNotFoundError as error:
-            raise ReadError("vanished") from error
         except Exception as error:  # packages of storages raise their own kinds
-            raise ReadError(words(error).lower()) from error
+            vanished = isinstance(error, FileNotFoundError) and lasting(error)
+            raise ReadError("vanished" if vanished else words(error).lower()) from error
         if kept:
             self._keep(data, kept)
         return data

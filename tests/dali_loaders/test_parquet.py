@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pictures import picture
 
+from dali_loaders import pack
 from dali_loaders.account import ReadError
-from dali_loaders.sources import FolderSource
+from dali_loaders.sources import FolderSource, RecordSource
 from dali_loaders.sources.parquet import ParquetSource
 from dali_loaders.sources.parquet_files import is_parquet, parquet_files
 
@@ -343,3 +345,29 @@ def test_mutated_files(exported, where):
 @pytest.mark.parametrize("where", ["footer", "anywhere"])
 def test_ten_thousand_mutated_files(exported, where):
     _fuzz(exported, 1700, 3000 if where == "footer" else len(exported[1]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [100, 1000, 10_000])
+def test_speed(rows, tmp_path, monkeypatch):
+    """The figures of docs/data.md: images of 7 KB a second, in random order and in that of the file, from a set too large to be kept."""
+    monkeypatch.setattr("dali_loaders.sources.parquet._KEPT_BYTES", 1)
+    rng = np.random.default_rng(0)
+    data = pa.array([{"bytes": rng.bytes(7000)} for _ in range(20_000)], STRUCT)
+    source = ParquetSource(write(tmp_path / "a.parquet", rows, image=data, label=np.arange(20_000) // 20))
+    pack(source, str(tmp_path / "a.rec"))
+    record = RecordSource(str(tmp_path / "a.rec"))
+    shuffled = rng.permutation(20_000).tolist()
+    rates = [_rate(source, shuffled[: 200_000 // rows]), _rate(source, range(20_000)), _rate(record, shuffled)]
+    print(f"\nrow groups of {rows}: {rates[0]:.0f} shuffled, {rates[1]:.0f} in order; RecordIO shuffled {rates[2]:.0f} images/s")
+    assert rates[1] > rates[0] * 10
+
+
+def _rate(source, indices):
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        for index in indices:
+            source.read(index)
+        best = max(best, len(indices) / (time.perf_counter() - start))
+    return best

@@ -1,6 +1,7 @@
 """Remote sets, at addresses of fsspec's file system in memory, with failures: copied whole or not at all, once per machine."""
 
 import errno
+import io
 import multiprocessing
 import os
 import pickle
@@ -14,9 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 from pictures import picture
 
-from dali_loaders import open_source, pack, remote
+from dali_loaders import fetching, open_source, pack, remote
 from dali_loaders.account import ReadError
-from dali_loaders.remote import fetch, is_remote, retried
+from dali_loaders.fetching import fetch
+from dali_loaders.remote import is_remote, retried
 from dali_loaders.sources.remote_folder import RemoteFolderSource
 
 
@@ -105,9 +107,9 @@ def test_patterns(cache):
         assert path.name == pattern and sorted(os.listdir(path.parent)) == ["s-000.tar", "s-001.tar", "s-002.tar"]
         assert (path.parent / "s-002.tar").read_bytes() == b"\2" * 9
     assert fetch("flaky://bucket/other.tar#image:label", cache).endswith("/other.tar#image:label")
-    with pytest.raises(ValueError, match=r"flaky://bucket/s-\{000\.\.003\}\.tar does not exist or lacks files \(/bucket/s-003\.tar\)"):
+    with pytest.raises(ValueError, match=r"flaky://bucket/s-\{000\.\.003\}\.tar does not exist, or lacks files \(/bucket/s-003\.tar\)"):
         fetch("flaky://bucket/s-{000..003}.tar", cache)
-    with pytest.raises(ValueError, match="does not exist or lacks files"):
+    with pytest.raises(ValueError, match="does not exist, or lacks files"):
         fetch("flaky://bucket/t-*.tar", cache)
     put({"a/x.tar": b"1", "b/x.tar": b"2"})
     path = Path(fetch("flaky://bucket/*/x.tar", cache))
@@ -115,7 +117,7 @@ def test_patterns(cache):
 
 
 def test_large_files_are_copied_in_pieces(cache, monkeypatch):
-    monkeypatch.setattr(remote, "_PIECE", 1000)
+    monkeypatch.setattr(fetching, "_PIECE", 1000)
     data = os.urandom(12_345)
     put({"a.tar": data})
     assert Path(fetch("flaky://bucket/a.tar", cache)).read_bytes() == data
@@ -136,7 +138,7 @@ def test_what_passes_is_tried_again_with_growing_pauses(cache, waits):
         ([b"short"] * 4, r"cannot be read \(a\.tar gave 5 bytes where 9 were asked for, 4 times\)", 3),
         ([RuntimeError("of its own kind")] * 4, r"cannot be read \(of its own kind, 4 times\)", 3),
         ([PermissionError("403")], r"may not be read \(403\); check the credentials", 0),
-        ([FileNotFoundError("a.tar")], "does not exist or lacks files", 0),
+        ([FileNotFoundError("a.tar")], "does not exist, or lacks files", 0),
     ],
 )
 def test_what_stays_ends_in_a_sentence_and_leaves_nothing(failures, says, pauses, cache, waits):
@@ -145,6 +147,44 @@ def test_what_stays_ends_in_a_sentence_and_leaves_nothing(failures, says, pauses
     with pytest.raises(ValueError, match="flaky://bucket/a.tar " + says):
         fetch("flaky://bucket/a.tar", cache)
     assert len(waits) == pauses and left(cache) == []
+
+
+def _not_found(cause):
+    error = FileNotFoundError("a.tar")
+    error.__cause__ = cause
+    return error
+
+
+class StatusError(Exception):
+    def __init__(self, status):
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("cause", "pauses"),
+    [(OSError("cannot connect"), 3), (StatusError(503), 3), (StatusError(404), 0), (FileNotFoundError(), 0), (ValueError(), 0)],
+)
+def test_not_found_because_of_the_connection(cause, pauses, cache, waits):
+    """As fsspec's HTTP file system tells of a server that does not answer."""
+    put({"a.tar": b"the whole"})
+    Flaky.failures += [_not_found(cause)] * (pauses + 1)
+    with pytest.raises(ValueError, match="cannot be read" if pauses else "does not exist"):
+        fetch("flaky://bucket/a.tar", cache)
+    assert len(waits) == pauses
+
+
+def test_a_server_that_does_not_send_parts(cache, monkeypatch):
+    class Whole(io.BytesIO):
+        def read(self, *_):
+            raise ValueError("no ranges")
+
+    put({"a.tar": b"the whole"})
+    monkeypatch.setattr(fetching, "_PIECE", 5)
+    monkeypatch.setattr(Flaky, "open", lambda *_, **__: Whole())
+    with pytest.raises(ValueError, match=r"a\.tar: its server does not send parts of a file \(no ranges\)"):
+        fetch("flaky://bucket/a.tar", cache)
+    assert not Flaky.asked and left(cache) == []
 
 
 def test_random_numbers_of_the_user_are_left_alone(waits):
@@ -188,8 +228,8 @@ def test_a_copy_of_which_a_part_was_taken_is_made_again(cache):
 
 def test_a_set_that_changes_while_it_is_copied(cache, monkeypatch):
     put({"a.tar": b"old"})
-    copied = remote._copy
-    monkeypatch.setattr(remote, "_copy", lambda *arguments: (copied(*arguments), put({"a.tar": b"new"})))
+    copied = fetching._copy
+    monkeypatch.setattr(fetching, "_copy", lambda *arguments: (copied(*arguments), put({"a.tar": b"new"})))
     with pytest.raises(ValueError, match="has changed while it was copied"):
         fetch("flaky://bucket/a.tar", cache)
     assert left(cache) == []
@@ -202,12 +242,12 @@ def test_a_full_disk(cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(remote.os, "pwrite", full)
+        patched.setattr(fetching.os, "pwrite", full)
         with pytest.raises(ValueError, match=r"the cache folder .* cannot be written: No space left on device; choose another data\.cache"):
             fetch("flaky://bucket/a.tar", cache)
     assert left(cache) == []
     usage = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"has 3 MB to copy, but .* has 1 MB left"):
         fetch("flaky://bucket/a.tar", cache)
     assert left(cache) == []
@@ -230,7 +270,7 @@ def test_an_interrupted_copy_leaves_nothing(cache):
 
 def test_a_killed_copy_goes_on_and_is_never_visible(cache, monkeypatch):
     put({f"{number}.tar": bytes([number]) * 9 for number in range(3)})
-    monkeypatch.setattr(remote.shutil, "rmtree", lambda *_, **__: None)  # a killed process does not clean up
+    monkeypatch.setattr(fetching.shutil, "rmtree", lambda *_, **__: None)  # a killed process does not clean up
     Flaky.failures += [b"\0" * 9, KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         fetch("flaky://bucket/{0..2}.tar", cache)
