@@ -26,6 +26,11 @@ _RUN = re.compile(r"\{(\d+)\.\.(\d+)\}")
 log = logging.getLogger(__name__)
 
 
+def is_copied(address: str) -> bool:
+    """Whether an address is that of files, which are copied before they are opened, and not that of a folder of images."""
+    return re.search(r"\.(rec|tar|parquet)(#.*)?$", address, re.IGNORECASE) is not None
+
+
 def fetch(address: str, cache: str) -> str:
     """Copies the files of a set into the folder `cache`, unless they are there in their present version, and returns their local path.
 

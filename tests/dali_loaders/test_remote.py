@@ -17,7 +17,7 @@ from pictures import picture
 
 from dali_loaders import fetching, open_source, pack, remote
 from dali_loaders.account import ReadError
-from dali_loaders.fetching import fetch
+from dali_loaders.fetching import fetch, is_copied
 from dali_loaders.remote import is_remote, retried
 from dali_loaders.sources.remote_folder import RemoteFolderSource
 
@@ -81,6 +81,12 @@ def left(cache):
 def test_what_is_remote():
     for address in ("s3://b/a.rec", "gs://b/a", "https://h/a.tar", "memory://a", "filecache::s3://b/a", "abfs+x://a"):
         assert is_remote(address)
+    assert (
+        is_copied("s3://b/a.rec")
+        and is_copied("s3://b/*.parquet#face:id")
+        and not is_copied("s3://b/set.v1")
+        and not is_copied("s3://b/tar/")
+    )
     for path in ("a.rec", "/a://b", "./s3://b", "C:/a.rec", "a,s3://b", ""):
         assert not is_remote(path)
 
