@@ -18,6 +18,7 @@ class DataConfig:
     """What to train on and how images are prepared."""
 
     train: str = ""  # folder, .tar or .rec
+    cache: str = ""  # a local folder for copies of what is at remote addresses (s3://, gs://, https://)
     reader: str = "native"  # or "mxnet", for .rec only
     min_images: int = 2  # an identity with fewer is refused; 1 admits all
     images_per_identity: int = 1  # K of P x K batches: K images of an identity stand together; 1 ignores identities
