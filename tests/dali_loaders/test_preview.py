@@ -33,7 +33,7 @@ def test_a_small_set_has_fewer_rows_and_unreadable_images_are_passed_over(folder
     (folder / "person00" / "00.jpg").write_bytes(b"text")
     names = write_preview(str(tmp_path / "a.png"), source, GREY, images=3, versions=2)
     assert names == [source.name(index) for index in (12, 23)]
-    assert caplog.messages == [f"passing over unreadable image {source.name(0)}: no image"]
+    assert caplog.messages == [f"passing over unreadable image {source.name(0)}: text"]
     sheet = preview(source, GREY, images=3, versions=2, seed=0)[0]
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"))[..., ::-1], sheet)
     for file in folder.rglob("*.jpg"):
