@@ -38,7 +38,7 @@ def test_a_small_set_has_fewer_rows_and_unreadable_images_are_passed_over(folder
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"))[..., ::-1], sheet)
     for file in folder.rglob("*.jpg"):
         file.write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"^none of 3 images of .* can be read \(.*: no image.*\); see protoshard data check$"):
+    with pytest.raises(ValueError, match=r"^none of 3 images of .* can be read \(.*: text.*\); see protoshard data check$"):
         preview(source, GREY, images=3, versions=2, seed=0)
 
 
