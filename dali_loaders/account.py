@@ -75,3 +75,10 @@ class ReadError(ValueError):
         """For an error of the system, by its own words: "Permission denied" becomes "permission denied"."""
         words = error.strerror or str(error) or type(error).__name__
         return ReadError(words[0].lower() + words[1:])
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an image's bytes: why there are none that can be decoded, in a few words."""
+
+    reason: str
