@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from dali_loaders.account import ReadError, Unreadable
+from dali_loaders.account import ChangedError, ReadError, Unreadable
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
 from dali_loaders.sources import Source
@@ -23,6 +23,8 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
     """Encoded image `index` as JPEG, PNG or WebP; why not, where it cannot be read. Other formats become PNG, in the calling thread."""
     try:
         data = source.read(index)
+    except ChangedError:  # no fault of one image
+        raise
     except ValueError as error:
         return Unreadable(str(error))
     except OSError as error:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dali_loaders.account import Account, ReadError, Unreadable
+from dali_loaders.account import Account, Unreadable
 
 
 class Source(Protocol):
@@ -40,19 +40,11 @@ class Part(NamedTuple):
 
 
 def read_many(source: Source, indices: np.ndarray) -> list[bytes | np.ndarray | Unreadable]:
-    """The encoded bytes of the images `indices`, int64 [b], or why they cannot be had; at once where the source can."""
+    """The encoded bytes of the images `indices`, int64 [b], at once where the source can; some sources give reasons in place of images,
+    others raise as `read` does."""
     if hasattr(source, "read_many"):
         return source.read_many(indices)
-    return [_read(source, index) for index in indices.tolist()]
-
-
-def _read(source: Source, index: int) -> bytes | Unreadable:
-    try:
-        return source.read(index)
-    except ValueError as error:
-        return Unreadable(str(error))
-    except OSError as error:
-        return Unreadable(str(ReadError.of(error)))
+    return [source.read(index) for index in indices.tolist()]
 
 
 def single_image_identities(source: Source) -> list[str]:

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dali_loaders.account import Account, Unreadable
+from dali_loaders.account import EXAMPLES, Account, Unreadable
 from dali_loaders.sources.fingerprint import order_checksum
 from dali_loaders.sources.source import Source, read_many
-
-_EXAMPLES = 5
 
 
 class SubsetSource:
@@ -71,8 +69,8 @@ def _pass_over(account: Account, source: Source, images: np.ndarray, reason: str
     """Moves used images to those passed over."""
     account.seen -= len(images)
     account.used -= len(images)
-    for place, image in enumerate(images[:_EXAMPLES].tolist(), start=1):
-        account.pass_over(reason, source.name(image), 1 if place < _EXAMPLES else len(images) - place + 1)
+    for place, image in enumerate(images[:EXAMPLES].tolist(), start=1):
+        account.pass_over(reason, source.name(image), 1 if place < EXAMPLES else len(images) - place + 1)
 
 
 def select(source: Source, subset: str = "", exclude: str = "") -> Source:

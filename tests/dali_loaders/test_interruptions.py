@@ -49,7 +49,7 @@ def train(config: DataConfig, rank: int, ranks: int, consumed: int, record: str)
         for batch in loader:
             assert np.array_equal(batch.labels, source.labels[batch.indices])
             file.write(json.dumps(batch.indices.tolist()) + "\n")
-            time.sleep(pauses.uniform(0, 0.01))
+            time.sleep(pauses.uniform(0.01, 0.05))
 
 
 def steps_of(record: Path) -> list[list[int]]:
@@ -59,13 +59,11 @@ def steps_of(record: Path) -> list[list[int]]:
 
 def seen_by_killed_jobs(config: DataConfig, length: int, kills: int, chance: random.Random, folder: Path) -> list[int]:
     """The images of the stream's first `length` places, as jobs of 1 to 4 processes saw them that were killed after a random number of
-    steps. A job goes on after the last step that all ranks of the one before had done."""
+    steps, but for the last one. A job goes on after the last step that all ranks of the one before had done."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["dali_loaders.loader", "nvidia.dali.fn"])  # which forks then have at once
     seen: list[int] = []
-    for life in range(10**6):
-        if len(seen) >= length:
-            break
+    for life in range(kills + 1):
         ranks = chance.choice([1, 2, 3, 4])
         records = [folder / f"{life}-{rank}" for rank in range(ranks)]
         jobs = [
@@ -75,7 +73,8 @@ def seen_by_killed_jobs(config: DataConfig, length: int, kills: int, chance: ran
         for job in jobs:
             job.start()
         left = (length - len(seen)) // BATCH
-        target = left + 1 if life == kills else chance.randint(0, min(left, 2 * length // BATCH // kills))
+        # Half of an equal share, since a step more may be done until the kill.
+        target = chance.randint(0, max(0, left // (kills - life) - 1)) if life < kills else left
         while any(len(steps_of(record)) < target for record in records):
             assert all(job.is_alive() for job in jobs)
             time.sleep(0.01)
@@ -84,8 +83,10 @@ def seen_by_killed_jobs(config: DataConfig, length: int, kills: int, chance: ran
         for job in jobs:
             job.join()
         done = [steps_of(record) for record in records]
+        assert life == kills or min(map(len, done)) < left  # the last one reaches the end
         for step in range(min(map(len, done))):
             seen += [index for rank in done for index in rank[step]]
+    assert len(seen) >= length
     return seen[:length]
 
 
