@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 
 import numpy as np
 
@@ -53,7 +52,3 @@ class RecordSource:
 
     def name(self, index: int) -> str:
         return f"{os.path.basename(self.path)}:record {self._keys[index]}"
-
-    def order_checksum(self) -> int:
-        """Of the keys of the images, in their order (fingerprint.py)."""
-        return zlib.crc32(self._keys.astype("<i8", copy=False).data)
