@@ -72,7 +72,7 @@ def test_many_images_are_read_from_each_set_in_one_call(tar, other, monkeypatch)
 def test_an_image_that_cannot_be_read_has_its_reason(tar, other):
     source = open_source(f"{tar},{other}")
     os.remove(source.name(24))
-    with pytest.raises(ReadError, match="no such file or directory|vanished"):
+    with pytest.raises(ReadError, match=r"no such file or directory|vanished"):
         read_many(source, np.array([0, 24]))
 
 
