@@ -3,35 +3,82 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
+from dali_loaders.config import DataConfig
+from dali_loaders.fetching import fetch, is_copied
+from dali_loaders.remote import is_remote
 from dali_loaders.sources.by_name import IMAGE_EXTENSIONS, LAYOUT
+from dali_loaders.sources.fingerprint import fingerprint
 from dali_loaders.sources.folder import FolderSource
+from dali_loaders.sources.parquet_files import is_parquet
 from dali_loaders.sources.recordio import RecordSource
-from dali_loaders.sources.source import Source, check_images_per_identity, single_image_identities
+from dali_loaders.sources.several import SeveralSources, distinct_names, split_paths
+from dali_loaders.sources.source import Part, Source, check_images_per_identity, read_many, single_image_identities
+from dali_loaders.sources.subset import SubsetSource, select
 from dali_loaders.sources.tar import TarSource
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "LAYOUT",
     "FolderSource",
+    "Part",
     "RecordSource",
+    "SeveralSources",
     "Source",
+    "SubsetSource",
     "TarSource",
     "check_images_per_identity",
+    "distinct_names",
+    "fingerprint",
+    "open_data",
     "open_source",
+    "read_many",
+    "select",
     "single_image_identities",
 ]
 
 
-def open_source(path: str, reader: str = "native") -> Source:
-    """Opens a folder or .tar of IDENTITY/IMAGE files, or a .rec (its .idx is rebuilt when missing).
+def open_data(config: DataConfig) -> Source:
+    """The training set of a configuration: its sets with their weights, and of them the images that its lists leave."""
+    joined = config.identities == "joined"
+    source = open_source(config.train, config.reader, cache=config.cache, weights=config.weights, joined=joined)
+    return select(source, config.subset, config.exclude)
 
-    reader: "native", or "mxnet" to read a .rec through the mxnet package. ValueError for whatever holds no labelled images.
+
+def open_source(path: str, reader: str = "native", *, cache: str = "", weights: Sequence[float] = (), joined: bool = False) -> Source:
+    """Opens a set of any form, by what its path is, or several of them between commas.
+
+    reader: "native", or "mxnet" to read a .rec through the mxnet package
+    cache: a folder for copies of what is at remote addresses
+    weights, joined: of several sets, as in SeveralSources
+    ValueError for whatever holds no labelled images.
     """
     if reader not in ("native", "mxnet"):
         raise ValueError(f"unknown reader {reader!r}: expected 'native' or 'mxnet'.")
+    paths = split_paths(path)
+    if len(paths) > 1:
+        names = distinct_names(paths)
+        return SeveralSources(path, [_open(one, reader, cache) for one in paths], names, weights, joined)
+    if weights:
+        raise ValueError(f"data.weights is given for several sets, but data.train names one, {path}; leave it out.")
+    return _open(paths[0], reader, cache)
+
+
+def _open(path: str, reader: str, cache: str) -> Source:
+    """One set."""
     if not path:
         raise ValueError("no data given: name a folder, a .tar or a .rec file.")
+    if is_remote(path):
+        if not is_copied(path):
+            from dali_loaders.sources.remote_folder import RemoteFolderSource
+
+            return RemoteFolderSource(path, cache)
+        path = fetch(path, cache)
+    if reader == "native" and is_parquet(path):
+        from dali_loaders.sources.parquet import ParquetSource  # which needs an extra
+
+        return ParquetSource(path)
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist; expected a folder, a .tar or a .rec file.")
     if path.lower().endswith(".rec"):
