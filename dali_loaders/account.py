@@ -75,3 +75,7 @@ class ReadError(ValueError):
         """For an error of the system, by its own words: "Permission denied" becomes "permission denied"."""
         words = error.strerror or str(error) or type(error).__name__
         return ReadError(words[0].lower() + words[1:])
+
+
+class ChangedError(ValueError):
+    """The set is no longer the one that was opened; str() is the whole sentence."""

@@ -9,9 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from dali_loaders.account import ReadError
+from dali_loaders.account import ChangedError, ReadError
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
+from dali_loaders.reading import StorageError, patiently
 from dali_loaders.sources import Source
 
 with extra("train"):
@@ -30,13 +31,21 @@ class Unreadable:
 
 
 def read_image(source: Source, index: int) -> bytes | Unreadable:
-    """Encoded image `index` as JPEG, PNG or WebP; why not, where it cannot be read. Other formats become PNG, in the calling thread."""
+    """Encoded image `index` as JPEG, PNG or WebP; why not, where it cannot be read. Other formats become PNG, in the calling thread.
+
+    StorageError where the machine keeps it from being read, ChangedError where the set has changed: those are no fault of the image."""
     try:
-        data = source.read(index)
+        return common_format(patiently(lambda: source.read(index), source.path))
+    except (StorageError, ChangedError):
+        raise
     except ValueError as error:
         return Unreadable(str(error))
     except OSError as error:
         return Unreadable(str(ReadError.of(error)))
+
+
+def common_format(data: bytes) -> bytes | Unreadable:
+    """JPEG, PNG and WebP as they are, other images as PNG."""
     if not data:
         return Unreadable("empty")
     if _is_common(data):
@@ -111,3 +120,16 @@ def is_complete(data: bytes) -> bool:
 
 def _is_common(data: bytes) -> bool:
     return data.startswith((_JPEG, _PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
+
+
+def read_images(source: Source, indices: np.ndarray) -> list[bytes | Unreadable]:
+    """read_image for all of `indices`, int64 [b]: in one call of source.read_many where the source has it."""
+    if not hasattr(source, "read_many"):
+        return [read_image(source, index) for index in indices.tolist()]
+    try:
+        found = patiently(lambda: source.read_many(indices), source.path)
+    except (StorageError, ChangedError):
+        raise
+    except (OSError, ValueError):  # one of them: which?
+        return [read_image(source, index) for index in indices.tolist()]
+    return [data if isinstance(data, Unreadable) else common_format(bytes(data)) for data in found]
