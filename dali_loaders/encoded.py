@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from dali_loaders.account import ReadError
+from dali_loaders.account import ChangedError, ReadError, Unreadable
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
 from dali_loaders.sources import Source
@@ -20,17 +19,12 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """In place of an image's bytes: why there are none that can be decoded, in a few words."""
-
-    reason: str
-
-
 def read_image(source: Source, index: int) -> bytes | Unreadable:
     """Encoded image `index` as JPEG, PNG or WebP; why not, where it cannot be read. Other formats become PNG, in the calling thread."""
     try:
         data = source.read(index)
+    except ChangedError:  # no fault of one image
+        raise
     except ValueError as error:
         return Unreadable(str(error))
     except OSError as error:
