@@ -31,14 +31,12 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
             del lines[-1]
         if lines and all(line.endswith("\r") for line in lines):
             lines = [line[:-1] for line in lines]
-        counts, names = [], []
-        for number, line in enumerate(lines, start=1):
-            count, tab, name = line.partition("\t")
+        rows = [line.partition("\t") for line in lines]
+        for number, (count, tab, _) in enumerate(rows, start=1):
             if not (tab and count.isascii() and count.isdigit()):
-                raise ValueError(f"line {number} is {line[:40]!r}")
-            counts.append(int(count))
-            names.append(_unquoted(name))
-        images = np.array(counts, np.int64)
+                raise ValueError(f"line {number} is {lines[number - 1][:40]!r}")
+        names = [_unquoted(name) if name.startswith('"') else name for _, _, name in rows]
+        images = np.array([int(count) for count, _, _ in rows], np.int64)
     except (OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file_path} does not hold lines 'images<tab>identity' ({error}); delete it or pack again.") from error
     if len(set(names)) < len(names):
@@ -70,8 +68,6 @@ def _quoted(name: str) -> str:
 
 
 def _unquoted(name: str) -> str:
-    if not (name.startswith('"') and name.endswith('"')):
-        return name
     try:
         return str(json.loads(name))
     except ValueError:  # a file written before names were quoted

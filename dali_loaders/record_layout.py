@@ -27,25 +27,33 @@ def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
     passed_why uint8 (see WHY). ValueError if .rec, .idx and identities file do not belong together, or labels are no identities."""
     packed = read_identities(file.path)
     labels: _Labels | _PackedLabels = _Labels(file.path) if packed is None else _PackedLabels(file.path, *packed)
-    offsets, words, keys, others, records = [], [], Runs(), _Others(), 0
+    offsets: list[int | np.ndarray] = []
+    words: list[np.ndarray] = []
+    keys, others, records = Runs(), _Others(), 0
     for piece in scan(file):
         images = piece.headers.states == IMAGE
-        offsets.append(piece.offsets[images])
+        # Records follow each other, as scan makes sure, so that where each is an image the first offset tells the others.
+        offsets.append(int(piece.offsets[0]) if images.all() else piece.offsets[images])
         words.append((piece.headers.extents[images] // 4).astype(np.uint32))
         keys.add(piece.keys[images])
         labels.add(piece.keys[images], piece.headers.labels[images])
         others.add(piece, ~images)
         records += len(piece.keys)
     passed_keys, passed_why = labels.without_image(others, records)
-    if not sum(map(len, offsets)):
+    if not sum(map(len, words)):
         raise ValueError(f"{file.path} holds {records} records but no image; pack the images again.")
     originals, labels_n = _renumbered(labels.pieces)
-    columns: dict[str, Iterable[np.ndarray]] = {"offsets": offsets, "words": words, "labels": labels_n}
+    columns: dict[str, Iterable[np.ndarray]] = {"offsets": map(_offsets, offsets, words), "words": words, "labels": labels_n}
     key_firsts, key_counts = np.concatenate(keys.firsts), np.concatenate(keys.counts)
     if np.any(key_firsts[1:] < key_firsts[:-1] + key_counts[:-1]):
         columns, key_firsts, key_counts = _by_key(columns, key_firsts, key_counts)
     runs = {"key_firsts": [key_firsts], "key_counts": [key_counts]}
     return {**columns, **runs, "originals": [originals], "passed_keys": [passed_keys], "passed_why": [passed_why]}
+
+
+def _offsets(first: int | np.ndarray, words: np.ndarray) -> np.ndarray:
+    """int64 [n], of the records of a piece."""
+    return np.cumsum(np.concatenate([[first], 4 * words[:-1].astype(np.int64)])) if isinstance(first, int) else first
 
 
 def _by_key(
