@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from dali_loaders.account import ChangedError, ReadError
+from dali_loaders.account import ChangedError, ReadError, Unreadable
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
 from dali_loaders.reading import StorageError, patiently
@@ -21,13 +20,6 @@ with extra("train"):
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """In place of an image's bytes: why there are none that can be decoded, in a few words."""
-
-    reason: str
 
 
 def read_image(source: Source, index: int) -> bytes | Unreadable:
