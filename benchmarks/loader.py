@@ -22,7 +22,7 @@ from benchmarks.loader_peers import Batches, Set, Setting
 from benchmarks.record import quartiles, spread
 from dali_loaders import DataConfig, TrainLoader, open_source
 from dali_loaders.encoded import HeaderReader, Unreadable, read_image
-from dali_loaders.graphs import dali_modules, new_pipeline
+from dali_loaders.graphs import dali_modules
 from dali_loaders.records import IRHeader, RecordWriter, pack_record
 
 OURS, FEED = "protoshard", "protoshard, without decoding"
@@ -139,8 +139,8 @@ def _feed_of(rec: str, setting: Setting) -> Batches:
 
 
 def _lengths(image_size: int, batch_size: int, threads: int, device: torch.device, *, arguments: set[str], **_: Any) -> Any:
-    _, fn, types = dali_modules()
-    pipeline = new_pipeline(batch_size, threads, device)
+    dali, fn, types = dali_modules()
+    pipeline = dali.Pipeline(batch_size, threads, device.index if device.type == "cuda" else None, prefetch_queue_depth=1)
     with pipeline:
         lengths = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1).shape()
         flips = fn.external_source(name="flip", dtype=types.INT32, ndim=0)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from dali_loaders.graphs import dali_modules
-from dali_loaders.records import IndexedRecordReader, unpack_record
+from dali_loaders.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,8 @@ class Images(Dataset):
 
     def _read(self, index: int) -> bytes:
         if self._reader is None:  # in the worker
-            self._reader = _MXNet(self._found) if self._how == "mxnet" else _Native(self._found)
+            self._reader = _MXNet(self._found) if self._how == "mxnet" else open_source(self._found.rec)
         return self._reader.read(index)
-
-
-class _Native:
-    def __init__(self, found: Set) -> None:
-        self._records = IndexedRecordReader(found.rec)
-
-    def read(self, key: int) -> bytes:
-        return unpack_record(self._records.read(key))[1]
 
 
 class _MXNet:

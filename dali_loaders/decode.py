@@ -15,6 +15,7 @@ from dali_loaders.config import DataConfig as DataConfig
 from dali_loaders.encoded import HeaderReader, Unreadable, groups
 from dali_loaders.graphs import Graph, byte_arrays
 from dali_loaders.image_graph import image_pipeline
+from dali_loaders.reasons import undecodable
 
 renamed.names(
     __name__,
@@ -101,7 +102,7 @@ class Decoder:
             try:
                 output = self._graph.finish(self._stream)
             except RuntimeError as error:
-                why |= {first + at: "damaged" for at in self._judge.unreadable(encoded, error)}
+                why |= {first + at: undecodable(encoded[at]) for at in self._judge.unreadable(encoded, error)}
                 cause = error
             else:
                 parts.append(self._to_torch(output))

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from dali_loaders import jpeg, reasons
 from dali_loaders.account import ChangedError, ReadError, Unreadable
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
@@ -17,8 +18,8 @@ from dali_loaders.sources import Source
 with extra("train"):
     import cv2
 
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
+_NOT_READ = Unreadable("not read")
 GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
 
 
@@ -27,26 +28,28 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
 
     StorageError where the machine keeps it from being read, ChangedError where the set has changed: those are no fault of the image."""
     try:
-        return common_format(patiently(lambda: source.read(index), source.path))
+        data = patiently(lambda: source.read(index), source)
     except (StorageError, ChangedError):
         raise
     except ValueError as error:
         return Unreadable(str(error))
     except OSError as error:
         return Unreadable(str(ReadError.of(error)))
+    return data if _is_common(data) else _to_png(data)
 
 
-def common_format(data: bytes) -> bytes | Unreadable:
-    """JPEG, PNG and WebP as they are, other images as PNG."""
+def _to_png(data: bytes) -> bytes | Unreadable:
     if not data:
-        return Unreadable("empty")
-    if _is_common(data):
-        return data
+        return Unreadable(reasons.EMPTY)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # a size beyond OpenCV's limits
-        return Unreadable("too large")
-    return Unreadable("no image") if image is None else cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        image, as_stored = (cv2.imdecode(np.frombuffer(data, np.uint8), flag) for flag in (cv2.IMREAD_COLOR, cv2.IMREAD_UNCHANGED))
+    except cv2.error as error:
+        return Unreadable("too large" if "MAX_IMAGE" in str(error) else reasons.undecodable(data))
+    if image is None or as_stored is None:
+        return Unreadable(reasons.undecodable(data))
+    if as_stored.dtype.kind == "f":  # OpenCV makes nearly black or noisy images of these (PFM, Radiance, some TIFF)
+        return Unreadable(reasons.FLOATING)
+    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 
 def groups(sizes_b2: np.ndarray, most_pixels: int = GROUP_PIXELS) -> list[slice]:
@@ -79,7 +82,7 @@ class HeaderReader:
             if isinstance(data, Unreadable):
                 why[at] = data.reason
             elif not is_complete(data):
-                why[at] = "cut off" if data.startswith(_JPEG) else "no image"
+                why[at] = reasons.undecodable(data)
             else:
                 good[at] = data
         try:
@@ -87,11 +90,11 @@ class HeaderReader:
         except RuntimeError as error:
             places = list(good)
             for place in self._graph.unreadable(list(good.values()), error):
-                why[places[place]] = "no valid header"
+                why[places[place]] = _without_header(good[places[place]])
                 del good[places[place]]
             self._parse(good, sizes_b2)
         too_large = np.flatnonzero(sizes_b2.prod(axis=1) > _MAX_PIXELS)
-        why.update((at, "too large") for at in too_large.tolist())
+        why.update((at, reasons.too_large(*sizes_b2[at].tolist())) for at in too_large.tolist())
         sizes_b2[too_large] = 0
         return sizes_b2, why
 
@@ -103,25 +106,35 @@ class HeaderReader:
 
 def is_complete(data: bytes) -> bool:
     """False for what is no JPEG, PNG or WebP, and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
-
-    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
-    if not data.startswith(_JPEG) or data.endswith(b"\xff\xd9"):
-        return _is_common(data)
-    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    Cut PNG and WebP need no look: they cannot be decoded."""
+    return jpeg.end(data) is not None if data.startswith(jpeg.START) else _is_common(data)
 
 
 def _is_common(data: bytes) -> bool:
-    return data.startswith((_JPEG, _PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
+    return data.startswith((jpeg.START, reasons.PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
+
+
+def _without_header(data: bytes) -> str:
+    reason = reasons.undecodable(data)
+    return reasons.NO_HEADER if reason == reasons.DAMAGED else reason
 
 
 def read_images(source: Source, indices: np.ndarray) -> list[bytes | Unreadable]:
-    """read_image for all of `indices`, int64 [b]: in one call of source.read_many where the source has it."""
+    """read_image for all of `indices`, int64 [b]: by one call of source.read_many, where the source has it."""
+    numbers = indices.tolist()
     if not hasattr(source, "read_many"):
-        return [read_image(source, index) for index in indices.tolist()]
+        return [read_image(source, index) for index in numbers]
     try:
-        found = patiently(lambda: source.read_many(indices), source.path)
-    except (StorageError, ChangedError):
+        found = source.read_many(indices)
+    except ChangedError:
         raise
-    except (OSError, ValueError):  # one of them: which?
-        return [read_image(source, index) for index in indices.tolist()]
-    return [data if isinstance(data, Unreadable) else common_format(bytes(data)) for data in found]
+    except (OSError, ValueError):  # of one of them; which?
+        found = [_NOT_READ] * len(numbers)
+    images: list[bytes | Unreadable] = []
+    for index, data in zip(numbers, found, strict=True):
+        if isinstance(data, Unreadable):  # read again by itself, which tells faults of the machine from those of the image
+            images.append(read_image(source, index))
+        else:
+            image = bytes(data)
+            images.append(image if _is_common(image) else _to_png(image))
+    return images

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from dali_loaders.sources import Source
+
 T = TypeVar("T")
 
 # A file that is gone, may not be opened or is no image is that file's own fault. These say nothing about it: what storage, network and
@@ -27,8 +29,8 @@ class StorageError(ValueError):
     """The machine, and not a file, keeps images from being read: the run cannot go on."""
 
 
-def patiently(read: Callable[[], T], path: str) -> T:
-    """read(), tried again after faults of the machine. StorageError where they stay; any other error is raised as it is."""
+def patiently(read: Callable[[], T], source: Source) -> T:
+    """read() of `source`, tried again after faults of the machine. StorageError where they stay; any other error is raised as it is."""
     for wait in (*WAITS, None):
         try:
             return read()
@@ -38,11 +40,11 @@ def patiently(read: Callable[[], T], path: str) -> T:
                 raise
             if wait is None:
                 raise StorageError(
-                    f"{path} cannot be read: {cause.strerror or cause} ({cause.filename or 'in an open file'}), also after "
+                    f"{source.path} cannot be read: {cause.strerror or cause} ({cause.filename or 'in an open file'}), also after "
                     f"{len(WAITS)} further tries; that is no fault of an image, so none was left out: mend the storage, network or "
                     "limits of this machine and resume."
                 ) from error
-            log.warning("reading %s failed (%s); trying again in %g s", path, cause.strerror or cause, wait)
+            log.warning("reading %s failed (%s); trying again in %g s", source.path, cause.strerror or cause, wait)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

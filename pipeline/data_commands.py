@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from pipeline.commands import command
 
@@ -20,10 +21,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     pack = command(data, "pack", _pack, "pack a set into RecordIO", "protoshard data pack faces.tar faces.rec")
     pack.add_argument("source", metavar="FOLDER_OR_TAR")
     pack.add_argument("out", metavar="OUT.rec")
-    check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
+    check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar --fix clean.rec")
     check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")
     check.add_argument("--decoder", default="auto", choices=("auto", "gpu", "cpu"), help="data.decoder of the run to come (auto)")
+    check.add_argument("--fix", default="", metavar="OUT.rec", help="write the set without what is wrong; OUT.left_out.txt lists the rest")
+    check.add_argument("--model", metavar="CHECKPOINT|RUN", help="also list identities that this network finds near each other")
+    check.add_argument("--near", type=_cosine, default=0.7, metavar="COSINE", help="what --model calls near (0.7)")
+    check.add_argument("--figure", metavar="FILE.png", help="draw the images per identity")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _faces(options: argparse.Namespace) -> None:
@@ -43,6 +49,33 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    """Exit code 1 where anything is wrong."""
     from dali_loaders.checking import check
 
-    print(check(options.path, options.reader, decoder=options.decoder))
+    if options.model:  # first, like figures, because the check takes long
+        from pipeline.evaluation.near_identities import near_identities, network
+
+        model = network(options.model)
+    if options.figure:
+        from pipeline.evaluation import figures
+    report = check(options.path, options.reader, decoder=options.decoder, fix=options.fix)
+    near = near_identities(model, options.path, options.near, options.reader) if options.model else []
+    if options.json:
+        print(json.dumps(report.as_dict() | ({"near": [pair._asdict() for pair in near]} if options.model else {})))
+    else:
+        print(report)
+        if options.model:
+            print(f"identities with a cosine above {options.near:g}: {len(near)} pairs")
+        for first, second, cosine in near:
+            print(f"  {first} and {second}: {cosine:.3f}")
+    if options.figure:
+        figures.save_png(figures.identities_figure(report.counts, "Images per identity"), options.figure)
+    if report.wrong:
+        raise SystemExit(1)
+
+
+def _cosine(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no cosine from 0 to below 1")
+    return value

@@ -6,13 +6,35 @@ import json
 import logging
 
 import torch
+from torch import nn
 
 from pipeline import backbones, checkpoint
-from pipeline.config import from_dict
+from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
 from pipeline.evaluation import PairReport, evaluate
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
+
+
+def load_backbone(path: str, device: torch.device, ema: bool = False, recipe: str | None = None) -> tuple[nn.Module, TrainConfig]:
+    """The backbone of the checkpoint `path` on `device`, and the configuration of its run, without its loss. `ema`, `recipe`: as below."""
+    if recipe:
+        resolve(recipe)
+    saved = checkpoint.read_info(path)["config"]
+    # The loss is left out, because it may be defined in a recipe file that is not at hand.
+    config = from_dict({name: part for name, part in saved.items() if name != "loss"})
+    torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations
+    name = config.backbone.name
+    if name not in backbones.names():
+        remedy = f"{recipe} does not register it either" if recipe else "name the recipe file that registers it: --recipe FILE.py"
+        raise ValueError(f"{path} has backbone {name!r}, which is none of protoshard's: {remedy}")
+    with torch.device(device):
+        module = backbones.build(config.backbone, config.data.image_size)
+    try:
+        module.load_state_dict(backbone_of(path, ema))
+    except RuntimeError as error:  # lines of what is missing, unknown or of another shape
+        raise ValueError(f"{path} does not fit backbone {name!r} as it is now: {' '.join(str(error).split())[:400]}") from error
+    return module, config
 
 
 def evaluate_checkpoint(
@@ -27,26 +49,11 @@ def evaluate_checkpoint(
     """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. With `ema`,
     those of the average that the run kept of its weights. `recipe` is needed for the backbone that it registers, and for nothing else: the
     configuration is that of the checkpoint."""
-    if recipe:
-        resolve(recipe)
     if figure:
         from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
     path = checkpoint.locate(path)
-    saved = checkpoint.read_info(path)["config"]
-    # The loss is left out, because it may be defined in a recipe file that is not at hand.
-    config = from_dict({name: part for name, part in saved.items() if name != "loss"})
-    torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations
-    name = config.backbone.name
-    if name not in backbones.names():
-        remedy = f"{recipe} does not register it either" if recipe else "name the recipe file that registers it: --recipe FILE.py"
-        raise ValueError(f"{path} has backbone {name!r}, which is none of protoshard's: {remedy}")
-    with torch.device(place.device):
-        module = backbones.build(config.backbone, config.data.image_size)
-    try:
-        module.load_state_dict(backbone_of(path, ema))
-    except RuntimeError as error:  # lines of what is missing, unknown or of another shape
-        raise ValueError(f"{path} does not fit backbone {name!r} as it is now: {' '.join(str(error).split())[:400]}") from error
+    module, config = load_backbone(path, place.device, ema, recipe)
     if place.is_first and not as_json:
         logging.getLogger(__name__).warning("evaluating %s on %s", path, data)
     report = evaluate(

@@ -1,4 +1,5 @@
-"""Figures of an evaluation: ROC curves and score histograms, drawn without pyplot so that no display or global state is touched."""
+"""Figures of evaluations and sets: ROC curves, score histograms, images per identity. They are drawn without pyplot, so that no display or
+global state is touched."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ with extra("train"):
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
 LOWEST_FAR = 1e-4
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers and in grey
@@ -53,6 +54,25 @@ def score_figure(report: PairReport, title: str) -> Figure:
     low, high = HISTOGRAM_EDGES[used[0]], HISTOGRAM_EDGES[used[-1] + 1]
     axes.set(xlim=(max(-1, low - 0.05), min(1, high + 0.05)), xlabel="Cosine", ylabel="Density")
     axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="best")
+    return figure
+
+
+def identities_figure(counts_C: np.ndarray, title: str) -> Figure:
+    """Images of each identity, int64 [C] of 1 and more, from the one with the most to the one with the fewest; both axes logarithmic."""
+    figure, axes = _canvas(title)
+    identities, most = len(counts_C), int(counts_C.max())
+    rank_C = np.arange(1, identities + 1)
+    axes.plot(rank_C, np.sort(counts_C)[::-1], color=COLORS[0], linewidth=1.8, drawstyle="steps-mid", clip_on=False, zorder=3)
+    median = float(np.median(counts_C))
+    axes.axhline(median, color="0.25", linewidth=1, linestyle="--", label=f"median {median:g}")
+    if single := int((counts_C == 1).sum()):
+        axes.axvspan(identities - single + 0.5, identities + 0.5, color=COLORS[1], alpha=0.15, label=f"{single:,} with one image")
+    axes.set(xscale="log", yscale="log", xlim=(1, max(2, identities)), ylim=(0.9, max(2, 1.2 * most)))
+    axes.set(xlabel="Identities, by number of images", ylabel="Images of the identity")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, loc="best")
     return figure
 

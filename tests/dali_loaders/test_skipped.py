@@ -43,7 +43,8 @@ def test_ranks_and_resumes_list_an_image_once(tmp_path):
     resumed = Skipped(Named("abcdef"), path)
     for index in (3, 2, 0):
         resumed.add(index, "cut off")
-    assert open(path).read().split() == "a cut off b cut off c cut off f cut off d cut off".split()
+    with open(path) as file:
+        assert file.read() == "".join(f"{name}\tcut off\n" for name in "abcfd")
 
 
 def _add_all(path):
@@ -56,7 +57,8 @@ def test_processes_at_the_same_time(tmp_path):
     path = str(tmp_path / "skipped.txt")
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         pool.map(_add_all, [path] * 3)
-    assert sorted(open(path).read().splitlines()) == sorted(f"image {n}\tcut off" for n in range(200))
+    with open(path) as file:
+        assert sorted(file.read().splitlines()) == sorted(f"image {n}\tcut off" for n in range(200))
 
 
 def test_the_sentence_names_the_most_frequent_reasons(tmp_path):
