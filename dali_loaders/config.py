@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 DECODERS = ("auto", "gpu", "cpu")
 # At 2,850 images of 112 x 112 a second and thread, as measured on a CPU, 16 threads decode 45,000: more than one GPU trains on. For each
@@ -41,7 +42,12 @@ class AugmentConfig:
 class DataConfig:
     """What to train on and how images are prepared."""
 
-    train: str = ""  # folder, .tar or .rec
+    train: str = ""  # folder, .tar or .rec, or several between commas
+    weights: tuple[float, ...] = ()  # of several sets: the share of training images from each; empty: every image once an epoch
+    identities: Literal["apart", "joined"] = "apart"  # of several sets: joined makes identities of the same name one class
+    subset: str = ""  # file of image numbers, image names or identity names, one a line: only these are used
+    exclude: str = ""  # such a file: these are not used
+    changed: Literal["refuse", "continue"] = "refuse"  # of a run that resumes on a set that has changed; continue: in a new order
     reader: str = "native"  # or "mxnet", for .rec only
     min_images: int = 2  # an identity with fewer is refused; 1 admits all
     images_per_identity: int = 1  # K of P x K batches: K images of an identity stand together; 1 ignores identities
@@ -56,6 +62,13 @@ class DataConfig:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"data.{name} is {value}; expected at least {least}.")
+        for name, known in (("identities", ("apart", "joined")), ("changed", ("refuse", "continue"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"data.{name} is {getattr(self, name)!r}; expected {' or '.join(known)}.")
+        if not all(0 < weight < 1e9 for weight in self.weights):
+            raise ValueError(
+                f"data.weights is {self.weights}; expected positive numbers, and to leave a set out, none in data.train either."
+            )
         if self.decoder not in DECODERS:
             raise ValueError(f"data.decoder is {self.decoder!r}; expected one of {', '.join(DECODERS)}.")
 

@@ -2,12 +2,12 @@
 
 Nothing here depends on the number of ranks, and nothing has to be replayed to resume: any position can be asked for at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 
-from dali_loaders.sources import Source, check_images_per_identity
+from dali_loaders.sources import Part, Source, check_images_per_identity
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 _ROUNDS = 8  # 4 make a good permutation of a large domain; with 8 all orders of even 4 images are equally frequent
@@ -32,11 +32,15 @@ class UniformOrder:
         return self.num_samples
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Dataset indices, int64 [stop - start], at the stream positions [start, stop); epoch = position // num_samples."""
+        """Dataset indices, int64 [stop - start], at the stream positions [start, stop)."""
         assert 0 <= start <= stop
-        epochs, values = np.divmod(np.arange(start, stop, dtype=np.uint64), np.uint64(self.num_samples))
-        first, last = start // self.num_samples, stop // self.num_samples
-        keys = _round_keys(_key(self.seed, np.arange(first, last + 1, dtype=np.uint64)))[:, epochs - np.uint64(first)]
+        return self.at(np.arange(start, stop))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Dataset indices, int64 [n], at any stream positions, int64 [n]; epoch = position // num_samples."""
+        epochs, values = np.divmod(positions.astype(np.uint64), np.uint64(self.num_samples))
+        known, of_position = np.unique(epochs, return_inverse=True)
+        keys = _round_keys(_key(self.seed, known))[:, of_position]
         return _permuted(values, np.full(len(values), self.num_samples, np.uint64), keys).astype(np.int64)
 
     def replacements(self, index: int) -> Iterator[int]:
@@ -53,19 +57,22 @@ class GroupedOrder:
     epoch to epoch. The images of a group differ where n_i >= K; otherwise they cycle through all n_i. Nothing keeps two groups of one
     identity apart: they may stand in one batch, and may then share an image if n_i is no multiple of K.
 
+    With `images`, an order of that range of the source alone, whose indices count from its first image.
+
     Memory: 16 bytes per identity, and 8 per image where the images of an identity do not lie together in the set.
     ValueError for K < 2, and for identities with fewer than 2 images, which cannot form a pair.
     """
 
-    def __init__(self, source: Source, images_per_identity: int, seed: int) -> None:
+    def __init__(self, source: Source, images_per_identity: int, seed: int, images: slice = slice(None)) -> None:
         if images_per_identity < 2:
             raise ValueError(f"groups of {images_per_identity} image(s) have no pairs; use at least 2, or the order without groups.")
         why = f"data.images_per_identity = {images_per_identity} makes groups of one identity's images, at least 2"
         check_images_per_identity(source, 2, why, "use the order without groups with --set data.images_per_identity=1")
-        counts = np.bincount(source.labels, minlength=len(source.identities))
         self.images_per_identity = images_per_identity
         self.seed = seed
-        self._labels = source.labels
+        self._labels = source.labels[images]
+        self._lowest = int(self._labels.min())  # a set among others has labels from here on
+        counts = np.bincount(self._labels)[self._lowest :]
         self._first_image = np.concatenate([[0], np.cumsum(counts)])  # of each identity, in the order by identity
         self._first_group = np.concatenate([[0], np.cumsum(-(-counts // images_per_identity))])
         self._groups = UniformOrder(int(self._first_group[-1]), seed)
@@ -76,26 +83,28 @@ class GroupedOrder:
         return self.images_per_identity * self._groups.num_samples
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Dataset indices, int64 [stop - start], at the stream positions [start, stop); epoch = position // epoch_length."""
+        """Dataset indices, int64 [stop - start], at the stream positions [start, stop)."""
         assert 0 <= start <= stop
-        size = self.images_per_identity
-        first, last = start // size, -(-stop // size)
-        groups_G = self._groups.indices(first, last)
-        identities_G = np.searchsorted(self._first_group, groups_G, side="right") - 1
-        epochs_G = np.arange(first, last, dtype=np.uint64) // np.uint64(self._groups.num_samples)
-        keys_G = _mix(_key(self.seed, epochs_G) ^ _mix((identities_G.astype(np.uint64) + np.uint64(1)) * _GOLDEN))
+        return self.at(np.arange(start, stop))
 
-        of_group, slots = np.divmod(np.arange(start, stop) - first * size, size)
-        identities = identities_G[of_group]
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Dataset indices, int64 [n], at any stream positions, int64 [n]; epoch = position // epoch_length."""
+        size = self.images_per_identity
+        turns, slots = np.divmod(positions, size)
+        groups = self._groups.at(turns)
+        identities = np.searchsorted(self._first_group, groups, side="right") - 1
+        epochs = (turns // self._groups.num_samples).astype(np.uint64)
+        keys = _mix(_key(self.seed, epochs) ^ _mix((identities.astype(np.uint64) + np.uint64(1)) * _GOLDEN))
+
         counts = self._first_image[identities + 1] - self._first_image[identities]
-        places = ((groups_G - self._first_group[identities_G])[of_group] * size + slots) % counts
-        within = _permuted(places.astype(np.uint64), counts.astype(np.uint64), _round_keys(keys_G)[:, of_group])
+        places = ((groups - self._first_group[identities]) * size + slots) % counts
+        within = _permuted(places.astype(np.uint64), counts.astype(np.uint64), _round_keys(keys))
         return self._by_identity(self._first_image[identities] + within.astype(np.int64))
 
     def replacements(self, index: int) -> Iterator[int]:
         """Candidates to stand in for an unreadable image: `index` itself, then the next ones of its identity, wrapping around; then the
         next ones of the set."""
-        identity = self._labels[index]
+        identity = self._labels[index] - self._lowest
         images = self._by_identity(np.arange(self._first_image[identity], self._first_image[identity + 1]))
         yield from np.roll(images, -int(np.searchsorted(images, index))).tolist()
         yield from UniformOrder(len(self._labels), self.seed).replacements(index)
@@ -112,11 +121,91 @@ class GroupedOrder:
         return np.argsort(self._labels, kind="stable")
 
 
-Order = UniformOrder | GroupedOrder
+class MixedOrder:
+    """Several sets, each with its share of the stream. An epoch has as many groups of K positions (K = images_per_identity; 1: positions)
+    as epochs of all sets together, and set s has a fixed number of them, places_s, nearest to its share. Where they stand is a permutation
+    per epoch. Each set has an endless stream of groups of its own (UniformOrder or GroupedOrder), and place r of set s in epoch e takes
+    group e * places_s + r of it. So a set runs through all its images before one comes again, whatever its share: with half the places
+    that it has groups, in two epochs.
+
+    Memory as that of the sets' orders, and none per position. ValueError for an empty set, and for groups of sets of which one has a
+    single image of an identity.
+    """
+
+    def __init__(self, source: Source, parts: Sequence[Part], images_per_identity: int, seed: int) -> None:
+        self.images_per_identity = images_per_identity
+        seeds = _key(seed, np.arange(len(parts), dtype=np.uint64)).tolist()
+        self._orders = [_order_of_part(source, part, images_per_identity, own) for part, own in zip(parts, seeds, strict=True)]
+        groups = sum(order.epoch_length for order in self._orders) // images_per_identity
+        self._starts = np.array([part.start for part in parts])
+        self._places = _places(np.array([part.weight for part in parts]), groups)
+        self._first_place = np.concatenate([[0], np.cumsum(self._places)])
+        self._permutation = UniformOrder(groups, seed)
+        self._all = UniformOrder(len(source), seed)
+
+    @property
+    def epoch_length(self) -> int:
+        """Stream positions of an epoch: as many as epochs of all sets have."""
+        return self.images_per_identity * self._permutation.num_samples
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Dataset indices, int64 [stop - start], at the stream positions [start, stop)."""
+        assert 0 <= start <= stop
+        return self.at(np.arange(start, stop))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Dataset indices, int64 [n], at any stream positions, int64 [n]; epoch = position // epoch_length."""
+        turns, slots = np.divmod(positions, self.images_per_identity)
+        places = self._permutation.at(turns)
+        sets = np.searchsorted(self._first_place, places, side="right") - 1
+        epochs = turns // self._permutation.num_samples
+        own = (epochs * self._places[sets] + places - self._first_place[sets]) * self.images_per_identity + slots
+        indices = np.empty(len(positions), np.int64)
+        for number, order in enumerate(self._orders):
+            mine = np.flatnonzero(sets == number)
+            indices[mine] = order.at(own[mine]) + self._starts[number]
+        return indices
+
+    def replacements(self, index: int) -> Iterator[int]:
+        """Candidates to stand in for an unreadable image: those of its own set's order, then the next ones of all sets."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        start = int(self._starts[number])
+        yield from (start + other for other in self._orders[number].replacements(index - start))
+        yield from self._all.replacements(index)
+
+
+def _order_of_part(source: Source, part: Part, images_per_identity: int, seed: int) -> UniformOrder | GroupedOrder:
+    if part.start == part.stop:
+        raise ValueError(f"{source.path}: no image of {part.name} is left, which has a share by data.weights; leave it out of data.train.")
+    if images_per_identity == 1:
+        return UniformOrder(part.stop - part.start, seed)
+    images = slice(part.start, part.stop)
+    alone = np.flatnonzero(np.bincount(source.labels[images]) == 1)
+    if len(alone):
+        raise ValueError(
+            f"{source.path}: {part.name} has 1 image of identity {source.identities[alone[0]]!r} ({len(alone)} such identities), but with "
+            "data.weights a group of data.images_per_identity images comes from one set: remove them, or leave out data.weights"
+        )
+    return GroupedOrder(source, images_per_identity, seed, images)
+
+
+def _places(weights: np.ndarray, total: int) -> np.ndarray:
+    """int64 [S], at least 1 each: `total` >= S divided in proportion to `weights`."""
+    exact = weights / weights.sum() * total
+    places = np.maximum(1, exact.astype(np.int64))
+    while rest := total - int(places.sum()):
+        places[np.argmax(exact - places if rest > 0 else places)] += np.sign(rest)
+    return places
+
+
+Order = UniformOrder | GroupedOrder | MixedOrder
 
 
 def build_order(source: Source, images_per_identity: int, seed: int) -> Order:
-    """The order of a data set: uniform for images_per_identity = 1, else in groups of that many."""
+    """The order of a data set: uniform for images_per_identity = 1, else in groups of that many; mixed if its parts have weights."""
+    parts: Sequence[Part] = getattr(source, "parts", ())
+    if any(part.weight for part in parts):
+        return MixedOrder(source, parts, images_per_identity, seed)
     return UniformOrder(len(source), seed) if images_per_identity == 1 else GroupedOrder(source, images_per_identity, seed)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dali_loaders import Source
-from dali_loaders.identities import checksum
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state
@@ -19,6 +18,7 @@ from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
+from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
 LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
@@ -30,6 +30,7 @@ class Run(Protocol):
     config: TrainConfig
     place: Place
     source: Source
+    fingerprint: dict[str, Any]  # of the source
     engine: Engine
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
@@ -50,8 +51,8 @@ def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must agree on."""
     config = run.config
     return {
-        "num_classes": len(run.source.identities),
-        "identities": checksum(run.source.identities),
+        "num_classes": run.fingerprint["num_classes"],
+        "identities": run.fingerprint["identities"],
         "width": config.backbone.width,
         "backbone": config.backbone.name,
         "image_size": config.data.image_size,
@@ -62,10 +63,17 @@ def identity(run: Run) -> dict[str, Any]:
     }
 
 
+def order(run: Run) -> dict[str, Any]:
+    """What decides which image stands at which place of the stream, beside what is in `identity`."""
+    values = {**run.fingerprint, "seed": run.config.run.seed}
+    return {key: values[key] for key in ORDER}
+
+
 def save(run: Run) -> str:
     """Writes a checkpoint of this step and returns its path. Every rank calls it."""
     info = {
         **identity(run),
+        **order(run),
         "consumed": run.consumed,
         "skipped_steps": run.classifier.skipped_steps,
         "world_size": run.place.world_size,
@@ -138,13 +146,27 @@ def _go_on(run: Run, path: str) -> list[str]:
                 f"checkpoint {path} has {LABELS.get(key, key)} {info[key]}, but this run has {ours}: go on with the recipe and data it was "
                 "trained with, or begin a new run with its backbone, with --from instead of --resume and a run.folder of its own"
             )
-    lines = classifier_state.load(path, info, run.classifier, run.classifier_optimizer)
+    lines = _check_order(run, path, info)
+    lines += classifier_state.load(path, info, run.classifier, run.classifier_optimizer)
     run.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
     lines += _load_ema(run, path)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
     checkpoint.supersede(run.checkpoints, run.step)
     return lines
+
+
+def _check_order(run: Run, path: str, info: dict[str, Any]) -> list[str]:
+    """Images that stand elsewhere than before would come twice in an epoch, or not at all. Earlier versions did not write down where."""
+    changed = ", ".join(differences(order(run), info))
+    if not changed:
+        return []
+    if run.config.data.changed == "refuse":
+        raise ValueError(
+            f"the data has changed since checkpoint {path}: {changed}. Go on with the data as it was, or admit the change with --set "
+            "data.changed=continue: from here on images come in a new order, in the epoch under way some twice or not at all"
+        )
+    return [f"the data has changed since the checkpoint ({changed}): a new order, in this epoch some images come twice or not at all"]
 
 
 def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@ prototypes of the identities that both sets have."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,8 +109,9 @@ class Start:
         """From the checkpoint or, where an earlier version wrote it, from the set that it was trained on."""
         names = checkpoint.read_identities(self.path)
         data = self.info.get("config", {}).get("data", {})
-        if names is None and os.path.exists(data.get("train", "")):
-            names = open_source(data["train"], data.get("reader", "native")).identities
+        if names is None and data.get("train"):
+            with contextlib.suppress(ValueError, OSError):  # gone or damaged
+                names = open_source(data["train"], data.get("reader", "native")).identities
         if names is None or len(names) != num_classes or self.info.get("identities") not in (None, checksum(names)):
             raise ValueError(
                 f"start.classifier: {self.path} does not name its identities, and the set that it was trained on, "

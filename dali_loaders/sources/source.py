@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dali_loaders.account import Account
+from dali_loaders.account import Account, Unreadable
 
 
 class Source(Protocol):
-    """A labelled set of encoded images. Picklable; `read` may be called from several threads."""
+    """A labelled set of encoded images. Picklable; `read` may be called from several threads.
+
+    Some sources have more, which others look for: `read_many(indices)`, as the function below; `parts`, a sequence of Part, where they
+    are made of several sets; `remarks`, lines about how they were made; `order_checksum()`, in place of that of all names (identity.py).
+    """
 
     path: str
     labels: np.ndarray  # int64 [N], in 0..C-1
@@ -24,6 +28,23 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """How messages call image `index`."""
+
+
+class Part(NamedTuple):
+    """One of the sets that a source is made of: the images [start, stop)."""
+
+    name: str
+    start: int
+    stop: int
+    weight: float  # its share of the stream, relative to those of the others; 0 for all: by the number of images
+
+
+def read_many(source: Source, indices: np.ndarray) -> list[bytes | np.ndarray | Unreadable]:
+    """The encoded bytes of the images `indices`, int64 [b], at once where the source can; some sources give reasons in place of images,
+    others raise as `read` does."""
+    if hasattr(source, "read_many"):
+        return source.read_many(indices)
+    return [source.read(index) for index in indices.tolist()]
 
 
 def single_image_identities(source: Source) -> list[str]:
