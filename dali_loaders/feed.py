@@ -23,6 +23,7 @@ from dali_loaders.order import Order
 from dali_loaders.skipped import Skipped
 from dali_loaders.sources import Source
 
+_BLOCK = 1024  # stream positions
 _KNOWN = Unreadable("unreadable before")
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,8 @@ class Feed:
 
     def train_batches(self, order: Order, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
         """Batches of the stream positions from each of `starts` on; unreadable images are replaced as `order` says."""
-        config, size = self._config, self.decoder.batch_size
+        size = self.decoder.batch_size
         reads = replaced = 0
-
-        def requests() -> Iterator[_Pending]:
-            for start in starts:
-                arguments = augment_arguments(config.augment, config.image_size, seed, np.arange(start, start + size))
-                yield _Pending(order.indices(start, start + size), arguments)
 
         def replace(batch: _Pending, bad: list[int]) -> list[int]:
             nonlocal replaced
@@ -78,11 +74,22 @@ class Feed:
 
         def counted() -> Iterator[_Pending]:
             nonlocal reads
-            for batch in self._read_ahead(requests()):
+            for batch in self._read_ahead(self._train_requests(order, seed, starts)):
                 reads += size
                 yield batch
 
         return self._batches(counted(), replace)
+
+    def _train_requests(self, order: Order, seed: int, starts: Iterable[int]) -> Iterator[_Pending]:
+        """Order and random numbers of several batches at a time: for one of 128 images their dozens of calls to numpy take 1 ms, if the
+        set is large, and for eight of them 1.3."""
+        starts, size = iter(starts), self.decoder.batch_size
+        augment, side = self._config.augment, self._config.image_size
+        while block := list(itertools.islice(starts, max(1, _BLOCK // size))):
+            positions = np.concatenate([np.arange(start, start + size) for start in block])
+            wanted, arguments = order.at(positions), augment_arguments(augment, side, seed, positions)
+            for part in (slice(at, at + size) for at in range(0, len(positions), size)):
+                yield _Pending(wanted[part], {name: values[part] for name, values in arguments.items()})
 
     def evaluation_batches(self, indices: np.ndarray) -> Iterator[Batch]:
         """Batches of these images in their order; unreadable ones are left out, and counted at the end."""
