@@ -13,7 +13,7 @@ from dali_loaders import renamed
 from dali_loaders.config import AugmentConfig as AugmentConfig  # older recipe files import both from here
 from dali_loaders.config import DataConfig as DataConfig
 from dali_loaders.encoded import HeaderReader, Unreadable, groups
-from dali_loaders.graphs import Graph, byte_arrays
+from dali_loaders.graphs import Graph, byte_arrays, dali_modules
 from dali_loaders.image_graph import image_pipeline
 from dali_loaders.reasons import undecodable
 
@@ -52,6 +52,7 @@ class Decoder:
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        dali_modules()  # imported before a thread uses it, so that at the interpreter's end the thread stops before DALI does
         on_gpu = device.type == "cuda"
         if decoder == "gpu" and not on_gpu:
             raise ValueError("data.decoder is 'gpu', but this runs on the CPU; expected 'auto' or 'cpu', or a run on a GPU.")
