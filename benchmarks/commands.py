@@ -53,6 +53,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     cost.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products (float32)")
     cost.add_argument("--pairs", type=int, default=7, metavar="N", help="steps of each side (7)")
     _add_report(cost, "losses")
+    loader = command(
+        bench,
+        "loader",
+        _bench_loader,
+        "images a second of the training loader, beside DALI's own reader and the usual loaders in turn, and of its feed without decoding",
+        "protoshard bench loader --data faces.rec --threads 4",
+    )
+    _add_bench_loader(loader)
     training = command(
         bench,
         "training",
@@ -103,6 +111,19 @@ def _add_bench_step(bench: argparse.ArgumentParser) -> None:
     _add_report(bench, "step")
 
 
+def _add_bench_loader(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--data", metavar="PATH", help="any set, of which --images are copied into one .rec (drawn faces of 7 KB)")
+    bench.add_argument("--images", type=int, default=8000, metavar="N", help="so few that they stay in memory (8000)")
+    bench.add_argument("--batch", type=int, default=128, metavar="N", help="images (128)")
+    bench.add_argument("--image-size", type=int, default=112, metavar="N", help="pixels of a side (112)")
+    bench.add_argument("--threads", type=int, metavar="N", help="or workers, of each side (the cores, at most 16)")
+    bench.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each side (7)")
+    bench.add_argument("--seconds", type=float, default=1.0, metavar="S", help="of a turn (1)")
+    bench.add_argument("--ranks", type=int, default=8, metavar="N", help="feeds at the same time, for the last row (8)")
+    bench.add_argument("--feed-only", action="store_true", help="only the feed without decoding")
+    _add_report(bench, "loader")
+
+
 def _add_report(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks", "results", f"{name}.csv")
@@ -150,6 +171,16 @@ def _bench_losses(options: argparse.Namespace) -> None:
     names = options.losses or sorted(losses.REGISTRY)
     found = loss_cost.rows(names, options.classes, options.batch, options.width, options.dtype, options.pairs)
     record.report(found, loss_cost.as_text, options.json, options.csv)
+
+
+def _bench_loader(options: argparse.Namespace) -> None:
+    from benchmarks import loader, loader_peers, record
+    from dali_loaders import DataConfig
+
+    threads = DataConfig().thread_count() if options.threads is None else options.threads
+    setting = loader_peers.Setting(options.batch, threads, options.image_size, options.rounds, options.seconds)
+    rows = loader.rows(setting, options.data, options.images, options.ranks, options.feed_only)
+    record.report(rows, loader.as_text, options.json, options.csv)
 
 
 def _bench_training(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -26,8 +27,9 @@ class Background(Generic[T]):
         stop = threading.Event()
         thread = threading.Thread(target=_produce, args=(items, device, self._ready, stop), name="protoshard-data", daemon=True)
         # The finalizer also runs when the iterator is dropped or the interpreter ends: a daemon thread inside a native library would crash
-        # the exit.
+        # the exit. Registered by itself, since the last one runs first: before the library shuts down what the thread still uses.
         self._finalizer = weakref.finalize(self, _finish, thread, self._ready, stop)
+        atexit.register(self._finalizer)
         thread.start()
 
     def __iter__(self) -> Background[T]:
@@ -50,6 +52,7 @@ class Background(Generic[T]):
     def close(self) -> None:
         """Stops the thread and waits for it."""
         self._finalizer()
+        atexit.unregister(self._finalizer)
 
 
 def _produce(items: Iterator[T], device: torch.device | None, ready: queue.Queue, stop: threading.Event) -> None:

@@ -12,8 +12,8 @@ import torch
 from dali_loaders import renamed
 from dali_loaders.config import AugmentConfig as AugmentConfig  # older recipe files import both from here
 from dali_loaders.config import DataConfig as DataConfig
-from dali_loaders.encoded import HeaderReader, Unreadable
-from dali_loaders.graphs import Graph, byte_arrays
+from dali_loaders.encoded import HeaderReader, Unreadable, groups
+from dali_loaders.graphs import Graph, byte_arrays, dali_modules
 from dali_loaders.image_graph import image_pipeline
 from dali_loaders.reasons import undecodable
 
@@ -52,6 +52,7 @@ class Decoder:
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        dali_modules()  # imported before a thread uses it, so that at the interpreter's end the thread stops before DALI does
         on_gpu = device.type == "cuda"
         if decoder == "gpu" and not on_gpu:
             raise ValueError("data.decoder is 'gpu', but this runs on the CPU; expected 'auto' or 'cpu', or a run on a GPU.")
@@ -61,11 +62,12 @@ class Decoder:
         self.batch_size = batch_size
         self._size, self._channels_last, self._dtype = image_size, channels_last, dtype
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self._headers = HeaderReader(batch_size)
+        self.sizes = HeaderReader(batch_size).sizes
         # On a CPU resizing halves the throughput even where it changes nothing, so it joins the graph at the first image of another size.
         # There it is known to leave images of the right size as they are; on a GPU no image may depend on what came before it.
         self._resize = on_gpu
-        self._graph: Graph | None = None
+        self._graph: Any = None  # a Graph, once it is known whether images are resized
+        self._groups: list[tuple[Sequence[bytes], dict[str, np.ndarray]]] = []  # of the batch that was started
         # Partial functions and no methods: a cycle would keep the memory of pipelines until Python looks for cycles.
         pipeline = partial(image_pipeline, image_size, batch_size, threads, self.device)
         self._pipeline = partial(pipeline, decode_on=self.decodes_on, channels_last=channels_last, dtype=dtype)
@@ -74,20 +76,46 @@ class Decoder:
 
     def __call__(self, encoded: Sequence[bytes | Unreadable], arguments: dict[str, np.ndarray]) -> torch.Tensor:
         """Raises UnreadableImagesError, after which other images can be decoded; RuntimeError for what is not the images' fault."""
-        # Headers are read first, because one that cannot be parsed makes the decoder of DALI 2.4 crash the process (its threads outlive
-        # the error).
-        sizes_b2, why = self._headers.sizes(encoded)
+        sizes_b2, why = self.sizes(encoded)
         if why:
             raise UnreadableImagesError(why)
-        good = [data for data in encoded if not isinstance(data, Unreadable)]  # all, as `why` is empty
+        self.start([data for data in encoded if not isinstance(data, Unreadable)], sizes_b2, arguments)  # all, as `why` is empty
+        return self.finish()
+
+    def start(self, encoded: Sequence[bytes], sizes_b2: np.ndarray, arguments: dict[str, np.ndarray]) -> None:
+        """Begins to decode a batch of which `sizes` found nothing wrong, as a header that cannot be parsed makes the decoder of DALI 2.4
+        crash the process (its threads outlive the error). One batch at a time: `finish` gives its images."""
         if not self._resize and (sizes_b2 != self._size).any():
             self._resize, self._graph = True, None
         self._graph = self._graph or Graph(partial(self._pipeline, resize=self._resize, arguments=set(arguments)))
-        try:
-            output = self._graph.run({"encoded": byte_arrays(good)} | arguments, self._stream)
-        except RuntimeError as error:
-            raise UnreadableImagesError({at: undecodable(good[at]) for at in self._judge.unreadable(good, error)}) from error
-        return self._to_torch(output)
+        # Decoded at a time, and so kept by DALI as buffers: a bounded number of pixels, whatever the batch and the size of its images.
+        self._groups = [(encoded[part], {name: values[part] for name, values in arguments.items()}) for part in groups(sizes_b2)]
+        self._start_group(0)
+
+    def finish(self) -> torch.Tensor:
+        """The images of the batch that was started; raises what a call does."""
+        parts: list[torch.Tensor] = []
+        why: dict[int, str] = {}
+        cause, first = None, 0
+        for number, (encoded, _) in enumerate(self._groups):
+            if number:
+                self._start_group(number)
+            try:
+                output = self._graph.finish(self._stream)
+            except RuntimeError as error:
+                why |= {first + at: undecodable(encoded[at]) for at in self._judge.unreadable(encoded, error)}
+                cause = error
+            else:
+                parts.append(self._to_torch(output))
+            first += len(encoded)
+        if why:
+            raise UnreadableImagesError(why) from cause
+        images = parts[0] if len(parts) == 1 else self._joined(parts)
+        return images.permute(0, 3, 1, 2) if self._channels_last else images
+
+    def _start_group(self, number: int) -> None:
+        encoded, arguments = self._groups[number]
+        self._graph.start({"encoded": byte_arrays(encoded)} | arguments)
 
     def to_device(self, labels: torch.Tensor) -> torch.Tensor:
         """A CPU tensor brought to the device on the decoder's own stream, so that it does not queue behind the training step."""
@@ -110,4 +138,12 @@ class Decoder:
                 feed_ndarray(tensor, images, cuda_stream=self._stream)
             # Only the thread that feeds waits here, never the training step; afterwards DALI may reuse its buffer.
             self._stream.synchronize()
-        return images.permute(0, 3, 1, 2) if self._channels_last else images
+        return images
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        if self._stream is None:
+            return torch.cat(parts)
+        with torch.cuda.stream(self._stream):
+            images = torch.cat(parts)
+        self._stream.synchronize()
+        return images

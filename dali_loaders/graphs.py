@@ -22,13 +22,25 @@ class Graph:
     def __init__(self, define: Callable[[], Any]) -> None:
         self._define = define
         self._pipeline: Any = None
+        self._running: Any = None
 
     def run(self, inputs: Mapping[str, Any], stream: Any = None) -> Any:
-        """The output for inputs by name: arrays [b, ...], or lists of b arrays. `stream`: a CUDA stream on which it will be used."""
+        """The output for inputs by name: arrays [b, ...], or what byte_arrays gives. `stream`: a CUDA stream on which it will be used."""
+        self.start(inputs)
+        return self.finish(stream)
+
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """Begins a run in DALI's threads, which copies the inputs first. One at a time."""
         pipeline, self._pipeline = self._pipeline or self._define(), None
         for name, values in inputs.items():
             pipeline.feed_input(name, values)
-        (output,) = pipeline.run(stream)  # by position: DALI takes every keyword for an input
+        pipeline.schedule_run()
+        self._running = pipeline
+
+    def finish(self, stream: Any = None) -> Any:
+        """Waits for the output of the run that was started; raises what went wrong in it."""
+        pipeline, self._running = self._running, None
+        (output,) = pipeline.outputs(stream)
         self._pipeline = pipeline
         return output
 
@@ -52,8 +64,11 @@ class Graph:
         return False
 
 
-def byte_arrays(encoded: Sequence[bytes]) -> list[np.ndarray]:
-    return [np.frombuffer(data, np.uint8) for data in encoded]
+def byte_arrays(encoded: Sequence[bytes]) -> Any:
+    """What a graph takes for a batch of byte strings: a TensorList that looks into them. Made here in two calls, since feed_input takes
+    2.1 us an image to make it of a list of arrays, and this 0.8."""
+    tensors: Any = dali_modules()[0].tensors
+    return tensors.TensorListCPU([tensors.TensorCPU(data, "") for data in encoded], None, contiguous=False)
 
 
 @cache

@@ -39,7 +39,7 @@ class TensorsStayOnCpu(TorchFunctionMode):
 @dataclass
 class StandIn:
     pipelines: list[dict[str, Any]] = field(default_factory=list)  # arguments of image_pipeline
-    runs: list[dict[str, Any]] = field(default_factory=list)  # of Pipeline.run, as DALI's signature binds them
+    outputs: list[dict[str, Any]] = field(default_factory=list)  # of Pipeline.outputs, as DALI's signature binds them
     copies: list[dict[str, Any]] = field(default_factory=list)  # of feed_ndarray
 
 
@@ -53,16 +53,16 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    run, copy, image_pipeline = dali.Pipeline.run, pytorch.feed_ndarray, image_graph.image_pipeline
+    outputs, copy, image_pipeline = dali.Pipeline.outputs, pytorch.feed_ndarray, image_graph.image_pipeline
 
     def record_pipeline(image_size, batch_size, threads, device, **options):
         seen.pipelines.append({"device": device} | options)
         return image_pipeline(image_size, batch_size, threads, torch.device("cpu"), **options | {"decode_on": "cpu"})
 
-    def record_run(*args, **kwargs):
-        bound = inspect.signature(run).bind(*args, **kwargs).arguments
-        seen.runs.append(bound)
-        return run(args[0], None, **bound.get("pipeline_inputs", {}))
+    def record_outputs(*args, **kwargs):
+        bound = inspect.signature(outputs).bind(*args, **kwargs).arguments
+        seen.outputs.append(bound)
+        return outputs(args[0])
 
     def record_copy(*args, **kwargs):
         bound = inspect.signature(copy).bind(*args, **kwargs).arguments
@@ -70,6 +70,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         return copy(bound["dali_tensor"], bound["arr"])
 
     monkeypatch.setattr(decode, "image_pipeline", record_pipeline)
-    monkeypatch.setattr(dali.Pipeline, "run", record_run)
+    monkeypatch.setattr(dali.Pipeline, "outputs", record_outputs)
     monkeypatch.setattr(pytorch, "feed_ndarray", record_copy)
     return seen

@@ -2,6 +2,8 @@
 
 import gc
 import struct
+import subprocess
+import sys
 import weakref
 
 import cv2
@@ -10,10 +12,10 @@ import pytest
 import torch
 from pictures import picture
 
-from dali_loaders import AugmentConfig, DataConfig
+from dali_loaders import AugmentConfig, DataConfig, decode
 from dali_loaders.augment import augment_arguments
 from dali_loaders.decode import Decoder, UnreadableImagesError
-from dali_loaders.encoded import HeaderReader
+from dali_loaders.encoded import HeaderReader, groups
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -228,3 +230,73 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch):
     alone = DataConfig().thread_count()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert DataConfig().thread_count() == 1 <= alone
+
+
+@pytest.mark.parametrize("options", [{}, {"channels_last": True, "dtype": torch.float16}])
+def test_groups_of_bounded_size_change_no_pixel(monkeypatch, options):
+    """Arguments go with their images, and unreadable images of all groups are told at once."""
+    sizes = [(40, 60), 32, (200, 300), (20, 50), (300, 200), 32, (10, 90)]
+    encoded = [picture(n, size) for n, size in enumerate(sizes)]
+    arguments = augment_arguments(AugmentConfig(zoom=0.1, brightness=0.2), 32, 3, np.arange(7))
+    expected = Decoder(32, 7, 2, CPU, **options)(encoded, arguments)
+    counts = []
+
+    def small_groups(sizes_b2):
+        found = groups(sizes_b2, 5000)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(decode, "groups", small_groups)
+    decoder = Decoder(32, 7, 2, CPU, **options)
+    images = decoder(encoded, arguments)
+    assert counts == [5]
+    assert torch.equal(images, expected)
+    assert images.stride() == expected.stride()
+    png = picture(1, 32, ".png")
+    png = png[:200] + b"\x55\xaa\x55" + png[203:]
+    damaged = [*encoded[:4], png, encoded[5], png]
+    with pytest.raises(UnreadableImagesError) as error:
+        decoder(damaged, arguments)
+    assert list(error.value.why) == [4, 6]
+    assert torch.equal(decoder(encoded, arguments), expected)
+
+
+_MEMORY = """
+import sys
+from itertools import islice
+from dali_loaders import DataConfig, evaluation_batches, open_source
+import numpy as np
+
+folder, batch, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for images, *_ in evaluation_batches(open_source(folder), DataConfig(threads=2), np.arange(batch * batches) % 4, batch):
+    assert len(images) == batch
+with open("/proc/self/status") as file:
+    print(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024)
+"""
+
+
+def peak_of_loading(folder, megapixels: int, batch: int, batches: int) -> float:
+    """MiB at the peak of a process that loads photos."""
+    (folder / "anna").mkdir()
+    width, height = {12: (4000, 3000), 48: (8000, 6000)}[megapixels]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32) / width, np.arange(height, dtype=np.float32) / height)
+    photo = (255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8)
+    data = cv2.imencode(".jpg", photo, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    for name in "abcd":
+        (folder / "anna" / f"{name}.jpg").write_bytes(data)
+    command = [sys.executable, "-c", _MEMORY, str(folder), str(batch), str(batches)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+def test_memory_of_large_photos(tmp_path):
+    """Decoded at once, a batch of 16 would take 576 MB; DALI keeps 200."""
+    assert peak_of_loading(tmp_path, 12, 16, 1) < 800
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(("megapixels", "batch"), [(12, 64), (48, 4), (48, 16)])
+def test_memory_of_many_large_photos(tmp_path, megapixels, batch):
+    assert peak_of_loading(tmp_path, megapixels, batch, 3) < 1000

@@ -38,14 +38,14 @@ def builds(monkeypatch):
 
 def failing(monkeypatch, fails):
     """Makes the runs of pipelines fail for which fails(pipeline) is true."""
-    run = dali.Pipeline.run
+    outputs = dali.Pipeline.outputs
 
     def fail(pipeline, *args, **kwargs):
         if fails(pipeline):
             raise RuntimeError(NO_MEMORY)
-        return run(pipeline, *args, **kwargs)
+        return outputs(pipeline, *args, **kwargs)
 
-    monkeypatch.setattr(dali.Pipeline, "run", fail)
+    monkeypatch.setattr(dali.Pipeline, "outputs", fail)
 
 
 def decodes(pipeline) -> bool:

@@ -129,7 +129,8 @@ def test_other_calls_bind():
     bound = inspect.signature(dali.Pipeline).bind(128, 4, 0, prefetch_queue_depth=1).arguments
     assert bound == {"batch_size": 128, "num_threads": 4, "device_id": 0, "prefetch_queue_depth": 1}
     assert inspect.signature(dali.Pipeline.feed_input).bind("pipeline", "encoded", []).arguments["data"] == []
-    assert inspect.signature(dali.Pipeline.run).bind("pipeline", "stream").arguments == {"self": "pipeline", "cuda_stream": "stream"}
+    assert inspect.signature(dali.Pipeline.schedule_run).bind("pipeline").arguments == {"self": "pipeline"}
+    assert inspect.signature(dali.Pipeline.outputs).bind("pipeline", "stream").arguments == {"self": "pipeline", "cuda_stream": "stream"}
     assert inspect.signature(feed_ndarray).bind("tensor", "images", cuda_stream="stream").arguments["arr"] == "images"
 
 

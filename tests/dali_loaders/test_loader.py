@@ -1,6 +1,8 @@
 """Batches do not depend on ranks or on where a run was stopped; unreadable images are replaced, named and counted."""
 
 import itertools
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -269,3 +271,15 @@ def test_evaluation_leaves_unreadable_images_out(folder, caplog):
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2], [6, 7, 8], [10, 11]]
     assert all(len(batch.images) == len(batch.labels) == len(batch.indices) for batch in batches)
     assert "person02/01.jpg" in caplog.text
+
+
+def test_a_process_ends_quietly_with_an_open_loader(folder):
+    """DALI shuts its pipelines down at the end; the thread that feeds must have stopped before."""
+    lines = [
+        "from dali_loaders import DataConfig, TrainLoader, open_source",
+        f"loader = TrainLoader(open_source({str(folder)!r}), DataConfig(image_size=32, threads=2), seed=1, global_batch=8)",
+        "next(loader)",
+    ]
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
