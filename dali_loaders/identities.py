@@ -26,11 +26,10 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
         return None
     try:
         with open(file_path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            lines = file.read().split("\n")
-        if lines[-1] == "":
-            del lines[-1]
+            *lines, rest = file.read().split("\n")
         if lines and all(line.endswith("\r") for line in lines):
             lines = [line[:-1] for line in lines]
+        lines += [rest] * (rest != "")
         rows = [line.partition("\t") for line in lines]
         for number, (count, tab, _) in enumerate(rows, start=1):
             if not (tab and count.isascii() and count.isdigit()):
