@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from dali_loaders.identities import identities_path, stamp, write_identities
-from dali_loaders.records import IRHeader, RecordWriter, pack_record
+from dali_loaders.records import MAGIC, IRHeader, RecordWriter, index_path, pack_record
+from dali_loaders.sources import RecordSource
+
+MAGIC_BYTES = MAGIC.to_bytes(4, "little")
+LABELS = [0, 0, 1, 1, 1, 2, 2, 3]
+IMAGES = [b"an image of eight " + bytes([65 + n]) * n for n in range(7)] + [b"1234" + MAGIC_BYTES + b"in parts"]
+NAMES = ["anna", "ben", "clara", "dora"]
 
 
 def write_plain(path: Path, labels: Sequence, payloads: Sequence[bytes], first: int = 0) -> str:
@@ -56,3 +62,18 @@ def relabel(path: str, key: int, label: float) -> None:
     with open(path, "r+b") as file:
         file.seek(offsets_of(path)[key] + 12)
         file.write(np.float32(label).tobytes())
+
+
+def idx(path: str) -> Path:
+    return Path(index_path(path))
+
+
+def everything(source: RecordSource) -> list[tuple[bytes, str]]:
+    """Images with the names of their identities, read one by one and in bulk."""
+    images = [source.read(index) for index in range(len(source))]
+    assert [bytes(image) for image in source.read_many(np.arange(len(source)))] == images
+    return [(image, source.identities[label]) for image, label in zip(images, source.labels.tolist(), strict=True)]
+
+
+def expected(names) -> list[tuple[bytes, str]]:
+    return [(image, names[label]) for image, label in zip(IMAGES, LABELS, strict=True)]

@@ -1,44 +1,18 @@
-""".rec, .idx and identities file as people have them: every image under its own label, or accounted for, or a sentence."""
+""".rec and identities file as people have them: every image under its own label, or accounted for, or a sentence."""
 
 import json
-import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from record_sets import offsets_of, relabel, write_plain, write_set
+from record_sets import IMAGES, LABELS, NAMES, everything, expected, idx, offsets_of, relabel, write_plain, write_set
 
 from dali_loaders import set_cache
-from dali_loaders.account import ChangedError, ReadError, Unreadable
+from dali_loaders.account import ChangedError
 from dali_loaders.identities import identities_path, read_identities, write_identities
-from dali_loaders.mxnet_records import import_recordio
-from dali_loaders.records import MAGIC, IRHeader, RecordWriter, index_path, pack_record
+from dali_loaders.records import IRHeader, RecordWriter, index_path, pack_record
 from dali_loaders.sources import RecordSource
-from dali_loaders.sources.recordio import find_record
-
-MAGIC_BYTES = MAGIC.to_bytes(4, "little")
-LABELS = [0, 0, 1, 1, 1, 2, 2, 3]
-IMAGES = [b"an image of eight " + bytes([65 + n]) * n for n in range(7)] + [b"1234" + MAGIC_BYTES + b"in parts"]
-NAMES = ["anna", "ben", "clara", "dora"]
-
-
-def idx(path: str) -> Path:
-    return Path(index_path(path))
-
-
-def everything(source: RecordSource) -> list[tuple[bytes, str]]:
-    """Images with the names of their identities, read one by one and in bulk."""
-    images = [source.read(index) for index in range(len(source))]
-    assert [bytes(image) for image in source.read_many(np.arange(len(source)))] == images
-    return [(image, source.identities[label]) for image, label in zip(images, source.labels.tolist(), strict=True)]
-
-
-def expected(names) -> list[tuple[bytes, str]]:
-    return [(image, names[label]) for image, label in zip(IMAGES, LABELS, strict=True)]
-
-
-# Identities files
 
 
 def test_a_set_with_names_and_without(tmp_path):
@@ -112,110 +86,6 @@ def test_identities_files_that_cannot_be_used(tmp_path, text, message):
     Path(identities_path(path)).write_text(text)
     with pytest.raises(ValueError, match=message):
         RecordSource(path)
-
-
-# The .idx
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_an_index_that_is_cut_at_any_byte(tmp_path, named):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES, NAMES if named else None)
-    whole = idx(path).read_bytes()
-    for cut in range(len(whole)):
-        idx(path).write_bytes(whole[:cut])
-        if cut == len(whole) - 1:  # only the last line's end is missing
-            assert len(RecordSource(path)) == 8
-            continue
-        with pytest.raises(ValueError, match=r"a\.idx (does not match|is not an index) .*delete (it|the \.idx)"):
-            RecordSource(path)
-
-
-LINES = {
-    "one missing": lambda lines: lines[:4] + lines[5:],
-    "the first missing": lambda lines: lines[1:],
-    "half missing": lambda lines: lines[::2],
-    "one twice": lambda lines: lines[:4] + lines[3:],
-    "all twice": lambda lines: lines + lines,
-    "a key twice": lambda lines: [*lines[:4], "3" + lines[4][1:], *lines[5:]],
-    "keys exchanged": lambda lines: [*lines[:3], "4" + lines[3][1:], "3" + lines[4][1:], *lines[5:]],
-    "another key": lambda lines: [*lines[:3], "99" + lines[3][1:], *lines[4:]],
-    "keys of another start": lambda lines: [f"{int(key) + (place > 5)}\t{at}" for place, (key, at) in enumerate(map(str.split, lines))],
-    "one more": lambda lines: [*lines, "13\t4"],
-    "one beyond": lambda lines: [*lines, "13\t99999"],
-    "no lines": lambda lines: ["x" * 5000],
-    "huge": lambda lines: [*lines, "13\t99999999999999999999999"],
-    "a byte off": lambda lines: [f"{key}\t{int(at) + 1}" for key, at in map(str.split, lines)],
-    "binary": lambda lines: ["\0\1\2\3" * 10],
-    "decimal": lambda lines: [f"{line}.0" for line in lines],
-}
-
-
-@pytest.mark.parametrize("change", list(LINES))
-def test_an_index_of_other_lines(tmp_path, change):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    idx(path).write_text("\n".join(LINES[change](idx(path).read_text().splitlines())) + "\n")
-    with pytest.raises(ValueError, match=r"a\.idx (does not match|is not an index|has two records) .*delete (it|the \.idx)"):
-        RecordSource(path)
-    idx(path).unlink()
-    assert everything(RecordSource(path)) == expected("0123")
-
-
-def test_how_much_an_index_covers_is_said(tmp_path):
-    path = write_plain(tmp_path / "a.rec", [0.0, 0.0, 1.0], [b"1234"] * 3)
-    idx(path).write_text("0\t0\n2\t72\n")
-    with pytest.raises(ValueError, match="it covers 72 of 108 bytes; delete the"):
-        RecordSource(path)
-
-
-@pytest.mark.parametrize(
-    "change", [lambda text: text.replace("\n", "\r\n"), lambda text: text + "\n\n", lambda text: "\n".join(text.split()[0:0]) + text]
-)
-def test_an_index_of_other_line_ends(tmp_path, change):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    idx(path).write_bytes(change(idx(path).read_text()).encode())
-    assert everything(RecordSource(path)) == expected("0123")
-
-
-def test_lines_in_any_order(tmp_path):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    lines = idx(path).read_text().splitlines()
-    idx(path).write_text("\n".join(lines[::-1]))
-    assert everything(RecordSource(path)) == expected("0123")
-
-
-def test_an_index_of_another_set_of_the_same_size(tmp_path):
-    path, other = (
-        write_plain(tmp_path / name, [0.0, 1.0], images)
-        for name, images in (("a.rec", [b"1234", b"12345678"]), ("b.rec", [b"12345678", b"1234"]))
-    )
-    assert os.path.getsize(path) == os.path.getsize(other)
-    idx(path).write_bytes(idx(other).read_bytes())
-    with pytest.raises(ValueError, match=r"a\.idx does not match"):
-        RecordSource(path)
-
-
-def test_keys_that_need_not_be_the_records_own_numbers(tmp_path):
-    """As in a shuffled copy of a set, and in one with some records left out, whose .idx counts anew."""
-    with RecordWriter(str(tmp_path / "a.rec")) as writer:
-        for key, number in enumerate([5, 2, 9]):
-            writer.write(key, pack_record(IRHeader(0, float(number), number, 0), b"%d" % number))
-    with RecordWriter(str(tmp_path / "b.rec")) as writer:
-        for key, number in enumerate([1, 2, 5]):
-            writer.write(key, pack_record(IRHeader(0, float(number), number, 0), b"%d" % number))
-    assert [image for image, _ in everything(RecordSource(str(tmp_path / "a.rec")))] == [b"5", b"2", b"9"]
-    assert [image for image, _ in everything(RecordSource(str(tmp_path / "b.rec")))] == [b"1", b"2", b"5"]
-
-
-def test_a_rebuilt_index_has_the_records_own_numbers(tmp_path):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES, zero_last=True)
-    whole = idx(path).read_bytes()
-    idx(path).unlink()
-    source = RecordSource(path)
-    assert everything(source) == expected("0123") and source.account.seen == 8
-    assert idx(path).read_bytes() == whole
-
-
-# Records without an image, and other labels
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -298,115 +168,6 @@ def test_record_0_of_a_set_whose_numbers_float32_rounds(tmp_path):
     source = RecordSource(str(tmp_path / "a.rec"))
     assert [source.name(index) for index in range(2)] == [f"a.rec:record {images - 1}", f"a.rec:record {images}"]
     assert source.account.passed_over.keys() == {"announced by record 0, but not there"}
-
-
-# Folders, readers, pickling, change
-
-
-def test_the_record_file_of_a_folder(tmp_path, caplog):
-    assert find_record(str(tmp_path)) is None
-    path = write_set(tmp_path / "any.rec", LABELS, IMAGES)
-    assert find_record(str(tmp_path)) == path
-    write_set(tmp_path / "other.rec", LABELS, IMAGES)
-    assert find_record(str(tmp_path)) is None
-    path = write_set(tmp_path / "train.rec", LABELS, IMAGES)
-    assert find_record(str(tmp_path)) == path
-    (tmp_path / "property").write_text("4,112,112\n")
-    RecordSource(path)
-    assert not caplog.records
-    (tmp_path / "property").write_text("5,112,112")
-    RecordSource(path)
-    (tmp_path / "property").write_text("about")
-    RecordSource(path)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert "announces 5 identities, but" in caplog.text and "property cannot be read" in caplog.text
-
-
-def test_the_mxnet_reader_gives_the_same(tmp_path):
-    try:
-        import_recordio()
-    except ValueError as error:
-        pytest.skip(str(error))
-    images = [b"" if n == 2 else image for n, image in enumerate(IMAGES)]
-    path = write_set(tmp_path / "a.rec", LABELS, images, NAMES)
-    native, mxnet = RecordSource(path), RecordSource(path, "mxnet")
-    assert everything(mxnet) == everything(native)
-    assert mxnet.account == native.account
-    mxnet = RecordSource(path, "mxnet")  # which reads in large blocks, once
-    relabel(path, 4, 3.0)
-    for source in (native, mxnet):
-        with pytest.raises(ChangedError):
-            source.read(2)
-
-
-def test_reading_in_bulk_in_any_order(tmp_path):
-    rng = np.random.default_rng(0)
-    images = [rng.bytes(int(size)) for size in rng.integers(1, 3000, 60)]
-    images[7] = b"12345678" + MAGIC_BYTES + b"more"
-    source = RecordSource(write_plain(tmp_path / "a.rec", np.arange(60) // 3 * 1.0, images))
-    for indices in (np.arange(60), rng.integers(0, 60, 100), np.array([59]), np.arange(60)[::-1]):
-        found = source.read_many(indices)
-        assert [bytes(image) for image in found] == [images[index] for index in indices]
-        assert all(image.dtype == np.uint8 for image in found)
-    assert source.read_many(np.zeros(0, np.int64)) == []
-
-
-def damage(path: str, key: int, at: int, value: bytes) -> None:
-    """Keeps the time of the file, as damage of a disk does."""
-    times = os.stat(path)
-    with open(path, "r+b") as file:
-        file.seek(offsets_of(path)[key] + at)
-        file.write(value)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-@pytest.mark.parametrize(("at", "reason"), [(0, "no record starts"), (4, "(another length|cut off|no record)"), (8, "too short")])
-def test_damage_while_a_set_is_open_is_one_unreadable_image(tmp_path, at, reason):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    source = RecordSource(path)
-    damage(path, 3, at, b"\1\2\3\1")
-    with pytest.raises(ReadError, match=reason):
-        source.read(2)
-    found = source.read_many(np.array([3, 2, 1]))
-    assert isinstance(found[1], Unreadable)
-    assert [bytes(found[0]), bytes(found[2])] == [IMAGES[3], IMAGES[1]]
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_set_that_is_written_again_while_it_is_open_ends_the_run(tmp_path, kept):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    source = RecordSource(path)
-    if kept:
-        damage(path, 3, 12, np.float32(2).tobytes())  # another label is enough, whatever the time says
-    else:
-        with open(path, "wb") as file:
-            file.write(bytes(100))
-        os.utime(path, ns=(0, 0))
-    for read in (lambda: source.read(2), lambda: source.read_many(np.arange(8))):
-        with pytest.raises(
-            ChangedError, match=r"a\.rec changed since this run opened it .*leave sets alone while they are read, and start again"
-        ):
-            read()
-
-
-def test_a_set_that_shrinks_while_it_is_open_ends_the_run(tmp_path):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    source = RecordSource(path)
-    os.truncate(path, offsets_of(path)[5] + 20)
-    assert source.read(0) == IMAGES[0]
-    with pytest.raises(ChangedError):
-        source.read_many(np.arange(8))
-
-
-def test_a_set_that_is_replaced_while_it_is_open_stays_as_it_was(tmp_path):
-    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
-    source = RecordSource(path)
-    write_set(tmp_path / "b.rec", LABELS, IMAGES[::-1])
-    os.replace(tmp_path / "b.rec", path)
-    assert everything(source) == expected("0123")
-
-
-# The cache
 
 
 @pytest.fixture
