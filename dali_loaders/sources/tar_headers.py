@@ -29,7 +29,7 @@ _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 class Member(NamedTuple):
     """One entry of the archive."""
 
-    name: bytes  # as it would be unpacked: relative, without "." and ".."; empty for the folder itself
+    name: bytes  # as it would be unpacked: see `inside`; empty for the folder itself
     kind: str
     offset: int  # of its data; of its first header where it is SPARSE
     size: int  # bytes of data that are stored
@@ -128,8 +128,8 @@ class _Reader:
             return None, end
         if flag == ord("M"):
             raise DamagedTarError(f"it is one volume of several: {printable(name)} at byte {start} began in another one")
-        if kind == LINK:
-            link = inside(link)
+        if kind == LINK:  # GNU tar takes the part of a target that follows the last ".."
+            link = inside(link.rpartition(b"../")[2])
         return Member(inside(name), kind, start if kind == SPARSE else data, size, link), end
 
     def _check(self, block: bytes, at: int) -> bytes:
@@ -159,12 +159,12 @@ class _Reader:
 
 
 def inside(name: bytes) -> bytes:
-    """A member's name as GNU tar unpacks it: without what comes before the last "..", a leading "/", and "." in between."""
+    """A member's name as it is unpacked: without a leading "/", and without "." in between. With ".." it stays as it is."""
     if not (name.startswith((b"/", b".")) or name.endswith((b"/", b".")) or b"//" in name or b"/." in name):
         return name
     parts = name.split(b"/")
     if b".." in parts:
-        parts = parts[len(parts) - parts[::-1].index(b"..") :]
+        return name
     return b"/".join(part for part in parts if part not in (b"", b"."))
 
 

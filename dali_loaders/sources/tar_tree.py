@@ -45,6 +45,9 @@ class Unpacked:
 
     def _unpack(self, member: Member) -> None:
         name, kind = member.name, member.kind
+        if b".." in name and b".." in name.split(b"/"):
+            self._account.pass_over('".." in its name, with which it is not unpacked', printable(name))
+            return
         if kind == FOLDER:
             self.folders.add(name)
             return
@@ -54,6 +57,8 @@ class Unpacked:
         if kind == LINK and name == member.link:
             self._account.pass_over("hard link to itself", printable(name))
             return
+        if name in self._link_of and kind != SYMBOLIC:  # programs disagree on what is left
+            raise DamagedTarError(f"{printable(name)} is a symbolic link and a {kind} at once")
         if self._file_of.pop(name, None) is not None or self._link_of.pop(name, None) is not None:
             self._account.pass_over("replaced by a later member of the same name", printable(name))
         if kind in (FILE, SPARSE):
@@ -77,11 +82,12 @@ class Unpacked:
     def _add_folders(self) -> None:
         """Those that only the names of their files tell of."""
         inner = {name.rpartition(b"/")[0] for names in (self._file_of, self._link_of) for name in names} | self.folders
+        self.folders = {b""}
         for folder in inner:
             while folder and folder not in self.folders:
                 self.folders.add(folder)
                 folder = folder.rpartition(b"/")[0]
-        for folder in inner | self.folders:
+        for folder in self.folders:
             if folder in self._file_of or folder in self._link_of:
                 raise DamagedTarError(f"{printable(folder)} is a folder and a {'link' if folder in self._link_of else 'file'} at once")
 
