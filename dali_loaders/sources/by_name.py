@@ -99,16 +99,8 @@ def labels_of(path: str, names: Sequence[bytes]) -> tuple[np.ndarray, list[bytes
         first, more = printable(names[folders.index(b"")]), folders.count(b"") - 1
         raise ValueError(f"{path} holds {first} outside any identity folder{f', and {more} more' if more else ''}; expected {LAYOUT}.")
     identities = sorted(set(folders))
-    for identity in identities:
-        check_identity(path, identity)
     label_of = {identity: label for label, identity in enumerate(identities)}
     return np.fromiter((label_of[folder] for folder in folders), np.int64, len(folders)), identities
-
-
-def check_identity(path: str, identity: bytes) -> None:
-    """ValueError for a name that lists of names, one a line, could not hold."""
-    if b"\n" in identity or b"\r" in identity:
-        raise ValueError(f"{path}: the identity '{printable(identity)}' has a line break in its name; rename its folder or its label.")
 
 
 def without_images(folders: Iterable[bytes], identities: Iterable[bytes], account: Account) -> None:

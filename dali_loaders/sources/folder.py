@@ -62,8 +62,9 @@ class FolderSource:
                 unlisted.append((found.name, str(ReadError.of(found.kind))))
         if unlisted:
             name, reason = min(unlisted)
+            first = os.path.join(self._root, name) if name else self._root
             raise ValueError(
-                f"{len(unlisted)} folder(s) of {self.path} cannot be listed, the first is {printable(os.path.join(self._root, name))} "
+                f"{len(unlisted)} folder(s) of {self.path} cannot be listed, the first is {printable(first)} "
                 f"({reason}): what they hold would be missing. Make them readable, or move them out of the set."
             )
         return files, folders

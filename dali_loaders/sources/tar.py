@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+
+from dali_loaders.account import ReadError, Unreadable
 from dali_loaders.names import printable, text
 from dali_loaders.records import RandomAccessFile
 from dali_loaders.sources import by_name, meant
@@ -30,6 +33,10 @@ class TarSource:
     def read(self, index: int) -> bytes:
         return read_member(self._file, int(self._offsets[index]), int(self._sizes[index]))
 
+    def read_many(self, indices: np.ndarray) -> list[np.ndarray | Unreadable]:
+        """Images `indices`, int64 [b], as uint8 views of one buffer. ChangedError as for `read`."""
+        return read_members(self._file, self._offsets[indices], self._sizes[indices])
+
     def name(self, index: int) -> str:
         return f"{printable(os.path.basename(self.path))}:{printable(self._names[index])}"
 
@@ -42,3 +49,24 @@ def read_member(file: RandomAccessFile, offset: int, size: int) -> bytes:
     if len(data) < size:
         raise file.fault("cut off")
     return data
+
+
+def read_members(file: RandomAccessFile, offsets: np.ndarray, sizes: np.ndarray) -> list[np.ndarray | Unreadable]:
+    """Images at their places, each a view of one buffer; of Python's work each costs a slice and a system call."""
+    if file.has_changed():
+        raise file.change()
+    ends = np.cumsum(np.maximum(sizes, 0))
+    buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    images: list[np.ndarray | Unreadable] = []
+    start = 0
+    for offset, size, end in zip(offsets.tolist(), sizes.tolist(), ends.tolist(), strict=True):
+        part, start = buffer[start:end], end
+        try:
+            if size == IS_SPARSE:
+                part = np.frombuffer(read_sparse(file.path, offset), np.uint8)
+            elif file.read_into(part, offset) < size:
+                raise file.fault("cut off")
+            images.append(part)
+        except ReadError as error:
+            images.append(Unreadable(str(error)))
+    return images

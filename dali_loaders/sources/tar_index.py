@@ -81,8 +81,6 @@ class _Builder:
             images = [at for at, identity in zip(images, of_samples, strict=True) if identity is not None]
             of_images = [identity for identity in of_samples if identity is not None]
             identities = samples.in_order(set(of_images))
-            for identity in identities:
-                by_name.check_identity(self._path, identity)
             label_of = {identity: label for label, identity in enumerate(identities)}
             labels = np.fromiter((label_of[identity] for identity in of_images), np.int64, len(of_images))
         else:  # what could have held labels is a file like others

@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from dali_loaders.account import Account
+from dali_loaders.account import Account, Unreadable
 from dali_loaders.names import printable, text
 from dali_loaders.records import RandomAccessFile
 from dali_loaders.sources import by_name, samples
 from dali_loaders.sources.source import Source
-from dali_loaders.sources.tar import TarSource, read_member
+from dali_loaders.sources.tar import TarSource, read_member, read_members
 from dali_loaders.sources.tar_index import TarIndex, index_of
 
 _OPEN = 256  # files of a process at once; many systems allow 1,024
@@ -55,6 +55,18 @@ class ShardedTarSource:
         shard, at = self._place(index)
         offsets, sizes = self._places[shard]
         return read_member(_opened(*self._shards[shard]), int(offsets[at]), int(sizes[at]))
+
+    def read_many(self, indices: np.ndarray) -> list[np.ndarray | Unreadable]:
+        """As TarSource has it; each tar of which there are images is read once."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        images: list[np.ndarray | Unreadable] = [Unreadable("not read")] * len(indices)
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            at = indices[chosen] - (self._ends[shard - 1] if shard else 0)
+            offsets, sizes = self._places[shard]
+            for place, image in zip(chosen.tolist(), read_members(_opened(*self._shards[shard]), offsets[at], sizes[at]), strict=True):
+                images[place] = image
+        return images
 
     def name(self, index: int) -> str:
         shard, at = self._place(index)

@@ -68,7 +68,9 @@ def unpacked(tar: Path, *options: str) -> Path:
 
 
 def images(source: Source) -> list[tuple]:
-    names = [source.name(index).partition(".tar:" if isinstance(source, TarSource) else f"{source.path}/")[2] for index in range(len(source))]
+    names = [
+        source.name(index).partition(".tar:" if isinstance(source, TarSource) else f"{source.path}/")[2] for index in range(len(source))
+    ]
     return [
         (name, source.identities[label], source.read(index))
         for index, (name, label) in enumerate(zip(names, source.labels.tolist(), strict=True))
@@ -105,7 +107,9 @@ def compare(members: list[tuple], form: str) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(_members, max_size=10), st.sampled_from(list(FORMATS)))
 @example([("file", "a/1.jpg", 2), ("symbolic link", "b", "a"), ("symbolic link", "a/d", "../a")], "gnu")
-@example([("file", "a/1.jpg", 2), ("link", "b/1.jpg", "a/1.jpg"), ("file", "a/1.jpg", 3), ("symbolic link", "c/1.jpg", "../a/1.jpg")], "pax")
+@example(
+    [("file", "a/1.jpg", 2), ("link", "b/1.jpg", "a/1.jpg"), ("file", "a/1.jpg", 3), ("symbolic link", "c/1.jpg", "../a/1.jpg")], "pax"
+)
 def test_the_same_images(members, form):
     compare(members, form)
 
