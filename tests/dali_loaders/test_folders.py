@@ -155,7 +155,7 @@ def test_a_file_that_vanishes_or_turns_into_a_pipe(folder):
     (folder / "person00" / "01.jpg").unlink()
     (folder / "person00" / "02.jpg").unlink()
     os.mkfifo(folder / "person00" / "02.jpg")
-    with pytest.raises(ReadError, match="^vanished$"):
+    with pytest.raises(ReadError, match=r"^vanished$"):
         source.read(1)
     assert source.read(2) == b""  # and does not wait for a writer
 
@@ -187,7 +187,10 @@ def test_names_that_are_not_utf_8_are_the_same_in_every_form(tmp_path):
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "POSIX"])
 def test_names_do_not_depend_on_the_locale(tmp_path, locale):
     put(Path(os.fsdecode(os.fsencode(tmp_path / "set") + b"/" + GBK + b"/1.jpg")))
-    program = "import sys\nfrom dali_loaders.sources import FolderSource\ns = FolderSource(sys.argv[1])\nprint(ascii(s.identities), s.name(0)[-14:])"
+    program = (
+        "import sys\nfrom dali_loaders.sources import FolderSource\nsource = FolderSource(sys.argv[1])\n"
+        "print(ascii(source.identities), source.name(0)[-14:])"
+    )
     environment = {**os.environ, "LC_ALL": locale, "PYTHONPATH": os.getcwd(), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "set")], capture_output=True, text=True, env=environment, check=False

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
-import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from tar_sets import FORMATS, images, needs_tar, unpacked, write
 
-from dali_loaders.sources import FolderSource, Source, TarSource
+from dali_loaders.sources import FolderSource, TarSource
 
-pytestmark = pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
+pytestmark = needs_tar
 
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 _FOLDERS = ["a", "b", "c", "a/d", "b/e", ".h", "@eaDir", "x" * 120, "\udcc0\udcfd", "e\u0301", "\u00e9", "."]
 _FILES = ["1.jpg", "2.JPG", "photo", "n.txt", ".s.jpg", "._1.jpg", "y" * 101 + ".png", "a", "d"]
 _before = st.sampled_from(["", "", "", "./", "/", "../", "a/../", ".//"])
@@ -34,47 +30,6 @@ _members = st.one_of(
     st.tuples(st.just("symbolic link"), _folders.filter(lambda name: not name.endswith((".", "/"))), _targets),
     st.tuples(st.just("pipe"), _paths, st.none()),
 )
-
-
-def content(number: int) -> bytes:
-    """Of images, but for 0 and 1."""
-    return b"" if number == 0 else b"text" if number == 1 else b"\xff\xd8\xff" + bytes([number]) * (700 * number)
-
-
-def write(path: Path, members: list[tuple], form: str = "gnu") -> Path:
-    with tarfile.open(path, "w", format=FORMATS[form], encoding="utf-8", errors="surrogateescape") as tar:
-        for kind, name, what in members:
-            info = tarfile.TarInfo(name)
-            info.mode = 0o755
-            data = b""
-            if kind == "file":
-                data = content(what)
-                info.size = len(data)
-            else:
-                info.type = {"folder": b"5", "link": b"1", "symbolic link": b"2", "pipe": b"6"}[kind]
-                info.linkname = what or ""
-            try:
-                tar.addfile(info, io.BytesIO(data))
-            except ValueError:  # a name that is too long for ustar
-                continue
-    return path
-
-
-def unpacked(tar: Path, *options: str) -> Path:
-    folder = tar.with_suffix("")
-    folder.mkdir()
-    subprocess.run(["tar", "-x", *options, "-f", str(tar), "-C", str(folder)], capture_output=True, check=False)
-    return folder
-
-
-def images(source: Source) -> list[tuple]:
-    names = [
-        source.name(index).partition(".tar:" if isinstance(source, TarSource) else f"{source.path}/")[2] for index in range(len(source))
-    ]
-    return [
-        (name, source.identities[label], source.read(index))
-        for index, (name, label) in enumerate(zip(names, source.labels.tolist(), strict=True))
-    ]
 
 
 def result(kind: type, path: Path) -> list[tuple] | str:
