@@ -16,6 +16,7 @@ IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2",
 )  # fmt: skip
 LAYOUT = "IDENTITY/IMAGE.jpg (one folder per identity)"
+_REASONS = 4  # that a message lists
 HEAD = 32  # bytes that tell what a file is
 
 _BY_NAME = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
@@ -116,5 +117,6 @@ def without_images(folders: Iterable[bytes], identities: Iterable[bytes], accoun
 
 def no_images(path: str, account: Account, meant: str) -> ValueError:
     """For a set that holds none; `meant` says what was probably meant, or is empty."""
-    seen = "; ".join(f"{passed.count} {reason}, such as {passed.examples[0]}" for reason, passed in account.passed_over.items())
+    reasons = [f"{passed.count} {reason}, such as {passed.examples[0]}" for reason, passed in account.passed_over.items()]
+    seen = "; ".join([*reasons[:_REASONS], "..."] if len(reasons) > _REASONS else reasons)
     return ValueError(f"{path} holds no images{f' ({seen})' if seen else ''}; {meant or f'expected {LAYOUT}.'}")
