@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -30,6 +31,11 @@ class Names(Sequence[bytes]):
     def __iter__(self) -> Iterator[bytes]:
         blob, starts = self.blob.tobytes(), self.starts.tolist()
         return (blob[start:end] for start, end in pairwise(starts))
+
+    def checksum(self, value: int = 0) -> int:
+        """CRC-32 of all names in their order, going on from that of others."""
+        lengths = np.diff(self.starts).astype("<i8")
+        return zlib.crc32(lengths.data, zlib.crc32(np.ascontiguousarray(self.blob).data, value))
 
 
 def text(name: bytes) -> str:

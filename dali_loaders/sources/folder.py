@@ -46,6 +46,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         return printable(os.path.join(self._root, self._names[index]))
 
+    def order_checksum(self) -> int:
+        """Of the names of the images, without the path of the set; the same as of a tar of them."""
+        return self._names.checksum()
+
     def _walk(self) -> tuple[list[bytes], list[bytes]]:
         """Names of the files and of the folders."""
         files, folders, unlisted = [], [], []

@@ -40,6 +40,10 @@ class TarSource:
     def name(self, index: int) -> str:
         return f"{printable(os.path.basename(self.path))}:{printable(self._names[index])}"
 
+    def order_checksum(self) -> int:
+        """Of the names of the images, without the path of the set; the same as of the folder that it unpacks to."""
+        return self._names.checksum()
+
 
 def read_member(file: RandomAccessFile, offset: int, size: int) -> bytes:
     """An image at its place. ReadError, or ChangedError if the tar is no longer what it was when it was opened."""

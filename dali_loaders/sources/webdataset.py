@@ -73,6 +73,13 @@ class ShardedTarSource:
         tar = os.path.relpath(os.path.abspath(self._shards[shard][0]), self._folder)
         return f"{printable(tar)}:{printable(self._names[shard][at])}"
 
+    def order_checksum(self) -> int:
+        """Of the names of the images, shard by shard, without those of the shards."""
+        value = 0
+        for names in self._names:
+            value = names.checksum(value)
+        return value
+
     def _place(self, index: int) -> tuple[int, int]:
         """Shard of an image, and its place there."""
         shard = int(np.searchsorted(self._ends, index, side="right"))

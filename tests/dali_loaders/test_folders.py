@@ -279,3 +279,16 @@ def test_one_order_of_walking(tmp_path):
     (tmp_path / "link").symlink_to("a")
     found = [entry.name for entry in walk.walk(walk.FileSystem(), os.path.realpath(os.fsencode(tmp_path)))]
     assert found == [b"", b"a", b"a/y", b"a/c", b"a/c/z", b"b", b"b/x", b"link", b"link/y", b"link/c", b"link/c/z"]
+
+
+def test_the_checksum_of_the_order(folder, tar):
+    """It tells two orders apart, and knows no path."""
+    source = FolderSource(str(folder))
+    assert (
+        source.order_checksum()
+        == TarSource(str(tar)).order_checksum()
+        == FolderSource(str(shutil.copytree(folder, folder.with_name("copy")))).order_checksum()
+    )
+    assert Names.of([b"ab", b"c"]).checksum() != Names.of([b"a", b"bc"]).checksum()
+    (folder / "person00" / "00.jpg").rename(folder / "person00" / "0.jpg")
+    assert FolderSource(str(folder)).order_checksum() != source.order_checksum()
