@@ -98,7 +98,9 @@ def labels_of(path: str, names: Sequence[bytes], expected: str = LAYOUT) -> tupl
     folders = [name.rpartition(b"/")[0] for name in names]
     if b"" in folders:
         first, more = printable(names[folders.index(b"")]), folders.count(b"") - 1
-        raise ValueError(f"{path} holds {first} outside any identity folder{f', and {more} more' if more else ''}; expected {expected}.")
+        raise ValueError(
+            f"{printable(path)} holds {first} outside any identity folder{f', and {more} more' if more else ''}; expected {expected}."
+        )
     identities = sorted(set(folders))
     label_of = {identity: label for label, identity in enumerate(identities)}
     return np.fromiter((label_of[folder] for folder in folders), np.int64, len(folders)), identities
@@ -119,4 +121,4 @@ def no_images(path: str, account: Account, meant: str) -> ValueError:
     """For a set that holds none; `meant` says what was probably meant, or is empty."""
     reasons = [f"{passed.count} {reason}, such as {passed.examples[0]}" for reason, passed in account.passed_over.items()]
     seen = "; ".join([*reasons[:_REASONS], "..."] if len(reasons) > _REASONS else reasons)
-    return ValueError(f"{path} holds no images{f' ({seen})' if seen else ''}; {meant or f'expected {LAYOUT}.'}")
+    return ValueError(f"{printable(path)} holds no images{f' ({seen})' if seen else ''}; {meant or f'expected {LAYOUT}.'}")

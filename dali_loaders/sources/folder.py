@@ -68,7 +68,7 @@ class FolderSource:
             name, reason = min(unlisted)
             first = os.path.join(self._root, name) if name else self._root
             raise ValueError(
-                f"{len(unlisted)} folder(s) of {self.path} cannot be listed, the first is {printable(first)} "
+                f"{len(unlisted)} folder(s) of {printable(self.path)} cannot be listed, the first is {printable(first)} "
                 f"({reason}): what they hold would be missing. Make them readable, or move them out of the set."
             )
         return files, folders

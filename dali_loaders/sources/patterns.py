@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
+from dali_loaders.sources.by_name import aside
+
 _MOST = 100_000  # names of one pattern; more is a mistake in it
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _NUMBER_OF = re.compile(r"^(.*?)(\d+)-of-(\d+)(\D*)$")  # Hugging Face and TensorFlow say how many there are
@@ -52,10 +54,12 @@ def expand(pattern: str) -> list[str]:
 
 
 def tars_in(folder: str) -> list[str]:
-    """Paths of the .tar files of a folder itself, sorted; shards that belong together are there as a whole, or it is a ValueError."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(".tar") and not entry.name.startswith(".")]
-    paths = sorted(os.path.join(folder, name) for name in names)
+    """Paths of the tars of a folder that holds no folders, sorted; none of another one. ValueError if shards are missing."""
+    with os.scandir(folder) as listing:
+        entries = [entry for entry in listing if aside(os.fsencode(entry.name) + b"/") is None]
+    if any(entry.is_dir() for entry in entries):
+        return []
+    paths = sorted(os.path.join(folder, entry.name) for entry in entries if entry.name.lower().endswith(".tar"))
     check_numbers(folder, paths)
     return paths
 

@@ -56,7 +56,10 @@ def test_globs(tmp_path):
     assert [path[len(str(tmp_path)) + 1 :] for path in expand(f"{tmp_path}/*")] == ["a.tar", "b.tar", "c.txt", "x[1].tar"]
     assert expand(f"{tmp_path}/x[1].tar") == [f"{tmp_path}/x[1].tar"] and not is_pattern(f"{tmp_path}/x[1].tar")
     assert is_pattern(f"{tmp_path}/[ab].tar") and len(expand(f"{tmp_path}/[ab].tar")) == 2
+    (tmp_path / ".hidden").mkdir()
     assert tars_in(str(tmp_path)) == [f"{tmp_path}/{name}" for name in ("a.tar", "b.tar", "x[1].tar")]
+    (tmp_path / "anna").mkdir()
+    assert tars_in(str(tmp_path)) == []  # folders of identities, and tars beside them
 
 
 def test_what_is_missing(tmp_path, caplog):

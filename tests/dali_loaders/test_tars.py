@@ -227,6 +227,12 @@ def test_a_tar_that_changes_while_it_is_read(tmp_path):
             read(1)
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "set.tar")
+    with pytest.raises(ValueError, match=r"set\.tar is no regular file"):
+        TarSource(str(tmp_path / "set.tar"))
+
+
 def test_a_sparse_member_that_would_fill_the_memory(tmp_path):
     pieces = b"1\n0\n3\n".ljust(512, b"\0") + b"\xff\xd8\xff".ljust(512, b"\0")
     fields = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a/1.jpg", "GNU.sparse.realsize": str(1 << 50)}
