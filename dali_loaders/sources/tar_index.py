@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from dali_loaders.account import Account, Passed, ReadError
 from dali_loaders.names import Names, printable
+from dali_loaders.progress import progress
 from dali_loaders.set_cache import cached
 from dali_loaders.sources import by_name, meant, samples
-from dali_loaders.sources.tar_headers import CutOffError, DamagedTarError, members
+from dali_loaders.sources.tar_headers import CutOffError, DamagedTarError, Member, members
 from dali_loaders.sources.tar_tree import IS_SPARSE, Unpacked
 
 _KIND = "tar 1"  # to be counted up whenever the arrays, or what they hold, change
@@ -73,7 +74,7 @@ class _Builder:
     def __init__(self, path: str, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
         self._account = Account()
-        self._unpacked = Unpacked(members(descriptor, os.fstat(descriptor).st_size), self._account)
+        self._unpacked = Unpacked(_shown(members(descriptor, os.fstat(descriptor).st_size), path), self._account)
         self._names, self._places = self._unpacked.files()
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -129,6 +130,13 @@ class _Builder:
         if size == IS_SPARSE:
             return read_sparse(self._path, offset)[:most]
         return os.pread(self._descriptor, min(size, most), offset)
+
+
+def _shown(found: Iterable[Member], path: str) -> Iterator[Member]:
+    with progress(f"headers of {printable(os.path.basename(path))}") as done:
+        for member in found:
+            done.add()
+            yield member
 
 
 def read_sparse(path: str, offset: int) -> bytes:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dali_loaders.account import Account, Unreadable
+from dali_loaders.account import Account, ChangedError, ReadError, Unreadable
 from dali_loaders.names import printable, text
 from dali_loaders.records import RandomAccessFile
 from dali_loaders.sources import by_name, samples
@@ -54,7 +54,7 @@ class ShardedTarSource:
     def read(self, index: int) -> bytes:
         shard, at = self._place(index)
         offsets, sizes = self._places[shard]
-        return read_member(_opened(*self._shards[shard]), int(offsets[at]), int(sizes[at]))
+        return read_member(self._file(shard), int(offsets[at]), int(sizes[at]))
 
     def read_many(self, indices: np.ndarray) -> list[np.ndarray | Unreadable]:
         """As TarSource has it; each tar of which there are images is read once."""
@@ -64,7 +64,11 @@ class ShardedTarSource:
             chosen = np.flatnonzero(shards == shard)
             at = indices[chosen] - (self._ends[shard - 1] if shard else 0)
             offsets, sizes = self._places[shard]
-            for place, image in zip(chosen.tolist(), read_members(_opened(*self._shards[shard]), offsets[at], sizes[at]), strict=True):
+            try:
+                found = read_members(self._file(shard), offsets[at], sizes[at])
+            except ReadError as error:
+                found = [Unreadable(str(error))] * len(at)
+            for place, image in zip(chosen.tolist(), found, strict=True):
                 images[place] = image
         return images
 
@@ -79,6 +83,15 @@ class ShardedTarSource:
         for names in self._names:
             value = names.checksum(value)
         return value
+
+    def _file(self, shard: int) -> RandomAccessFile:
+        """ReadError where it can no longer be opened, ChangedError where it is another one."""
+        try:
+            return _opened(*self._shards[shard])
+        except ChangedError:
+            raise
+        except ValueError as error:
+            raise ReadError(f"its tar cannot be opened: {error.__cause__ or error}") from error
 
     def _place(self, index: int) -> tuple[int, int]:
         """Shard of an image, and its place there."""

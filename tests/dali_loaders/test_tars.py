@@ -292,7 +292,7 @@ def damaged(data: st.DataObject) -> None:
                 continue
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_in_any_way(data):
     damaged(data)

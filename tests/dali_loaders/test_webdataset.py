@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pictures import picture
 from tar_sets import member
 
+from dali_loaders.account import ChangedError, ReadError
 from dali_loaders.sources import TarSource, webdataset
 from dali_loaders.sources.patterns import expand, tars_in
 from dali_loaders.sources.samples import split
@@ -181,6 +182,13 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     for index in (0, 5, 3, 0, 1):
         assert source.read(index) == picture(index)
     assert webdataset._opened.cache_info().currsize == 2
+    (tmp_path / "4.tar").unlink()
+    (tmp_path / "5.tar").write_bytes(b"another one")
+    with pytest.raises(ReadError, match="its tar cannot be opened: .*No such file"):
+        source.read(4)
+    assert "No such file" in source.read_many(np.array([0, 4]))[1].reason
+    with pytest.raises(ChangedError):
+        source.read_many(np.array([0, 5]))
 
 
 def test_keys():
@@ -197,7 +205,7 @@ _names = st.builds(
 _contents = st.sampled_from([b"", b"1", b"2", b"anna", b"{}", b'{"label": 1}', b'{"id": "x"}', b"[1", picture(1)])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.lists(st.tuples(_names, _contents), max_size=6), min_size=1, max_size=3))
 def test_whatever_shards_hold(tmp_path, shards):
     """Every member but a used label is used once or passed over once."""
