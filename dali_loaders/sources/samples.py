@@ -121,6 +121,6 @@ def _check_folders(path: str, images: Sequence[bytes], identities: Sequence[byte
     folders = {folder for folder, _ in pairs}
     if len(folders) > 1 and not len(pairs) == len(folders) == len({identity for _, identity in pairs}):
         raise ValueError(
-            f"{printable(path)} names identities twice, by {len(folders)} folders and by a label in its .json members, and they differ: take "
-            f"the .json members out (or rename their fields {', '.join(FIELDS)}), or put all images into one folder."
+            f"{printable(path)} names identities twice, by {len(folders)} folders and by a label in its .json members, and they differ: "
+            f"take the .json members out (or rename their fields {', '.join(FIELDS)}), or put all images into one folder."
         )

@@ -60,9 +60,8 @@ class _Reader:
         at, ended = 0, False
         whole: dict[bytes, bytes] = {}  # pax records for all members to come
         while at < self._size:
-            if ended and not self._read(at, min(BLOCK, self._size - at)).strip(b"\0"):
-                at += BLOCK
-                continue
+            if ended and self._size - at < BLOCK and not self._read(at, self._size - at).strip(b"\0"):
+                return
             block = self._block(at) if self._size - at >= BLOCK or not ended else b""
             if block == _ZEROS:
                 at, ended = at + BLOCK, True

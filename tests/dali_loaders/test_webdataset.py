@@ -184,7 +184,7 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     assert webdataset._opened.cache_info().currsize == 2
     (tmp_path / "4.tar").unlink()
     (tmp_path / "5.tar").write_bytes(b"another one")
-    with pytest.raises(ReadError, match="its tar cannot be opened: .*No such file"):
+    with pytest.raises(ReadError, match=r"its tar cannot be opened: .*No such file"):
         source.read(4)
     assert "No such file" in source.read_many(np.array([0, 4]))[1].reason
     with pytest.raises(ChangedError):
