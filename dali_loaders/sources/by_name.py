@@ -11,6 +11,7 @@ import numpy as np
 
 from dali_loaders.account import Account
 from dali_loaders.names import printable
+from dali_loaders.sources.walk import NOWHERE
 
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2",
@@ -30,6 +31,7 @@ _SYSTEM_FOLDERS = {
     b"$recycle.bin": "in a recycle bin",
     b"#recycle": "in a recycle bin",
 }
+_EXTENSION = re.compile(rb"\.[a-z][a-z0-9_]{0,9}$")
 _CONTENT = (
     (re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP|GIF8[79]a|II\*\0|MM\0\*|\0\0\0\x0cjP  |\xff\x4f\xff\x51", re.DOTALL), None),
     (re.compile(rb"BM.{4}\0{4}.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", re.DOTALL), None),  # "BM" alone may begin a text
@@ -63,7 +65,7 @@ def no_image(name: bytes, head: bytes) -> str | None:
     for content, reason in _CONTENT:
         if content.match(head):
             return reason
-    extension = re.search(rb"\.[a-z][a-z0-9_]{0,9}$", name.lower())
+    extension = _EXTENSION.search(name.lower())
     return f"no image by its content ({extension[0].decode() if extension else 'no extension'})"
 
 
@@ -115,6 +117,22 @@ def without_images(folders: Iterable[bytes], identities: Iterable[bytes], accoun
             outer.add(folder)
     for folder in sorted((inner | known) - outer - known - {b""}):
         account.pass_over("identity folder without an image", printable(folder))
+
+
+def pass_over_links(path: str, names: Iterable[bytes], account: Account) -> None:
+    """Accounts for links that lead nowhere. ValueError for those whose names have no extension: they may be folders of identities, such
+    as those of a disk that is not mounted."""
+    folders = []
+    for name in names:
+        if _EXTENSION.search(name.lower()) is None and aside(name + b"/") is None:
+            folders.append(name)
+        else:
+            account.pass_over(NOWHERE, printable(name))
+    if folders:
+        raise ValueError(
+            f"{len(folders)} symbolic link(s) of {printable(path)} lead nowhere and may be folders of identities, the first is "
+            f"{printable(min(folders))}: mend or remove them."
+        )
 
 
 def no_images(path: str, account: Account, meant: str) -> ValueError:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dali_loaders.account import Account, ReadError
 from dali_loaders.names import Names, printable, text
 from dali_loaders.sources import by_name, meant
-from dali_loaders.sources.walk import FILE, FOLDER, FileSystem, walk
+from dali_loaders.sources.walk import FILE, FOLDER, NOWHERE, FileSystem, walk
 
 _LOOKING = 16  # threads that look at files whose names tell nothing; each waits for the disk or the network
 
@@ -52,12 +52,14 @@ class FolderSource:
 
     def _walk(self) -> tuple[list[bytes], list[bytes]]:
         """Names of the files and of the folders."""
-        files, folders, unlisted = [], [], []
+        files, folders, unlisted, nowhere = [], [], [], []
         for found in walk(FileSystem(), os.path.realpath(self._root)):
             if found.kind == FILE:
                 files.append(found.name)
             elif found.kind == FOLDER:
                 folders.append(found.name)
+            elif found.kind == NOWHERE:
+                nowhere.append(found.name)
             elif isinstance(found.kind, str):
                 self.account.pass_over(found.kind, printable(found.name))
             elif reason := by_name.aside(found.name + b"/"):
@@ -71,6 +73,7 @@ class FolderSource:
                 f"{len(unlisted)} folder(s) of {printable(self.path)} cannot be listed, the first is {printable(first)} "
                 f"({reason}): what they hold would be missing. Make them readable, or move them out of the set."
             )
+        by_name.pass_over_links(self.path, nowhere, self.account)
         return files, folders
 
     def _heads(self, names: list[bytes]) -> Iterable[bytes | str]:

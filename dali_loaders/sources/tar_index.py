@@ -76,6 +76,7 @@ class _Builder:
         self._account = Account()
         self._unpacked = Unpacked(_shown(members(descriptor, os.fstat(descriptor).st_size), path), self._account)
         self._names, self._places = self._unpacked.files()
+        by_name.pass_over_links(path, self._unpacked.links_to_nowhere, self._account)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """See TarIndex."""

@@ -23,12 +23,15 @@ class Unpacked:
         self._link_of: dict[bytes, bytes] = {}
         self.offsets, self.sizes = array("q"), array("q")
         self.folders = {b""}
+        self.links_to_nowhere: list[bytes] = []
         for member in members:
             self._unpack(member)
         self._add_folders()
 
     def files(self) -> tuple[list[bytes], list[int]]:
-        """Names of the files, links to files and files in linked folders among them, with their places in `offsets` and `sizes`."""
+        """Names of the files, links to files and files in linked folders among them, with their places in `offsets` and `sizes`.
+
+        Completes `folders` and `links_to_nowhere`."""
         if not self._link_of:
             return list(self._file_of), list(self._file_of.values())
         names, places = [], []
@@ -37,6 +40,8 @@ class Unpacked:
             if found.kind == FILE:
                 names.append(found.name)
                 places.append(self._file_of[tree.resolve(found.real, found.name.rpartition(b"/")[2]) or b""])
+            elif found.kind == NOWHERE:
+                self.links_to_nowhere.append(found.name)
             elif found.kind == FOLDER:
                 self.folders.add(found.name)
             else:
@@ -45,17 +50,11 @@ class Unpacked:
 
     def _unpack(self, member: Member) -> None:
         name, kind = member.name, member.kind
-        if b".." in name and b".." in name.split(b"/"):
-            self._account.pass_over('".." in its name, with which it is not unpacked', printable(name))
+        if (reason := self._why_not(member)) is not None:
+            self._account.pass_over(reason, printable(name))
             return
         if kind == FOLDER:
             self.folders.add(name)
-            return
-        if not name:
-            self._account.pass_over("member without a name", "")
-            return
-        if kind == LINK and name == member.link:
-            self._account.pass_over("hard link to itself", printable(name))
             return
         if name in self._link_of and kind != SYMBOLIC:  # programs disagree on what is left
             raise DamagedTarError(f"{printable(name)} is a symbolic link and a {kind} at once")
@@ -69,10 +68,20 @@ class Unpacked:
             self._account.pass_over(SPECIAL, printable(name))
         elif (place := self._file_of.get(member.link)) is not None:
             self._add_file(name, self.offsets[place], self.sizes[place])
-        elif member.link in self._link_of:
-            self._link_of[name] = self._link_of[member.link]
         else:
-            self._account.pass_over("hard link that leads nowhere", printable(name))
+            self._link_of[name] = self._link_of[member.link]
+
+    def _why_not(self, member: Member) -> str | None:
+        """Why a member is not unpacked, so that what was there under its name stays."""
+        if b".." in member.name and b".." in member.name.split(b"/"):
+            return '".." in its name, with which it is not unpacked'
+        if not member.name and member.kind != FOLDER:
+            return "member without a name"
+        if member.kind != LINK:
+            return None
+        if member.link == member.name:
+            return "hard link to itself"
+        return None if member.link in self._file_of or member.link in self._link_of else "hard link that leads nowhere"
 
     def _add_file(self, name: bytes, offset: int, size: int) -> None:
         self._file_of[name] = len(self.offsets)

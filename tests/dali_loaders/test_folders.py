@@ -136,6 +136,19 @@ def test_links_pipes_sockets_and_folders_that_are_named_like_images(folder):
     assert source.read([source.name(index) for index in range(26)].index(str(at / "good.jpg"))) == picture(5)
 
 
+def test_links_that_may_be_folders_of_identities(folder):
+    """As of a disk that is not mounted: their identities would be missing."""
+    for name in ("person90", "person91", ".cache", "notes.txt", "person00/x.jpg"):
+        (folder / name).symlink_to("/none/such")
+    with pytest.raises(
+        ValueError, match=r"2 symbolic link\(s\) of \S+ lead nowhere and may be folders of identities, the first is person90:"
+    ):
+        FolderSource(str(folder))
+    for name in ("person90", "person91"):
+        (folder / name).unlink()
+    assert reasons(FolderSource(str(folder))) == {"symbolic link that leads nowhere": 3}
+
+
 def test_folders_that_link_to_each_other_are_listed_in_little_time(tmp_path):
     """12 folders, each with links to the other 11, have over 10**8 paths without a circle."""
     for name in "abcdefghijkl":
