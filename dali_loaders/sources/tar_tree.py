@@ -11,6 +11,7 @@ from dali_loaders.sources.tar_headers import LINK, SPARSE, SYMBOLIC, DamagedTarE
 from dali_loaders.sources.walk import FILE, FOLDER, NOWHERE, SPECIAL, Entry, walk
 
 IS_SPARSE = -1  # in place of a size: the data is in pieces, and the offset is that of the member's first header
+_NO_FILE = -1  # in place of a place: a pipe or a device
 _LINKS = 40  # followed for one name, as Linux does
 
 
@@ -19,7 +20,7 @@ class Unpacked:
 
     def __init__(self, members: Iterable[Member], account: Account) -> None:
         self._account = account
-        self._file_of: dict[bytes, int] = {}  # places in the two arrays
+        self._file_of: dict[bytes, int] = {}  # places in the two arrays, or _NO_FILE
         self._link_of: dict[bytes, bytes] = {}
         self.offsets, self.sizes = array("q"), array("q")
         self.folders = {b""}
@@ -32,9 +33,15 @@ class Unpacked:
         """Names of the files, links to files and files in linked folders among them, with their places in `offsets` and `sizes`.
 
         Completes `folders` and `links_to_nowhere`."""
-        if not self._link_of:
-            return list(self._file_of), list(self._file_of.values())
         names, places = [], []
+        if not self._link_of:
+            for name, place in self._file_of.items():
+                if place == _NO_FILE:
+                    self._account.pass_over(SPECIAL, printable(name))
+                else:
+                    names.append(name)
+                    places.append(place)
+            return names, places
         tree = _Tree(self.folders, self._file_of, self._link_of)
         for found in walk(tree, b""):
             if found.kind == FILE:
@@ -56,8 +63,8 @@ class Unpacked:
         if kind == FOLDER:
             self.folders.add(name)
             return
-        if name in self._link_of and kind != SYMBOLIC:  # programs disagree on what is left
-            raise DamagedTarError(f"{printable(name)} is a symbolic link and a {kind} at once")
+        if name in self._link_of and (kind, member.link) != (SYMBOLIC, self._link_of[name]):  # programs disagree on what is left
+            raise DamagedTarError(f"{printable(name)} is a symbolic link and another {kind} at once")
         if self._file_of.pop(name, None) is not None or self._link_of.pop(name, None) is not None:
             self._account.pass_over("replaced by a later member of the same name", printable(name))
         if kind in (FILE, SPARSE):
@@ -65,9 +72,9 @@ class Unpacked:
         elif kind == SYMBOLIC:
             self._link_of[name] = member.link
         elif kind != LINK:
-            self._account.pass_over(SPECIAL, printable(name))
+            self._file_of[name] = _NO_FILE
         elif (place := self._file_of.get(member.link)) is not None:
-            self._add_file(name, self.offsets[place], self.sizes[place])
+            self._file_of[name] = place
         else:
             self._link_of[name] = self._link_of[member.link]
 
@@ -107,17 +114,21 @@ class _Tree:
     def __init__(self, folders: set[bytes], files: dict[bytes, int], links: dict[bytes, bytes]) -> None:
         self._folders, self._files, self._links = folders, files, links
         self._inside: dict[bytes, list[Entry]] = {folder: [] for folder in folders}
-        for kind, names in ((FILE, files), (FOLDER, folders - {b""})):
-            for name in names:
-                folder, _, last = name.rpartition(b"/")
-                self._inside[folder].append(Entry(last, kind))
+        for name in folders - {b""}:
+            folder, _, last = name.rpartition(b"/")
+            self._inside[folder].append(Entry(last, FOLDER))
+        for name, place in files.items():
+            folder, _, last = name.rpartition(b"/")
+            self._inside[folder].append(Entry(last, SPECIAL if place == _NO_FILE else FILE))
         for name in links:
             folder, _, last = name.rpartition(b"/")
             real = self.resolve(folder, last)
             if real is None:
                 self._inside[folder].append(Entry(last, NOWHERE))
+            elif real in folders:
+                self._inside[folder].append(Entry(last, FOLDER, real))
             else:
-                self._inside[folder].append(Entry(last, FILE) if real in files else Entry(last, FOLDER, real))
+                self._inside[folder].append(Entry(last, SPECIAL if files[real] == _NO_FILE else FILE))
 
     def entries(self, folder: bytes) -> list[Entry]:
         return self._inside[folder]

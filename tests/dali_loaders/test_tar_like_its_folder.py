@@ -66,6 +66,7 @@ def compare(members: list[tuple], form: str) -> None:
     [("file", "a/1.jpg", 2), ("link", "b/1.jpg", "a/1.jpg"), ("file", "a/1.jpg", 3), ("symbolic link", "c/1.jpg", "../a/1.jpg")], "pax"
 )
 @example([("file", "a/1.jpg", 2), ("link", "a/1.jpg", "a/none.jpg")], "gnu")
+@example([("pipe", "a/photo", None), ("link", "a/n", "a/photo"), ("symbolic link", "b/photo", "../a/photo"), ("file", "a/1.jpg", 2)], "gnu")
 def test_the_same_images(members, form):
     compare(members, form)
 
