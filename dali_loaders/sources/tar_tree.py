@@ -11,6 +11,7 @@ from dali_loaders.sources.tar_headers import LINK, SPARSE, SYMBOLIC, DamagedTarE
 from dali_loaders.sources.walk import FILE, FOLDER, NOWHERE, SPECIAL, Entry, walk
 
 IS_SPARSE = -1  # in place of a size: the data is in pieces, and the offset is that of the member's first header
+_UPWARDS = '".." in its name, with which it is not unpacked'
 _NO_FILE = -1  # in place of a place: a pipe or a device
 _LINKS = 40  # followed for one name, as Linux does
 
@@ -59,6 +60,8 @@ class Unpacked:
         name, kind = member.name, member.kind
         if (reason := self._why_not(member)) is not None:
             self._account.pass_over(reason, printable(name))
+            if kind == LINK and reason != _UPWARDS:
+                self.folders.add(name.rpartition(b"/")[0])  # made before the link fails
             return
         if kind == FOLDER:
             self.folders.add(name)
@@ -81,7 +84,7 @@ class Unpacked:
     def _why_not(self, member: Member) -> str | None:
         """Why a member is not unpacked, so that what was there under its name stays."""
         if b".." in member.name and b".." in member.name.split(b"/"):
-            return '".." in its name, with which it is not unpacked'
+            return _UPWARDS
         if not member.name and member.kind != FOLDER:
             return "member without a name"
         if member.kind != LINK:
