@@ -73,17 +73,17 @@ def dali_modules() -> tuple[Any, Any, Any]:
     return dali, fn, types
 
 
-def new_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
-    """An empty pipeline. Its queue holds one batch, since the loader does the running ahead."""
-    dali, _, _ = dali_modules()
-    return dali.Pipeline(batch_size, threads, device.index if device.type == "cuda" else None, prefetch_queue_depth=1)
+def pipeline_options(batch_size: int, threads: int, device: torch.device) -> dict[str, Any]:
+    """Of every pipeline. Its queue holds one batch, since the loader does the running ahead."""
+    number = device.index if device.type == "cuda" else None
+    return {"batch_size": batch_size, "num_threads": threads, "device_id": number, "prefetch_queue_depth": 1}
 
 
 def size_pipeline(batch_size: int) -> Any:
     """bytes `encoded` -> int64 [height, width, channels], by DALI's own parsers of headers. One thread does: 256 headers took 1.2 ms, and
     decoding those images 21."""
-    _, fn, types = dali_modules()
-    pipeline = new_pipeline(batch_size, 1, torch.device("cpu"))
+    dali, fn, types = dali_modules()
+    pipeline = dali.Pipeline(**pipeline_options(batch_size, 1, torch.device("cpu")))
     with pipeline:
         pipeline.set_outputs(fn.peek_image_shape(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)))
     return pipeline
