@@ -7,18 +7,22 @@ import hashlib
 import logging
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from dali_loaders.account import Account, ReadError
+from dali_loaders.names import printable, text
 from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, words
-from dali_loaders.sources.by_name import is_image, labels_of
+from dali_loaders.sources import by_name
+
+_LOOKING = 16  # threads, each of which waits for the network
 
 log = logging.getLogger(__name__)
 
 
 class RemoteFolderSource:
-    """ADDRESS/IDENTITY/IMAGE at any address of fsspec; identities and images in sorted order, found by their names.
+    """ADDRESS/IDENTITY/IMAGE at any address of fsspec; identities and images in sorted order.
 
-    Opening lists the folder. Images are asked for when they are needed, and kept in the folder `cache` where one is given; what cannot be
+    Opening lists the folder, and looks at files whose names do not tell what they are. Images are asked for when they are needed, and kept in the folder `cache` where one is given; what cannot be
     written there is asked for again. Keeping an image is atomic and safe from several processes."""
 
     def __init__(self, address: str, cache: str = "") -> None:
@@ -35,8 +39,14 @@ class RemoteFolderSource:
         if any(name.endswith(".parquet") for name, _ in found):
             raise ValueError(f"{address} holds .parquet files; name them by a pattern, such as {self.path}/*.parquet.")
         folder = root.rstrip("/") + "/"
-        self._files = [described(folder, name, info) for name, info in found if self.account.admits(name, _no_image(name))]
-        self.labels, self.identities = labels_of(address, [file.name for file in self._files])
+        files, names = [described(folder, name, info) for name, info in found], [name.encode(errors="surrogateescape") for name, _ in found]
+        images = by_name.admitted(names, self.account, lambda places: self._heads([files[place] for place in places]))
+        if not images:
+            raise by_name.no_images(address, self.account, "")
+        self.account.use(len(images))
+        self._files = [files[place] for place in images]
+        self.labels, identities = by_name.labels_of(address, [names[place] for place in images])
+        self.identities = [text(identity) for identity in identities]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -63,7 +73,7 @@ class RemoteFolderSource:
         return data
 
     def name(self, index: int) -> str:
-        return f"{self.path}/{self._files[index].name}"
+        return printable(f"{self.path}/{self._files[index].name}")
 
     def _ask(self, file: RemoteFile) -> bytes:
         data = self._system.cat_file(file.path)
@@ -72,6 +82,16 @@ class RemoteFolderSource:
         if len(data) > file.size:
             raise ReadError("changed since it was listed")
         return data
+
+    def _heads(self, files: list[RemoteFile]) -> list[bytes | str]:
+        with ThreadPoolExecutor(_LOOKING) as pool:
+            return list(pool.map(self._head, files))
+
+    def _head(self, file: RemoteFile) -> bytes | str:
+        try:
+            return retried(lambda: self._system.cat_file(file.path, start=0, end=by_name.HEAD))
+        except Exception as error:  # packages of storages raise their own kinds
+            return words(error).lower()
 
     def _keep(self, data: bytes, path: str) -> None:
         temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -85,7 +105,3 @@ class RemoteFolderSource:
                 os.unlink(temporary)
             log.warning("%s cannot be written (%s): images are read from %s again", self._cache, words(error), self.path)
             self._cache = ""
-
-
-def _no_image(name: str) -> str | None:
-    return None if is_image(name) else "no image by its name"
