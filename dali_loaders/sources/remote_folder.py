@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class RemoteFolderSource:
     """ADDRESS/IDENTITY/IMAGE at any address of fsspec; identities and images in sorted order.
 
-    Opening lists the folder, and looks at files whose names do not tell what they are. Images are asked for when they are needed, and kept in the folder `cache` where one is given; what cannot be
-    written there is asked for again. Keeping an image is atomic and safe from several processes."""
+    Opening lists the folder, and looks at files whose names do not tell what they are. Images are asked for when they are needed, and kept
+    in the folder `cache` where one is given; what cannot be written there is asked for again. Keeping an image is atomic and safe from
+    several processes."""
 
     def __init__(self, address: str, cache: str = "") -> None:
         self.path = address.rstrip("/")
