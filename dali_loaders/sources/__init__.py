@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dali_loaders.config import DataConfig
 from dali_loaders.fetching import fetch, is_copied
 from dali_loaders.remote import is_remote
+from dali_loaders.sources import by_name, meant
 from dali_loaders.sources.by_name import IMAGE_EXTENSIONS, LAYOUT
 from dali_loaders.sources.fingerprint import fingerprint
 from dali_loaders.sources.folder import FolderSource
 from dali_loaders.sources.parquet_files import is_parquet
-from dali_loaders.sources.recordio import RecordSource
+from dali_loaders.sources.patterns import expand, is_pattern, tars_in
+from dali_loaders.sources.recordio import RecordSource, find_record
 from dali_loaders.sources.several import SeveralSources, distinct_names, split_paths
 from dali_loaders.sources.source import Part, Source, check_images_per_identity, read_many, single_image_identities
 from dali_loaders.sources.subset import SubsetSource, select
 from dali_loaders.sources.tar import TarSource
+from dali_loaders.sources.webdataset import open_tars
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -37,6 +40,8 @@ __all__ = [
     "select",
     "single_image_identities",
 ]
+
+_FORMS = "a folder, a .tar, .rec or .parquet file, or a pattern of such files"
 
 
 def open_data(config: DataConfig) -> Source:
@@ -68,23 +73,48 @@ def open_source(path: str, reader: str = "native", *, cache: str = "", weights: 
 def _open(path: str, reader: str, cache: str) -> Source:
     """One set."""
     if not path:
-        raise ValueError("no data given: name a folder, a .tar or a .rec file.")
+        raise ValueError(f"no data given: name {_FORMS}.")
     if is_remote(path):
         if not is_copied(path):
             from dali_loaders.sources.remote_folder import RemoteFolderSource
 
             return RemoteFolderSource(path, cache)
         path = fetch(path, cache)
-    if reader == "native" and is_parquet(path):
-        from dali_loaders.sources.parquet import ParquetSource  # which needs an extra
+    paths = [path]
+    if is_parquet(path):
+        if reader == "native":
+            from dali_loaders.sources.parquet import ParquetSource
 
-        return ParquetSource(path)
-    if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist; expected a folder, a .tar or a .rec file.")
-    if path.lower().endswith(".rec"):
-        if os.path.isdir(path):
-            raise ValueError(f"{path} is a folder; a name that ends in .rec is expected to be a RecordIO file.")
-        return RecordSource(path, reader)
+            return ParquetSource(path)
+    elif is_pattern(path):
+        paths = expand(path)
+    elif not os.path.exists(path):
+        raise ValueError(" ".join(filter(None, [f"{path} does not exist; expected {_FORMS}.", meant.guess(path)])))
+    elif os.path.isdir(path):
+        paths = _files_of(path)
+    kinds = {os.path.splitext(one)[1].lower() for one in paths}
+    if kinds == {".rec"} and not any(map(os.path.isdir, paths)):
+        if len(paths) == 1:
+            return RecordSource(paths[0], reader)
+        return SeveralSources(path, [RecordSource(one, reader) for one in paths], distinct_names(paths), joined=True)
+    if ".rec" in kinds:
+        raise ValueError(f"{path} stands for {', '.join(paths[:3])}: expected RecordIO files only, or none.")
     if reader == "mxnet":
         raise ValueError(f"reader='mxnet' reads .rec files only, but the data is {path}; use reader='native'.")
-    return FolderSource(path) if os.path.isdir(path) else TarSource(path)
+    folders = [one for one in paths if os.path.isdir(one)]
+    if not folders:
+        return open_tars(paths, path)
+    if len(folders) < len(paths):
+        raise ValueError(f"{path} stands for {folders[0]}, a folder, and for files; name folders and files apart, between commas.")
+    if len(paths) == 1:
+        return FolderSource(path)
+    return SeveralSources(path, [FolderSource(one) for one in paths], distinct_names(paths), joined=True)
+
+
+def _files_of(folder: str) -> list[str]:
+    """The files that a folder of them is a set by, such as InsightFace's train.rec or tar shards; itself, if it holds folders."""
+    with os.scandir(folder) as entries:
+        if any(entry.is_dir() and not by_name.aside(os.fsencode(entry.name) + b"/") for entry in entries):
+            return [folder]
+    record = find_record(folder)
+    return [record] if record else tars_in(folder) or [folder]

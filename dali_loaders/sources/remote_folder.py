@@ -9,8 +9,9 @@ import os
 import threading
 
 from dali_loaders.account import Account, ReadError
+from dali_loaders.names import text
 from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, words
-from dali_loaders.sources.by_name import is_image, labels_of
+from dali_loaders.sources.by_name import aside, labels_of, named_like_an_image, no_images
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ class RemoteFolderSource:
             raise ValueError(f"{address} holds .parquet files; name them by a pattern, such as {self.path}/*.parquet.")
         folder = root.rstrip("/") + "/"
         self._files = [described(folder, name, info) for name, info in found if self.account.admits(name, _no_image(name))]
-        self.labels, self.identities = labels_of(address, [file.name for file in self._files])
+        if not self._files:
+            raise no_images(address, self.account, "")
+        self.labels, identities = labels_of(address, [file.name.encode(errors="surrogateescape") for file in self._files])
+        self.identities = [text(identity) for identity in identities]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -88,4 +92,5 @@ class RemoteFolderSource:
 
 
 def _no_image(name: str) -> str | None:
-    return None if is_image(name) else "no image by its name"
+    data = name.encode(errors="surrogateescape")
+    return aside(data) or (None if named_like_an_image(data) else "no image by its name")
