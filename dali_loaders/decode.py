@@ -15,6 +15,7 @@ from dali_loaders.config import DataConfig as DataConfig
 from dali_loaders.encoded import HeaderReader, Unreadable
 from dali_loaders.graphs import Graph, byte_arrays
 from dali_loaders.image_graph import image_pipeline
+from dali_loaders.reasons import undecodable
 
 renamed.names(
     __name__,
@@ -85,7 +86,7 @@ class Decoder:
         try:
             output = self._graph.run({"encoded": byte_arrays(good)} | arguments, self._stream)
         except RuntimeError as error:
-            raise UnreadableImagesError(dict.fromkeys(self._judge.unreadable(good, error), "damaged")) from error
+            raise UnreadableImagesError({at: undecodable(good[at]) for at in self._judge.unreadable(good, error)}) from error
         return self._to_torch(output)
 
     def to_device(self, labels: torch.Tensor) -> torch.Tensor:

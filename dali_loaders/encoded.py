@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from dali_loaders import jpeg, reasons
 from dali_loaders.account import ReadError
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
@@ -16,8 +18,8 @@ from dali_loaders.sources import Source
 with extra("train"):
     import cv2
 
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
+GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,34 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
         return Unreadable(str(error))
     except OSError as error:
         return Unreadable(str(ReadError.of(error)))
+    return data if _is_common(data) else _to_png(data)
+
+
+def _to_png(data: bytes) -> bytes | Unreadable:
     if not data:
-        return Unreadable("empty")
-    if _is_common(data):
-        return data
+        return Unreadable(reasons.EMPTY)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # a size beyond OpenCV's limits
-        return Unreadable("too large")
-    return Unreadable("no image") if image is None else cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        image, as_stored = (cv2.imdecode(np.frombuffer(data, np.uint8), flag) for flag in (cv2.IMREAD_COLOR, cv2.IMREAD_UNCHANGED))
+    except cv2.error as error:
+        return Unreadable("too large" if "MAX_IMAGE" in str(error) else reasons.undecodable(data))
+    if image is None or as_stored is None:
+        return Unreadable(reasons.undecodable(data))
+    if as_stored.dtype.kind == "f":  # OpenCV makes nearly black or noisy images of these (PFM, Radiance, some TIFF)
+        return Unreadable(reasons.FLOATING)
+    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def groups(sizes_b2: np.ndarray, most_pixels: int = GROUP_PIXELS) -> list[slice]:
+    """Cuts a batch into parts of consecutive images with at most `most_pixels` pixels together, or one image with more.
+
+    sizes_b2: int64 [b, 2], as of HeaderReader.sizes. Memory for decoding is then bounded, whatever the images and the batch."""
+    cuts, held = [0], 0
+    for at, pixels in enumerate(sizes_b2.prod(axis=1).tolist()):
+        if held and held + pixels > most_pixels:
+            cuts.append(at)
+            held = 0
+        held += pixels
+    return [slice(start, stop) for start, stop in itertools.pairwise([*cuts, len(sizes_b2)]) if stop > start]
 
 
 class HeaderReader:
@@ -63,7 +84,7 @@ class HeaderReader:
             if isinstance(data, Unreadable):
                 why[at] = data.reason
             elif not is_complete(data):
-                why[at] = "cut off" if data.startswith(_JPEG) else "no image"
+                why[at] = reasons.undecodable(data)
             else:
                 good[at] = data
         try:
@@ -71,11 +92,11 @@ class HeaderReader:
         except RuntimeError as error:
             places = list(good)
             for place in self._graph.unreadable(list(good.values()), error):
-                why[places[place]] = "no valid header"
+                why[places[place]] = _without_header(good[places[place]])
                 del good[places[place]]
             self._parse(good, sizes_b2)
         too_large = np.flatnonzero(sizes_b2.prod(axis=1) > _MAX_PIXELS)
-        why.update((at, "too large") for at in too_large.tolist())
+        why.update((at, reasons.too_large(*sizes_b2[at].tolist())) for at in too_large.tolist())
         sizes_b2[too_large] = 0
         return sizes_b2, why
 
@@ -87,12 +108,14 @@ class HeaderReader:
 
 def is_complete(data: bytes) -> bool:
     """False for what is no JPEG, PNG or WebP, and for a JPEG without its end marker, whose missing lines a decoder may fill with grey.
-
-    The end must come after the last scan, since an embedded preview has an end marker of its own; bytes after it are allowed."""
-    if not data.startswith(_JPEG) or data.endswith(b"\xff\xd9"):
-        return _is_common(data)
-    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    Cut PNG and WebP need no look: they cannot be decoded."""
+    return jpeg.has_end(data) if data.startswith(jpeg.START) else _is_common(data)
 
 
 def _is_common(data: bytes) -> bool:
-    return data.startswith((_JPEG, _PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
+    return data.startswith((jpeg.START, reasons.PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
+
+
+def _without_header(data: bytes) -> str:
+    reason = reasons.undecodable(data)
+    return reasons.NO_HEADER if reason == reasons.DAMAGED else reason

@@ -3,18 +3,17 @@
 import gc
 import struct
 import weakref
-import zlib
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from pictures import picture, write_folder
+from pictures import picture
 
-from dali_loaders import AugmentConfig, DataConfig, open_source
+from dali_loaders import AugmentConfig, DataConfig
 from dali_loaders.augment import augment_arguments
 from dali_loaders.decode import Decoder, UnreadableImagesError
-from dali_loaders.encoded import HeaderReader, Unreadable, is_complete, read_image
+from dali_loaders.encoded import HeaderReader
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -195,42 +194,6 @@ def test_unreadable_images_are_found(kind):
             decoder(encoded, {})
         assert list(error.value.why) == places
     assert torch.equal(decoder(whole, {}), expected)
-
-
-@pytest.mark.parametrize("extension", [".bmp", ".tiff", ".ppm"])
-def test_other_formats_become_png(tmp_path, extension):
-    write_folder(tmp_path / "set", 1, 2, extension)
-    (tmp_path / "set" / "person00" / f"02{extension}").write_bytes(picture(1, 32, extension)[:20])
-    source = open_source(str(tmp_path / "set"))
-    first, second, broken = (read_image(source, index) for index in range(3))
-    assert broken == Unreadable("no image")
-    images = levels(Decoder(32, 2, 1, CPU)([first, second], {}))
-    assert np.array_equal(images[1].round(), opencv(source.read(1)))
-
-
-def test_a_header_that_claims_gigabytes():
-    png = picture(1, 32, ".png")
-    ihdr = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + png[24:29]
-    huge = png[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + png[33:]
-    assert HeaderReader(1).sizes([huge])[0].tolist() == [[0, 0]]
-
-
-def test_sizes_from_headers():
-    encoded = [picture(1, (20, 50)), b"", picture(1, 32, ".png"), b"text"]
-    assert HeaderReader(4).sizes(encoded)[0].tolist() == [[20, 50], [0, 0], [32, 32], [0, 0]]
-
-
-def test_end_of_jpeg():
-    whole = picture(1)
-    preview = whole[:2] + b"\xff\xe1\x00\x10" + whole[:100] + b"\xff\xd9" + whole[2:]  # as cameras embed one
-    assert is_complete(whole)
-    assert is_complete(whole + b"trailing")
-    assert is_complete(preview)
-    assert not is_complete(b"")
-    assert not is_complete(whole[:-2])
-    assert not is_complete(whole[:-50] + bytes(50))
-    assert not is_complete(preview[:-2] + bytes(3))
-    assert is_complete(picture(1, 32, ".png"))
 
 
 @pytest.mark.parametrize("option", [{"rotate": -1}, {"zoom": 1.5}, {"shift": 2}, {"brightness": -0.1}, {"contrast": 1.1}])
