@@ -20,7 +20,7 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
     if not os.path.exists(identities_path(path)):
         return None
     try:
-        with open(identities_path(path), encoding="utf-8", newline="\n") as file:
+        with open(identities_path(path), encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             lines = [line.rstrip("\n").split("\t", 1) for line in file]
         return np.array([int(count) for count, _ in lines], np.int64), [name for _, name in lines]
     except (OSError, ValueError) as error:
@@ -31,7 +31,7 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
 
 def write_identities(path: str, counts: np.ndarray, names: list[str]) -> None:
     """Writes to `path` itself, which is not yet the name that `read_identities` looks for while the set is being packed."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         file.writelines(f"{count}\t{name}\n" for count, name in zip(counts, names, strict=True))
 
 

@@ -33,11 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
-    advice = ""
+    options = argparse.Namespace(when_broken_off="")
     try:
-        options = parser.parse_args(arguments)
+        parser.parse_args(arguments, options)
         logging.basicConfig(format="%(message)s")
-        advice = options.when_broken_off
         # Whoever stops a training counts on the checkpoints, and its ranks must not outlive it: the signal ends it at once.
         with nullcontext() if options.command is _train else endings.unwinding_on_signals():
             code = options.command(options) or 0
@@ -52,10 +51,10 @@ def _run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
         print(f"protoshard: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"protoshard: interrupted{advice}", file=sys.stderr)
+        print(f"protoshard: interrupted{options.when_broken_off}", file=sys.stderr)
         return endings.INTERRUPTED
     except endings.Terminated as end:
-        print(f"protoshard: terminated{advice}", file=sys.stderr)
+        print(f"protoshard: terminated{options.when_broken_off}", file=sys.stderr)
         return end.code
     finally:
         endings.flush_output()  # also after --help

@@ -53,7 +53,7 @@ def opencv(data: bytes) -> np.ndarray:
 
 
 def by_pillow(form: str, mode: str = "RGB", **options) -> bytes:
-    Image = pytest.importorskip("PIL.Image")  # noqa: N806
+    Image = pytest.importorskip("PIL.Image")
     out = io.BytesIO()
     Image.open(io.BytesIO(picture(1, 32, ".png"))).convert(mode).save(out, form, **options)
     return out.getvalue()
@@ -97,7 +97,7 @@ def test_every_format_is_decoded_as_opencv_decodes_it_or_named(form, options):
 
 
 def test_of_animations_the_first_picture_is_taken():
-    Image = pytest.importorskip("PIL.Image")  # noqa: N806
+    Image = pytest.importorskip("PIL.Image")
     second = [Image.open(io.BytesIO(picture(2, 32, ".png")))]
     for form, options in (("PNG", {}), ("WEBP", {"lossless": True})):
         data = by_pillow(form, save_all=True, append_images=second, **options)
