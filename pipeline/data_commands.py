@@ -27,6 +27,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     pack.add_argument("--verify", action="store_true", help="decode every image, read all back and compare")
     pack.add_argument("--resume", action="store_true", help="when broken off keep what is done; the same command goes on from it")
     pack.add_argument("--workers", type=int, default=0, metavar="N", help="threads (one for each core, at most 8)")
+    pairs = command(data, "pairs", _pairs, "make a .bin pair set", "protoshard data pairs test.tar test.bin --folds 10 --pairs 300")
+    pairs.add_argument("data", metavar="DATA", help="a set in any form; with --list the folder of its images")
+    pairs.add_argument("out", metavar="OUT.bin")
+    pairs.add_argument("--folds", type=int, default=10, metavar="N", help="that share no identity if the set is large enough (10)")
+    pairs.add_argument("--pairs", type=int, default=300, metavar="N", help="genuine pairs of a fold, and as many of impostors (300)")
+    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (0)")
+    pairs.add_argument("--list", metavar="FILE.txt", help="pairs of LFW (pairs.txt), CALFW or CPLFW, in place of random ones")
+    pairs.add_argument(
+        "--landmarks", default="", metavar="FILE.csv", help="path,x1,y1,...,x5,y5 of each image: cut its face out, 112 x 112"
+    )
     check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
     check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")
@@ -53,6 +63,15 @@ def _pack(options: argparse.Namespace) -> int:
         print(f"{options.source}:", "\n".join(source.account.lines()))
     print(report)
     return 1 if report.left_out_list else 0
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    from pipeline.evaluation.make_pairs import pairs_of_list, pairs_of_set
+
+    if options.list:
+        print(pairs_of_list(options.list, options.data, options.out, options.landmarks))
+    else:
+        print(pairs_of_set(options.data, options.out, options.folds, options.pairs, options.seed, options.landmarks))
 
 
 def _check(options: argparse.Namespace) -> None:
