@@ -34,9 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     pairs.add_argument("--pairs", type=int, default=300, metavar="N", help="genuine pairs of a fold, and as many of impostors (300)")
     pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (0)")
     pairs.add_argument("--list", metavar="FILE.txt", help="pairs of LFW (pairs.txt), CALFW or CPLFW, in place of random ones")
-    pairs.add_argument(
-        "--landmarks", default="", metavar="FILE.csv", help="path,x1,y1,...,x5,y5 of each image: cut its face out, 112 x 112"
-    )
+    pairs.add_argument("--landmarks", default="", metavar="FILE.csv", help="of each image, as for pack: cut its face out, 112 x 112")
     check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar")
     check.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     check.add_argument("--reader", default="native", choices=("native", "mxnet"), help="of .rec files (native)")

@@ -36,7 +36,8 @@ def pairs_of_set(data: str, out: str, folds: int = 10, each: int = 300, seed: in
     while True:
         drawn = random_pairs(source.labels[usable], folds, each, seed, data)
         numbers = usable[drawn.pairs].ravel()
-        read = dict(zip(numbers.tolist(), in_order(images, numbers.tolist(), worker_count(0)), strict=True))
+        needed = np.unique(numbers).tolist()
+        read = dict(zip(needed, in_order(images, needed, worker_count(0)), strict=True))
         broken = {number: error for number, error in read.items() if isinstance(error, ReadError)}
         if not broken:
             break
@@ -45,7 +46,7 @@ def pairs_of_set(data: str, out: str, folds: int = 10, each: int = 300, seed: in
         usable = np.setdiff1d(usable, list(broken))
     if not drawn.disjoint:
         log.warning("%s has too few identities for folds that share none: thresholds are chosen on persons that they judge", data)
-    write_bin(out, [read[number] for number in numbers.tolist()], drawn.issame)  # type: ignore[misc]  # no error is left among them
+    write_bin(out, [read[number] for number in numbers.tolist()], drawn.issame)
     return f"{len(drawn.issame)} pairs in {folds} folds in {out}, {int(drawn.issame.sum())} of them genuine"
 
 
@@ -63,8 +64,8 @@ def pairs_of_list(path: str, folder: str, out: str, landmarks: str = "") -> str:
     if broken:
         first = next(iter(broken))
         raise ValueError(
-            f"{len(broken)} of the {len(read)} images of {path} cannot be used: {first} ({broken[first]}), ...; a score on fewer pairs could "
-            "not be compared."
+            f"{len(broken)} of the {len(read)} images of {path} cannot be used: {first} ({broken[first]}), ...; a score on fewer pairs "
+            "could not be compared."
         )
     images = [read[file] for pair in order for file in files[2 * pair : 2 * pair + 2]]
     issame = [listed.issame[pair] for pair in order]

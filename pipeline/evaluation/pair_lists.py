@@ -56,8 +56,8 @@ def _lfw(path: str, lines: list[tuple[int, list[str]]]) -> PairList:
         issame.append(len(fields) == 3)
     if each is not None and (issame.count(True), issame.count(False)) != (folds * each, folds * each):
         raise ValueError(
-            f"{path} has {issame.count(True)} genuine and {issame.count(False)} impostor pairs, but its first line says {folds * each} of each; "
-            "copy the list again."
+            f"{path} has {issame.count(True)} genuine and {issame.count(False)} impostor pairs, but its first line says {folds * each} of "
+            "each; copy the list again."
         )
     return PairList(pairs, issame, folds)
 
@@ -74,8 +74,8 @@ def _two_lines_a_pair(path: str, lines: list[tuple[int, list[str]]]) -> PairList
     for (number, first), second in zip(lines[::2], [fields for _, fields in lines[1::2]] + [[]], strict=False):
         if len(first) != 2 or len(second) != 2 or not first[1].isdecimal() or first[1] != second[1] or first[0] == second[0]:
             raise ValueError(
-                f"{path}, line {number} is {' '.join(first)!r} and the next is {' '.join(second)!r}; expected two images with the same label, "
-                "which is a number."
+                f"{path}, line {number} is {' '.join(first)!r} and the next is {' '.join(second)!r}; expected two images with the same "
+                "label, which is a number."
             )
         label = int(first[1])
         pairs[label > 0].append((label, (first[0], second[0])))

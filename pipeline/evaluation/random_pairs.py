@@ -1,4 +1,4 @@
-"""Random genuine and impostor pairs of a labelled set in folds, no pair twice, and no identity in two folds where the set is large enough."""
+"""Random genuine and impostor pairs of a labelled set, in folds that share no identity if it is large enough. No pair comes twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RandomPairs:
 def random_pairs(labels_N: np.ndarray, folds: int, each: int, seed: int, name: str) -> RandomPairs:
     """`each` genuine and as many impostor pairs in each of `folds` folds; the same arguments give the same pairs.
 
-    Genuine pairs are spread evenly over identities, impostors over pairs of identities. ValueError, naming the set, where it has too few."""
+    Genuine pairs are spread evenly over identities, impostors over pairs of them. ValueError, naming the set, where it has too few."""
     rng = np.random.default_rng(seed)
     identities = [images for images in _by_identity(labels_N) if len(images)]
     dealt = _deal(identities, folds, rng)
