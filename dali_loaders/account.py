@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_EXAMPLES = 5  # names kept of each reason; the rest is only counted
+EXAMPLES = 5  # names kept of each reason; the rest is only counted
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Account:
         self.seen += count
         passed = self.passed_over.setdefault(reason, Passed())
         passed.count += count
-        if len(passed.examples) < _EXAMPLES:
+        if len(passed.examples) < EXAMPLES:
             passed.examples.append(name)
 
     def admits(self, name: str, reason: str | None) -> bool:
@@ -51,7 +51,7 @@ class Account:
         for reason, passed in other.passed_over.items():
             mine = self.passed_over.setdefault(reason, Passed())
             mine.count += passed.count
-            mine.examples = (mine.examples + passed.examples)[:_EXAMPLES]
+            mine.examples = (mine.examples + passed.examples)[:EXAMPLES]
             self.seen += passed.count
 
     def lines(self) -> Iterator[str]:
@@ -75,3 +75,15 @@ class ReadError(ValueError):
         """For an error of the system, by its own words: "Permission denied" becomes "permission denied"."""
         words = error.strerror or str(error) or type(error).__name__
         return ReadError(words[0].lower() + words[1:])
+
+
+class ChangedError(ValueError):
+    """A set is no longer what it was when it was opened, so that a label may belong to another image: this ends a run. It is no
+    ReadError, which one image is left out for."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an image's bytes: why there are none that can be decoded, in a few words."""
+
+    reason: str

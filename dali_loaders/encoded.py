@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from dali_loaders import jpeg, reasons
-from dali_loaders.account import ReadError
+from dali_loaders.account import ChangedError, ReadError, Unreadable
 from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
 from dali_loaders.sources import Source
@@ -22,17 +21,12 @@ _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """In place of an image's bytes: why there are none that can be decoded, in a few words."""
-
-    reason: str
-
-
 def read_image(source: Source, index: int) -> bytes | Unreadable:
     """Encoded image `index` as JPEG, PNG or WebP; why not, where it cannot be read. Other formats become PNG, in the calling thread."""
     try:
         data = source.read(index)
+    except ChangedError:  # no fault of one image
+        raise
     except ValueError as error:
         return Unreadable(str(error))
     except OSError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_loaders.account import ReadError
 from dali_loaders.records import index_path
 
 
@@ -21,8 +22,15 @@ class MXNetReader:
         self._records = recordio.MXIndexedRecordIO(index_path(path), path, "r")
 
     def read(self, key: int) -> bytes:
-        with self._lock:
-            return self._records.read_idx(key)
+        """ReadError, in mxnet's words, where it cannot read the record."""
+        try:
+            with self._lock:
+                record = self._records.read_idx(key)
+        except Exception as error:  # MXNetError, which only mxnet could name
+            raise ReadError(str(error).strip().split("\n")[0]) from error
+        if record is None:
+            raise ReadError("no record")
+        return record
 
     def __reduce__(self) -> tuple:
         return MXNetReader, (self.path,)

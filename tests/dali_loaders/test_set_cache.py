@@ -1,0 +1,145 @@
+"""A cache is used for the files it was made of and no others; a damaged one, or none at all, costs time only."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dali_loaders import set_cache
+from dali_loaders.set_cache import cached
+
+ARRAYS = {"a": np.arange(1000), "b": np.array([1.5, 2.5], np.float32), "none": np.zeros(0, np.int64)}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(set_cache, "SMALLEST", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[str]:
+    """Two files of yesterday and one that is missing."""
+    for name in ("a.rec", "a.idx"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        os.utime(tmp_path / name, ns=(1, 1_700_000_000_123_456_789))
+    return [str(tmp_path / name) for name in ("a.rec", "a.idx", "a.identities.txt")]
+
+
+class Opening:
+    """Opens a set and counts how often it was really read."""
+
+    def __init__(self, sources: list[str]) -> None:
+        self.sources, self.built = sources, 0
+
+    def build(self) -> dict:
+        self.built += 1
+        return {name: iter(np.array_split(array, 3)) for name, array in ARRAYS.items()}
+
+    def __call__(self, kind: str = "test 1") -> None:
+        arrays = cached(self.sources[0], self.sources, kind, self.build)
+        assert arrays.keys() == ARRAYS.keys()
+        for name, array in ARRAYS.items():
+            assert np.array_equal(arrays[name], array) and arrays[name].dtype == array.dtype and arrays[name].flags.writeable
+
+
+def test_the_second_opening_reads_nothing(sources, tmp_path):
+    opening = Opening(sources)
+    for _ in range(3):
+        opening()
+    assert opening.built == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.rec", "a.rec.cache"]
+
+
+@pytest.mark.parametrize("change", ["size", "time", "head", "appears", "kind"])
+def test_another_source_is_read_again(sources, change):
+    opening = Opening(sources)
+    opening()
+    path = Path(sources[1])
+    times = (1, path.stat().st_mtime_ns)
+    if change == "appears":
+        Path(sources[2]).write_bytes(b"")
+        os.utime(sources[2], ns=times)
+    elif change == "time":
+        os.utime(path, ns=(1, times[1] + 1))
+    elif change != "kind":
+        path.write_bytes(b"x" * 101 if change == "size" else b"y" * 100)
+        os.utime(path, ns=times)
+    kind = "test 2" if change == "kind" else "test 1"
+    opening(kind)
+    assert opening.built == 2
+    opening(kind)
+    assert opening.built == 2
+
+
+def test_small_sets_and_those_just_written_keep_no_file(sources, tmp_path, monkeypatch):
+    opening = Opening(sources)
+    os.utime(sources[0])  # a change within the same tick of the clock would not show
+    opening()
+    opening()
+    os.utime(sources[0], ns=(1, 1))
+    monkeypatch.setattr(set_cache, "SMALLEST", 1000)
+    opening()
+    assert opening.built == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.rec"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_kept(sources, tmp_path):
+    opening = Opening(sources)
+    build = opening.build
+
+    def change_and_build():
+        os.utime(sources[0], ns=(1, 5))
+        return build()
+
+    opening.build = change_and_build
+    opening()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.rec"]
+
+
+def test_the_users_cache_folder_serves_where_the_sets_cannot_be_written(sources, tmp_path, monkeypatch):
+    mkstemp = set_cache.tempfile.mkstemp
+
+    def refuse(dir, **names):
+        if dir == str(tmp_path):
+            raise PermissionError(13, "Permission denied")
+        return mkstemp(dir=dir, **names)
+
+    monkeypatch.setattr(set_cache.tempfile, "mkstemp", refuse)
+    opening = Opening(sources)
+    opening()
+    opening()
+    assert opening.built == 1 and len(list((tmp_path / "user" / "protoshard").iterdir())) == 1
+
+
+def test_a_full_disk_costs_only_time(sources, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(set_cache, "_write", fail)
+    opening = Opening(sources)
+    opening()
+    assert opening.built == 2 and "No space left on device" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.rec"]
+
+
+def test_arrays_in_use_survive_that_the_cache_is_deleted(sources):
+    arrays = cached(sources[0], sources, "test 1", Opening(sources).build)
+    os.unlink(f"{sources[0]}.cache")
+    assert np.array_equal(arrays["a"], ARRAYS["a"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_cache_is_never_trusted(sources, data):
+    opening = Opening(sources)
+    opening()
+    cache = Path(f"{sources[0]}.cache")
+    whole = cache.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    flipped = whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+    cache.write_bytes(data.draw(st.sampled_from([whole[:at], flipped, whole[at:], b"", whole[:at] + whole[at + 1 :]])))
+    opening()  # compares the arrays
