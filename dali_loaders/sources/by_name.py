@@ -92,12 +92,12 @@ def admitted(
     return images
 
 
-def labels_of(path: str, names: Sequence[bytes]) -> tuple[np.ndarray, list[bytes]]:
+def labels_of(path: str, names: Sequence[bytes], expected: str = LAYOUT) -> tuple[np.ndarray, list[bytes]]:
     """Labels int64 [N] and folders, which are the identities, of sorted names IDENTITY/IMAGE."""
     folders = [name.rpartition(b"/")[0] for name in names]
     if b"" in folders:
         first, more = printable(names[folders.index(b"")]), folders.count(b"") - 1
-        raise ValueError(f"{path} holds {first} outside any identity folder{f', and {more} more' if more else ''}; expected {LAYOUT}.")
+        raise ValueError(f"{path} holds {first} outside any identity folder{f', and {more} more' if more else ''}; expected {expected}.")
     identities = sorted(set(folders))
     label_of = {identity: label for label, identity in enumerate(identities)}
     return np.fromiter((label_of[folder] for folder in folders), np.int64, len(folders)), identities

@@ -59,7 +59,7 @@ def _of_file(path: str) -> str:
     if path.endswith(".identities.txt"):
         records = path.removesuffix(".identities.txt") + ".rec"
     if path.endswith(".cache") and os.path.exists(stem):
-        return f"it is a cache of {stem}: give that."
+        return f"it is a cache: give {stem}."
     if os.path.exists(records) and records != path:
         return f"it belongs to a .rec: give {records}."
     if ending.lower() == ".lst":

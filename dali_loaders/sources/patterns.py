@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
-_MOST = 1_000_000  # names of one pattern; more is a mistake in it
+_MOST = 100_000  # names of one pattern; more is a mistake in it
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _NUMBER_OF = re.compile(r"^(.*?)(\d+)-of-(\d+)(\D*)$")  # Hugging Face and TensorFlow say how many there are
 

@@ -12,6 +12,7 @@ from dali_loaders.names import printable
 from dali_loaders.sources import by_name
 
 FIELDS = ("label", "identity", "cls", "class", "id")  # of KEY.json, the first that is there
+LAYOUT = f"KEY.jpg beside KEY.cls or KEY.json with a label ({', '.join(FIELDS)})"
 LARGEST = 1 << 24  # bytes that are read of a member that holds a label
 
 

@@ -85,7 +85,7 @@ class _Builder:
             labels = np.fromiter((label_of[identity] for identity in of_images), np.int64, len(of_images))
         else:  # what could have held labels is a file like others
             images = sorted(images + self._admitted(sorted(labels_at)), key=self._names.__getitem__)
-            labels, identities = by_name.labels_of(self._path, [self._names[at] for at in images])
+            labels, identities = by_name.labels_of(self._path, [self._names[at] for at in images], f"{by_name.LAYOUT}, or {samples.LAYOUT}")
             by_name.without_images(self._unpacked.folders, identities, self._account)
         self._account.use(len(images))
         names, places = Names.of([self._names[at] for at in images]), np.array([self._places[at] for at in images], np.int64)
