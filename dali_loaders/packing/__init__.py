@@ -101,6 +101,3 @@ def _check(source: Source, out: str) -> None:
         raise ValueError(f"{out} is a folder; give the packed set another name.")
     if os.path.exists(out) and any(os.path.exists(part) and os.path.samefile(out, part) for part in source.path.split(",")):
         raise ValueError(f"{out} is the set that would be packed; give the packed one another name.")
-    broken = [name for name in source.identities if "\n" in name]
-    if broken and out.endswith(".rec"):
-        raise ValueError(f"{source.path}: the name of identity {broken[0]!r} has a line break, which no list of names can hold; rename it.")

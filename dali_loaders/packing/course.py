@@ -20,6 +20,7 @@ from dali_loaders.packing.record_file import RecordFile
 from dali_loaders.packing.shards import Shards
 from dali_loaders.progress import progress
 from dali_loaders.sources import Source
+from dali_loaders.sources.patterns import expand, is_pattern
 
 _LEFT_OUT = "left_out.jsonl"  # in the folder of parts: lines [number of an image, reason]
 
@@ -102,22 +103,32 @@ class Course:
 
 def key(source: Source, options: dict[str, object], *files: str) -> dict[str, object]:
     """What a pack and the one that goes on from it must agree on: the source's names, labels, sizes and times of change, and the options.
-    files: others that the result depends on. Where the source is not in files, nothing agrees with it."""
+    files: others that the result depends on. Where the source's files are not known, nothing agrees with it."""
     digest = zlib.crc32(source.labels.tobytes())
     for index in range(len(source)):
         digest = zlib.crc32(source.name(index).encode(errors="surrogateescape"), digest)
-    own = _files(source)
     with ThreadPoolExecutor(8) as pool:  # a file system over a network answers several questions at once
-        for status in pool.map(os.stat, [*own, *files]):
-            digest = zlib.crc32(b"%d %d " % (status.st_size, status.st_mtime_ns), digest)
+        states = list(pool.map(_state, [*_files(source), *files]))
+    digest = zlib.crc32(repr(states).encode(), digest)
     where = {"source": os.path.abspath(source.path), "images": len(source), "identities": checksum(source.identities)}
-    return {"format": 1, **where, "files": digest if own else os.urandom(8).hex(), **options}
+    return {"format": 1, **where, "files": os.urandom(8).hex() if None in states else digest, **options}
 
 
 def _files(source: Source) -> list[str]:
-    """A set that is a file; every image of one that is a folder."""
-    names = map(source.name, range(len(source))) if os.path.isdir(source.path) else source.path.split(",")
-    return [path for path in names if os.path.isfile(path)]
+    """A set that is one file or several; every image of one that is a folder."""
+    if os.path.isdir(source.path):
+        return [source.name(index) for index in range(len(source))]
+    parts = [source.path] if os.path.exists(source.path) else source.path.split(",")
+    return [file for part in parts for file in (expand(part) if is_pattern(part) else [part])]
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    """Size and time of change; None for what cannot be found by this name (other forms of sets, names that are no UTF-8)."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _one_line(text: str) -> str:

@@ -31,10 +31,6 @@ class Images:
             data = self._source.read(index)
         except OSError as error:
             raise ReadError.of(error) from error
-        except ReadError:
-            raise
-        except ValueError as error:
-            raise ReadError(str(error)) from error
         if not data:
             raise ReadError(reasons.EMPTY)
         if self._landmarks is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dali_loaders.names import printable
 from dali_loaders.packing.alignment import is_mirrored
 from dali_loaders.sources import Source
 
@@ -63,7 +64,7 @@ def read_landmarks(path: str, folder: str) -> Landmarks:
                     continue
                 if len(row) != _COLUMNS:
                     raise ValueError(f"{path}, line {line} has {len(row)} columns; {_EXPECTED}.")
-                name, numbers = _below(row[0].strip(), folder), _numbers(row[1:])
+                name, numbers = printable(_below(row[0].strip(), folder)), _numbers(row[1:])
                 if numbers is None:
                     raise ValueError(f"{path}, line {line} ({row[0]}) has a column that is no number; {_EXPECTED}.")
                 if name in points and not np.array_equal(points[name], numbers, equal_nan=True):
@@ -78,7 +79,7 @@ def read_landmarks(path: str, folder: str) -> Landmarks:
 
 def relative_names(source: Source) -> list[str]:
     """Paths of a source's images below its folder or inside its tar, as landmarks name them."""
-    before = source.path.rstrip("/") + "/", os.path.basename(source.path) + ":"
+    before = printable(source.path.rstrip("/")) + "/", printable(os.path.basename(source.path)) + ":"
     names = []
     for index in range(len(source)):
         name = source.name(index)

@@ -1,6 +1,7 @@
 """A set as one RecordIO file in InsightFace's layout, with the names of its identities in a text file beside it.
 
-Record 0 holds [N + 1, N + 1 + C]; records 1..N the images, identity by identity; records N + 1.. one [first, last) range per identity."""
+Record 0 holds [N + 1, N + 1 + C], and a checksum of the names where other readers do not look; records 1..N the images, identity by
+identity; records N + 1.. one [first, last) range per identity."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import logging
 import numpy as np
 
 from dali_loaders.account import ReadError
-from dali_loaders.identities import identities_path, write_identities
+from dali_loaders.identities import identities_path, stamp, write_identities
 from dali_loaders.packing.partial import Partial
 from dali_loaders.records import IRHeader, encode_record, index_path, pack_record
 
@@ -33,7 +34,7 @@ class RecordFile:
         self.opened_by = out
         self.names = {RECORDS: out, NAMES: identities_path(out), INDEX: index_path(out)}
         if not self._offset:
-            self._write(0, _of_set(0, 0))  # overwritten at the end, when the numbers are known
+            self._write(0, _of_set(0, 0, 0))  # overwritten at the end, when the numbers are known
 
     def write(self, label: int, identity: str, data: bytes) -> None:
         """ReadError, before anything is written, where the format has no place for the image."""
@@ -56,7 +57,7 @@ class RecordFile:
         for name in (RECORDS, INDEX):
             self._partial.close(name)
         with open(self._partial.path(RECORDS), "r+b") as file:
-            file.write(_of_set(images + 1, images + 1 + len(counts), encoded=True))
+            file.write(encode_record(_of_set(images + 1, images + 1 + len(counts), stamp(identities))))
         write_identities(self._partial.path(NAMES), counts, identities)
 
     def _write(self, key: int, record: bytes) -> None:
@@ -66,6 +67,5 @@ class RecordFile:
         self._offset += len(encoded)
 
 
-def _of_set(first: int, end: int, encoded: bool = False) -> bytes:
-    record = pack_record(IRHeader(2, np.array([first, end]), 0, 0), b"")
-    return encode_record(record) if encoded else record
+def _of_set(first: int, end: int, names: int) -> bytes:
+    return pack_record(IRHeader(2, np.array([first, end]), 0, names), b"")

@@ -1,6 +1,7 @@
 """A pack that is broken off anywhere goes on to the same bytes, and leaves nothing where that is not asked for."""
 
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from dali_loaders import open_source, pack
 from dali_loaders.packing import PackConfig, partial
 from dali_loaders.sources import FolderSource
+from dali_loaders.sources.webdataset import ShardedTarSource
 
 OUTS = ["out.rec", "out.tar"]
 CONFIG = PackConfig(shard_size=5)
@@ -140,3 +142,17 @@ def test_labels_that_are_not_sorted(folder, tmp_path):
     source.labels = np.roll(source.labels, 7)
     pack(source, str(tmp_path / "out.rec"), PackConfig(verify=True))
     assert open_source(str(tmp_path / "out.rec")).labels.tolist() == np.repeat(np.arange(6), 4).tolist()
+
+
+def test_shards_are_what_webdataset_reads(folder, tmp_path):
+    """KEY.jpg, KEY.cls, KEY.json; as many images as asked for in each, and the same images, labels and names as the folder."""
+    report = pack(open_source(str(folder)), str(tmp_path / "out.tar"), PackConfig(shard_size=9))
+    assert report.out == str(tmp_path / "out-{000..002}.tar")
+    with tarfile.open(tmp_path / "out-001.tar") as tar:
+        assert [member.name for member in tar][:3] == ["000000009.jpg", "000000009.cls", "000000009.json"]
+        assert len(tar.getmembers()) == 27
+    shards, source = ShardedTarSource([str(tmp_path / f"out-00{n}.tar") for n in range(3)]), open_source(str(folder))
+    assert (shards.labels.tolist(), shards.identities) == (source.labels.tolist(), source.identities)
+    assert [shards.read(index) for index in range(24)] == [source.read(index) for index in range(24)]
+    with pytest.raises(ValueError, match=r"out-000\.tar exists already \(3 such shards\)"):
+        pack(source, str(tmp_path / "out.tar"))
