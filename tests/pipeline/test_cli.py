@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
 from pipeline.cli import main
 
-COMMANDS = ["train", "eval", "data faces", "data pack", "data check", "config", "import insightface"]
+COMMANDS = ["train", "eval", "data faces", "data pack", "data pairs", "data check", "config", "import insightface"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
