@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_loaders.extras import extra
-
-with extra("train"):
-    import cv2
-
 # x and y in pixels of a crop of SIDE x SIDE: the eyes, the tip of the nose, the corners of the mouth; left is left in the image. Crops of
 # another size scale it.
 SIDE = 112
@@ -34,23 +29,6 @@ def is_mirrored(points_52: np.ndarray) -> bool:
     """Whether a mirror image of the points fits the template better: left and right are mixed up, or the image itself was mirrored."""
     p, q = (points - points.mean() for points in (_complex(points_52), _complex(TEMPLATE_52)))
     return bool(abs((p * q).sum()) > abs(np.vdot(p, q)))
-
-
-def align(image_HW3: np.ndarray, points_52: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """The face cut out, uint8 [side, side, 3]; what lies outside of the image is black. ValueError as for `similarity`.
-
-    points: x and y in pixels of the image, where (0, 0) is the centre of its first pixel."""
-    matrix_23 = similarity(points_52, TEMPLATE_52 * (side / SIDE))
-    scale = float(np.hypot(*matrix_23[:, 0]))
-    if scale < 0.5:  # bilinear sampling would skip pixels, so a large photo is first brought down to twice the size of the crop
-        shrink = 2 * scale
-        height, width = image_HW3.shape[:2]
-        size = max(1, round(width * shrink)), max(1, round(height * shrink))
-        image_HW3 = cv2.resize(image_HW3, size, interpolation=cv2.INTER_AREA)
-        factor = np.array(size) / (width, height)
-        points_52 = (points_52 + 0.5) * factor - 0.5
-        matrix_23 = similarity(points_52, TEMPLATE_52 * (side / SIDE))
-    return cv2.warpAffine(image_HW3, matrix_23, (side, side), flags=cv2.INTER_LINEAR, borderValue=(0, 0, 0))
 
 
 def _complex(points_52: np.ndarray) -> np.ndarray:

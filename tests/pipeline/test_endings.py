@@ -36,8 +36,10 @@ def signalled(monkeypatch):
         monkeypatch.setattr(FolderSource, "read", read_and_signal)
 
     monkeypatch.setattr(partial, "SECONDS", 0.0)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}  # other tests left theirs
     yield install
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    for number, handler in before.items():
+        assert signal.signal(number, handler) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("number", ENDS)

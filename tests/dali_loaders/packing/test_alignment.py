@@ -9,7 +9,8 @@ from pictures import picture, write_folder
 
 from dali_loaders import open_source, pack
 from dali_loaders.packing import PackConfig
-from dali_loaders.packing.alignment import SIDE, TEMPLATE_52, align, is_mirrored, similarity
+from dali_loaders.packing.alignment import SIDE, TEMPLATE_52, is_mirrored, similarity
+from dali_loaders.packing.pixels import align
 
 
 def umeyama(points, target):
