@@ -51,10 +51,10 @@ class Course:
 
     def run(self, writer: RecordFile | Shards, images: Callable[[int], bytes], workers: int) -> None:
         """Packs the rest. ValueError if in the end there is no image at all."""
-        remaining = self._order[self.done :].tolist()
+        remaining = self._order[self.done :]
         with progress("packing", len(self._order)) as shown, closing(in_order(images, remaining, workers)) as results:
             shown.add(self.done)
-            for index, data in zip(remaining, results, strict=True):
+            for index, data in zip(map(int, remaining), results, strict=True):
                 try:
                     self._write(writer, index, data)
                 except ReadError as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
 
 from dali_loaders.account import ReadError
 
@@ -21,11 +23,11 @@ def worker_count(workers: int) -> int:
     return workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def in_order(work: Callable[[int], bytes], indices: Sequence[int], workers: int) -> Generator[bytes | ReadError, None, None]:
-    """work(index) of every index, or the ReadError it raised, in the order of the indices whatever the number of workers."""
+def in_order(work: Callable[[int], bytes], indices: np.ndarray, workers: int) -> Generator[bytes | ReadError, None, None]:
+    """work(index) of every index, int64 [n], or the ReadError it raised, in the order of the indices whatever the number of workers."""
 
     def chunk(start: int) -> list[bytes | ReadError]:
-        return [_result(work, index) for index in indices[start : start + _CHUNK]]
+        return [_result(work, index) for index in indices[start : start + _CHUNK].tolist()]
 
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[list[bytes | ReadError]]] = deque()

@@ -35,8 +35,8 @@ def verify_shards(paths: list[str], source: Source, images: Images, kept: np.nda
 
 def _compare(packed: Iterable[_Image], source: Source, images: Images, kept: np.ndarray, workers: int) -> None:
     back = iter(packed)
-    with progress("verifying", len(kept)) as shown, closing(in_order(images, kept.tolist(), workers)) as results:
-        for index, data in zip(kept.tolist(), results, strict=True):
+    with progress("verifying", len(kept)) as shown, closing(in_order(images, kept, workers)) as results:
+        for index, data in zip(map(int, kept), results, strict=True):
             wanted = source.identities[source.labels[index]], data
             if isinstance(data, ReadError) or next(back, None) != wanted:
                 raise ValueError(

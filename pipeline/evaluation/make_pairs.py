@@ -36,8 +36,8 @@ def pairs_of_set(data: str, out: str, folds: int = 10, each: int = 300, seed: in
     while True:
         drawn = random_pairs(source.labels[usable], folds, each, seed, data)
         numbers = usable[drawn.pairs].ravel()
-        needed = np.unique(numbers).tolist()
-        read = dict(zip(needed, in_order(images, needed, worker_count(0)), strict=True))
+        needed = np.unique(numbers)
+        read = dict(zip(needed.tolist(), in_order(images, needed, worker_count(0)), strict=True))
         broken = {number: error for number, error in read.items() if isinstance(error, ReadError)}
         if not broken:
             break
@@ -59,7 +59,7 @@ def pairs_of_list(path: str, folder: str, out: str, landmarks: str = "") -> str:
     order = balanced(listed)
     files = find_images(listed, path, folder)
     source = _Files(folder, list(dict.fromkeys(files)))
-    read = dict(zip(source.files, in_order(_images(source, landmarks), range(len(source)), worker_count(0)), strict=True))
+    read = dict(zip(source.files, in_order(_images(source, landmarks), np.arange(len(source)), worker_count(0)), strict=True))
     broken = {file: image for file, image in read.items() if isinstance(image, ReadError)}
     if broken:
         first = next(iter(broken))

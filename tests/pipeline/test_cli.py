@@ -141,6 +141,17 @@ def test_pack_check_and_train_on_the_packed_set(trained, capsys):
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_names_in_other_encodings(trained):
+    """Of identities, and of the set itself: its checkpoint, metrics and TensorBoard hold UTF-8 only."""
+    data = trained / os.fsdecode(b"\xd5\xc5")
+    write_faces(str(data), FacesConfig(identities=9, images_per_identity=6, size=32), workers=1)
+    for number, identity in enumerate(sorted(data.iterdir())[:3]):
+        identity.rename(data / os.fsdecode(b"\xc0\xee%d" % number))
+    assert main(train(trained, f"evaluation.data={data}", data=data.name, run="encodings")) == 0
+    names = checkpoint.read_identities(checkpoint.locate(str(trained / "encodings")))
+    assert os.fsdecode(b"\xc0\xee0") in names
+
+
 def test_a_new_run_from_another_ones_weights(trained, capsys):
     assert main(["data", "faces", str(trained / "more.tar"), "--identities", "8", "--images", "6", "--size", "32"]) == 0
     new = train(trained, f"--from={trained / 'run'}", data="more.tar", run="tuned")

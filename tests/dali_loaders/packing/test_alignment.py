@@ -1,5 +1,7 @@
 """Faces are brought to the template by their landmarks, and every line of the landmarks is accounted for."""
 
+import tempfile
+
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from pictures import picture, write_folder
 from dali_loaders import open_source, pack
 from dali_loaders.packing import PackConfig
 from dali_loaders.packing.alignment import SIDE, TEMPLATE_52, is_mirrored, similarity
+from dali_loaders.packing.landmarks import read_landmarks
 from dali_loaders.packing.pixels import align
 
 
@@ -136,6 +139,18 @@ def test_lines_that_are_wrong(two, text, words):
     with pytest.raises(ValueError, match=words):
         lines(two, text)
     assert not (two.parent / "out.rec").exists() and not (two.parent / "out.rec.partial").exists()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200) | st.text(st.sampled_from('a/.jpg,"0123456789.enan-\\r\\n '), max_size=200).map(str.encode))
+def test_any_bytes_are_landmarks_or_end_in_a_sentence(data):
+    with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+        file.write(data)
+        file.flush()
+        try:
+            assert len(read_landmarks(file.name, "set"))
+        except ValueError as error:
+            assert file.name in str(error)
 
 
 def test_a_file_that_is_not_there(two):

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import tempfile
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.cli import main
 from pipeline.evaluation import read_bin
 from pipeline.evaluation.make_pairs import pairs_of_list, pairs_of_set
-from pipeline.evaluation.pair_lists import read_list
+from pipeline.evaluation.pair_lists import balanced, read_list
 from pipeline.evaluation.random_pairs import random_pairs
 
 
@@ -159,6 +160,19 @@ def test_lists_that_are_wrong(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         pairs_of_list(str(tmp_path / "pairs.txt"), str(tmp_path / "lfw"), str(tmp_path / "lfw.bin"))
     assert not (tmp_path / "lfw.bin").exists()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80) | st.text(st.sampled_from("an_.jpg 0123456789\\t\\n"), max_size=80).map(str.encode))
+def test_any_bytes_are_a_list_or_end_in_a_sentence(data):
+    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+        file.write(data)
+        file.flush()
+        try:
+            listed = read_list(file.name)
+            assert len(listed.pairs) == len(listed.issame) and sorted(balanced(listed)) == list(range(len(listed.pairs)))
+        except ValueError as error:
+            assert file.name in str(error)
 
 
 def test_faces_of_a_list_are_cut_out(tmp_path):
