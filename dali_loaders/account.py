@@ -61,6 +61,11 @@ class Account:
             more = ", ..." if passed.count > len(passed.examples) else ""
             yield f"  {passed.count} {reason}: {', '.join(passed.examples)}{more}"
 
+    def remarks(self, path: str) -> list[str]:
+        """The lines for the set `path`; none where nothing was passed over."""
+        first, *reasons = self.lines()
+        return [f"{path}: {first}", *reasons] if self.passed_over else []
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         passed = {reason: {"count": passed.count, "examples": passed.examples} for reason, passed in self.passed_over.items()}

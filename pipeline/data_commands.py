@@ -45,6 +45,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--near", type=_cosine, default=0.7, metavar="COSINE", help="what --model calls near (0.7)")
     check.add_argument("--figure", metavar="FILE.png", help="draw the images per identity")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+    for takes_addresses in (pack, check):
+        takes_addresses.add_argument("--cache", default="", metavar="FOLDER", help="for sets at remote addresses: data.cache")
     preview = command(
         data,
         "preview",
@@ -75,11 +77,9 @@ def _pack(options: argparse.Namespace) -> int:
 
     options.when_broken_off = "; the same command goes on where it stopped" if options.resume else "; nothing was written"
     config = PackConfig(options.resize, options.quality, options.landmarks, options.shard_size, options.verify)
-    source = open_source(options.source)
+    source = open_source(options.source, cache=options.cache)
     report = pack(source, options.out, config, workers=options.workers, resume=options.resume)
-    if source.account.passed_over:
-        print(f"{options.source}:", "\n".join(source.account.lines()))
-    print(report)
+    print(*source.account.remarks(options.source), report, sep="\n")
     return 1 if report.left_out_list else 0
 
 
@@ -102,8 +102,8 @@ def _check(options: argparse.Namespace) -> None:
         model = network(options.model)
     if options.figure:
         from pipeline.evaluation import figures
-    report = check(options.path, options.reader, decoder=options.decoder, fix=options.fix)
-    near = near_identities(model, options.path, options.near, options.reader) if options.model else []
+    report = check(options.path, options.reader, decoder=options.decoder, fix=options.fix, cache=options.cache)
+    near = near_identities(model, options.path, options.near, options.reader, options.cache) if options.model else []
     if options.json:
         print(json.dumps(report.as_dict() | ({"near": [pair._asdict() for pair in near]} if options.model else {})))
     else:

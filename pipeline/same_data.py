@@ -4,31 +4,33 @@ On several machines each has its own disks, copies and permissions."""
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
-from dali_loaders.config import DataConfig
-from dali_loaders.sources import Source, fingerprint, open_data
+from dali_loaders.sources import Source, fingerprint
 
 # What a fingerprint (dali_loaders/sources/fingerprint.py) and a seed say about the order of images, beside what identities there are.
 ORDER = ("images", "labels", "image_order", "weights", "seed")
 
 
-def open_on_all_ranks(config: DataConfig) -> tuple[Source, dict[str, Any]]:
-    """The training set and its fingerprint. Every rank calls it; one all-gather of a few hundred bytes per rank. ValueError on every rank
-    if one cannot open the set or sees another one."""
+def open_on_all_ranks(path: str, open_set: Callable[[], Source]) -> tuple[Source, dict[str, Any]]:
+    """The set that `open_set` opens, and its fingerprint. Messages call it `path`. Every rank calls it; one all-gather of a few hundred
+    bytes per rank. ValueError on every rank if one cannot open the set or sees another one."""
     source: Source | None = None
     fault: Exception | None = None
     mine: dict[str, Any] = {}
     try:
-        source = open_data(config)
+        source = open_set()
         mine = fingerprint(source)
     except Exception as error:  # whatever it is, the others wait for this rank
         fault = error
-    views: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(views, (socket.gethostname(), None if fault is None else str(fault) or repr(fault), mine))
+    answer = (socket.gethostname(), None if fault is None else str(fault) or repr(fault), mine)
+    views: list[Any] = [answer]
+    if dist.is_initialized():
+        views *= dist.get_world_size()
+        dist.all_gather_object(views, answer)
     if fault is not None:
         raise fault
     for rank, (host, reason, _) in enumerate(views):
@@ -41,7 +43,7 @@ def open_on_all_ranks(config: DataConfig) -> tuple[Source, dict[str, Any]]:
         seen = ", ".join(differences(view, first))
         more = f" (and {len(others) - 1} more ranks see other data than rank 0)" if len(others) > 1 else ""
         raise ValueError(
-            f"{config.train} is not the same for all ranks: rank {rank} on {host} sees {seen}, which is what "
+            f"{path} is not the same for all ranks: rank {rank} on {host} sees {seen}, which is what "
             f"rank 0 on {first_host} sees{more}; give every machine the same files, or a file system that all share"
         )
     assert source is not None

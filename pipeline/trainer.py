@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dali_loaders import Batch, TrainLoader
+from dali_loaders import Batch, TrainLoader, open_data
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import PartialFC, RowAdamW, RowSGD, clip_grad_norm_
@@ -53,7 +53,7 @@ class Trainer:
             )
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
-        self.source, self.fingerprint = open_on_all_ranks(config.data)
+        self.source, self.fingerprint = open_on_all_ranks(config.data.train, lambda: open_data(config.data))
         self.steps_per_epoch = build_order(self.source, group, run.seed).epoch_length / run.batch
         least = config.data.min_images
         remedy = "train on them too with --set data.min_images=1"
@@ -93,7 +93,8 @@ class Trainer:
         )
         if config.classifier.dtype == "bfloat16" and not has_bfloat16(place.device):
             self.monitor.say("this processor emulates bfloat16, several times slower than float32: use classifier.dtype=float32")
-        for line in filter(None, [*getattr(self.source, "remarks", ()), *self.resume_remarks, remark]):
+        remarks = [*self.source.account.remarks(config.data.train), *getattr(self.source, "remarks", ()), *self.evaluator.remarks]
+        for line in filter(None, [*remarks, *self.resume_remarks, remark]):
             self.monitor.say(line)
         self.loader = TrainLoader(
             self.source,

@@ -101,13 +101,13 @@ class CheckReport:
         }
 
 
-def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "auto", fix: str = "") -> CheckReport:
+def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "auto", fix: str = "", cache: str = "") -> CheckReport:
     """Opens the data set and decodes every image fully, as a run with data.decoder = `decoder` on this machine would.
 
     fix: a .rec to write, with what can be trained on, and FIX.left_out.txt beside it with the rest (name<tab>reason). The report is of
     the set as it was. ValueError as for open_source, and for a `fix` that cannot be written."""
     config = DataConfig(reader=reader, threads=threads, decoder=decoder)
-    source = open_source(path, reader)
+    source = open_source(path, reader, cache=cache)
     if fix:
         check_name(source, fix)
     found = look(source, config)

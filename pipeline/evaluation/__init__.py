@@ -10,12 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dali_loaders.config import DataConfig
-from dali_loaders.sources import open_source
+from dali_loaders.sources import Source, open_source
 from pipeline.evaluation import all_pairs, embed  # the modules: exporting their functions would hide them
 from pipeline.evaluation.all_pairs import PairReport
-from pipeline.evaluation.bin_pairs import BinReport, evaluate_bin, read_bin, write_bin
+from pipeline.evaluation.bin_pairs import BinReport, MemorySource, evaluate_bin, read_bin, write_bin
 
-__all__ = ["BinReport", "PairReport", "evaluate", "evaluate_bin", "read_bin", "write_bin"]
+__all__ = ["BinReport", "PairReport", "evaluate", "evaluate_bin", "open_set", "read_bin", "write_bin"]
+
+
+def open_set(path: str, data: DataConfig) -> Source:
+    """The labelled set, or the images of the pair set, `path`. ValueError where it cannot be opened."""
+    if path.endswith(".bin"):
+        return MemorySource(path, read_bin(path)[0])
+    return open_source(path, data.reader if path.endswith(".rec") else "native", cache=data.cache)
 
 
 def evaluate(
@@ -37,7 +44,7 @@ def evaluate(
     """
     if path.endswith(".bin"):
         return evaluate_bin(model, path, data, batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group)
-    source = open_source(path, data.reader if path.endswith(".rec") else "native")
+    source = open_set(path, data)
     embeddings_nD, labels_n = embed.embed(
         model, source, data, batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group
     )

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline import backbones, checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
-from pipeline.evaluation import PairReport, evaluate
+from pipeline.evaluation import PairReport, evaluate, open_set
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -55,7 +55,10 @@ def evaluate_checkpoint(
     path = checkpoint.locate(path)
     module, config = load_backbone(path, place.device, ema, recipe)
     if place.is_first and not as_json:
-        logging.getLogger(__name__).warning("evaluating %s on %s", path, data)
+        log = logging.getLogger(__name__)
+        log.warning("evaluating %s on %s", path, data)
+        for line in open_set(data, config.data).account.remarks(data):
+            log.warning(line)
     report = evaluate(
         module,
         data,

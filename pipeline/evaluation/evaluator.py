@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from dali_loaders.config import DataConfig
-from dali_loaders.sources import open_source
 from pipeline.distributed import Place
-from pipeline.evaluation import PairReport, evaluate, read_bin
+from pipeline.evaluation import PairReport, evaluate, open_set
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
 from pipeline.monitor import Monitor
+from pipeline.same_data import open_on_all_ranks
 
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
 
@@ -39,12 +39,14 @@ class Evaluator:
     """Evaluates a network on every configured set, over all ranks, and reports to the monitor and as PNG files in `folder`."""
 
     def __init__(self, config: EvaluationConfig, data: DataConfig, place: Place, folder: str) -> None:
-        """Opens every set, so that one that cannot be read costs no training. ValueError for it, and for a set that is named twice."""
+        """Opens every set, so that one that cannot be read costs no training. Every rank calls it. ValueError for such a set, for one
+        that ranks do not see alike, and for one that is named twice."""
         paths = [path for path in (config.data, *config.pairs) if path]
         self.names = dict(zip(paths, set_names(paths), strict=True))
+        self.remarks: list[str] = []  # what of the sets was passed over
         for field, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
             if path:
-                _try(field, path, data)
+                self.remarks += _try(field, path, data)
         from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
@@ -85,12 +87,9 @@ class Evaluator:
         self.figures.save_png(figure, os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png"))
 
 
-def _try(field: str, path: str, data: DataConfig) -> None:
+def _try(field: str, path: str, data: DataConfig) -> list[str]:
     try:
-        if path.endswith(".bin"):
-            read_bin(path)
-        else:
-            open_source(path, data.reader if path.endswith(".rec") else "native")
+        return open_on_all_ranks(path, lambda: open_set(path, data))[0].account.remarks(path)
     except ValueError as error:
         raise ValueError(f"evaluation.{field}: {error} Name another set, or none with --set evaluation.{field}=") from error
 

@@ -40,10 +40,10 @@ def network(path: str) -> Network:
     return Network(*load_backbone(checkpoint.locate(path), device), device)
 
 
-def near_identities(model: Network, data: str, above: float, reader: str = "native") -> list[Near]:
+def near_identities(model: Network, data: str, above: float, reader: str = "native", cache: str = "") -> list[Near]:
     """Pairs of identities of the set `data` whose centres have a cosine above `above`, the nearest first, at most MOST of them. Images are
     embedded as `protoshard eval` does; a centre is the mean of their unit features."""
-    source = open_source(data, reader)
+    source = open_source(data, reader, cache=cache)
     evaluation = model.config.evaluation
     centers_CD = class_centers(model.backbone, source, model.config.data, evaluation.batch_size, evaluation.flip, model.device)
     cosines, pairs = near_pairs(centers_CD, above)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from dali_loaders import pack
-from dali_loaders.config import DataConfig
+from dali_loaders import open_source, pack
 from dali_loaders.sources import FolderSource
 from pipeline import checkpoint
 from pipeline.same_data import open_on_all_ranks
@@ -38,7 +37,8 @@ def copy(data, tmp_path):
 def opened(paths: list[str]) -> str:
     """The sentence that this rank gives when every rank opens its own path; or what it sees."""
     try:
-        return repr(sorted(open_on_all_ranks(DataConfig(train=paths[dist.get_rank()]))[1].items()))
+        path = paths[dist.get_rank()]
+        return repr(sorted(open_on_all_ranks(path, lambda: open_source(path))[1].items()))
     except ValueError as error:
         return str(error)
 
