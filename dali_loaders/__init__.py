@@ -7,7 +7,7 @@ from dali_loaders import renamed
 from dali_loaders.config import AugmentConfig, DataConfig
 from dali_loaders.order import GroupedOrder, UniformOrder
 from dali_loaders.packing import pack
-from dali_loaders.sources import Source, open_source
+from dali_loaders.sources import Source, open_data, open_source
 
 if TYPE_CHECKING:
     from dali_loaders.checking import CheckReport, check
@@ -26,6 +26,7 @@ __all__ = [
     "UniformOrder",
     "check",
     "evaluation_batches",
+    "open_data",
     "open_source",
     "pack",
 ]

@@ -10,13 +10,10 @@ import numpy as np
 
 from dali_loaders import jpeg, reasons
 from dali_loaders.account import ChangedError, ReadError, Unreadable
-from dali_loaders.extras import extra
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
 from dali_loaders.reading import StorageError, patiently
 from dali_loaders.sources import Source
-
-with extra("train"):
-    import cv2
+from dali_loaders.uncommon import NotDecodedError, to_png
 
 _MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 _NOT_READ = Unreadable("not read")
@@ -39,17 +36,10 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
 
 
 def _to_png(data: bytes) -> bytes | Unreadable:
-    if not data:
-        return Unreadable(reasons.EMPTY)
     try:
-        image, as_stored = (cv2.imdecode(np.frombuffer(data, np.uint8), flag) for flag in (cv2.IMREAD_COLOR, cv2.IMREAD_UNCHANGED))
-    except cv2.error as error:
-        return Unreadable("too large" if "MAX_IMAGE" in str(error) else reasons.undecodable(data))
-    if image is None or as_stored is None:
-        return Unreadable(reasons.undecodable(data))
-    if as_stored.dtype.kind == "f":  # OpenCV makes nearly black or noisy images of these (PFM, Radiance, some TIFF)
-        return Unreadable(reasons.FLOATING)
-    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        return to_png(data, _MAX_PIXELS)
+    except NotDecodedError as error:
+        return Unreadable(str(error))
 
 
 def groups(sizes_b2: np.ndarray, most_pixels: int = GROUP_PIXELS) -> list[slice]:

@@ -88,10 +88,10 @@ def dali_modules() -> tuple[Any, Any, Any]:
     return dali, fn, types
 
 
-def new_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
-    """An empty pipeline. Its queue holds one batch, since the loader does the running ahead."""
-    dali, _, _ = dali_modules()
-    return dali.Pipeline(batch_size, threads, device.index if device.type == "cuda" else None, prefetch_queue_depth=1)
+def pipeline_options(batch_size: int, threads: int, device: torch.device) -> dict[str, Any]:
+    """Of every pipeline. Its queue holds one batch, since the loader does the running ahead."""
+    number = device.index if device.type == "cuda" else None
+    return {"batch_size": batch_size, "num_threads": threads, "device_id": number, "prefetch_queue_depth": 1}
 
 
 def size_pipeline(batch_size: int) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -24,25 +25,27 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
     file_path = identities_path(path)
     if not os.path.exists(file_path):
         return None
+    counts, names = array("q"), []
     try:
         with open(file_path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            lines = file.read().split("\n")
-        if lines[-1] == "":
-            del lines[-1]
-        if lines and all(line.endswith("\r") for line in lines):
-            lines = [line[:-1] for line in lines]
-        rows = [line.partition("\t") for line in lines]
-        for number, (count, tab, _) in enumerate(rows, start=1):
-            if not (tab and count.isascii() and count.isdigit()):
-                raise ValueError(f"line {number} is {lines[number - 1][:40]!r}")
-        names = [_unquoted(name) if name.startswith('"') else name for _, _, name in rows]
-        images = np.array([int(count) for count, _, _ in rows], np.int64)
+            for number, ended in enumerate(file, start=1):
+                line = ended.removesuffix("\n")
+                count, tab, name = line.partition("\t")
+                if not (tab and count.isascii() and count.isdigit()):
+                    raise ValueError(f"line {number} is {line[:40]!r}")
+                counts.append(int(count))
+                names.append(name)
     except (OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file_path} does not hold lines 'images<tab>identity' ({error}); delete it or pack again.") from error
-    if len(set(names)) < len(names):
-        name, times = Counter(names).most_common(1)[0]
+    if names and all(name.endswith("\r") for name in names[: -1 if len(names) > 1 else None]):  # the last line may lack its end
+        names = [name.removesuffix("\r") for name in names]
+    names = [_unquoted(name) if name.startswith('"') else name for name in names]
+    # Hashes first: a set of millions of names takes more memory than all of a .rec's headers.
+    hashes = np.fromiter(map(hash, names), np.int64, len(names))
+    if len(np.unique(hashes)) < len(names) and (most := Counter(names).most_common(1)[0])[1] > 1:
+        name, times = most
         raise ValueError(f"{file_path} has the identity {name!r} {times} times; give each a name of its own, or delete the file.")
-    return images, names
+    return np.array(counts, np.int64), names
 
 
 def write_identities(path: str, counts: np.ndarray, names: list[str]) -> None:

@@ -125,8 +125,8 @@ class MixedOrder:
     """Several sets, each with its share of the stream. An epoch has as many groups of K positions (K = images_per_identity; 1: positions)
     as epochs of all sets together, and set s has a fixed number of them, places_s, nearest to its share. Where they stand is a permutation
     per epoch. Each set has an endless stream of groups of its own (UniformOrder or GroupedOrder), and place r of set s in epoch e takes
-    group e * places_s + r of it. So a set runs through all its images before one comes again, whatever its share: with half the places
-    that it has groups, in two epochs.
+    group e * places_s + r of it. So a set shows every image equally often, whatever its share: with half the places that it has groups, it
+    is through in two epochs.
 
     Memory as that of the sets' orders, and none per position. ValueError for an empty set, and for groups of sets of which one has a
     single image of an identity.

@@ -26,6 +26,10 @@ _FORMATS = (
     (0, b"\0\0\1\0", "ICO"),
     (0, b"8BPS", "Photoshop file"),
     (0, b"v/1\1", "OpenEXR"),
+    (0, b"#?R", "Radiance HDR"),
+    (0, b"PF\n", "PFM"),
+    (0, b"Pf\n", "PFM"),
+    (0, b"P7\n", "PAM"),
     (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
@@ -48,7 +52,7 @@ _BRANDS = {  # of ISO base media files, after "ftyp"
     b"crx ": "raw photo (CR3)",
 }
 _PROCESSES = {3: "lossless", 5: "hierarchical", 6: "hierarchical", 7: "hierarchical", 11: "lossless"}
-_PNM = {b"P%d" % number for number in range(1, 8)}
+_PNM = {b"P%d" % number for number in range(1, 7)}
 
 
 def too_large(height: int, width: int) -> str:
@@ -67,7 +71,7 @@ def undecodable(data: bytes) -> str:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return CUT_OFF if int.from_bytes(data[4:8], "little") + 8 > len(data) else DAMAGED
     kind = format_of(data)
-    if kind in ("BMP", "TIFF", "PNM"):  # formats that are decoded where they are sound
+    if kind in ("BMP", "TIFF", "PNM"):  # which are decoded where they are sound (uncommon.py)
         return f"{kind} that is cut off, damaged, or of a kind that nothing here decodes"
     if kind is not None:
         return kind if kind.startswith("Git") else f"{kind}, which nothing here decodes"

@@ -52,6 +52,14 @@ class Runs:
         again = np.flatnonzero(firsts[1:] < firsts[:-1] + counts[:-1])
         return int(firsts[again[0] + 1]) if again.size else None
 
+    def first_within(self, start: int, stop: int) -> int | None:
+        """One of the keys from `start` to `stop` - 1."""
+        for firsts, counts in zip(self.firsts, self.counts, strict=True):
+            among = np.flatnonzero((firsts < stop) & (firsts + counts > start))
+            if among.size and start < stop:
+                return max(start, int(firsts[among[0]]))
+        return None
+
 
 def scan(file: RandomAccessFile) -> Iterator[Records]:
     """All records of a .rec, in the order of the file, with their headers. A missing .idx is rebuilt, and written where that is allowed.

@@ -15,8 +15,8 @@ from dali_loaders.records import RandomAccessFile
 
 KIND = "recordio 1"  # of the arrays; another number for other ones
 _EXACT = 1 << 24  # the first whole number that float32, the type of labels, may have rounded
-MISSING = 3  # beside the states of record_headers
-WHY = {EMPTY: "no image in the record", SHORT: "too short for its header", MISSING: "announced by record 0, but not there"}
+WHY = {EMPTY: "no image in the record", SHORT: "too short for its header"}
+MISSING = "announced by record 0, but not there"
 
 
 def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
@@ -24,7 +24,9 @@ def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
 
     offsets int64 [N]; words uint32 [N], their length in the file in 4 bytes; labels int64 [N], in 0..C-1; originals int64 [C], what the
     records call these labels; key_firsts, key_counts int64, runs of consecutive keys. Of what is passed over: passed_keys int64,
-    passed_why uint8 (see WHY). ValueError if .rec, .idx and identities file do not belong together, or labels are no identities."""
+    passed_why uint8 (see WHY); and missing int64 [1], how many images record 0 announces beyond those that are there.
+
+    ValueError if .rec, .idx and identities file do not belong together, or labels are no identities."""
     packed = read_identities(file.path)
     labels: _Labels | _PackedLabels = _Labels(file.path) if packed is None else _PackedLabels(file.path, *packed)
     offsets: list[int | np.ndarray] = []
@@ -39,7 +41,7 @@ def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
         labels.add(piece.keys[images], piece.headers.labels[images])
         others.add(piece, ~images)
         records += len(piece.keys)
-    passed_keys, passed_why = labels.without_image(others, records)
+    passed_keys, passed_why, missing = labels.without_image(others, keys, records)
     if not sum(map(len, words)):
         raise ValueError(f"{file.path} holds {records} records but no image; pack the images again.")
     originals, labels_n = _renumbered(labels.pieces)
@@ -48,7 +50,8 @@ def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
     if np.any(key_firsts[1:] < key_firsts[:-1] + key_counts[:-1]):
         columns, key_firsts, key_counts = _by_key(columns, key_firsts, key_counts)
     runs = {"key_firsts": [key_firsts], "key_counts": [key_counts]}
-    return {**columns, **runs, "originals": [originals], "passed_keys": [passed_keys], "passed_why": [passed_why]}
+    passed = {"passed_keys": [passed_keys], "passed_why": [passed_why], "missing": [np.array([missing])]}
+    return {**columns, **runs, **passed, "originals": [originals]}
 
 
 def _offsets(first: int | np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -70,19 +73,24 @@ class _Others:
     """The records without an image, in the order of their keys once all are there."""
 
     def __init__(self) -> None:
-        self._pieces: list[np.ndarray] = []
+        self._pieces: list[list[np.ndarray]] = []
+        self.mark = 0  # id2 of record 0
 
     def add(self, piece: Records, chosen: np.ndarray) -> None:
-        headers = piece.headers
-        columns = [piece.keys, *(column.astype(np.int64) for column in (headers.states, headers.flags))]
-        columns += [headers.labels.view(np.int32), headers.seconds.view(np.int32), headers.ids.view(np.int64), headers.id2s.view(np.int64)]
-        self._pieces.append(np.stack([column[chosen].astype(np.int64) for column in columns]))
+        keys, headers = piece.keys, piece.headers
+        pairs = (headers.states == EMPTY) & (headers.flags >= 2)
+        columns = (keys, headers.states, pairs, headers.labels, headers.seconds, headers.ids == 0)
+        self._pieces.append([column[chosen] for column in columns])
+        zero = np.flatnonzero((keys == 0) & (headers.states == EMPTY))
+        self.mark = int(headers.id2s[zero[0]]) if zero.size else self.mark
 
-    def columns(self) -> tuple[np.ndarray, ...]:
-        """keys, states, flags, first and second labels (float32), ids, id2s; int64 [n] each."""
-        table = np.concatenate(self._pieces, axis=1)
-        keys, states, flags, first, second, ids, id2s = table[:, np.argsort(table[0], kind="stable")]
-        return keys, states, flags, first.astype(np.int32).view(np.float32), second.astype(np.int32).view(np.float32), ids, id2s
+    def columns(self) -> list[np.ndarray]:
+        """[n] each: keys int64, states uint8, whether there are two labels or more, the first two, float32, and whether the id is 0."""
+        columns = [np.concatenate(parts) for parts in zip(*self._pieces, strict=True)]
+        if np.any(np.diff(columns[0]) < 0):
+            order = np.argsort(columns[0], kind="stable")
+            columns = [column[order] for column in columns]
+        return columns
 
 
 class _Labels:
@@ -100,15 +108,14 @@ class _Labels:
             self._fault = f"record {keys[at]} has the label {labels[at]:.9g}"
         self.pieces.append(np.where(good, labels, 0).astype(np.int32))
 
-    def without_image(self, others: _Others, records: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and reasons of what is neither image nor header."""
+    def without_image(self, others: _Others, images: Runs, records: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Keys and reasons of what is neither image nor header, and how many images are missing."""
         if self._fault:
             raise ValueError(
                 f"{self._path}: {self._fault}, but an identity is a whole number from 0 to 2**24 - 1, which float32 keeps apart; "
                 "put the .identities.txt beside it with which it was packed, or pack the images again."
             )
-        keys, states, flags, first, second, ids, _ = others.columns()
-        pairs = (states == EMPTY) & (flags >= 2)
+        keys, states, pairs, first, second, unnumbered = others.columns()
         headers, missing = np.zeros(len(keys), bool), 0
         with np.errstate(invalid="ignore", over="ignore"):
             sound = pairs & (first >= 1) & (second >= first) & (second < 1 << 40)
@@ -119,15 +126,20 @@ class _Labels:
             slack_start, slack_end = (int(np.spacing(number)) // 2 for number in (first[at], second[at]))  # above 2**24 they are rounded
             headers = pairs & (keys >= start - slack_start) & (keys < end + slack_end)
             headers[at] = True
+            among = images.first_within(start + slack_start, end - slack_end)
+            if among is not None:
+                raise ValueError(
+                    f"{self._path}: record {among} holds an image, but record {keys[at]} announces headers of identities from {start} to "
+                    f"{end - 1}; pack the images again."
+                )
             missing = max(0, start - 1 - slack_start - (records - int(headers.sum())))
-            again = np.flatnonzero(pairs & ~headers & (ids == 0))
+            again = np.flatnonzero(pairs & ~headers & unnumbered)
             if again.size:
                 raise ValueError(
                     f"{self._path}: record {keys[again[0]]} begins another set, whose labels would be taken for those of the first one; "
                     "keep the two sets in files of their own."
                 )
-        passed_why = np.append(states[~headers], np.full(missing, MISSING))
-        return np.append(keys[~headers], np.full(missing, -1)), passed_why.astype(np.uint8)
+        return keys[~headers], states[~headers].astype(np.uint8), missing
 
 
 class _PackedLabels:
@@ -147,15 +159,15 @@ class _PackedLabels:
             self._fault = f"record {keys[at]} has the label {labels[at]:.9g}, and another one there"
         self.pieces.append(expected)
 
-    def without_image(self, others: _Others, records: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and reasons of what is neither image nor header. ValueError unless all records are as the identities file says."""
-        keys, states, _, _, _, _, id2s = others.columns()
+    def without_image(self, others: _Others, images: Runs, records: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """As above. ValueError unless all records are as the identities file says, so that none is missing."""
+        keys, states = others.columns()[:2]
         expected = 1 + self._images + len(self._names)
         if records != expected:
             self._fault = f"there are {records} records, and {expected} there"
         elif len(keys) and (keys[0] < 0 or keys[-1] >= expected) and not self._fault:
             self._fault = f"there is a record {keys[0] if keys[0] < 0 else keys[-1]}, and none there"
-        elif len(keys) and keys[0] == 0 and states[0] == EMPTY and id2s[0] not in (0, stamp(self._names)) and not self._fault:
+        elif others.mark not in (0, stamp(self._names)) and not self._fault:
             self._fault = "it was packed with other names"
         if self._fault:
             raise ValueError(
@@ -163,7 +175,7 @@ class _PackedLabels:
                 "the names), or pack the images again."
             )
         passed = (keys >= 1) & (keys <= self._images)
-        return keys[passed], states[passed].astype(np.uint8)
+        return keys[passed], states[passed].astype(np.uint8), 0
 
 
 def _renumbered(pieces: list[np.ndarray]) -> tuple[np.ndarray, Iterator[np.ndarray]]:

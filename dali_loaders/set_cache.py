@@ -130,6 +130,7 @@ def _save(places: list[str], wanted: dict[str, Any], sources: Sequence[str], bui
             continue
         try:
             with open(descriptor, "w+b") as file:
+                log.info("looking at all of %s, which is done once", sources[0])
                 pieces = build()
                 try:
                     table = _write(file, wanted, pieces)

@@ -38,8 +38,8 @@ class ClassShard:
     def mask_of(self, labels_n: Tensor) -> Tensor:
         """bool [rows]: the rows of this shard whose class is among the labels; classes of other ranks and -1 are ignored."""
         is_among = torch.zeros(self.rows + 1, dtype=torch.bool, device=labels_n.device)  # the last one takes what is not here:
-        is_among[self.rows_of(labels_n)] = True  # selecting the others would make the host wait for the device
-        return is_among[:-1]
+        # Selecting the others would make the host wait for the device, and so does assigning True through an index, on a GPU.
+        return is_among.scatter_(0, self.rows_of(labels_n) % (self.rows + 1), True)[:-1]
 
 
 def initial_prototypes(shard: ClassShard, width: int, seed: int, std: float = 0.01) -> Tensor:

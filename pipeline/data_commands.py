@@ -30,6 +30,20 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--near", type=_cosine, default=0.7, metavar="COSINE", help="what --model calls near (0.7)")
     check.add_argument("--figure", metavar="FILE.png", help="draw the images per identity")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+    preview = command(
+        data,
+        "preview",
+        _preview,
+        "draw a sheet of augmented images",
+        "protoshard data preview faces.tar faces_small --set data.augment=adaface",
+    )
+    preview.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
+    preview.add_argument("recipe", metavar="RECIPE", help="name or file of the recipe whose section data.augment is shown")
+    preview.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.field=value", help="override fields")
+    preview.add_argument("--out", default="preview.png", metavar="FILE.png", help="(preview.png)")
+    preview.add_argument("--images", type=int, default=8, metavar="N", help="rows, an image each (8)")
+    preview.add_argument("--versions", type=int, default=8, metavar="N", help="augmented versions of each image (8)")
+    preview.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
 
 
 def _faces(options: argparse.Namespace) -> None:
@@ -79,3 +93,15 @@ def _cosine(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is no cosine from 0 to below 1")
     return value
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from dali_loaders import open_source
+    from dali_loaders.preview import write_preview
+    from pipeline.resolve import resolve
+
+    config = resolve(options.recipe, options.set).data
+    source = open_source(options.path, config.reader)
+    for name in write_preview(options.out, source, config, images=options.images, versions=options.versions, seed=options.seed):
+        print(name)
+    print(f"{options.out}: a row for each of these images, first as it is, then as training sees it")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dali_loaders.augment_config import AugmentConfig
 from partial_fc import losses
 from partial_fc.fields import hint_at
 from partial_fc.losses import Loss
@@ -18,8 +19,8 @@ from pipeline.config import RENAMED, TrainConfig, with_tuples
 
 def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """`config` with `section.field=value` overrides applied. ValueError with one sentence names the first that cannot be."""
-    # The loss is chosen first: chosen last, it would undo what was set of its fields. Fields of a section are set together, because some
-    # go only with others.
+    # The loss is chosen first: chosen last, it would undo what was set of its fields. So is data.augment, because "data" sorts before
+    # "data.augment". Fields of a section are set together, because some go only with others.
     ordered = sorted(map(_split, overrides), key=lambda change: (change[0] != "loss", change[0].rpartition(".")[0]))
     for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
         config = _set(config, section.split(".") if section else [], list(changes))
@@ -45,12 +46,14 @@ def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
         if not is_dataclass(value):
             raise ValueError(f"--set {changes[0][0]}: {section[0]!r} has no fields of its own")
         return replace(part, **{section[0]: _set(value, section[1:], changes)})
-    values = {}
+    values: dict[str, Any] = {}
     for path, text in changes:
         name = path.rpartition(".")[2]
         value, kind = _field(part, name, path)
         if kind is Loss:
             values[name] = losses.build(text)
+        elif kind is AugmentConfig:
+            values[name] = AugmentConfig.named(text)
         elif is_dataclass(value):
             raise ValueError(f"--set {path}: this is a section: set one of its fields, {', '.join(item.name for item in fields(value))}")
         else:

@@ -63,7 +63,13 @@ def test_the_classifier_needs_only_torch_and_numpy(project):
 def test_every_package_that_is_imported_is_a_requirement(project):
     """But for what benchmarks measure beside this project where it is installed."""
     required = set(re.findall(r'"([\w-]+)(?:\[[\w,]+\])?[<=>]', (ROOT / "pyproject.toml").read_text()))
-    brought = {"cv2": "opencv-python-headless", "nvidia": "nvidia-dali-cuda130", "aiohttp": "ray", "typing_extensions": "torch"}
+    brought = {
+        "cv2": "opencv-python-headless",
+        "nvidia": "nvidia-dali-cuda130",
+        "aiohttp": "ray",
+        "typing_extensions": "torch",
+        "fsspec": "torch",
+    }
     edges = {module: targets for module, targets in project.items() if not module.startswith("benchmarks")}
     edges |= graph(modules(ROOT, ["examples"]))
     imported = {target.partition(".")[0] for targets in edges.values() for target in targets}

@@ -61,18 +61,22 @@ def look(source: Source, config: DataConfig) -> Findings:
     return found
 
 
-def _parts(source: Source, pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[int, list[bytes | Unreadable]]]:
-    """The number of the first image, and consecutive ones: at most _BATCH, and little more than _BYTES."""
+def _parts(source: Source, pool: ThreadPoolExecutor, most_ahead: int) -> Iterator[tuple[int, list[bytes | Unreadable]]]:
+    """The number of the first image, and consecutive ones: at most _BATCH, and little more than _BYTES, which also bounds what is read
+    ahead of them: `most_ahead` images, and fewer where those before were large."""
     reads: deque[Future[bytes | Unreadable]] = deque()
+    typical = float(_BYTES)  # bytes of an image; falls slowly, so that one large image among small ones does no harm for long
     part: list[bytes | Unreadable] = []
     start, held, asked = 0, 0, 0
     while start + len(part) < len(source):
-        while asked < len(source) and len(reads) < ahead:
+        while asked < len(source) and len(reads) < max(1, min(most_ahead, _BYTES / typical)):
             reads.append(pool.submit(read_image, source, asked))
             asked += 1
         data = reads.popleft().result()
         part.append(data)
-        held += 0 if isinstance(data, Unreadable) else len(data)
+        size = 0 if isinstance(data, Unreadable) else len(data)
+        typical = max(size, typical / 2, 1)
+        held += size
         if len(part) == _BATCH or held >= _BYTES:
             yield start, part
             start, part, held = start + len(part), [], 0

@@ -148,7 +148,7 @@ def _report(source: Source, found: Findings, groups: Sequence[np.ndarray]) -> Ch
 
 def _odd_labels(source: Source) -> str | None:
     """Of a .rec without names beside it, whose identities are called by the labels of its records."""
-    if not source.path.lower().endswith(".rec") or os.path.exists(identities_path(source.path)):
+    if not source.path.lower().endswith(".rec") or not os.path.isfile(source.path) or os.path.exists(identities_path(source.path)):
         return None
     try:
         values = sorted(int(name) for name in source.identities)

@@ -6,14 +6,20 @@ import os
 from collections.abc import Sequence
 
 from dali_loaders.config import DataConfig
+from dali_loaders.fetching import fetch, is_copied
+from dali_loaders.remote import is_remote
+from dali_loaders.sources import by_name, meant
 from dali_loaders.sources.by_name import IMAGE_EXTENSIONS, LAYOUT
 from dali_loaders.sources.fingerprint import fingerprint
 from dali_loaders.sources.folder import FolderSource
-from dali_loaders.sources.recordio import RecordSource
+from dali_loaders.sources.parquet_files import is_parquet
+from dali_loaders.sources.patterns import expand, is_pattern, tars_in
+from dali_loaders.sources.recordio import RecordSource, find_record
 from dali_loaders.sources.several import SeveralSources, distinct_names, split_paths
 from dali_loaders.sources.source import Part, Source, check_images_per_identity, read_many, single_image_identities
 from dali_loaders.sources.subset import SubsetSource, select
 from dali_loaders.sources.tar import TarSource
+from dali_loaders.sources.webdataset import open_tars
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -35,17 +41,22 @@ __all__ = [
     "single_image_identities",
 ]
 
+_FORMS = "a folder, a .tar, .rec or .parquet file, or a pattern of such files"
+
 
 def open_data(config: DataConfig) -> Source:
     """The training set of a configuration: its sets with their weights, and of them the images that its lists leave."""
-    source = open_source(config.train, config.reader, weights=config.weights, joined=config.identities == "joined")
+    joined = config.identities == "joined"
+    source = open_source(config.train, config.reader, cache=config.cache, weights=config.weights, joined=joined)
     return select(source, config.subset, config.exclude)
 
 
-def open_source(path: str, reader: str = "native", *, weights: Sequence[float] = (), joined: bool = False) -> Source:
-    """Opens a folder or .tar of IDENTITY/IMAGE files, a .rec (its .idx is rebuilt when missing), or several of them between commas.
+def open_source(path: str, reader: str = "native", *, cache: str = "", weights: Sequence[float] = (), joined: bool = False) -> Source:
+    """Opens a set of any form, by what its path is, or several of them between commas.
 
-    reader: "native", or "mxnet" to read a .rec through the mxnet package. weights, joined: of several sets, as in SeveralSources.
+    reader: "native", or "mxnet" to read a .rec through the mxnet package
+    cache: a folder for copies of what is at remote addresses
+    weights, joined: of several sets, as in SeveralSources
     ValueError for whatever holds no labelled images.
     """
     if reader not in ("native", "mxnet"):
@@ -53,22 +64,57 @@ def open_source(path: str, reader: str = "native", *, weights: Sequence[float] =
     paths = split_paths(path)
     if len(paths) > 1:
         names = distinct_names(paths)
-        return SeveralSources(path, [_open(one, reader) for one in paths], names, weights, joined)
+        return SeveralSources(path, [_open(one, reader, cache) for one in paths], names, weights, joined)
     if weights:
         raise ValueError(f"data.weights is given for several sets, but data.train names one, {path}; leave it out.")
-    return _open(paths[0], reader)
+    return _open(paths[0], reader, cache)
 
 
-def _open(path: str, reader: str) -> Source:
-    """One set, by what its path is."""
+def _open(path: str, reader: str, cache: str) -> Source:
+    """One set."""
     if not path:
-        raise ValueError("no data given: name a folder, a .tar or a .rec file.")
-    if not os.path.exists(path):
-        raise ValueError(f"{path} does not exist; expected a folder, a .tar or a .rec file.")
-    if path.lower().endswith(".rec"):
-        if os.path.isdir(path):
-            raise ValueError(f"{path} is a folder; a name that ends in .rec is expected to be a RecordIO file.")
-        return RecordSource(path, reader)
+        raise ValueError(f"no data given: name {_FORMS}.")
+    if is_remote(path):
+        if not is_copied(path):
+            from dali_loaders.sources.remote_folder import RemoteFolderSource
+
+            return RemoteFolderSource(path, cache)
+        path = fetch(path, cache)
+    paths = [path]
+    if is_parquet(path):
+        if reader == "native":
+            from dali_loaders.sources.parquet import ParquetSource
+
+            return ParquetSource(path)
+    elif is_pattern(path):
+        paths = expand(path)
+    elif not os.path.exists(path):
+        raise ValueError(" ".join(filter(None, [f"{path} does not exist; expected {_FORMS}.", meant.guess(path)])))
+    elif os.path.isdir(path):
+        paths = _files_of(path)
+    kinds = {os.path.splitext(one)[1].lower() for one in paths}
+    if kinds == {".rec"} and not any(map(os.path.isdir, paths)):
+        if len(paths) == 1:
+            return RecordSource(paths[0], reader)
+        return SeveralSources(path, [RecordSource(one, reader) for one in paths], distinct_names(paths), joined=True)
+    if ".rec" in kinds:
+        raise ValueError(f"{path} stands for {', '.join(paths[:3])}: expected RecordIO files only, or none.")
     if reader == "mxnet":
         raise ValueError(f"reader='mxnet' reads .rec files only, but the data is {path}; use reader='native'.")
-    return FolderSource(path) if os.path.isdir(path) else TarSource(path)
+    folders = [one for one in paths if os.path.isdir(one)]
+    if not folders:
+        return open_tars(paths, path)
+    if len(folders) < len(paths):
+        raise ValueError(f"{path} stands for {folders[0]}, a folder, and for files; name folders and files apart, between commas.")
+    if len(paths) == 1:
+        return FolderSource(path)
+    return SeveralSources(path, [FolderSource(one) for one in paths], distinct_names(paths), joined=True)
+
+
+def _files_of(folder: str) -> list[str]:
+    """The files that a folder of them is a set by, such as InsightFace's train.rec or tar shards; itself, if it holds folders."""
+    with os.scandir(folder) as entries:
+        if any(entry.is_dir() and not by_name.aside(os.fsencode(entry.name) + b"/") for entry in entries):
+            return [folder]
+    record = find_record(folder)
+    return [record] if record else tars_in(folder) or [folder]

@@ -3,42 +3,96 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from dali_loaders.account import Account, ReadError
-from dali_loaders.sources.by_name import is_image, labels_of
+from dali_loaders.names import Names, printable, text
+from dali_loaders.sources import by_name, meant
+from dali_loaders.sources.walk import FILE, FOLDER, NOWHERE, FileSystem, walk
+
+_LOOKING = 16  # threads that look at files whose names tell nothing; each waits for the disk or the network
 
 
 class FolderSource:
-    """PATH/IDENTITY/IMAGE; identities and images in sorted order."""
+    """PATH/IDENTITY/IMAGE; identities and images in sorted order. ValueError if a folder cannot be listed, for it may hold identities."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        root = path.rstrip("/") + "/"
-        files = (f"{folder}/{name}"[len(root) :] for folder, names in _walk(root.rstrip("/") or "/") for name in names)
         self.account = Account()
-        self._names = sorted(name for name in files if self.account.admits(name, None if is_image(name) else "no image by its name"))
-        self.labels, self.identities = labels_of(path, self._names)
+        self._root = os.fsencode(path)
+        names, folders = self._walk()
+        images = by_name.admitted(names, self.account, lambda places: self._heads([names[place] for place in places]))
+        if not images:
+            raise by_name.no_images(path, self.account, meant.guess(path))
+        names = [names[place] for place in images]
+        self.labels, identities = by_name.labels_of(path, names)
+        self.account.use(len(names))
+        by_name.without_images(folders, identities, self.account)
+        self.identities = [text(identity) for identity in identities]
+        self._names = Names.of(names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.name(index), "rb", buffering=0) as file:
-                return file.read()
+            return _read(os.path.join(self._root, self._names[index]))
+        except FileNotFoundError as error:
+            raise ReadError("vanished") from error
         except OSError as error:
             raise ReadError.of(error) from error
 
     def name(self, index: int) -> str:
-        return os.path.join(self.path, self._names[index])
+        return printable(os.path.join(self._root, self._names[index]))
+
+    def order_checksum(self) -> int:
+        """Of the names of the images, without the path of the set; the same as of a tar of them."""
+        return self._names.checksum()
+
+    def _walk(self) -> tuple[list[bytes], list[bytes]]:
+        """Names of the files and of the folders."""
+        files, folders, unlisted, nowhere = [], [], [], []
+        for found in walk(FileSystem(), os.path.realpath(self._root)):
+            if found.kind == FILE:
+                files.append(found.name)
+            elif found.kind == FOLDER:
+                folders.append(found.name)
+            elif found.kind == NOWHERE:
+                nowhere.append(found.name)
+            elif isinstance(found.kind, str):
+                self.account.pass_over(found.kind, printable(found.name))
+            elif reason := by_name.aside(found.name + b"/"):
+                self.account.pass_over(f"{reason} that cannot be listed", printable(found.name))
+            else:
+                unlisted.append((found.name, str(ReadError.of(found.kind))))
+        if unlisted:
+            name, reason = min(unlisted)
+            first = os.path.join(self._root, name) if name else self._root
+            raise ValueError(
+                f"{len(unlisted)} folder(s) of {printable(self.path)} cannot be listed, the first is {printable(first)} "
+                f"({reason}): what they hold would be missing. Make them readable, or move them out of the set."
+            )
+        by_name.pass_over_links(self.path, nowhere, self.account)
+        return files, folders
+
+    def _heads(self, names: list[bytes]) -> Iterable[bytes | str]:
+        if not names:
+            return []
+        with ThreadPoolExecutor(_LOOKING) as pool:
+            return list(pool.map(self._head, names))
+
+    def _head(self, name: bytes) -> bytes | str:
+        try:
+            return _read(os.path.join(self._root, name), by_name.HEAD)
+        except OSError as error:
+            return str(ReadError.of(error))
 
 
-def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of all folders below `root`, through symbolic links too, but never into a folder that leads there."""
-    above: dict[str, frozenset[str]] = {root: frozenset()}
-    for folder, folders, names in os.walk(root, followlinks=True):
-        inside = above.pop(folder) | {os.path.realpath(folder)}
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in inside]
-        above.update((os.path.join(folder, name), inside) for name in folders)
-        yield folder, names
+def _read(path: bytes, size: int = -1) -> bytes:
+    with open(path, "rb", buffering=0, opener=_open) as file:
+        return file.read(size)
+
+
+def _open(path: str | bytes, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that took a file's place would let a plain open wait for ever

@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import zlib
 
 import numpy as np
 
 from dali_loaders.account import EXAMPLES, Account, ReadError, Unreadable
 from dali_loaders.identities import identities_path, read_identities
 from dali_loaders.mxnet_records import MXNetReader
-from dali_loaders.record_headers import HEADER_BYTES, IMAGE, WORDS, parse
+from dali_loaders.record_headers import EMPTY, HEADER_BYTES, IMAGE, WORDS, parse
 from dali_loaders.record_index import write_missing_index
 from dali_loaders.record_layout import KIND, MISSING, WHY, layout
 from dali_loaders.records import RandomAccessFile, index_path, read_record, unpack_record
@@ -45,7 +46,7 @@ class RecordSource:
         self._offsets, self._words, self._originals = arrays["offsets"], arrays["words"], arrays["originals"]
         self._key_firsts, self._key_ends = arrays["key_firsts"], np.cumsum(arrays["key_counts"])
         self.identities = self._names()
-        self.account = _account(path, len(self), arrays["passed_keys"], arrays["passed_why"])
+        self.account = _account(path, arrays)
         _compare_with_property(path, len(self.identities))
 
     def _names(self) -> list[str]:
@@ -66,6 +67,10 @@ class RecordSource:
         run = int(np.searchsorted(self._key_ends, index, side="right"))
         return int(self._key_firsts[run]) + index - (int(self._key_ends[run - 1]) if run else 0)
 
+    def order_checksum(self) -> int:
+        """Of the keys of all images in their order."""
+        return zlib.crc32(np.stack([self._key_firsts, self._key_ends]).astype("<i8", copy=False).data)
+
     def read(self, index: int) -> bytes:
         """ReadError where the record is damaged, ChangedError where it is another one than when the set was opened."""
         if self._mxnet is not None:
@@ -82,7 +87,7 @@ class RecordSource:
         if label != expected:
             raise self._file.change(f"{self.name(index)} had the label {expected:.9g} and has {label:.9g}")
         if not image:
-            raise self._file.fault(WHY[1])
+            raise self._file.fault(WHY[EMPTY])
         return image
 
     def read_many(self, indices: np.ndarray) -> list[np.ndarray | Unreadable]:
@@ -133,15 +138,17 @@ class RecordSource:
 _NONE = Unreadable("not read")
 
 
-def _account(path: str, images: int, passed_keys: np.ndarray, passed_why: np.ndarray) -> Account:
-    account = Account()
-    account.use(images)
+def _account(path: str, arrays: dict[str, np.ndarray]) -> Account:
+    name, account = os.path.basename(path), Account()
+    account.use(len(arrays["labels"]))
     for state, why in WHY.items():
-        keys = passed_keys[passed_why == state]
+        keys = arrays["passed_keys"][arrays["passed_why"] == state]
         for key in keys[:EXAMPLES].tolist():
-            account.pass_over(why, f"{os.path.basename(path)}:record {0 if state == MISSING else key}")
+            account.pass_over(why, f"{name}:record {key}")
         if len(keys) > EXAMPLES:
             account.pass_over(why, "", len(keys) - EXAMPLES)
+    if arrays["missing"][0]:
+        account.pass_over(MISSING, name, int(arrays["missing"][0]))
     return account
 
 

@@ -46,11 +46,11 @@ class SeveralSources:
             own = source.identities if joined else [f"{part.name}/{name}" for name in source.identities]
             shared.update(name for name in own if name in label_of)
             new_labels = np.array([label_of.setdefault(name, len(label_of)) for name in own], np.int64)
-            np.take(new_labels, source.labels, out=self.labels[part.start : part.stop])
+            np.take(new_labels, source.labels, out=self.labels[part.start : part.stop], mode="clip")  # other modes copy
             self.account.add(_named(source.account, part.name))
         assert joined or not shared
         self.identities = list(label_of)
-        self.remarks = list(part_remarks(self.parts))
+        self.remarks = list(_remarks(self.parts))
         if joined:
             numbers = ", found by their numbers: right only if the sets number the same people" if all(map(str.isdigit, shared)) else ""
             self.remarks.append(f"{len(shared)} of {len(self.identities)} identities are in more than one set" + numbers * bool(shared))
@@ -90,7 +90,7 @@ class SeveralSources:
         return number, index - int(self._starts[number])
 
 
-def part_remarks(parts: Sequence[Part]) -> Iterator[str]:
+def _remarks(parts: Sequence[Part]) -> Iterator[str]:
     """A line for each set of several."""
     total = sum(part.weight for part in parts)
     for part in parts:
@@ -99,9 +99,12 @@ def part_remarks(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths between commas; a comma within braces, or within a path that exists, does not separate.
+    """The paths between commas. A comma within braces does not separate, nor one within a path that exists, unless what stands before
+    it exists too.
 
-    ValueError where there is nothing between two of them."""
+    ValueError where there is nothing between two commas."""
+    if os.path.lexists(text):
+        return [text]
     pieces, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth = max(0, depth + (letter == "{") - (letter == "}"))
@@ -111,9 +114,7 @@ def split_paths(text: str) -> list[str]:
     pieces.append(text[start:])
     paths = []
     while pieces:
-        # The longest run of pieces that is a path with commas, else one.
-        runs = (count for count in range(len(pieces), 0, -1) if os.path.lexists(",".join(pieces[:count])))
-        count = next(runs, 1)
+        count = next((count for count in range(1, len(pieces) + 1) if os.path.lexists(",".join(pieces[:count]))), 1)
         path = ",".join(pieces[:count])
         paths.append(path if os.path.lexists(path) else path.strip())
         del pieces[:count]
@@ -126,8 +127,8 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     """The shortest ends of the paths, equally many folders each, that tell them apart: x/lfw.bin and y/lfw.bin become x/lfw and y/lfw.
     Extensions stay only where they make the difference. ValueError if two paths lead to one place."""
     places = [os.path.realpath(path) for path in paths]
-    for (one, first), (other, second) in itertools.combinations(zip(paths, places, strict=True), 2):
-        if first == second or f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/"):
+    for (first, one), (second, other) in itertools.pairwise(sorted((f"{place}/", path) for place, path in zip(places, paths, strict=True))):
+        if second.startswith(first):
             raise ValueError(f"{one} and {other} are the same data, or one is within the other; name each data set once.")
     whole = [os.path.abspath(path) for path in paths]
     for candidates in ([re.sub(r"\.(rec|tar|parquet)$", "", path, flags=re.IGNORECASE) for path in whole], whole, places):

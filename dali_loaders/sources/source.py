@@ -13,7 +13,7 @@ class Source(Protocol):
     """A labelled set of encoded images. Picklable; `read` may be called from several threads.
 
     Some sources have more, which others look for: `read_many(indices)`, as the function below; `parts`, a sequence of Part, where they
-    are made of several sets; `remarks`, lines about how they were made; `order_checksum()`, in place of that of all names (identity.py).
+    are made of several sets; `remarks`, lines about how they were made; `order_checksum()`, in place of that of all names (fingerprint.py).
     """
 
     path: str

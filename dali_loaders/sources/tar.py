@@ -1,61 +1,77 @@
-"""An uncompressed tar of one folder per identity, whose images are read at their places."""
+"""An uncompressed tar, whose images are read at their places: folders of identities, or WebDataset's samples."""
 
 from __future__ import annotations
 
 import os
-import tarfile
-from collections.abc import Iterable
 
 import numpy as np
 
-from dali_loaders.account import Account
+from dali_loaders.account import ReadError, Unreadable
+from dali_loaders.names import printable, text
 from dali_loaders.records import RandomAccessFile
-from dali_loaders.sources.by_name import is_image, labels_of
+from dali_loaders.sources import by_name, meant
+from dali_loaders.sources.tar_index import check_is_file, index_of, read_sparse
+from dali_loaders.sources.tar_tree import IS_SPARSE
 
 
 class TarSource:
-    """An uncompressed tar of IDENTITY/IMAGE files. Its headers are read once; its images are read at their offsets, without unpacking."""
+    """The images that unpacking the tar would give, in the order of their names. Its headers are read once, and kept in a cache."""
 
     def __init__(self, path: str) -> None:
         self.path = path
+        check_is_file(path)
         self._file = RandomAccessFile(path)
-        self.account = Account()
-        members = sorted(_tar_members(path, self.account))
-        self._names = [name for name, _, _ in members]
-        self.labels, self.identities = labels_of(path, self._names)
-        self._offsets = np.array([offset for _, offset, _ in members], np.int64)
-        self._sizes = np.array([size for _, _, size in members], np.int64)
-        if int((self._offsets + self._sizes).max()) > self._file.size:
-            raise ValueError(f"{path} is cut off; copy it again from its source.")
+        index = index_of(path)
+        self.account, self.labels = index.account, index.labels
+        if not len(self.labels):
+            raise by_name.no_images(path, self.account, meant.guess(path))
+        self.identities = [text(identity) for identity in index.identities]
+        self._names, self._offsets, self._sizes = index.names, index.offsets, index.sizes
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        return self._file.read(int(self._sizes[index]), int(self._offsets[index]))
+        return read_member(self._file, int(self._offsets[index]), int(self._sizes[index]))
+
+    def read_many(self, indices: np.ndarray) -> list[np.ndarray | Unreadable]:
+        """Images `indices`, int64 [b], as uint8 views of one buffer. ChangedError as for `read`."""
+        return read_members(self._file, self._offsets[indices], self._sizes[indices])
 
     def name(self, index: int) -> str:
-        return f"{os.path.basename(self.path)}:{self._names[index]}"
+        return f"{printable(os.path.basename(self.path))}:{printable(self._names[index])}"
+
+    def order_checksum(self) -> int:
+        """Of the names of the images, without the path of the set; the same as of the folder that it unpacks to."""
+        return self._names.checksum()
 
 
-def _tar_members(path: str, account: Account) -> Iterable[tuple[str, int, int]]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name = os.path.normpath(member.name)
-                if member.isdir():
-                    continue
-                if account.admits(name, None if member.isreg() and is_image(name) else "no image by its name"):
-                    yield name, member.offset_data, member.size
-        # tarfile takes a cut at a header for the end, but a whole archive ends with blocks of zeros.
-        with open(path, "rb") as file:
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError(f"{path} is cut off; copy it again from its source.")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        with open(path, "rb") as file:
-            if file.read(2) == b"\x1f\x8b":
-                raise ValueError(
-                    f"{path} is compressed with gzip; unpack it with gunzip, so that images can be read at their places."
-                ) from error
-        raise ValueError(f"{path} is not a readable uncompressed .tar ({error}); expected a folder, a .tar or a .rec file.") from error
+def read_member(file: RandomAccessFile, offset: int, size: int) -> bytes:
+    """An image at its place. ReadError, or ChangedError if the tar is no longer what it was when it was opened."""
+    if file.has_changed():
+        raise file.change()
+    data = read_sparse(file.path, offset) if size == IS_SPARSE else file.read(size, offset)
+    if len(data) < size:
+        raise file.fault("cut off")
+    return data
+
+
+def read_members(file: RandomAccessFile, offsets: np.ndarray, sizes: np.ndarray) -> list[np.ndarray | Unreadable]:
+    """Images at their places, each a view of one buffer; of Python's work each costs a slice and a system call."""
+    if file.has_changed():
+        raise file.change()
+    ends = np.cumsum(np.maximum(sizes, 0))
+    buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    images: list[np.ndarray | Unreadable] = []
+    start = 0
+    for offset, size, end in zip(offsets.tolist(), sizes.tolist(), ends.tolist(), strict=True):
+        part, start = buffer[start:end], end
+        try:
+            if size == IS_SPARSE:
+                part = np.frombuffer(read_sparse(file.path, offset), np.uint8)
+            elif file.read_into(part, offset) < size:
+                raise file.fault("cut off")
+            images.append(part)
+        except ReadError as error:
+            images.append(Unreadable(str(error)))
+    return images

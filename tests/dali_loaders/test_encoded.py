@@ -16,6 +16,7 @@ from dali_loaders.account import ReadError
 from dali_loaders.decode import Decoder, UnreadableImagesError
 from dali_loaders.encoded import GROUP_PIXELS, HeaderReader, Unreadable, groups, is_complete, read_image
 from dali_loaders.reading import StorageError
+from dali_loaders.uncommon import size_of
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 
@@ -70,6 +71,7 @@ def test_other_formats_become_png(tmp_path, extension):
     _, second, broken = (read_image(source, index) for index in range(3))
     assert isinstance(broken, Unreadable) and "cut off" in broken.reason
     assert np.array_equal(decoded(second).round(), opencv(source.read(1)))
+    assert size_of(source.read(1)) == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,9 @@ def test_other_formats_become_png(tmp_path, extension):
         ("TIFF", {"compression": "jpeg"}),
         ("TIFF", {"mode": "I;16"}),
         ("BMP", {"mode": "P"}),
+        ("TIFF", {"big_tiff": True}),
+        ("PPM", {"mode": "L"}),
+        ("PPM", {"mode": "1"}),
         ("JPEG2000", {}),
         ("PNG", {"mode": "LA"}),
         ("PNG", {"mode": "1"}),
@@ -93,8 +98,9 @@ def test_other_formats_become_png(tmp_path, extension):
 )
 def test_every_format_is_decoded_as_opencv_decodes_it_or_named(form, options):
     data = by_pillow(form, **options)
-    if cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is None:
-        assert why(data) == f"{form}, which nothing here decodes"
+    refused = {"JPEG2000": "JPEG 2000", "TIFF": "BigTIFF"}.get(form, form)
+    if form in ("GIF", "AVIF", "ICO", "JPEG2000") or "big_tiff" in options:
+        assert why(data) == f"{refused}, which nothing here decodes"
     else:
         assert np.abs(decoded(data) - opencv(data)).max() <= 3
 
@@ -107,10 +113,16 @@ def test_of_animations_the_first_picture_is_taken():
         assert np.abs(decoded(data) - opencv(picture(1, 32, ".png"))).max() < 1e-3
 
 
-@pytest.mark.parametrize("extension", [".tiff", ".pfm", ".hdr"])
-def test_floating_point_pixels_are_refused_for_they_would_be_nearly_black(extension):
-    data = cv2.imencode(extension, np.full((32, 32, 3), 0.5, np.float32))[1].tobytes()
-    assert why(data) == "floating-point pixels, whose range is unknown"
+@pytest.mark.parametrize(
+    ("extension", "reason"),
+    [
+        (".tiff", "floating-point pixels, whose range is unknown"),
+        (".pfm", "PFM, which nothing here decodes"),
+        (".hdr", "Radiance HDR, which nothing here decodes"),
+    ],
+)
+def test_floating_point_pixels_are_refused_for_they_would_be_nearly_black_or_noise(extension, reason):
+    assert why(cv2.imencode(extension, np.full((32, 32, 3), 0.5, np.float32))[1].tobytes()) == reason
 
 
 def with_header(code: int, bits: int = 8, height: int = 32) -> bytes:
@@ -168,9 +180,14 @@ def test_a_header_that_claims_gigabytes():
     huge = PNG[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + PNG[33:]
     assert why(huge) == reasons.too_large(70_000, 60_000) == "too large (60000 x 70000 pixels)"
     assert HeaderReader(1).sizes([huge])[0].tolist() == [[0, 0]]
-    bmp = bytearray(picture(1, 32, ".bmp"))
-    bmp[18:26] = (60_000).to_bytes(4, "little") * 2
-    assert why(bytes(bmp)) == "too large"
+    bmp, tiff = bytearray(picture(1, 32, ".bmp")), picture(1, 32, ".tiff")
+    bmp[18:26] = (60_000).to_bytes(4, "little") + (-70_000).to_bytes(4, "little", signed=True)
+    size = (257).to_bytes(2, "little") + b"\3\0\1\0\0\0"
+    tiff = tiff.replace(size + b"\x20\0", size + (70_000 - 65_536).to_bytes(2, "little")).replace(size, size[:2] + b"\4" + size[3:], 1)
+    at = tiff.index(size[:2] + b"\4") + 8
+    tiff = tiff[:at] + (70_000).to_bytes(4, "little") + tiff[at + 4 :]
+    assert size_of(tiff) == (70_000, 32)
+    assert why(bytes(bmp)) == why(b"P6 # a comment\n60000\n#\n70000 255\n") == "too large (60000 x 70000 pixels)"
 
 
 def test_sizes_from_headers():
@@ -180,11 +197,29 @@ def test_sizes_from_headers():
     assert why == {1: "empty", 3: "text", 4: "permission denied", 5: "cut off"}
 
 
-def test_motion_photos_are_complete():
-    """With the marker of a scan in the video."""
-    motion = picture(1) + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08mdat" * 10
-    assert is_complete(motion)
-    assert np.array_equal(decoded(motion), decoded(picture(1)))
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".webp", ".bmp", ".tiff", ".ppm"])
+def test_motion_photos_are_images(extension):
+    """A video behind the image, with the marker of a scan in it."""
+    motion = picture(1, 32, extension) + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08mdat" * 10
+    assert np.array_equal(decoded(motion), decoded(picture(1, 32, extension)))
+
+
+@pytest.mark.parametrize("turn", [3, 6, 8])
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG", "TIFF"])
+def test_every_format_is_turned_as_its_exif_data_say(form, turn):
+    Image = pytest.importorskip("PIL.Image")
+    from PIL.ImageOps import exif_transpose
+
+    exif = Image.Exif()
+    exif[0x112] = turn
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(form, {})
+    data = by_pillow(form, exif=exif, **options)
+    expected = np.asarray(exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert np.abs(decoded(data) - expected).mean() < 2
+
+
+def test_a_motion_photo_is_complete():
+    assert is_complete(picture(1) + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08mdat" * 10)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=30), st.integers(1, 4000))

@@ -175,6 +175,13 @@ def test_a_fingerprint_tells_sets_apart_but_not_places(folder, tmp_path):
     assert of(moved)["images"] == 25
 
 
+def test_a_tar_of_a_folder_is_the_same_data_and_a_rec_is_not(folder, tar, tmp_path):
+    pack(open_source(str(folder)), str(tmp_path / "packed.rec"))
+    of_folder, of_tar, of_record = (fingerprint(open_source(str(path))) for path in (folder, tar, tmp_path / "packed.rec"))
+    assert of_tar == of_folder
+    assert {key for key, value in of_record.items() if value != of_folder[key]} == {"image_order"}
+
+
 def test_fingerprints_of_several_sets_know_their_order_and_weights(folder, other):
     config = DataConfig(train=f"{folder},{other}", weights=(1.0, 2.0))
     first = fingerprint(open_data(config))

@@ -82,7 +82,7 @@ def test_records_come_in_the_order_of_their_keys(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match=r"none does not exist; expected a folder, a \.tar or a \.rec"):
+    with pytest.raises(ValueError, match=r"none does not exist; expected a folder, a \.tar"):
         open_source(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="no data given"):
         open_source("")

@@ -141,6 +141,16 @@ def test_pack_check_and_train_on_the_packed_set(trained, capsys):
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_identities_that_a_network_finds_near_each_other(trained, capsys):
+    check = ["data", "check", str(trained / "faces.tar"), "--model", str(trained / "run")]
+    assert main([*check, "--near", "0", "--json"]) == 0
+    near = json.loads(capsys.readouterr().out)["near"]
+    assert near and near == sorted(near, key=lambda pair: -pair["cosine"]) and all(0 < pair["cosine"] <= 1 for pair in near)
+    assert {name for pair in near for name in (pair["first"], pair["second"])} <= {f"{identity:06}" for identity in range(9)}
+    assert main([*check, "--near", "0.999999"]) == 0
+    assert "identities with a cosine above 0.999999: " in capsys.readouterr().out
+
+
 def test_a_new_run_from_another_ones_weights(trained, capsys):
     assert main(["data", "faces", str(trained / "more.tar"), "--identities", "8", "--images", "6", "--size", "32"]) == 0
     new = train(trained, f"--from={trained / 'run'}", data="more.tar", run="tuned")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
 
+from dali_loaders.config import AugmentConfig
 from partial_fc import losses
 from partial_fc.losses import Loss
 from partial_fc.losses.margins import ArcFace
@@ -79,6 +80,19 @@ def test_losses_survive_saving_and_printing(overrides):
     assert resolve("omniglot_small", lines) == config
 
 
+def test_augmentations_by_name():
+    """Whatever the order, the name comes first and its fields after it. It replaces the recipe's."""
+    expected = replace(AugmentConfig.named("adaface"), blur=0.1, crop_area=(0.5, 1.0), jpeg_quality=(10, 20))
+    fields = ["data.augment.blur=0.1", "data.augment.crop_area=0.5,1", "data.augment.jpeg_quality=10, 20"]
+    for overrides in (["data.augment=adaface", *fields], [*fields, "data.image_size=32", "data.augment=adaface"]):
+        config = resolve("dogs_small", overrides)
+        assert config.data.augment == expected
+        lines = [line.replace(" = ", "=", 1) for line in as_text(config).splitlines()]
+        assert resolve("dogs_small", [line for line in lines if line.startswith("data.")]).data == config.data
+        assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
+    assert resolve("dogs_small", ["data.augment=none"]).data.augment == AugmentConfig(flip=False)
+
+
 def test_options_of_losses_have_the_type_of_their_fields():
     loss = resolve("dogs_small", [*OPTIONS[-2], "loss.threshold=1"]).loss
     assert loss == Options(threshold=1.0, note="a b", neighbours=3, detached=True, weights=(1.0, 0.5), levels=(3, 4))
@@ -109,6 +123,8 @@ def test_a_python_file_is_a_recipe(tmp_path):
         ("dogs_small", "data.images_per_identity=0", "data.images_per_identity is 0; expected at least 1"),
         ("dogs_small", "data.augment.flip=maybe", "expected true or false"),
         ("dogs_small", "data=x", "this is a section"),
+        ("dogs_small", "data.augment=ada", "data.augment is 'ada'; expected one of none, flip, adaface"),
+        ("dogs_small", "data.augment.crop_area=1,0.2", r"augment.crop_area is \(1.0, 0.2\); expected two numbers"),
         ("dogs_small", "run.batch", "takes section.field=value"),
         ("dogs_small", "loss=cosfase", "did you mean 'cosface'"),
         ("dogs_small", "loss=uce loss.threshold=high", "loss.threshold=high: expected a number"),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from dali_loaders.config import AugmentConfig
 from pipeline.backbones import BackboneConfig
 from pipeline.config import as_dict
 from pipeline.interop import insightface
@@ -99,7 +100,7 @@ SCRIPT = {
     "data.image_size": 112,
     "data.min_images": 1,
     "data.images_per_identity": 1,
-    "data.augment": {"flip": True, "rotate": 0.0, "zoom": 0.0, "shift": 0.0, "brightness": 0.0, "contrast": 0.0},
+    "data.augment": asdict(AugmentConfig.named("flip")),
     "run.accumulation": 1,
     "run.margin_warmup": 0.0,
     "evaluation.flip": True,
