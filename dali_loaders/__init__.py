@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from dali_loaders import renamed
 from dali_loaders.config import AugmentConfig, DataConfig
 from dali_loaders.order import GroupedOrder, UniformOrder
-from dali_loaders.packing import pack
 from dali_loaders.sources import Source, open_data, open_source
 
 if TYPE_CHECKING:
     from dali_loaders.checking import CheckReport, check
     from dali_loaders.loader import Batch, TrainLoader, evaluation_batches
+    from dali_loaders.packing import PackConfig, PackReport, pack
 
 renamed.modules({f"dali_loaders.face_{name}": f"dali_loaders.faces.{name}" for name in ("canvas", "drawing", "traits")})
 
@@ -21,6 +21,8 @@ __all__ = [
     "CheckReport",
     "DataConfig",
     "GroupedOrder",
+    "PackConfig",
+    "PackReport",
     "Source",
     "TrainLoader",
     "UniformOrder",
@@ -37,11 +39,14 @@ _LAZY = {
     "Batch": "loader",
     "TrainLoader": "loader",
     "evaluation_batches": "loader",
+    "PackConfig": "packing",
+    "PackReport": "packing",
+    "pack": "packing",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs torch when it is first asked for."""
+    """Imports what needs torch or OpenCV when it is first asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module 'dali_loaders' has no attribute {name!r}")
     return getattr(import_module(f"dali_loaders.{_LAZY[name]}"), name)

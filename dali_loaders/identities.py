@@ -33,11 +33,13 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
                 count, tab, name = line.partition("\t")
                 if not (tab and count.isascii() and count.isdigit()):
                     raise ValueError(f"line {number} is {line[:40]!r}")
+                if line == ended:
+                    raise ValueError(f"line {number} has no end, so that the file may be cut off")
                 counts.append(int(count))
                 names.append(name)
     except (OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{file_path} does not hold lines 'images<tab>identity' ({error}); delete it or pack again.") from error
-    if names and all(name.endswith("\r") for name in names[: -1 if len(names) > 1 else None]):  # the last line may lack its end
+    if names and all(name.endswith("\r") for name in names):
         names = [name.removesuffix("\r") for name in names]
     names = [_unquoted(name) if name.startswith('"') else name for name in names]
     # Hashes first: a set of millions of names takes more memory than all of a .rec's headers.

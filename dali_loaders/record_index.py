@@ -217,6 +217,7 @@ def _write(index: str, path: str, keys: np.ndarray, offsets: np.ndarray) -> None
         log.warning("%s was missing and has been rebuilt from %s (%d records)", index, path, len(keys))
     except OSError as error:
         log.warning("%s is missing and cannot be written (%s); scanned %s instead", index, error.strerror, path)
+    finally:  # an interruption too leaves nothing
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 

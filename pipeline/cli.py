@@ -6,11 +6,12 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import data_commands
+from pipeline import data_commands, endings
 from pipeline.commands import command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -21,10 +22,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser, commands = _parser()
     if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
         import_module("benchmarks.commands").add(commands)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
+    endings.show_any_name()
     try:
-        options.command(options)
+        return _run(parser, arguments)
+    except OSError as error:
+        code = endings.without_output(error)
+        if code is None:
+            raise
+        return code
+
+
+def _run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+    options = argparse.Namespace(when_broken_off="")
+    try:
+        parser.parse_args(arguments, options)
+        logging.basicConfig(format="%(message)s")
+        # Whoever stops a training counts on the checkpoints, and its ranks must not outlive it: the signal ends it at once.
+        with nullcontext() if options.command is _train else endings.unwinding_on_signals():
+            code = options.command(options) or 0
+            endings.flush_output()
+        return code
     except ValueError as error:
         from pipeline.distributed import describe
 
@@ -34,9 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"protoshard: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("protoshard: interrupted; --resume auto, the default, continues from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        print(f"protoshard: interrupted{options.when_broken_off}", file=sys.stderr)
+        return endings.INTERRUPTED
+    except endings.Terminated as end:
+        print(f"protoshard: terminated{options.when_broken_off}", file=sys.stderr)
+        return end.code
+    finally:
+        endings.flush_output()  # also after --help
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -98,6 +119,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     train = command(commands, "train", _train, "train a recipe", "protoshard train dogs_small --ranks 2 --set run.epochs=10")
+    train.set_defaults(when_broken_off="; --resume auto, the default, continues from the newest checkpoint")
     _add_recipe(train)
     train.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are N (1)")
     train.add_argument(

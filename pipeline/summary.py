@@ -17,9 +17,12 @@ def summary(folder: str) -> str:
     with open(os.path.join(folder, "metrics.jsonl")) as file:
         rows: list[dict[str, Any]] = [json.loads(line) for line in file]
     lines = [""]
-    for name in dict.fromkeys(key.split("/")[0] for row in rows for key in row if "/" in key):
+    for name in dict.fromkeys(key.removesuffix("/eer") for row in rows for key in row if key.endswith("/eer")):
+        measured = [row for row in rows if f"{name}/eer" in row]
+        # A run that goes on may name another set the same: it is compared with what has as many images only.
+        measured = [row for row in measured if _size(row, name) == _size(measured[-1], name)]
         for key, title in SHOWN.items():
-            values = [(row["step"], row[f"{name}/{key}"]) for row in rows if f"{name}/{key}" in row]
+            values = [(row["step"], row[f"{name}/{key}"]) for row in measured if f"{name}/{key}" in row]
             if values:
                 before = f"{values[0][1]:.4f} at step {values[0][0]} -> " if len(values) > 1 else ""
                 lines.append(f"{name + ' ' + title:28}{before}{values[-1][1]:.4f} at step {values[-1][0]}")
@@ -28,6 +31,16 @@ def summary(folder: str) -> str:
         lines.append(f"{'images/s':28}{median(speeds):.0f} (median)")
     checkpoints = os.path.join(folder, "checkpoints")
     lines += [f"{'checkpoint':28}{os.path.join(checkpoints, name)}" for name in checkpoint.complete(checkpoints)[-1:]]
-    lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in sorted(os.listdir(folder)) if name.startswith("roc-")][-1:]
+    figures = sorted(name for name in os.listdir(folder) if name.startswith("roc-"))  # their names end with the step
+    newest = max((_step(name) for name in figures), default="")
+    lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in figures if _step(name) == newest]
     lines.append(f"{'curves':28}tensorboard --logdir {os.path.join(folder, 'tensorboard')}")
     return "\n".join(lines)
+
+
+def _size(row: dict[str, Any], name: str) -> list[Any]:
+    return [row.get(f"{name}/{key}") for key in ("images", "identities", "unreadable")]
+
+
+def _step(figure: str) -> str:
+    return figure.rpartition("-")[2]

@@ -252,7 +252,7 @@ class Trainer:
             figures = self.evaluator.run(module, self.step, self.monitor)
             if self.ema:
                 with self.ema.in_place_of(module):
-                    self.evaluator.run(module, self.step, self.monitor, suffix="_ema")
+                    self.evaluator.run(module, self.step, self.monitor, averaged=True)
         return figures
 
     @property

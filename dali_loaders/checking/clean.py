@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dali_loaders.account import Account
 from dali_loaders.checking.findings import Findings
 from dali_loaders.packing import pack
-from dali_loaders.sources import Source
+from dali_loaders.sources import Source, SubsetSource
 
 
 def check_name(source: Source, out: str) -> None:
@@ -37,29 +36,14 @@ def write_clean(source: Source, found: Findings, copies: Sequence[np.ndarray], o
             left_out.update((image, f"the same image under {identities}") for image in group.tolist() if image not in left_out)
         else:
             left_out.update((image, f"the same image as {source.name(first)}") for image in others if image not in left_out)
-    kept = np.setdiff1d(np.arange(len(source)), np.fromiter(left_out, np.int64, len(left_out)))
-    if not len(kept):
+    is_left_out = np.zeros(len(source), bool)
+    is_left_out[list(left_out)] = True
+    if is_left_out.all():
         raise ValueError(f"{source.path}: nothing would be left of its {len(source)} images, so {out} is not written.")
-    pack(_Part(source, kept), out)
+    packed = pack(SubsetSource(source, {"wrong": is_left_out}), out)
+    lines = [f"{source.name(image)}\t{left_out[image]}\n" for image in sorted(left_out)]
+    if packed.left_out_list:  # what has become unreadable since it was looked at
+        with open(packed.left_out_list, encoding="utf-8", errors="surrogateescape") as file:
+            lines += file.readlines()
     with open(f"{os.path.splitext(out)[0]}.left_out.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{source.name(image)}\t{left_out[image]}\n" for image in sorted(left_out))
-
-
-class _Part:
-    """Some images of a source as a source; identities of which none is left have no label."""
-
-    def __init__(self, source: Source, images: np.ndarray) -> None:
-        self.path = source.path
-        self.account = Account(len(images), len(images))
-        self._source, self._images = source, images
-        labels, self.labels = np.unique(source.labels[images], return_inverse=True)
-        self.identities = [source.identities[label] for label in labels.tolist()]
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, index: int) -> bytes:
-        return self._source.read(int(self._images[index]))
-
-    def name(self, index: int) -> str:
-        return self._source.name(int(self._images[index]))
+        file.writelines(lines)

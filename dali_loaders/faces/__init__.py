@@ -7,10 +7,12 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import numpy as np
 
@@ -136,8 +138,15 @@ def _draw_all(config: FacesConfig, workers: int) -> Iterator[tuple[str, bytes]]:
         for identity in identities:
             yield from draw(identity)
         return
-    # Processes are spawned, not forked: the caller may have threads, whose locks would stay taken forever in a forked child.
-    with multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (1,)) as pool:
+    # Processes are spawned, not forked: the caller may have threads, whose locks would stay taken forever in a forked child. They inherit
+    # that Ctrl-C, which a terminal sends to all of them, is left to the caller, who ends them.
+    resource_tracker.ensure_running()  # now, because its start lets SIGINT through again
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        workers_of_pool = multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (1,))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    with workers_of_pool as pool:
         for files in pool.imap(draw, identities, chunksize=min(16, 1 + config.identities // (4 * workers))):
             yield from files
 

@@ -58,6 +58,8 @@ def identities_of(
     has_cls = any(b"cls" in places for places in beside.values())
     if not has_cls and not any(isinstance(label, bytes) for label in labels.values()):
         return None
+    if has_cls:
+        labels |= _named({key: label for key, label in labels.items() if isinstance(label, bytes)}, beside, read)
     used: set[bytes] = set()
     identities: list[bytes | None] = []
     for name in images:
@@ -81,6 +83,19 @@ def identities_of(
     return identities
 
 
+def _named(labels: dict[bytes, bytes], members: dict[bytes, dict[bytes, int]], read: Callable[[int], bytes]) -> dict[bytes, bytes]:
+    """The names that stand as "identity" in the .json of every sample, as `pack` writes them beside the number in .cls; nothing where
+    some sample has none, or where names and numbers do not stand for each other."""
+    names: dict[bytes, bytes] = {}
+    for key in labels:
+        try:
+            names[key] = _json_label(read(members[key][b"json"]), ("identity",))
+        except (KeyError, NoLabelError, ReadError):
+            return {}
+    pairs = {(labels[key], name) for key, name in names.items()}
+    return names if len(pairs) == len(set(labels.values())) == len(set(names.values())) else {}
+
+
 def in_order(identities: set[bytes]) -> list[bytes]:
     """By number where all are numbers, so that labels 0..C-1 stay as they are; else by name."""
     return sorted(identities, key=int) if all(re.fullmatch(rb"-?\d+", identity) for identity in identities) else sorted(identities)
@@ -95,17 +110,17 @@ def _text_label(content: bytes) -> bytes:
     return label
 
 
-def _json_label(content: bytes) -> bytes:
+def _json_label(content: bytes, fields_of_label: Sequence[str] = FIELDS) -> bytes:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise NoLabelError("sample whose .json cannot be read") from error
-    label = next((fields[field] for field in FIELDS if field in fields), None) if isinstance(fields, dict) else None
+    label = next((fields[field] for field in fields_of_label if field in fields), None) if isinstance(fields, dict) else None
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, str):
         try:
-            encoded = label.encode()
+            encoded = label.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
             raise NoLabelError("sample whose .json has a label that is no text") from error
         if encoded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,15 +84,21 @@ def read_bin(path: str) -> tuple[list[bytes], np.ndarray]:
 def write_bin(path: str, images: Sequence[bytes | np.ndarray], issame: Sequence[bool] | np.ndarray) -> None:
     """Writes a set that read_bin and InsightFace's verification read: `images` holds 2P encoded files, bytes or uint8 arrays.
 
-    Raises ValueError when the lengths do not match or the file cannot be written.
+    The file appears when it is whole. Raises ValueError when the lengths do not match or the file cannot be written.
     """
     if len(images) != 2 * len(issame):
         raise ValueError(f"{path}: {len(images)} images were given for {len(issame)} pairs; expected two images per pair.")
     encoded = [image if isinstance(image, bytes) else np.asarray(image, dtype=np.uint8).tobytes() for image in images]
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(path, "wb") as file:
+        with open(temporary, "wb") as file:
             pickle.dump((encoded, [bool(same) for same in issame]), file, protocol=4)
-    except OSError as error:
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise ValueError(f"{path}: the pair set cannot be written ({error.strerror}); choose a path that can.") from error
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from dali_loaders.config import DataConfig
+from dali_loaders.sources import open_source
 from pipeline.distributed import Place
-from pipeline.evaluation import PairReport, evaluate
+from pipeline.evaluation import PairReport, evaluate, read_bin
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
 from pipeline.monitor import Monitor
 
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
@@ -37,18 +39,21 @@ class Evaluator:
     """Evaluates a network on every configured set, over all ranks, and reports to the monitor and as PNG files in `folder`."""
 
     def __init__(self, config: EvaluationConfig, data: DataConfig, place: Place, folder: str) -> None:
-        for name, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
-            if path and not os.path.exists(path):
-                raise ValueError(f"evaluation.{name}: {path} does not exist; name another set, or none with --set evaluation.{name}=")
+        """Opens every set, so that one that cannot be read costs no training. ValueError for it, and for a set that is named twice."""
+        paths = [path for path in (config.data, *config.pairs) if path]
+        self.names = dict(zip(paths, set_names(paths), strict=True))
+        for field, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
+            if path:
+                _try(field, path, data)
         from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
-        self.first: dict[str, dict[str, PairReport]] = {}  # by name of the set: its first report, drawn beside the newest
+        self.first: dict[str, dict[str, PairReport]] = {}  # by name of the results: the first report, drawn beside the newest
 
-    def run(self, module: nn.Module, step: int, monitor: Monitor, suffix: str = "") -> dict[str, float]:
-        """The figures of the first set, or nothing where there is none. Every rank calls it. `suffix` is added to the names of sets."""
+    def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False) -> dict[str, float]:
+        """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are."""
         results = []
-        for path in filter(None, (self.config.data, *self.config.pairs)):
+        for path, set_name in self.names.items():
             report = evaluate(
                 module,
                 path,
@@ -59,7 +64,7 @@ class Evaluator:
                 rank=self.place.rank,
                 world_size=self.place.world_size,
             )
-            name = os.path.splitext(os.path.basename(path))[0] + suffix
+            name = set_name + AVERAGED * averaged
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
             if self.place.is_first:
                 figures = {f"{name}/{key}": value for key, value in results[-1].items()}
@@ -77,7 +82,17 @@ class Evaluator:
         first = self.first.setdefault(name, {f"step {step}": report})
         figure = self.figures.roc_figure({**first, f"step {step}": report}, name)
         monitor.figure(step, f"{name}/roc", figure)
-        self.figures.save_png(figure, os.path.join(self.folder, f"roc-{name}-{step:08d}.png"))
+        self.figures.save_png(figure, os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png"))
+
+
+def _try(field: str, path: str, data: DataConfig) -> None:
+    try:
+        if path.endswith(".bin"):
+            read_bin(path)
+        else:
+            open_source(path, data.reader if path.endswith(".rec") else "native")
+    except ValueError as error:
+        raise ValueError(f"evaluation.{field}: {error} Name another set, or none with --set evaluation.{field}=") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -86,9 +86,9 @@ class Monitor:
             self._board.add_figure(name, figure, step, close=False)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Text (Markdown) for TensorBoard."""
+        """Text (Markdown) for TensorBoard, which takes UTF-8 only: other bytes, in names of files, are shown as escapes."""
         if self._board:
-            self._board.add_text(name, text, step)
+            self._board.add_text(name, text.encode(errors="backslashreplace").decode(), step)
 
     def say(self, message: str) -> None:
         """A plain line on the console, above the progress line where there is one."""

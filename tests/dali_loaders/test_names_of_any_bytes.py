@@ -75,6 +75,7 @@ def test_a_folder_and_its_tar(files, empty):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(_paths, st.integers(0, 4)), max_size=8), st.lists(_parts, max_size=2))
 def test_a_folder_and_its_tar_many_times(files, empty):

@@ -1,12 +1,15 @@
 """A packed set is read by us, by the mxnet package, and by the index arithmetic that InsightFace's readers use."""
 
+import os
+
 import numpy as np
 import pytest
 from pictures import picture
 
 from dali_loaders import open_source, pack, records
-from dali_loaders.identities import identities_path
+from dali_loaders.identities import checksum, identities_path
 from dali_loaders.mxnet_records import import_recordio
+from dali_loaders.packing import PackConfig
 
 
 @pytest.fixture
@@ -69,8 +72,26 @@ def test_names_that_do_not_match(packed, tmp_path):
         open_source(packed)
 
 
-def test_bad_target(folder, tmp_path):
+def test_names_in_any_encoding(tmp_path):
+    """The same names, and so the same checksum, whatever the form."""
+    for name in (b"\xd5\xc5\xc8\xfd", b"anna", "Zoë".encode(), b"two\nlines"):
+        (tmp_path / "set" / os.fsdecode(name)).mkdir(parents=True)
+        (tmp_path / "set" / os.fsdecode(name) / "0.jpg").write_bytes(picture(1))
+    folder = open_source(str(tmp_path / "set"))
+    for out in ("out.rec", "out.tar"):
+        opened_by = pack(folder, str(tmp_path / out), PackConfig(verify=True)).out
+        assert checksum(open_source(opened_by).identities) == checksum(folder.identities)
+
+
+def test_bad_targets(folder, tmp_path):
+    source = open_source(str(folder))
     with pytest.raises(ValueError, match=r"give it a name that ends in \.rec"):
-        pack(open_source(str(folder)), str(tmp_path / "out.tar"))
-    with pytest.raises(ValueError, match="choose a folder that exists"):
-        pack(open_source(str(folder)), str(tmp_path / "none" / "out.rec"))
+        pack(source, str(tmp_path / "out.bin"))
+    with pytest.raises(ValueError, match="choose a folder with room that exists"):
+        pack(source, str(tmp_path / "none" / "out.rec"))
+    (tmp_path / "folder.rec").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.rec is a folder"):
+        pack(source, str(tmp_path / "folder.rec"))
+    pack(source, str(tmp_path / "out.rec"))
+    with pytest.raises(ValueError, match="is the set that would be packed"):
+        pack(open_source(str(tmp_path / "out.rec")), str(tmp_path / "out.rec"))

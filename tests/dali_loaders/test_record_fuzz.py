@@ -80,8 +80,12 @@ def check(originals: dict, data) -> None:
     offsets, whole = originals["offsets"], len(originals[".rec"])
     ends = dict(zip(sorted(offsets.values()), [*sorted(offsets.values())[1:], whole], strict=True))
     # Of a record that was written into: its own image; and its label, where there is no other witness of it.
-    first = 8 + (24 if named else 8)
-    excused = {key for key, start in offsets.items() if touched & {start + 4, *range(start + first, ends[start])}}
+    if named and files[".identities.txt"] != originals[".identities.txt"] and touched & {*range(offsets[0] + 24, offsets[0] + 32)}:
+        return  # other names, and their checksum in record 0 is gone
+    label = range(12, 12 if named else 16)
+    mine = {key: {start + 4, *(start + at for at in label), *range(start + 32, ends[start])} for key, start in offsets.items()}
+    mine[0] |= {*range(offsets[0] + 8, offsets[0] + 12)} if not named else set()  # without its flag it is an image, of 8 bytes
+    excused = {key for key, places in mine.items() if touched & places}
     with tempfile.TemporaryDirectory() as folder:
         for suffix, content in files.items():
             Path(folder, f"a{suffix}").write_bytes(content)

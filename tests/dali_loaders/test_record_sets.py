@@ -67,8 +67,16 @@ def test_identities_files_of_editors(tmp_path):
     file = Path(identities_path(path))
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     assert RecordSource(path).identities == NAMES
-    file.write_bytes(file.read_bytes().rstrip())
-    assert RecordSource(path).identities == NAMES
+
+
+def test_an_identities_file_that_is_cut_at_any_byte(tmp_path):
+    path = write_set(tmp_path / "a.rec", LABELS, IMAGES, NAMES, marked=False)
+    file = Path(identities_path(path))
+    whole = file.read_bytes()
+    for cut in range(len(whole)):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"a\.identities\.txt does not (match|hold lines)"):
+            RecordSource(path)
 
 
 @pytest.mark.parametrize(

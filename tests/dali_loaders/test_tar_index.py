@@ -132,6 +132,7 @@ def test_a_large_tar_is_opened_quickly(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_million_images(tmp_path):
     many(tmp_path / "set.tar", 1_000_000)
     program = (

@@ -72,6 +72,7 @@ def test_the_same_images(members, form):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(_members, max_size=14), st.sampled_from(list(FORMATS)))
 def test_the_same_images_many_times(members, form):

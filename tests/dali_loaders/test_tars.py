@@ -299,6 +299,7 @@ def test_damaged_in_any_way(data):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_damaged_in_any_way_many_times(data):

@@ -20,7 +20,7 @@ from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
 from pipeline.cli import main
 
-COMMANDS = ["train", "eval", "data faces", "data pack", "data check", "config", "import insightface"]
+COMMANDS = ["train", "eval", "data faces", "data pack", "data pairs", "data check", "config", "import insightface"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -149,6 +149,17 @@ def test_identities_that_a_network_finds_near_each_other(trained, capsys):
     assert {name for pair in near for name in (pair["first"], pair["second"])} <= {f"{identity:06}" for identity in range(9)}
     assert main([*check, "--near", "0.999999"]) == 0
     assert "identities with a cosine above 0.999999: " in capsys.readouterr().out
+
+
+def test_names_in_other_encodings(trained):
+    """Of identities, and of the set itself: its checkpoint, metrics and TensorBoard hold UTF-8 only."""
+    data = trained / os.fsdecode(b"\xd5\xc5")
+    write_faces(str(data), FacesConfig(identities=9, images_per_identity=6, size=32), workers=1)
+    for number, identity in enumerate(sorted(data.iterdir())[:3]):
+        identity.rename(data / os.fsdecode(b"\xc0\xee%d" % number))
+    assert main(train(trained, f"evaluation.data={data}", data=data.name, run="encodings")) == 0
+    names = checkpoint.read_identities(checkpoint.locate(str(trained / "encodings")))
+    assert os.fsdecode(b"\xc0\xee0") in names
 
 
 def test_a_new_run_from_another_ones_weights(trained, capsys):

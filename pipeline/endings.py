@@ -1,0 +1,84 @@
+"""How a command ends that is broken off: Ctrl-C, SIGTERM, a reader of its output that has gone, a full disk behind its output."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TextIO
+
+INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit codes as a shell gives them to what a signal ended
+
+
+class Terminated(BaseException):
+    """SIGTERM, or SIGHUP when a terminal closes. On its way up temporary files are removed."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextmanager
+def unwinding_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Terminated inside, unless they are ignored (nohup) or someone else handles them."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, _terminate)
+    except ValueError:  # not the main thread, which alone gets signals
+        numbers = []
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one should not break off the unwinding
+    raise Terminated(128 + number)
+
+
+def show_any_name() -> None:
+    """Names of files may hold bytes that the terminal's encoding does not know. They are shown as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # no stream, or one that a test put there
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def flush_output() -> None:
+    """What is buffered is written here, where an error can be caught, and not when the interpreter ends."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def without_output(error: OSError) -> int | None:
+    """The exit code where an error means that nobody reads the output, or that there is no room for it. None where it means another thing.
+
+    What is left in the buffers then goes nowhere, so that the interpreter has nothing to complain of at its end."""
+    broken = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_broken(stream)]
+    for stream in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"protoshard: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return 2
+    return BROKEN_PIPE if broken and isinstance(error, BrokenPipeError) else None
+
+
+def _is_broken(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+        pipe = select.poll()
+        pipe.register(stream, 0)
+        return any(event & select.POLLERR for _, event in pipe.poll(0))  # no reader is left
+    except ValueError:  # closed, or in memory
+        return False
+    except OSError as error:
+        return not isinstance(error, io.UnsupportedOperation)

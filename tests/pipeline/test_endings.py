@@ -1,0 +1,100 @@
+"""Commands that are broken off end with a sentence, an exit code of their own, and no temporary files."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dali_loaders.faces import FacesConfig, write_faces
+from dali_loaders.packing import partial
+from dali_loaders.sources import FolderSource
+from pipeline.cli import main
+
+ENDS = {signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "terminated"), signal.SIGINT: (130, "interrupted")}
+
+
+@pytest.fixture
+def faces(tmp_path):
+    write_faces(str(tmp_path / "faces"), FacesConfig(identities=3, images_per_identity=4, size=16), workers=1)
+    return tmp_path / "faces"
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """A signal comes while the tenth image is read."""
+
+    def install(number):
+        read = FolderSource.read
+
+        def read_and_signal(self, index):
+            if index == 9:
+                os.kill(os.getpid(), number)
+            return read(self, index)
+
+        monkeypatch.setattr(FolderSource, "read", read_and_signal)
+
+    monkeypatch.setattr(partial, "SECONDS", 0.0)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}  # other tests left theirs
+    yield install
+    for number, handler in before.items():
+        assert signal.signal(number, handler) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_leaves_nothing_behind(faces, tmp_path, signalled, capsys, number):
+    signalled(number)
+    before = set(os.listdir(tmp_path))
+    code, word = ENDS[number]
+    assert main(["data", "pack", str(faces), str(tmp_path / "out.rec"), "--workers", "1"]) == code
+    assert capsys.readouterr().err == f"protoshard: {word}; nothing was written\n"
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_what_is_to_be_resumed_stays(faces, tmp_path, signalled, monkeypatch, capsys):
+    command = ["data", "pack", str(faces), str(tmp_path / "out.rec"), "--workers", "1", "--resume"]
+    with monkeypatch.context():
+        signalled(signal.SIGTERM)
+        assert main(command) == 143
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"12 images of 3 identities in {tmp_path / 'out.rec'}\n"
+    assert not (tmp_path / "out.rec.partial").exists()
+
+
+def test_pack_says_what_it_left_out(faces, tmp_path, capsys):
+    next((faces / "000001").iterdir()).write_bytes(b"")
+    assert main(["data", "pack", str(faces), str(tmp_path / "out.rec")]) == 1
+    assert "left out: 1 of 12 images" in capsys.readouterr().out
+    assert "\tempty\n" in (tmp_path / "out.left_out.txt").read_text()
+
+
+def run(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", *arguments], stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["config", "faces_small"], 141), (["--help"], 0)])  # argparse sees to its own output
+def test_a_reader_that_has_gone(arguments, code):
+    """As in `protoshard config faces_small | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    job = run(*arguments, stdout=write)
+    os.close(write)
+    assert (job.communicate(timeout=60)[1], job.returncode) == (b"", code)
+
+
+def test_a_full_disk_behind_the_output():
+    with open("/dev/full", "wb") as full:
+        job = run("config", "faces_small", stdout=full)
+        assert job.communicate(timeout=60)[1] == b"protoshard: No space left on device\n"
+    assert job.returncode == 2
+
+
+def test_names_that_the_terminal_cannot_show(faces, capfd):
+    """One image, so that its identity is named."""
+    os.mkdir(faces / os.fsdecode(b"\xd5\xc5"))
+    next((faces / "000001").iterdir()).rename(faces / os.fsdecode(b"\xd5\xc5") / "0.jpg")
+    main(["data", "check", str(faces)])
+    assert "\\udcd5\\udcc5" in capfd.readouterr().out
