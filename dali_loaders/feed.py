@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,12 +52,13 @@ _Mend = Callable[[_Pending, list[int]], list[int]]  # mends a batch at these pla
 
 
 class Feed:
-    """From image numbers to batches."""
+    """From image numbers to batches. `stop`: for others to set when no more are wanted, since reads may be slow."""
 
     def __init__(self, source: Source, config: DataConfig, decoder: Decoder, skipped: Skipped) -> None:
         self._source, self._config, self.decoder, self._skipped = source, config, decoder, skipped
         self._threads = config.thread_count()
         self._labels = torch.from_numpy(source.labels)
+        self.stop = threading.Event()
 
     def train_batches(self, order: Order, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
         """Batches of the stream positions from each of `starts` on; unreadable images are replaced as `order` says."""
@@ -152,7 +154,8 @@ class Feed:
     def _read_ahead(self, requests: Iterator[_Pending]) -> Iterator[_Pending]:
         """Adds the encoded images to each request while the one before it is decoded; several threads hide the latency of storage."""
         pending: deque[_Pending] = deque()
-        with ThreadPoolExecutor(self._threads, "protoshard-read") as pool:
+        pool = ThreadPoolExecutor(self._threads, "protoshard-read")
+        try:
             for request in itertools.chain(requests, [None]):
                 if request is not None:
                     request.reads = [pool.submit(self._read, part) for part in np.array_split(request.wanted, self._threads)]
@@ -163,8 +166,13 @@ class Feed:
                     batch.indices, batch.sizes_b2 = batch.wanted.copy(), np.zeros((len(batch.wanted), 2), np.int64)
                     batch.reads = []
                     yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _read(self, indices: np.ndarray) -> list[bytes | Unreadable]:
-        if not len(self._skipped):
-            return read_images(self._source, indices)
-        return [_KNOWN if index in self._skipped else read_image(self._source, index) for index in indices.tolist()]
+        """What is known to be unreadable is not read again."""
+        if self.stop.is_set():
+            raise CancelledError
+        known = [index in self._skipped for index in indices.tolist()]
+        found = iter(read_images(self._source, indices[~np.array(known, bool)]))
+        return [_KNOWN if is_known else next(found) for is_known in known]
