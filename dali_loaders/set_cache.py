@@ -138,20 +138,16 @@ def _save(places: list[str], wanted: dict[str, Any], sources: Sequence[str], bui
             descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(place) or ".", prefix=f"{os.path.basename(place)}.", suffix=".tmp")
         except OSError:
             continue
+        log.info("looking at all of %s, which is done once", sources[0])
         try:
             with open(descriptor, "w+b") as file:
-                log.info("looking at all of %s, which is done once", sources[0])
-                pieces = build()
-                try:
-                    table = _write(file, wanted, pieces)
-                except OSError as error:
-                    log.warning("cannot write %s (%s): the set is read again whenever it is opened", place, error.strerror)
-                    return None
-                arrays = _mapped(file, table)
+                arrays = _mapped(file, _write(file, wanted, build()))
                 os.fchmod(descriptor, os.stat(sources[0]).st_mode & 0o666)  # it holds names of the set
-                if settled and [_stamp(source) for source in sources] == wanted["sources"]:
-                    return _put(temporary, place, wanted) or arrays
-                return arrays
+            if settled and [_stamp(source) for source in sources] == wanted["sources"]:
+                return _put(temporary, place, wanted) or arrays
+            return arrays
+        except OSError as error:
+            log.warning("cannot write %s (%s), so the set is looked at once more", place, error.strerror)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)

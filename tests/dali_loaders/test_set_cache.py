@@ -1,6 +1,7 @@
 """A cache is used for the files it was made of and no others; a damaged one, or none at all, costs time only."""
 
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -167,15 +168,17 @@ def test_the_users_cache_folder_serves_where_the_sets_cannot_be_written(sources,
     assert opening.built == 1 and len(list((tmp_path / "user" / "protoshard").iterdir())) == 1
 
 
-def test_a_full_disk_costs_only_time(sources, tmp_path, monkeypatch, caplog):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(set_cache, "_write", fail)
+def test_a_full_disk_costs_only_time(sources, tmp_path, caplog):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     opening = Opening(sources)
-    opening()
-    assert opening.built == 2 and "No space left on device" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.rec"]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # half of what the arrays need
+        opening()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert opening.built == 3 and "File too large" in caplog.text  # for both places, and without one
+    assert not list((tmp_path / "user" / "protoshard").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.rec", "user"]
 
 
 def test_arrays_in_use_survive_that_the_cache_is_deleted(sources):
