@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -19,24 +22,33 @@ _END = object()
 class Background(Generic[T]):
     """Runs `items` in a thread, up to `depth` items ahead. An exception of `items` is raised again by the consumer's next().
 
-    device: what `items` works on; a GPU becomes the thread's current one."""
+    device: what `items` works on; a GPU becomes the thread's current one
+    stop: set when nobody wants more items, for `items` to look at
 
-    def __init__(self, items: Iterator[T], depth: int, device: torch.device | None = None) -> None:
+    Once this is dropped the thread ends by itself; close() waits for that. RuntimeError from next() in a forked process, which has no such
+    thread."""
+
+    def __init__(self, items: Iterator[T], depth: int, device: torch.device | None = None, stop: threading.Event | None = None) -> None:
         self.wait_seconds = 0.0
+        self._process = os.getpid()
         self._ready: queue.Queue = queue.Queue(depth)
-        stop = threading.Event()
-        thread = threading.Thread(target=_produce, args=(items, device, self._ready, stop), name="protoshard-data", daemon=True)
-        # The finalizer also runs when the iterator is dropped or the interpreter ends: a daemon thread inside a native library would crash
-        # the exit. Registered by itself, since the last one runs first: before the library shuts down what the thread still uses.
-        self._finalizer = weakref.finalize(self, _finish, thread, self._ready, stop)
-        atexit.register(self._finalizer)
+        self._stop = stop or threading.Event()
+        thread = threading.Thread(target=_produce, args=(items, device, self._ready, self._stop), name="protoshard-data", daemon=True)
+        # Not waited for: any thread may be the one that collects a cycle, also those that `items` waits for.
+        weakref.finalize(self, self._stop.set)
+        # Waited for at the interpreter's end: a daemon thread inside a native library would crash the exit. The last one registered runs
+        # first: before the library shuts down what the thread still uses.
+        self._finish = partial(_finish, thread, self._ready, self._stop)
+        atexit.register(self._finish)
         thread.start()
 
     def __iter__(self) -> Background[T]:
         return self
 
     def __next__(self) -> T:
-        if not self._finalizer.alive:
+        if self._process != os.getpid():
+            raise RuntimeError("this process was forked from the one that loads, without its threads; start it by spawn and load there.")
+        if self._stop.is_set():
             raise StopIteration
         start = time.perf_counter()
         item = self._ready.get()
@@ -50,9 +62,9 @@ class Background(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it."""
-        self._finalizer()
-        atexit.unregister(self._finalizer)
+        """Stops the thread and waits for it; whoever waits in next() gets StopIteration."""
+        self._finish()
+        atexit.unregister(self._finish)
 
 
 def _produce(items: Iterator[T], device: torch.device | None, ready: queue.Queue, stop: threading.Event) -> None:
@@ -69,7 +81,8 @@ def _produce(items: Iterator[T], device: torch.device | None, ready: queue.Queue
             items.close()  # type: ignore[attr-defined]
     except BaseException as error:  # also one of close(): the consumer waits for something
         last = error
-    _put(last, ready, stop)
+    if not _put(last, ready, stop):
+        _empty(ready)  # nobody may be left to do it
 
 
 def _put(item: object, ready: queue.Queue, stop: threading.Event) -> bool:
@@ -85,5 +98,12 @@ def _put(item: object, ready: queue.Queue, stop: threading.Event) -> bool:
 def _finish(thread: threading.Thread, ready: queue.Queue, stop: threading.Event) -> None:
     stop.set()
     thread.join()
-    while not ready.empty():
-        ready.get_nowait()
+    _empty(ready)
+    with suppress(queue.Full):
+        ready.put_nowait(_END)
+
+
+def _empty(ready: queue.Queue) -> None:
+    with suppress(queue.Empty):
+        while True:
+            ready.get_nowait()

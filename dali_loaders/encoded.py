@@ -15,7 +15,7 @@ from dali_loaders.reading import StorageError, patiently
 from dali_loaders.sources import Source
 from dali_loaders.uncommon import NotDecodedError, to_png
 
-_MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
+MAX_PIXELS = 1 << 26  # a damaged header may claim gigabytes
 _NOT_READ = Unreadable("not read")
 GROUP_PIXELS = 1 << 26  # decoded at a time: 3 bytes each, or 200 MB; a batch of 256 images may be of 512 x 512 and still is one group
 
@@ -37,7 +37,7 @@ def read_image(source: Source, index: int) -> bytes | Unreadable:
 
 def _to_png(data: bytes) -> bytes | Unreadable:
     try:
-        return to_png(data, _MAX_PIXELS)
+        return to_png(data, MAX_PIXELS)
     except NotDecodedError as error:
         return Unreadable(str(error))
 
@@ -83,7 +83,7 @@ class HeaderReader:
                 why[places[place]] = _without_header(good[places[place]])
                 del good[places[place]]
             self._parse(good, sizes_b2)
-        too_large = np.flatnonzero(sizes_b2.prod(axis=1) > _MAX_PIXELS)
+        too_large = np.flatnonzero(sizes_b2.prod(axis=1) > MAX_PIXELS)
         why.update((at, reasons.too_large(*sizes_b2[at].tolist())) for at in too_large.tolist())
         sizes_b2[too_large] = 0
         return sizes_b2, why

@@ -60,7 +60,7 @@ class TrainLoader:
         starts = itertools.count(consumed + rank * size, global_batch)
         feed = Feed(source, config, _decoder(config, size, device, channels_last, dtype), skipped)
         batches = feed.train_batches(build_order(source, group, seed), seed, starts)
-        self._batches = Background(batches, config.prefetch, feed.decoder.device)
+        self._batches = Background(batches, config.prefetch, feed.decoder.device, feed.stop)
 
     @property
     def wait_seconds(self) -> float:
@@ -91,12 +91,9 @@ def evaluation_batches(
     """The images `indices` in this order, as TrainLoader gives them, but not augmented. Rows of unreadable images are left out;
     `Batch.indices` says which are there. The last batch may be smaller."""
     feed = Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), Skipped(source, None))
-    batches = Background(feed.evaluation_batches(np.asarray(indices, np.int64)), config.prefetch, feed.decoder.device)
-    try:
-        for batch in batches:
-            yield _on_current_stream(batch)
-    finally:
-        batches.close()
+    batches = feed.evaluation_batches(np.asarray(indices, np.int64))
+    for batch in Background(batches, config.prefetch, feed.decoder.device, feed.stop):
+        yield _on_current_stream(batch)
 
 
 def _decoder(config: DataConfig, batch_size: int, device: torch.device | str, channels_last: bool, dtype: torch.dtype) -> Decoder:

@@ -161,12 +161,14 @@ class _PackedLabels:
 
     def without_image(self, others: _Others, images: Runs, records: int) -> tuple[np.ndarray, np.ndarray, int]:
         """As above. ValueError unless all records are as the identities file says, so that none is missing."""
-        keys, states = others.columns()[:2]
+        keys, states, pairs = others.columns()[:3]
         expected = 1 + self._images + len(self._names)
         if records != expected:
             self._fault = f"there are {records} records, and {expected} there"
         elif len(keys) and (keys[0] < 0 or keys[-1] >= expected) and not self._fault:
             self._fault = f"there is a record {keys[0] if keys[0] < 0 else keys[-1]}, and none there"
+        elif not pairs[keys == 0].any() and not self._fault:
+            self._fault = "record 0 is no header"
         elif others.mark not in (0, stamp(self._names)) and not self._fault:
             self._fault = "it was packed with other names"
         if self._fault:

@@ -59,6 +59,19 @@ def test_broken_links_are_found(tmp_path):
     assert broken_links(page) == ["none.md", "other.md#no-heading", "other.md#twice-2", "#own"]
 
 
+def test_every_module_of_dali_loaders_has_its_place():
+    """In the table of the architecture, once; a name without a folder stands in that of the one before it."""
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("### dali_loaders")[2].partition("### ")[0]
+    listed = []
+    for cell in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`(.*?)`", cell):
+            folder = name.rpartition("/")[0] or folder
+            listed.append(f"{folder}/{name.rpartition('/')[2]}".lstrip("/"))
+    room = ROOT / "dali_loaders"
+    assert sorted(listed) == sorted(str(path.relative_to(room)) for path in room.rglob("*.py") if path.name != "__init__.py")
+
+
 def focal_cosface(dense, scale, margin, focus):
     """Of docs/adding-a-loss.md, dense."""
     target, others = cosines(dense)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dali_loaders import jpeg, reasons
 from dali_loaders.account import ReadError
 from dali_loaders.packing.landmarks import Landmarks
+from dali_loaders.reading import patiently
 from dali_loaders.sources import Source
 
 
@@ -25,7 +26,7 @@ class Images:
 
     def __call__(self, index: int) -> bytes:
         try:
-            data = self._source.read(index)
+            data = patiently(lambda: self._source.read(index), self._source)
         except OSError as error:
             raise ReadError.of(error) from error
         if not data:

@@ -6,15 +6,22 @@ import numpy as np
 
 from dali_loaders import jpeg, reasons
 from dali_loaders.account import ReadError
+from dali_loaders.encoded import MAX_PIXELS
 from dali_loaders.extras import extra
 from dali_loaders.packing.alignment import SIDE, TEMPLATE_52, similarity
+from dali_loaders.uncommon import NotDecodedError, to_png
 
 with extra("train"):
     import cv2
 
 
 def decode(data: bytes) -> np.ndarray:
-    """uint8 BGR [H, W, 3], upright as its EXIF data say. ReadError if it cannot be decoded whole."""
+    """uint8 BGR [H, W, 3], upright as its EXIF data say. ReadError if it cannot be decoded whole, or training refuses it."""
+    if reasons.format_of(data) is not None:
+        try:
+            data = to_png(data, MAX_PIXELS)
+        except NotDecodedError as error:
+            raise ReadError(str(error)) from error
     if data.startswith(jpeg.START) and jpeg.end(data) is None:
         raise ReadError(reasons.undecodable(data))  # OpenCV would fill what is missing with grey
     try:

@@ -18,6 +18,7 @@ from dali_loaders.extras import extra
 from dali_loaders.records import open_regular
 from dali_loaders.sources.parquet_columns import Columns, find_columns, read_labels
 from dali_loaders.sources.parquet_files import parquet_files, split_columns
+from dali_loaders.sources.parquet_footer import DamagedFooterError, Group, read_groups
 
 with extra("parquet"):
     import pyarrow as pa
@@ -94,6 +95,7 @@ class _File(NamedTuple):
     path: str
     columns: Columns
     metadata: pq.FileMetaData
+    groups: list[Group]
     stamp: tuple[int, int]  # size and time of change: a file that is replaced in the middle of a run is noticed
 
     def open(self) -> pq.ParquetFile:
@@ -113,13 +115,10 @@ class _RowGroups:
 
     def __init__(self, files: list[_File]) -> None:
         self.files = files
-        groups = [(number, group) for number, file in enumerate(files) for group in range(file.metadata.num_row_groups)]
+        groups = [(number, group) for number, file in enumerate(files) for group in range(len(file.groups))]
         self._places = np.array(groups, np.int64).reshape(-1, 2)
-        self._starts = np.cumsum([0] + [files[number].metadata.row_group(group).num_rows for number, group in groups])
-        sizes = (
-            _chunk(files[number].metadata.row_group(group), files[number].columns.bytes).total_uncompressed_size for number, group in groups
-        )
-        largest = max(sizes, default=0)
+        self._starts = np.cumsum([0] + [files[number].groups[group].rows for number, group in groups])
+        largest = max((files[number].groups[group].chunks[files[number].columns.bytes].size for number, group in groups), default=0)
         if largest > _LARGE_GROUP:
             log.warning(
                 "%s has row groups of up to %d MB, and reading an image means decoding one: pack the set before training "
@@ -138,7 +137,7 @@ class _RowGroups:
         try:
             column, row = self._column(group), row - int(self._starts[group])
             image = column[row].as_py() if row < len(column) else None
-        except (pa.ArrowException, OSError, MemoryError) as error:
+        except (pa.ArrowException, DamagedFooterError, OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise ReadError.of(error) from error
             raise ReadError("damaged row group") from error
@@ -178,11 +177,13 @@ def _open(path: str, wanted: list[str]) -> _File:
     with _sentence(path), pq.ParquetFile(path) as file:
         stamp, metadata = _stamp(path), file.metadata
         columns = find_columns(path, file.schema_arrow, wanted)
-        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        counts = [{group.num_rows, *(_chunk(group, name).num_values for name in (columns.bytes, columns.label))} for group in groups]
+        groups, needed = read_groups(path), (columns.bytes, columns.label)
+        if lacking := [name for group in groups for name in needed if name not in group.chunks]:
+            raise ValueError(f"{path} is damaged: a row group has no column {lacking[0]!r}; copy it again.")
+        counts = [{group.rows, *(group.chunks[name].values for name in needed)} for group in groups]
         if any(len(count) > 1 or min(count) < 0 for count in counts) or sum(map(min, counts)) != metadata.num_rows:
             raise ValueError(f"{path} is damaged: its columns, row groups and footer differ in their number of rows; copy it again.")
-        return _File(path, columns, metadata, stamp)
+        return _File(path, columns, metadata, groups, stamp)
 
 
 def _check_alike(files: list[_File]) -> None:
@@ -201,10 +202,8 @@ def _said(file: _File) -> str:
 def _null_images(file: _File) -> dict[str, np.ndarray]:
     """Rows without bytes of an image, by the reason why, bool [rows]. Row groups whose statistics count no null are not read."""
     null, only_path = [], []
-    for group in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        statistics = _chunk(file.metadata.row_group(group), file.columns.bytes).statistics
-        if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
+    for group, (rows, chunks) in enumerate(file.groups):
+        if chunks[file.columns.bytes].nulls == 0:
             null.append(np.zeros(rows, bool))
             only_path.append(null[-1])
             continue
@@ -216,13 +215,6 @@ def _null_images(file: _File) -> dict[str, np.ndarray]:
     return {"path of an image without its bytes": np.concatenate(only_path), "null image": np.concatenate(null)}
 
 
-def _chunk(group: pq.RowGroupMetaData, name: str) -> pq.ColumnChunkMetaData:
-    columns = [column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == name]
-    if len(columns) != 1:
-        raise pa.ArrowInvalid(f"a row group has {len(columns)} columns named {name!r}")
-    return columns[0]
-
-
 def _stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -232,6 +224,6 @@ def _stamp(path: str) -> tuple[int, int]:
 def _sentence(path: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, DamagedFooterError, OSError, OverflowError, MemoryError, UnicodeDecodeError) as error:
         words = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         raise ValueError(f"{path} is cut off, damaged or no Parquet file ({words}); copy it again from its source.") from error

@@ -60,7 +60,7 @@ class Unpacked:
         name, kind = member.name, member.kind
         if (reason := self._why_not(member)) is not None:
             self._account.pass_over(reason, printable(name))
-            if kind == LINK and reason != _UPWARDS:
+            if kind == LINK and reason != _UPWARDS and not self._is_below_no_folder(member.link):
                 self.folders.add(name.rpartition(b"/")[0])  # made before the link fails
             return
         if kind == FOLDER:
@@ -92,6 +92,14 @@ class Unpacked:
         if member.link == member.name:
             return "hard link to itself"
         return None if member.link in self._file_of or member.link in self._link_of else "hard link that leads nowhere"
+
+    def _is_below_no_folder(self, name: bytes) -> bool:
+        """Whether a file leads to `name`, or a symbolic link that tar makes in the end only, since it may lead out of the folder."""
+        while name := name.rpartition(b"/")[0]:
+            link = self._link_of.get(name, b"")
+            if name in self._file_of or link.startswith(b"/") or b".." in link.split(b"/"):
+                return True
+        return False
 
     def _add_file(self, name: bytes, offset: int, size: int) -> None:
         self._file_of[name] = len(self.offsets)

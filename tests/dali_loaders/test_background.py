@@ -1,6 +1,7 @@
 """A background iterator runs ahead, passes exceptions on, and stops its thread."""
 
 import gc
+import multiprocessing
 import threading
 import time
 
@@ -104,6 +105,69 @@ def test_the_thread_ends(by):
     del items
     gc.collect()
     assert closed.wait(5)
+
+
+def test_whoever_waits_is_told_of_the_end():
+    stopped = threading.Event()
+
+    def never():
+        stopped.wait(20)
+        yield from ()
+
+    items, found = Background(never(), 2), []
+    waiting = threading.Thread(target=lambda: found.extend(items), daemon=True)
+    waiting.start()
+    threading.Timer(0.1, stopped.set).start()
+    items.close()
+    waiting.join(5)
+    assert not waiting.is_alive() and not found
+
+
+def test_it_may_be_collected_by_a_thread_that_its_own_waits_for():
+    """Python looks for cycles in whatever thread allocates something."""
+
+    class Owner:
+        pass
+
+    dropped, collected = threading.Event(), threading.Event()
+
+    def work():
+        dropped.wait(5)
+        gc.collect()
+        collected.set()
+
+    def items():
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        worker.join()
+        yield 0
+
+    owner = Owner()
+    owner.itself, owner.items = owner, Background(items(), 2)
+    gc.disable()
+    try:
+        del owner
+        dropped.set()
+        assert collected.wait(5)
+    finally:
+        gc.enable()
+
+
+def _next_of(items, found):
+    try:
+        next(items)
+    except RuntimeError as error:
+        found.put(str(error))
+
+
+def test_a_forked_process_is_told_that_nothing_will_come():
+    fork = multiprocessing.get_context("fork")
+    items, found = Background(iter_of(range(9)), 2), fork.Queue()
+    child = fork.Process(target=_next_of, args=(items, found))
+    child.start()
+    assert "this process was forked" in found.get(timeout=20)
+    child.join()
+    assert list(items) == list(range(9))
 
 
 def iter_of(items):

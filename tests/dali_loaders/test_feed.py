@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dali_loaders import AugmentConfig, DataConfig
 from dali_loaders.account import Account
+from dali_loaders.background import Background
 from dali_loaders.decode import UnreadableImagesError
 from dali_loaders.feed import Feed
 from dali_loaders.order import UniformOrder, build_order
@@ -131,6 +132,36 @@ def test_one_unreadable_image_costs_one_more_read():
     batches = made.train_batches(UniformOrder(400, 1), 1, range(0, 1200, 100))
     assert len(list(batches)) == 12
     assert len(source.reads) == 1200 + 3 - 2  # the image itself is read once only
+
+
+def test_one_unreadable_image_leaves_reads_together():
+    class Together(Numbers):
+        calls = 0
+
+        def read_many(self, indices):
+            self.calls += 1
+            return [PNG + index.to_bytes(4, "little") for index in indices.tolist()]
+
+    source = Together(400, bad=[7])
+    made, skipped = feed(source, 100)
+    assert len(list(made.train_batches(UniformOrder(400, 1), 1, range(0, 1200, 100)))) == 12
+    assert len(skipped) == 1 and source.calls == 12 and set(source.reads) == {8}
+
+
+def test_closing_does_not_wait_for_reads_that_have_not_begun():
+    class Slow(Numbers):
+        def read(self, index):
+            begun.set()
+            going_on.wait(5)
+            return super().read(index)
+
+    source, begun, going_on = Slow(100), threading.Event(), threading.Event()
+    made, _ = feed(source, 10)
+    batches = Background(made.train_batches(UniformOrder(100, 1), 1, itertools.count(0, 10)), 1, stop=made.stop)
+    begun.wait(5)
+    threading.Timer(0.2, going_on.set).start()
+    batches.close()
+    assert len(source.reads) <= 10
 
 
 def test_a_set_without_a_readable_image_ends_soon():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import struct
 import threading
 import time
 
@@ -19,6 +20,7 @@ from dali_loaders.account import ReadError
 from dali_loaders.sources import FolderSource, RecordSource
 from dali_loaders.sources.parquet import ParquetSource
 from dali_loaders.sources.parquet_files import is_parquet, parquet_files
+from dali_loaders.sources.parquet_footer import Chunk, DamagedFooterError, read_groups
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = [f"person{n:02}" for n in range(6)]
@@ -379,3 +381,26 @@ def _rate(source, indices):
             source.read(index)
         best = max(best, len(indices) / (time.perf_counter() - start))
     return best
+
+
+def test_the_footer_is_read_as_pyarrow_reads_it(exported):
+    folder, _ = exported
+    metadata = pq.read_metadata(folder / "a.parquet")
+    groups = read_groups(str(folder / "a.parquet"))
+    assert len(groups) == metadata.num_row_groups == 2
+    for number, group in enumerate(groups):
+        theirs = metadata.row_group(number)
+        columns = [theirs.column(at) for at in range(theirs.num_columns)]
+        assert group.rows == theirs.num_rows
+        assert group.chunks == {
+            column.path_in_schema: Chunk(column.num_values, column.total_uncompressed_size, column.statistics.null_count)
+            for column in columns
+        }
+
+
+@given(st.binary(max_size=200))
+def test_any_footer_ends_in_a_sentence(tmp_path_factory, footer):
+    path = tmp_path_factory.mktemp("footer") / "a.parquet"
+    path.write_bytes(footer + struct.pack("<I4s", len(footer), b"PAR1"))
+    with contextlib.suppress(DamagedFooterError):
+        read_groups(str(path))

@@ -25,9 +25,9 @@ def test_any_name_takes_one_line(tmp_path):
     for index in range(4):
         skipped.add(index, "cut off" if index else "no\nimage")
     assert path.read_bytes().splitlines() == [
-        b"\xc4\xe3/1.jpg\tno\\nimage",
+        b"\\xc4\\xe3/1.jpg\tno\\nimage",
         b"two\\nlines\\t.jpg\tcut off",
-        b"back\\\\slash.jpg\tcut off",
+        b"back\\slash.jpg\tcut off",
         b"plain.jpg\tcut off",
     ]
     assert skipped.names == names

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dali_loaders import DataConfig, open_source, pack
+from dali_loaders.skipped import Skipped
 from dali_loaders.sources import fingerprint, open_data, read_many
 
 
@@ -68,6 +69,16 @@ def test_bytes_that_are_no_utf8(folder, tmp_path):
     source = selected(tmp_path, folder, f"{name}\n")
     assert source.identities == [name] and len(source) == 4
     assert fingerprint(source)["images"] == 4
+
+
+def test_the_list_of_skipped_images_leaves_them_out(folder, tmp_path):
+    (folder / "person04").rename(folder / "back\\slash and\tb\udcff")
+    source = open_source(str(folder))
+    skipped = Skipped(source, str(tmp_path / "skipped.txt"))
+    for index in (0, 1, 23):
+        skipped.add(index, "cut off")
+    left = selected(tmp_path, folder, exclude=(tmp_path / "skipped.txt").read_text())
+    assert [left.name(i) for i in range(len(left))] == [source.name(i) for i in range(2, 23)]
 
 
 def test_parts_of_several_sets_shrink(folder, tar, tmp_path):

@@ -67,6 +67,7 @@ def compare(members: list[tuple], form: str) -> None:
 )
 @example([("file", "a/1.jpg", 2), ("link", "a/1.jpg", "a/none.jpg")], "gnu")
 @example([("pipe", "a/photo", None), ("link", "a/n", "a/photo"), ("symbolic link", "b/photo", "../a/photo"), ("file", "a/1.jpg", 2)], "gnu")
+@example([("file", "b/1.jpg", 0), ("symbolic link", "c", "a/../a"), ("link", "a/1.jpg", "c/1.jpg")], "ustar")
 def test_the_same_images(members, form):
     compare(members, form)
 

@@ -1,14 +1,18 @@
 """What cannot be packed is left out, named with its reason, and labels stay contiguous."""
 
+import errno
 import os
 
+import cv2
 import numpy as np
 import pytest
 from pictures import picture
 
-from dali_loaders import open_source, pack
-from dali_loaders.account import ReadError
+from dali_loaders import open_source, pack, reading
+from dali_loaders.account import ReadError, Unreadable
+from dali_loaders.encoded import read_image
 from dali_loaders.packing import PackConfig
+from dali_loaders.reading import StorageError
 
 
 def listed(path):
@@ -81,3 +85,33 @@ def test_a_source_that_changes_is_noticed(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not come back from the packed set as it was read"):
         pack(source, str(tmp_path / "out.rec"), PackConfig(verify=True), workers=1, resume=True)
     assert set(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("config", [PackConfig(verify=True), PackConfig(resize=16)], ids=["verify", "resize"])
+def test_what_training_refuses_is_not_decoded_by_other_means(folder, tmp_path, config):
+    """OpenCV makes noise of pixels in floating point, and its decoder of JPEG 2000 crashes on damaged files."""
+    pixels = np.random.default_rng(0).random((32, 32, 3), np.float32)
+    (folder / "person01" / "float.tif").write_bytes(cv2.imencode(".tif", pixels)[1])
+    (folder / "person01" / "other.jp2").write_bytes(cv2.imencode(".jp2", np.uint8(255 * pixels))[1])
+    source = open_source(str(folder))
+    report = pack(source, str(tmp_path / "out.rec"), config)
+    expected = {source.name(index): data.reason for index in range(26) if isinstance(data := read_image(source, index), Unreadable)}
+    assert report.account.used == 24 and listed(tmp_path / "out.left_out.txt") == expected
+
+
+def test_a_hiccup_of_the_storage_leaves_nothing_out(folder, tmp_path, monkeypatch):
+    source, fails = open_source(str(folder)), [True]
+    read = type(source).read
+
+    def hiccup(self, index):
+        if index == 7 and fails:
+            fails.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, index)
+
+    monkeypatch.setattr(type(source), "read", hiccup)
+    monkeypatch.setattr(reading, "WAITS", (0.0,))
+    assert pack(source, str(tmp_path / "out.rec")).account.used == 24
+    fails += [True] * 9
+    with pytest.raises(StorageError, match="cannot be read: Input/output error"):
+        pack(source, str(tmp_path / "other.rec"))
