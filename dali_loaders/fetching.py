@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, words
+from dali_loaders.sources.patterns import braces
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _PIECE = 16 << 20  # bytes asked for at once
 _PIECES_AT_ONCE = 8
-_RUN = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 log = logging.getLogger(__name__)
 
@@ -74,21 +74,11 @@ def _files(system: AbstractFileSystem, folder: str, name: str) -> list[RemoteFil
         return files
     if ".." in name.split("/"):
         raise ValueError(f"{folder}{name} leaves its folder; give the address without '..'.")
-    files = [described(folder, one, system.info(folder + one)) for one in _expanded(name)]
+    files = [described(folder, one, system.info(folder + one)) for one in braces(name)]
     if name.endswith(".rec"):
         beside = (name.removesuffix(".rec") + end for end in (".idx", ".identities.txt"))
         files += [described(folder, one, system.info(folder + one)) for one in beside if system.exists(folder + one)]
     return files
-
-
-def _expanded(name: str) -> list[str]:
-    """shard-{000..127}.tar as shells understand it."""
-    run = _RUN.search(name)
-    if run is None:
-        return [name]
-    first, last = run.groups()
-    numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
-    return [path for number in numbers for path in _expanded(name[: run.start()] + number + name[run.end() :])]
 
 
 def _whole(folder: str, files: list[RemoteFile]) -> bool:

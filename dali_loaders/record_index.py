@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import struct
 from array import array
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 from dali_loaders.account import ReadError
 from dali_loaders.record_headers import SHORT, Headers, read_headers
 from dali_loaders.records import FIRST, LAST, LENGTH_BITS, MAGIC, MIDDLE, WHOLE, RandomAccessFile, index_path, read_record
+from dali_loaders.set_cache import alone_on_this_host
 
 _TEXT = 1 << 20  # bytes of an .idx that are parsed at a time: about 60,000 lines
 _PIECE = 1 << 16  # records
@@ -184,9 +186,13 @@ def _pairs(lines: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_missing_index(file: RandomAccessFile) -> None:
-    """Rebuilds an .idx that is not there, where it may be written."""
-    if not os.path.exists(index_path(file.path)):
-        _rebuild(file)
+    """Rebuilds an .idx that is not there, where it may be written. (Where it may not, `scan` does without, and a cache spares that too.)"""
+    index = index_path(file.path)
+    if os.path.exists(index) or not os.access(os.path.dirname(index) or ".", os.W_OK):
+        return
+    with alone_on_this_host(file.path):
+        if not os.path.exists(index):
+            _rebuild(file)
 
 
 def _rebuild(file: RandomAccessFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -208,7 +214,7 @@ def _rebuild(file: RandomAccessFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _write(index: str, path: str, keys: np.ndarray, offsets: np.ndarray) -> None:
-    temporary = f"{index}.{os.getpid()}.tmp"
+    temporary = f"{index}.{secrets.token_hex(4)}.tmp"  # the same process number may be in use on another host
     try:
         with open(temporary, "w", encoding="ascii") as out:
             for piece in _cut(keys, offsets):

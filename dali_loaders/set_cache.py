@@ -1,6 +1,6 @@
 """What opening a large set computes, kept as arrays in one file: beside the set, or in the user's cache folder where that is not writable.
 
-The file holds for the very files it was made of (size, time, hash of the head); for others it is made again. It may be deleted any time."""
+The file holds for the very files it was made of (size, times, hash of the head), else it is made again. It may be deleted any time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dali_loaders.records import open_regular
+
 SMALLEST = 16 << 20  # bytes of a set; what a smaller one costs is not worth a file
 _MAGIC = b"PSCACHE1"
 _PREAMBLE = struct.Struct("<8sQII")  # magic; place, length and CRC of the table, which is JSON
 _ALIGNED = 64
 _HEAD = 4096  # bytes of a source that are hashed
 _CHUNK = 1 << 20
+_TICK, _COARSE_TICK = 50_000_000, 2_000_000_000  # ns; times of files move in steps of 4 to 10 ms, or up to 2 s where they have no fractions
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +47,16 @@ def cached(path: str, sources: Sequence[str], kind: str, build: Callable[[], Pie
     places = _places(path)
     arrays = _load(places, wanted)
     if arrays is None:
-        with _alone_on_this_host(path):
+        with alone_on_this_host(path):
             arrays = _load(places, wanted) or _save(places, wanted, sources, build) or _joined(build())
     return arrays
 
 
 def _places(path: str) -> list[str]:
     """Where the cache of a set may be, best first."""
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [f"{path}.cache", os.path.join(user, "protoshard", f"{_digest(path)}-{os.path.basename(path)}.cache")]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = [f"{path}.cache", os.path.join(user, "protoshard", f"{_digest(path)}-{os.path.basename(path)}.cache")]
+    return places if os.path.isabs(user) else places[:1]  # a user without a home has "~"
 
 
 def _digest(path: str) -> str:
@@ -60,22 +64,27 @@ def _digest(path: str) -> str:
 
 
 def _stamp(source: str) -> list[Any]:
-    """[name, size, time in ns, CRC of the first bytes]; the same for a copy that keeps the time."""
+    """[name, size, times of the last change of its bytes and of anything, in ns, CRC of the first bytes]. The second time cannot be set
+    back: a file that replaces another one by `mv` or `cp -p` is told from it even where size, first time and first bytes are the same."""
     name = os.fsencode(os.path.basename(source)).hex()
-    try:
-        with open(source, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            return [name, status.st_size, status.st_mtime_ns, zlib.crc32(file.read(_HEAD))]
-    except FileNotFoundError:
-        return [name, 0, 0, 0]
-    except OSError as error:
-        raise ValueError(f"cannot read {source}: {error.strerror}; check the path and its permissions.") from error
+    if not os.path.exists(source):
+        return [name, 0, 0, 0, 0]
+    with open(open_regular(source), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        try:
+            head = file.read(_HEAD)
+        except OSError as error:
+            raise ValueError(f"cannot read {source}: {error.strerror}; copy it to a disk that can be read.") from error
+        return [name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, zlib.crc32(head)]
 
 
-def _settled(stamp: list[Any]) -> bool:
-    """Whether a later change of the source would show in its time, which moves in ticks: 4 to 10 ms, or 2 s where it has no fractions."""
-    tick = 50_000_000 if stamp[2] % 1_000_000_000 else 2_000_000_000
-    return stamp[2] + tick < time.time_ns()
+def _settled(stamps: list[list[Any]]) -> bool:
+    """Waits until a later change of the sources would show in their times; False if that would take long, since they are in the future."""
+    newest = max(max(stamp[2:4]) for stamp in stamps)
+    left = newest + (_TICK if newest % 1_000_000_000 else _COARSE_TICK) - time.time_ns()
+    if 0 < left <= _COARSE_TICK:
+        time.sleep(left / 1e9)
+    return left <= _COARSE_TICK
 
 
 def _joined(pieces: Pieces) -> dict[str, np.ndarray]:
@@ -122,26 +131,23 @@ def _mapped(file: BinaryIO, table: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _save(places: list[str], wanted: dict[str, Any], sources: Sequence[str], build: Callable[[], Pieces]) -> dict[str, np.ndarray] | None:
     """Builds the arrays into the first place that can be written, and maps them from there; None if there is none."""
+    settled = _settled(wanted["sources"])
     for place in places:
         try:
             os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(place) or ".", prefix=f"{os.path.basename(place)}.", suffix=".tmp")
         except OSError:
             continue
+        log.info("looking at all of %s, which is done once", sources[0])
         try:
             with open(descriptor, "w+b") as file:
-                log.info("looking at all of %s, which is done once", sources[0])
-                pieces = build()
-                try:
-                    table = _write(file, wanted, pieces)
-                except OSError as error:
-                    log.warning("cannot write %s (%s): the set is read again whenever it is opened", place, error.strerror)
-                    return None
-                arrays = _mapped(file, table)
-                os.fchmod(descriptor, 0o644)
-                if [_stamp(source) for source in sources] == wanted["sources"] and all(map(_settled, wanted["sources"])):
-                    return _put(temporary, place, wanted) or arrays
-                return arrays
+                arrays = _mapped(file, _write(file, wanted, build()))
+                os.fchmod(descriptor, os.stat(sources[0]).st_mode & 0o666)  # it holds names of the set
+            if settled and [_stamp(source) for source in sources] == wanted["sources"]:
+                return _put(temporary, place, wanted) or arrays
+            return arrays
+        except OSError as error:
+            log.warning("cannot write %s (%s), so the set is looked at once more", place, error.strerror)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -175,21 +181,36 @@ def _write(file: BinaryIO, wanted: dict[str, Any], pieces: Pieces) -> dict[str, 
     file.seek(0)
     file.write(_PREAMBLE.pack(_MAGIC, place, len(text), zlib.crc32(text)))
     file.flush()
+    os.fsync(file.fileno())  # where a network file system says that there is no room
     return table
 
 
 @contextlib.contextmanager
-def _alone_on_this_host(path: str) -> Iterator[None]:
+def alone_on_this_host(path: str) -> Iterator[None]:
     """Ranks that open the same set wait for the first one, and then find its cache. Without a place for a lock each builds its own."""
-    lock = os.path.join(tempfile.gettempdir(), f"protoshard-{os.getuid()}-{_digest(path)}.lock")
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        lock = os.path.join(tempfile.gettempdir(), f"protoshard-{os.getuid()}-{_digest(path)}.lock")
+        descriptor = _locked(lock)
     except OSError:
         yield
         return
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock)
         os.close(descriptor)
+
+
+def _locked(lock: str) -> int:
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its file was removed by the one that had it before

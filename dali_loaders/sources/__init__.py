@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from dali_loaders.account import Account
 from dali_loaders.config import DataConfig
 from dali_loaders.fetching import fetch, is_copied
+from dali_loaders.names import printable
 from dali_loaders.remote import is_remote
 from dali_loaders.sources import by_name, meant
 from dali_loaders.sources.by_name import IMAGE_EXTENSIONS, LAYOUT
@@ -64,10 +66,18 @@ def open_source(path: str, reader: str = "native", *, cache: str = "", weights: 
     paths = split_paths(path)
     if len(paths) > 1:
         names = distinct_names(paths)
-        return SeveralSources(path, [_open(one, reader, cache) for one in paths], names, weights, joined)
+        return SeveralSources(path, [_opened(one, reader, cache) for one in paths], names, weights, joined)
     if weights:
         raise ValueError(f"data.weights is given for several sets, but data.train names one, {path}; leave it out.")
-    return _open(paths[0], reader, cache)
+    return _opened(paths[0], reader, cache)
+
+
+def _opened(path: str, reader: str, cache: str) -> Source:
+    try:
+        return _open(path, reader, cache)
+    except OSError as error:
+        where = os.fsdecode(error.filename) if error.filename is not None else path
+        raise ValueError(f"{where} cannot be read: {error.strerror or error}; check the path and its permissions.") from error
 
 
 def _open(path: str, reader: str, cache: str) -> Source:
@@ -88,10 +98,29 @@ def _open(path: str, reader: str, cache: str) -> Source:
             return ParquetSource(path)
     elif is_pattern(path):
         paths = expand(path)
-    elif not os.path.exists(path):
-        raise ValueError(" ".join(filter(None, [f"{path} does not exist; expected {_FORMS}.", meant.guess(path)])))
     elif os.path.isdir(path):
         paths = _files_of(path)
+        source = _of_paths(paths, path, reader)
+        if paths != [path]:
+            _pass_over_others(source.account, path, paths)
+        return source
+    elif not _exists(path):
+        guess = meant.guess(path)
+        raise ValueError(f"{path} does not exist; expected {_FORMS}{f'; {guess}' if guess else '.'}")
+    return _of_paths(paths, path, reader)
+
+
+def _exists(path: str) -> bool:
+    """OSError where that cannot be said."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _of_paths(paths: list[str], path: str, reader: str) -> Source:
+    """The set that `path` stands for."""
     kinds = {os.path.splitext(one)[1].lower() for one in paths}
     if kinds == {".rec"} and not any(map(os.path.isdir, paths)):
         if len(paths) == 1:
@@ -118,3 +147,11 @@ def _files_of(folder: str) -> list[str]:
             return [folder]
     record = find_record(folder)
     return [record] if record else tars_in(folder) or [folder]
+
+
+def _pass_over_others(account: Account, folder: str, paths: list[str]) -> None:
+    """Accounts for what the folder holds beside the files that it is opened by and those that belong to them, such as train.idx."""
+    stems = tuple(os.path.splitext(os.path.basename(path))[0] + "." for path in paths)
+    for name in sorted(os.listdir(folder)):
+        if name != "property" and not name.startswith(stems):
+            account.pass_over(by_name.beside(os.fsencode(name)), printable(name))

@@ -20,6 +20,7 @@ LAYOUT = "IDENTITY/IMAGE.jpg (one folder per identity)"
 _REASONS = 4  # that a message lists
 HEAD = 32  # bytes that tell what a file is
 
+_SETS = (b".rec", b".tar", b".parquet", b".zip", b".7z", b".rar", b".gz", b".tgz", b".bz2", b".xz", b".zst")
 _BY_NAME = tuple(extension.encode() for extension in IMAGE_EXTENSIONS)
 _ASIDE = re.compile(
     rb"(?:^|/)(?:\.|@eadir/|__macosx/|lost\+found/|\$recycle\.bin/|#recycle/|(?:eh)?thumbs\.db$|desktop\.ini$)", re.IGNORECASE
@@ -58,6 +59,14 @@ def aside(name: bytes) -> str | None:
 
 def named_like_an_image(name: bytes) -> bool:
     return name.lower().endswith(_BY_NAME)
+
+
+def beside(name: bytes) -> str:
+    """Why a file is passed over that stands in a folder which is opened by other files, such as tars."""
+    if reason := aside(name):
+        return reason
+    may_be_data = name.lower().endswith((*_BY_NAME, *_SETS))
+    return "data beside the files that the folder is opened by" if may_be_data else "no image by its name"
 
 
 def no_image(name: bytes, head: bytes) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import re
 from collections import defaultdict
 
 from dali_loaders.account import Account
+from dali_loaders.names import printable
+from dali_loaders.sources.by_name import beside
+from dali_loaders.sources.patterns import expand, is_pattern
 
 _SHARD = re.compile(r"(?P<set>.*)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{16})?\.parquet")  # older exports end in a hash
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
@@ -54,9 +56,9 @@ def parquet_files(path: str, account: Account) -> list[str]:
             log.warning("%s is one file of %d; for all of them name their folder", path, int(shard["count"]))
         return [path]
     else:
-        files = sorted(glob.glob(path))
-        if not files:
+        if not is_pattern(path):
             raise ValueError(f"{path} does not exist; expected a .parquet file, a pattern of them or a folder.")
+        files = sorted(expand(path))
     _check_shards(files)
     return files
 
@@ -73,7 +75,7 @@ def _below(root: str, account: Account) -> list[str]:
             if name.lower().endswith(".parquet"):
                 files.append(file)
             else:
-                account.pass_over("no .parquet file", file)
+                account.pass_over(beside(os.fsencode(os.path.relpath(file, root))), printable(file))
     return files
 
 

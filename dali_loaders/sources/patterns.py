@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from dali_loaders.sources.by_name import aside
 
@@ -27,11 +27,7 @@ def expand(pattern: str) -> list[str]:
     """The paths that a pattern stands for: braces in their order, what is found in sorted order.
 
     ValueError if nothing matches, or a file that braces name is missing. Addresses with :// are only expanded, not looked for."""
-    names = []
-    for name in _braces(pattern):
-        names.append(name)
-        if len(names) > _MOST:
-            raise ValueError(f"{pattern} stands for more than {_MOST:,} files; check the numbers in its braces.")
+    names = braces(pattern)
     if "://" in pattern:
         return names
     paths, missing = [], []
@@ -51,6 +47,14 @@ def expand(pattern: str) -> list[str]:
         )
     check_numbers(pattern, paths)
     return paths
+
+
+def braces(pattern: str) -> list[str]:
+    """What a pattern's braces stand for, in their order. ValueError if that is too much."""
+    names = list(islice(_braces(pattern), _MOST + 1))
+    if len(names) > _MOST:
+        raise ValueError(f"{pattern} stands for more than {_MOST:,} files; check the numbers in its braces.")
+    return names
 
 
 def tars_in(folder: str) -> list[str]:

@@ -11,7 +11,7 @@ import threading
 from dali_loaders.account import Account, ReadError
 from dali_loaders.names import text
 from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, words
-from dali_loaders.sources.by_name import aside, labels_of, named_like_an_image, no_images
+from dali_loaders.sources.by_name import LAYOUT, aside, labels_of, named_like_an_image, no_images
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ class RemoteFolderSource:
             listed = retried(lambda: self._system.find(root, detail=True))
         except Exception as error:  # packages of storages raise their own kinds
             raise ValueError(f"{address} cannot be listed ({words(error)}); check the address, the connection and credentials.") from error
+        if not listed or root in listed:
+            what = "is one file, and no folder" if listed else "does not exist, is empty or cannot be reached"
+            raise ValueError(f"{address} {what}; expected the address of a folder of {LAYOUT}, or of .rec, .tar or .parquet files.")
         found = sorted((path[len(root) :].lstrip("/"), info) for path, info in listed.items() if info["type"] != "directory")
         if any(name.endswith(".parquet") for name, _ in found):
             raise ValueError(f"{address} holds .parquet files; name them by a pattern, such as {self.path}/*.parquet.")

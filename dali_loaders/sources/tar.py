@@ -10,7 +10,7 @@ from dali_loaders.account import ReadError, Unreadable
 from dali_loaders.names import printable, text
 from dali_loaders.records import RandomAccessFile
 from dali_loaders.sources import by_name, meant
-from dali_loaders.sources.tar_index import check_is_file, index_of, read_sparse
+from dali_loaders.sources.tar_index import index_of, read_sparse
 from dali_loaders.sources.tar_tree import IS_SPARSE
 
 
@@ -19,7 +19,6 @@ class TarSource:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        check_is_file(path)
         self._file = RandomAccessFile(path)
         index = index_of(path)
         self.account, self.labels = index.account, index.labels

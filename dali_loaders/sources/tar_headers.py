@@ -16,6 +16,7 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _WINDOW = 1 << 20  # read at once where members are small
 _PEEK = 1 << 13  # read where the next header lies far off
+_TAIL = 1 << 20  # bytes of zeros that may stand at the end: programs fill up their last block, of 10 KiB or, for tapes, up to 1 MiB
 _LONGEST = 1 << 24  # bytes of a long name or of pax records; more is damage
 
 # What a member is, by its type flag. POSIX: unknown types count as files.
@@ -57,11 +58,11 @@ class _Reader:
     def members(self) -> Iterator[Member]:
         if not self._size:
             raise DamagedTarError("it is an empty file")
-        at, ended = 0, False
+        at, end, ended = 0, 0, False
         whole: dict[bytes, bytes] = {}  # pax records for all members to come
         while at < self._size:
             if ended and self._size - at < BLOCK and not self._read(at, self._size - at).strip(b"\0"):
-                return
+                break
             block = self._block(at) if self._size - at >= BLOCK or not ended else b""
             if block == _ZEROS:
                 at, ended = at + BLOCK, True
@@ -87,10 +88,13 @@ class _Reader:
                 at = data + -(-size // BLOCK) * BLOCK
                 block = self._block(at)
             member, at = self._member(block, kind[0], start, at, {key: value for key, value in {**whole, **records}.items() if value})
+            end = at
             if member is not None:
                 yield member
         if not ended:
             raise CutOffError("no end of the archive follows its last member")
+        if self._size - end > _TAIL:  # as where room was made for a copy that was not completed
+            raise CutOffError(f"all is zero from byte {end} to its end at {self._size}")
 
     def _member(self, block: bytes, flag: int, start: int, at: int, records: dict[bytes, bytes]) -> tuple[Member | None, int]:
         """The member whose own header is `block` at byte `at`, and the place of the next header."""

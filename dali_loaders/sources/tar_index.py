@@ -37,7 +37,6 @@ class TarIndex:
 
 def index_of(path: str) -> TarIndex:
     """Of an uncompressed tar, whose index may have no images. ValueError, in a sentence, for what cannot be read as a tar."""
-    check_is_file(path)
     arrays = cached(path, [path], _KIND, lambda: {name: [array] for name, array in _build(path).items()})
     account = json.loads(arrays["account"].tobytes())
     return TarIndex(
@@ -51,20 +50,15 @@ def index_of(path: str) -> TarIndex:
     )
 
 
-def check_is_file(path: str) -> None:
-    """ValueError for what cannot be read at any place; a pipe would even make whoever opens it wait."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{printable(path)} is no regular file; expected a folder, a .tar or a .rec file.")
-
-
 def _build(path: str) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb", buffering=0) as file:
             return _Builder(path, file.fileno()).arrays()
-    except CutOffError as error:
-        raise ValueError(f"{printable(path)} is cut off ({error}); copy it again from its source.") from error
     except DamagedTarError as error:
-        remedy = meant.guess(path) or "expected a folder, a .tar or a .rec file; a damaged tar is best copied again from its source."
+        remedy = meant.guess(path)
+        if isinstance(error, CutOffError) and not remedy:
+            raise ValueError(f"{printable(path)} is cut off ({error}); copy it again from its source.") from error
+        remedy = remedy or "expected a folder, a .tar or a .rec file; a damaged tar is best copied again from its source."
         raise ValueError(f"{printable(path)} is not a readable uncompressed .tar ({error}); {remedy}") from error
     except OSError as error:
         raise ValueError(f"{printable(path)} cannot be read: {ReadError.of(error)}; check the path and its permissions.") from error

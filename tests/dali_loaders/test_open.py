@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -107,3 +108,47 @@ def test_a_tar_of_a_folder_is_the_same_data(folder, tar, tmp_path):
     assert isinstance(packed, RecordSource)
     assert {key for key, value in fingerprint(packed).items() if value != fingerprint(open_source(str(folder)))[key]} == {"image_order"}
     assert os.path.exists(path)
+
+
+@pytest.mark.parametrize(("path", "own"), [("tars", ("s1.tar.cache", "s1.idx")), ("ms1m", ("train.lst", "train.rec.cache"))])
+def test_what_else_a_folder_holds_is_accounted_for(shards, path, own):
+    for name in (*own, "s3.tar.gz", "more.zip", "0.jpg", "lfw.bin", ".DS_Store"):
+        (shards / path / name).write_bytes(b"anything")
+    account = open_source(f"{shards}/{path}").account
+    assert {why: sorted(passed.examples) for why, passed in account.passed_over.items()} == {
+        "data beside the files that the folder is opened by": ["0.jpg", "more.zip", "s3.tar.gz"],
+        "no image by its name": ["lfw.bin"],
+        "hidden file": [".DS_Store"],
+    }
+    assert account.seen == 29
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed(folder, monkeypatch, number):
+    def refuse(path):
+        raise OSError(number, os.strerror(number), path)
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(ValueError, match=rf"set cannot be read: {os.strerror(number)}"):
+        open_source(str(folder))
+
+
+def test_a_path_that_cannot_be_looked_at_is_not_said_to_be_missing(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(ValueError, match=r"set/person00 cannot be read: Permission denied"):
+        open_source(f"{folder}/person00")
+
+
+@pytest.mark.parametrize("name", ["s.rec", "s.idx", "s.identities.txt", "s.tar", "s.parquet", "{s,t}.tar"])
+def test_pipes_are_refused_and_not_waited_for(shards, tmp_path, name):
+    shutil.copy(shards / "s0.rec", tmp_path / "s.rec")
+    for pipe in ["s.tar", "t.tar"] if "{" in name else [name]:
+        (tmp_path / pipe).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / pipe)
+    path = name if name.endswith((".tar", ".parquet")) else "s.rec"
+    with pytest.raises(ValueError, match="is no regular file"):
+        open_source(f"{tmp_path}/{path}")

@@ -61,7 +61,7 @@ def test_an_export_is_the_same_set_as_the_folder(folder, tmp_path):
     assert a.identities == b.identities and a.labels.tolist() == b.labels.tolist() and b.labels.dtype == np.int64
     assert [a.read(index) for index in range(24)] == [b.read(index) for index in range(24)]
     assert b.name(9) == "train-00001-of-00003.parquet:row 1"
-    assert (b.account.seen, b.account.used, reasons(b)) == (25, 24, {"no .parquet file": 1})
+    assert (b.account.seen, b.account.used, reasons(b)) == (25, 24, {"no image by its name": 1})
     assert pickle.loads(pickle.dumps(b)).read(7) == picture(7)
 
 
@@ -91,11 +91,19 @@ def test_splits_by_other_names(names, tmp_path):
 def test_a_missing_shard(tmp_path):
     (export(tmp_path) / "train-00001-of-00003.parquet").unlink()
     for path in (tmp_path, tmp_path / "train-*"):
-        with pytest.raises(ValueError, match=r"lacks train-00001-of-00003\.parquet; copy it too"):
+        with pytest.raises(ValueError, match=r"lacks (train-00001-of|1 of 3 files .*number 1; copy them too)"):
             ParquetSource(str(path))
     (tmp_path / "train-00000-of-00002.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="files of several exports"):
         ParquetSource(str(tmp_path))
+
+
+def test_braces(tmp_path):
+    export(tmp_path)
+    source = ParquetSource(f"{tmp_path}/train-{{00000..00002}}-of-00003.parquet")
+    assert source.labels.tolist() == ParquetSource(str(tmp_path)).labels.tolist()
+    with pytest.raises(ValueError, match=r"1 of the 4 files .* are missing, the first is \S+train-00003"):
+        ParquetSource(f"{tmp_path}/train-{{00000..00003}}-of-00003.parquet")
 
 
 def test_what_is_parquet(tmp_path):

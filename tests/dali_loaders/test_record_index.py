@@ -5,6 +5,7 @@ import os
 import pytest
 from record_sets import IMAGES, LABELS, NAMES, everything, expected, idx, write_plain, write_set
 
+from dali_loaders import record_index, set_cache
 from dali_loaders.records import IRHeader, RecordWriter, pack_record
 from dali_loaders.sources import RecordSource
 
@@ -105,3 +106,17 @@ def test_a_rebuilt_index_has_the_records_own_numbers(tmp_path):
     source = RecordSource(path)
     assert everything(source) == expected("0123") and source.account.seen == 8
     assert idx(path).read_bytes() == whole
+
+
+def test_a_set_that_cannot_be_written_is_walked_once(tmp_path, monkeypatch):
+    """Its .idx cannot be rebuilt on the disk, but what it is good for is in the cache."""
+    monkeypatch.setattr(set_cache, "SMALLEST", 1)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    path = write_set(tmp_path / "a.rec", LABELS, IMAGES)
+    idx(path).unlink()
+    walks, walk = [], record_index._walk
+    monkeypatch.setattr(record_index, "_walk", lambda file: walks.append(file) or walk(file))
+    monkeypatch.setattr(record_index, "_write", lambda *_: None)
+    for _ in range(3):
+        assert everything(RecordSource(path)) == expected("0123")
+    assert len(walks) == 1 and not idx(path).exists()

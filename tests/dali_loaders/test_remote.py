@@ -108,7 +108,7 @@ def test_an_index_that_is_not_there_is_rebuilt_in_the_copy(folder, cache):
 
 def test_patterns(cache):
     put({f"s-{number:03}.tar": bytes([number]) * 9 for number in range(3)} | {"other.tar": b"-"})
-    for pattern in ("s-*.tar", "s-{000..002}.tar"):
+    for pattern in ("s-*.tar", "s-{000..002}.tar", "s-{002..000}.tar", "s-{000,002,001}.tar"):
         path = Path(fetch(f"flaky://bucket/{pattern}", cache))
         assert path.name == pattern and sorted(os.listdir(path.parent)) == ["s-000.tar", "s-001.tar", "s-002.tar"]
         assert (path.parent / "s-002.tar").read_bytes() == b"\2" * 9
@@ -373,8 +373,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(images, tmp_path, caplog
 
 
 def test_a_remote_folder_without_images(images):
-    with pytest.raises(ValueError, match="flaky://bucket/none holds no images"):
+    with pytest.raises(ValueError, match="flaky://bucket/none does not exist, is empty or cannot be reached"):
         RemoteFolderSource("flaky://bucket/none")
+    with pytest.raises(ValueError, match=r"1\.jpg is one file, and no folder"):
+        put({"one/1.jpg": b"1"})
+        RemoteFolderSource("flaky://bucket/one/1.jpg")
     put({"hub/train-00000-of-00001.parquet": b""})
     with pytest.raises(ValueError, match=r"holds \.parquet files; name them by a pattern, such as flaky://bucket/hub/\*\.parquet"):
         RemoteFolderSource("flaky://bucket/hub")

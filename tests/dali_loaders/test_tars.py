@@ -86,6 +86,13 @@ def test_what_follows_the_end_and_is_no_archive(tmp_path, tail):
     assert len(opened(tmp_path, member("a/1.jpg"), bytes(1024), end=bytes(777))) == 1
 
 
+def test_room_that_was_made_for_a_copy_but_not_filled(tmp_path):
+    image = b"\xff\xd8\xff" + bytes(509)
+    assert len(opened(tmp_path, member("a/1.jpg", image), end=bytes(1 << 20))) == 1
+    with pytest.raises(ValueError, match=rf"is cut off \(all is zero from byte 1024 to its end at {1025 + (1 << 20)}\); copy it again"):
+        opened(tmp_path, member("a/1.jpg", image), end=bytes(1 + (1 << 20)))
+
+
 @pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.long)])
 def test_a_tar_that_is_cut_at_any_byte(tmp_path, step):
     whole = b"".join(
