@@ -62,6 +62,10 @@ def stamp(names: Sequence[str]) -> int:
     return 1 << 32 | int(checksum(names), 16)
 
 
+def is_stamp(number: int) -> bool:
+    return number >> 32 == 1
+
+
 def checksum(names: Sequence[str]) -> str:
     """8 digits by which two sets can be told apart that differ in a name or in their order."""
     return f"{zlib.crc32(chr(10).join(names).encode(errors='surrogateescape')):08x}"

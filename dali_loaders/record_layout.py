@@ -13,7 +13,7 @@ from dali_loaders.record_headers import EMPTY, IMAGE, SHORT
 from dali_loaders.record_index import Records, Runs, scan
 from dali_loaders.records import RandomAccessFile
 
-KIND = "recordio 1"  # of the arrays; another number for other ones
+KIND = "recordio 2"  # of the arrays; another number for other ones
 _EXACT = 1 << 24  # the first whole number that float32, the type of labels, may have rounded
 WHY = {EMPTY: "no image in the record", SHORT: "too short for its header"}
 MISSING = "announced by record 0, but not there"
@@ -24,7 +24,8 @@ def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
 
     offsets int64 [N]; words uint32 [N], their length in the file in 4 bytes; labels int64 [N], in 0..C-1; originals int64 [C], what the
     records call these labels; key_firsts, key_counts int64, runs of consecutive keys. Of what is passed over: passed_keys int64,
-    passed_why uint8 (see WHY); and missing int64 [1], how many images record 0 announces beyond those that are there.
+    passed_why uint8 (see WHY); missing int64 [1], how many images record 0 announces beyond those that are there; and mark int64 [1], of
+    the names that the set was packed with (identities.stamp), or 0.
 
     ValueError if .rec, .idx and identities file do not belong together, or labels are no identities."""
     packed = read_identities(file.path)
@@ -50,7 +51,7 @@ def layout(file: RandomAccessFile) -> dict[str, Iterable[np.ndarray]]:
     if np.any(key_firsts[1:] < key_firsts[:-1] + key_counts[:-1]):
         columns, key_firsts, key_counts = _by_key(columns, key_firsts, key_counts)
     runs = {"key_firsts": [key_firsts], "key_counts": [key_counts]}
-    passed = {"passed_keys": [passed_keys], "passed_why": [passed_why], "missing": [np.array([missing])]}
+    passed = {"passed_keys": [passed_keys], "passed_why": [passed_why], "missing": [np.array([missing])], "mark": [np.array([others.mark])]}
     return {**columns, **runs, **passed, "originals": [originals]}
 
 

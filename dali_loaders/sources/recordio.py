@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 
 from dali_loaders.account import EXAMPLES, Account, ReadError, Unreadable
-from dali_loaders.identities import identities_path, read_identities
+from dali_loaders.identities import identities_path, is_stamp, read_identities
 from dali_loaders.mxnet_records import MXNetReader
 from dali_loaders.record_headers import EMPTY, HEADER_BYTES, IMAGE, WORDS, parse
 from dali_loaders.record_index import write_missing_index
@@ -47,6 +47,8 @@ class RecordSource:
         self._key_firsts, self._key_ends = arrays["key_firsts"], np.cumsum(arrays["key_counts"])
         self.identities = self._names()
         self.account = _account(path, arrays)
+        if is_stamp(int(arrays["mark"][0])) and not os.path.exists(identities_path(path)):
+            log.warning("%s was packed with names of identities, but %s is missing: numbers are the names", path, identities_path(path))
         _compare_with_property(path, len(self.identities))
 
     def _names(self) -> list[str]:

@@ -226,3 +226,11 @@ def test_a_rebuilt_index_is_cached_too(tmp_path, cached):
     old(path)
     RecordSource(path)
     assert os.path.exists(f"{path}.cache")
+
+
+def test_names_that_were_lost_are_missed(tmp_path, caplog):
+    path = write_set(tmp_path / "a.rec", [0, 0, 1], [b"a", b"b", b"c"], ["anna", "ben"])
+    assert RecordSource(path).identities == ["anna", "ben"] and not caplog.records
+    os.unlink(identities_path(path))
+    assert RecordSource(path).identities == ["0", "1"]
+    assert "was packed with names of identities" in caplog.text
