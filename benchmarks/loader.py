@@ -23,7 +23,7 @@ from benchmarks.record import quartiles, spread
 from dali_loaders import DataConfig, TrainLoader, open_source
 from dali_loaders.encoded import HeaderReader, Unreadable, read_image
 from dali_loaders.graphs import dali_modules
-from dali_loaders.records import IRHeader, RecordWriter, pack_record
+from dali_loaders.recordio.records import IRHeader, RecordWriter, pack_record
 
 OURS, FEED = "protoshard", "protoshard, without decoding"
 _QUALITY = 96  # of JPEG: drawn faces then take 7 KB, as aligned photos do in the usual sets

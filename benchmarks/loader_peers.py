@@ -106,7 +106,7 @@ class Images(Dataset):
 
 class _MXNet:
     def __init__(self, found: Set) -> None:
-        from dali_loaders.mxnet_records import import_recordio
+        from dali_loaders.recordio.mxnet_reader import import_recordio
 
         self._recordio = import_recordio()
         self._records = self._recordio.MXIndexedRecordIO(found.idx, found.rec, "r")
@@ -134,7 +134,7 @@ def _with_cv2(data: bytes, size: int) -> np.ndarray:
 def _data_loader(how: str, needs: str) -> Callable[[Set, Setting], Batches]:
     def make(found: Set, setting: Setting) -> Batches:
         if needs == "mxnet":
-            from dali_loaders.mxnet_records import import_recordio
+            from dali_loaders.recordio.mxnet_reader import import_recordio
 
             try:
                 import_recordio()

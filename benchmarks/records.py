@@ -16,7 +16,7 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from dali_loaders.identities import identities_path, write_identities
-from dali_loaders.records import MAGIC, RandomAccessFile, index_path
+from dali_loaders.recordio.records import MAGIC, RandomAccessFile, index_path
 from dali_loaders.sources import RecordSource
 
 _CHUNK = 100_000

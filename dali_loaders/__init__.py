@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from dali_loaders.packing import PackConfig, PackReport, pack
 
 renamed.modules({f"dali_loaders.face_{name}": f"dali_loaders.faces.{name}" for name in ("canvas", "drawing", "traits")})
+renamed.modules(
+    {"dali_loaders.records": "dali_loaders.recordio.records", "dali_loaders.mxnet_records": "dali_loaders.recordio.mxnet_reader"}
+)
 
 __all__ = [
     "AugmentConfig",

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dali_loaders.records import open_regular
+from dali_loaders.recordio.records import open_regular
 
 SMALLEST = 16 << 20  # bytes of a set; what a smaller one costs is not worth a file
 _MAGIC = b"PSCACHE1"

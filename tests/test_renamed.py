@@ -34,7 +34,7 @@ def test_a_module_that_has_moved(old):
     [
         ("pipeline.config", "resolve", "pipeline.resolve"),
         ("dali_loaders.packing", "read_identities", "dali_loaders.identities"),
-        ("dali_loaders.records", "IndexedRecordReader", "dali_loaders.record_index"),
+        ("dali_loaders.recordio.records", "IndexedRecordReader", "dali_loaders.recordio.index"),
     ],
 )
 def test_a_name_that_has_moved(module, name, home):

@@ -12,7 +12,7 @@ import numpy as np
 from dali_loaders.account import ReadError
 from dali_loaders.identities import identities_path, stamp, write_identities
 from dali_loaders.packing.partial import Partial
-from dali_loaders.records import IRHeader, encode_record, index_path, pack_record
+from dali_loaders.recordio.records import IRHeader, encode_record, index_path, pack_record
 
 RECORDS, INDEX, NAMES = "set.rec", "set.idx", "set.identities.txt"
 _EXACT = 1 << 24  # float32, the type of labels in RecordIO, counts exactly up to here

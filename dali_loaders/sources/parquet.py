@@ -15,7 +15,7 @@ import numpy as np
 
 from dali_loaders.account import Account, ReadError
 from dali_loaders.extras import extra
-from dali_loaders.records import open_regular
+from dali_loaders.recordio.records import open_regular
 from dali_loaders.sources.parquet_columns import Columns, find_columns, read_labels
 from dali_loaders.sources.parquet_files import parquet_files, split_columns
 from dali_loaders.sources.parquet_footer import DamagedFooterError, Group, read_groups

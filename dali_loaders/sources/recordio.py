@@ -11,11 +11,11 @@ import numpy as np
 
 from dali_loaders.account import EXAMPLES, Account, ReadError, Unreadable
 from dali_loaders.identities import identities_path, is_stamp, read_identities
-from dali_loaders.mxnet_records import MXNetReader
-from dali_loaders.record_headers import EMPTY, HEADER_BYTES, IMAGE, WORDS, parse
-from dali_loaders.record_index import write_missing_index
-from dali_loaders.record_layout import KIND, MISSING, WHY, layout
-from dali_loaders.records import RandomAccessFile, index_path, read_record, unpack_record
+from dali_loaders.recordio.headers import EMPTY, HEADER_BYTES, IMAGE, WORDS, parse
+from dali_loaders.recordio.index import write_missing_index
+from dali_loaders.recordio.layout import KIND, MISSING, WHY, layout
+from dali_loaders.recordio.mxnet_reader import MXNetReader
+from dali_loaders.recordio.records import RandomAccessFile, index_path, read_record, unpack_record
 from dali_loaders.set_cache import cached
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dali_loaders.account import ReadError, Unreadable
 from dali_loaders.names import printable, text
-from dali_loaders.records import RandomAccessFile
+from dali_loaders.recordio.records import RandomAccessFile
 from dali_loaders.sources import by_name, meant
 from dali_loaders.sources.tar_index import index_of, read_sparse
 from dali_loaders.sources.tar_tree import IS_SPARSE

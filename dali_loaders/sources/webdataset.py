@@ -10,7 +10,7 @@ import numpy as np
 
 from dali_loaders.account import Account, ChangedError, ReadError, Unreadable
 from dali_loaders.names import printable, text
-from dali_loaders.records import RandomAccessFile
+from dali_loaders.recordio.records import RandomAccessFile
 from dali_loaders.sources import by_name, samples
 from dali_loaders.sources.source import Source
 from dali_loaders.sources.tar import TarSource, read_member, read_members

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_loaders.identities import identities_path, stamp, write_identities
-from dali_loaders.records import MAGIC, IRHeader, RecordWriter, index_path, pack_record
+from dali_loaders.recordio.records import MAGIC, IRHeader, RecordWriter, index_path, pack_record
 from dali_loaders.sources import RecordSource
 
 MAGIC_BYTES = MAGIC.to_bytes(4, "little")

@@ -14,7 +14,7 @@ import pytest
 from pictures import picture
 
 from dali_loaders import DataConfig, TrainLoader
-from dali_loaders.records import MAGIC, index_path
+from dali_loaders.recordio.records import MAGIC, index_path
 from dali_loaders.sources import open_data
 
 STEPS = 100

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from pictures import picture
 
-from dali_loaders import open_source, pack, records
+from dali_loaders import open_source, pack
 from dali_loaders.identities import checksum, identities_path
-from dali_loaders.mxnet_records import import_recordio
 from dali_loaders.packing import PackConfig
+from dali_loaders.recordio import records
+from dali_loaders.recordio.mxnet_reader import import_recordio
 
 
 @pytest.fixture

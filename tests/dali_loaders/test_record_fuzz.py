@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from record_sets import offsets_of, write_set
 
-from dali_loaders.records import MAGIC
+from dali_loaders.recordio.records import MAGIC
 from dali_loaders.sources import RecordSource
 
 MAGIC_BYTES = MAGIC.to_bytes(4, "little")

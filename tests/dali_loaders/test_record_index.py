@@ -5,8 +5,9 @@ import os
 import pytest
 from record_sets import IMAGES, LABELS, NAMES, everything, expected, idx, write_plain, write_set
 
-from dali_loaders import record_index, set_cache
-from dali_loaders.records import IRHeader, RecordWriter, pack_record
+from dali_loaders import set_cache
+from dali_loaders.recordio import index as record_index
+from dali_loaders.recordio.records import IRHeader, RecordWriter, pack_record
 from dali_loaders.sources import RecordSource
 
 

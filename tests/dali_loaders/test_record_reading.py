@@ -9,7 +9,7 @@ import pytest
 from record_sets import IMAGES, LABELS, MAGIC_BYTES, NAMES, everything, expected, offsets_of, relabel, write_plain, write_set
 
 from dali_loaders.account import ChangedError, ReadError, Unreadable
-from dali_loaders.mxnet_records import import_recordio
+from dali_loaders.recordio.mxnet_reader import import_recordio
 from dali_loaders.sources import RecordSource
 from dali_loaders.sources.recordio import find_record
 

@@ -11,7 +11,7 @@ from record_sets import IMAGES, LABELS, NAMES, everything, expected, idx, offset
 from dali_loaders import set_cache
 from dali_loaders.account import ChangedError
 from dali_loaders.identities import identities_path, read_identities, write_identities
-from dali_loaders.records import IRHeader, RecordWriter, index_path, pack_record
+from dali_loaders.recordio.records import IRHeader, RecordWriter, index_path, pack_record
 from dali_loaders.sources import RecordSource
 
 

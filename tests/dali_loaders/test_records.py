@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dali_loaders import record_index
-from dali_loaders.mxnet_records import MXNetReader, import_recordio
-from dali_loaders.record_headers import EMPTY, IMAGE
-from dali_loaders.record_index import IndexedRecordReader, scan
-from dali_loaders.records import MAGIC, IRHeader, RandomAccessFile, RecordWriter, index_path, pack_record, unpack_record
+from dali_loaders.recordio import index as record_index
+from dali_loaders.recordio.headers import EMPTY, IMAGE
+from dali_loaders.recordio.index import IndexedRecordReader, scan
+from dali_loaders.recordio.mxnet_reader import MXNetReader, import_recordio
+from dali_loaders.recordio.records import MAGIC, IRHeader, RandomAccessFile, RecordWriter, index_path, pack_record, unpack_record
 
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 # Pieces that put the magic number at every place, aligned or not, alone, at the ends and in a row.

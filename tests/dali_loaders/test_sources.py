@@ -8,7 +8,7 @@ import pytest
 from pictures import picture
 
 from dali_loaders import open_source, pack
-from dali_loaders.records import IRHeader, RecordWriter, pack_record
+from dali_loaders.recordio.records import IRHeader, RecordWriter, pack_record
 from dali_loaders.sources import single_image_identities
 
 

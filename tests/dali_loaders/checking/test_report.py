@@ -11,7 +11,7 @@ from dali_loaders import check, open_source
 from dali_loaders.checking import findings
 from dali_loaders.checking import report as reporting
 from dali_loaders.encoded import groups
-from dali_loaders.records import IRHeader, RecordWriter, pack_record
+from dali_loaders.recordio.records import IRHeader, RecordWriter, pack_record
 
 pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
 

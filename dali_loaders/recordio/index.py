@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_loaders.account import ReadError
-from dali_loaders.record_headers import SHORT, Headers, read_headers
-from dali_loaders.records import FIRST, LAST, LENGTH_BITS, MAGIC, MIDDLE, WHOLE, RandomAccessFile, index_path, read_record
+from dali_loaders.recordio.headers import SHORT, Headers, read_headers
+from dali_loaders.recordio.records import FIRST, LAST, LENGTH_BITS, MAGIC, MIDDLE, WHOLE, RandomAccessFile, index_path, read_record
 from dali_loaders.set_cache import alone_on_this_host
 
 _TEXT = 1 << 20  # bytes of an .idx that are parsed at a time: about 60,000 lines

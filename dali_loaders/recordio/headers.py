@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dali_loaders.account import ReadError
-from dali_loaders.records import LENGTH_BITS, MAGIC, WHOLE, RandomAccessFile, read_record, unpack_record
+from dali_loaders.recordio.records import LENGTH_BITS, MAGIC, WHOLE, RandomAccessFile, read_record, unpack_record
 
 IMAGE, EMPTY, SHORT = range(3)  # states: an image follows the header; nothing does; the record is too short for its header
 WORDS = 10  # of 4 bytes: magic, length, flag, label, id and id2 of 8 bytes each, first two numbers of a label array

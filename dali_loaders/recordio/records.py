@@ -21,7 +21,7 @@ _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _IR_HEADER = struct.Struct("<IfQQ")
 _FIRST_READ = 16 * 1024  # most face crops are smaller, so that one system call reads a record
 
-renamed.names(__name__, {"IndexedRecordReader": "dali_loaders.record_index"})
+renamed.names(__name__, {"IndexedRecordReader": "dali_loaders.recordio.index"})
 
 
 class IRHeader(NamedTuple):

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dali_loaders.identities import identities_path, read_identities, stamp
-from dali_loaders.record_headers import EMPTY, IMAGE, SHORT
-from dali_loaders.record_index import Records, Runs, scan
-from dali_loaders.records import RandomAccessFile
+from dali_loaders.recordio.headers import EMPTY, IMAGE, SHORT
+from dali_loaders.recordio.index import Records, Runs, scan
+from dali_loaders.recordio.records import RandomAccessFile
 
 KIND = "recordio 2"  # of the arrays; another number for other ones
 _EXACT = 1 << 24  # the first whole number that float32, the type of labels, may have rounded

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dali_loaders.account import ReadError
-from dali_loaders.records import index_path
+from dali_loaders.recordio.records import index_path
 
 
 class MXNetReader:
