@@ -7,11 +7,11 @@ import logging
 import os
 from collections import Counter
 
+from dali_loaders.names import printable
 from dali_loaders.sources import Source
 
 MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
 _JUDGED = 10_000  # reads, or the size of a smaller set, below which chance could mislead a rank about that share
-_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})  # one line a name, whatever is in it
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Skipped:
 
     def _list(self, path: str, name: str, reason: str) -> None:
         """Appends one line, unless this or another rank, or the run before a resume, has done so."""
-        line = f"{name.translate(_ESCAPES)}\t{reason.translate(_ESCAPES)}\n".encode("utf-8", "surrogateescape")
+        line = f"{printable(name)}\t{printable(reason)}\n".encode()  # the name as it is in messages, for data.exclude
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed

@@ -19,12 +19,9 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    parser, commands = _parser()
-    if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
-        import_module("benchmarks.commands").add(commands)
     endings.show_any_name()
     try:
-        return _run(parser, arguments)
+        return _run(arguments)
     except OSError as error:
         code = endings.without_output(error)
         if code is None:
@@ -32,9 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         return code
 
 
-def _run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+def _run(arguments: list[str] | None) -> int:
     options = argparse.Namespace(when_broken_off="")
     try:
+        parser, commands = _parser()
+        if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
+            import_module("benchmarks.commands").add(commands)
         parser.parse_args(arguments, options)
         logging.basicConfig(format="%(message)s")
         # Whoever stops a training counts on the checkpoints, and its ranks must not outlive it: the signal ends it at once.

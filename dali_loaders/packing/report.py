@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from dali_loaders.account import Account
+from dali_loaders.names import printable
 
 
 @dataclass
@@ -22,6 +24,16 @@ class PackReport:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "path": self.out,
+            "identities": self.identities,
+            "images": self.account.as_dict(),
+            "lost": [printable(name) for name in self.lost],
+            "left_out_list": self.left_out_list,
+        }
+
     def _lines(self) -> Iterator[str]:
         yield f"{self.account.used} images of {self.identities} identities in {self.out}"
         if self.left_out_list:
@@ -35,4 +47,4 @@ class PackReport:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} ({', '.join(names[:5])}{more})"
+    return f"{len(names)} ({', '.join(map(printable, names[:5]))}{more})"
