@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline import data_commands, endings
-from pipeline.commands import command, start_weights
+from pipeline.commands import Overrides, command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -210,7 +210,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from pipeline/recipes, or a Python file with a function recipe()")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="section.field=value", help="override fields; may be repeated"
+        "--set", nargs="+", action=Overrides, default=[], metavar="section.field=value", help="override fields; may be repeated"
     )
     parser.add_argument(
         "--from",

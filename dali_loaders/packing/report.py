@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ class PackReport:
         }
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.account.used} images of {self.identities} identities in {self.out}"
+        yield f"{self.account.used} images of {self.identities} identities in {shlex.quote(self.out)}"  # braces, which a shell would expand
         if self.left_out_list:
             yield f"left out: {self.account.seen - self.account.used} of {self.account.seen} images, listed in {self.left_out_list}"
             yield from list(self.account.lines())[1:]

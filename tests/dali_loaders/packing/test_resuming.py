@@ -175,6 +175,7 @@ def test_shards_are_what_webdataset_reads(folder, tmp_path):
     """KEY.jpg, KEY.cls, KEY.json; as many images as asked for in each, and the same images, labels and names as the folder."""
     report = pack(open_source(str(folder)), str(tmp_path / "out.tar"), PackConfig(shard_size=9))
     assert report.out == str(tmp_path / "out-{000..002}.tar")
+    assert str(report).endswith(f" in '{report.out}'")  # as a shell takes it
     with tarfile.open(tmp_path / "out-001.tar") as tar:
         assert [member.name for member in tar][:3] == ["000000009.jpg", "000000009.cls", "000000009.json"]
         assert len(tar.getmembers()) == 27
