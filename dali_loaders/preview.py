@@ -18,6 +18,7 @@ with extra("train"):
     import cv2
 
 _GAP = 2  # pixels between images
+_MOST = 1 << 27  # pixels of a sheet
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,12 @@ def preview(source: Source, config: DataConfig, *, images: int, versions: int, s
     `versions` times as a training run with `config` augments. Unreadable images are passed over and logged; ValueError if all are."""
     if images < 1 or versions < 1:
         raise ValueError(f"a sheet of {images} images in {versions} versions is empty; expected at least 1 of each")
+    count = min(images, len(source))
+    if count * (versions + 1) * config.image_size**2 > _MOST:
+        raise ValueError(f"a sheet of {count} images in {versions} versions would have more than {_MOST} pixels; take fewer")
     decode = Decoder(config.image_size, 1, 1, torch.device("cpu"))
     augment = Decoder(config.image_size, versions, config.thread_count(), torch.device("cpu"))
     rows, names, why = [], [], "it is empty"
-    count = min(images, len(source))
     for row, index in enumerate(np.linspace(0, len(source) - 1, count).round().astype(int).tolist()):
         encoded = read_image(source, index)
         arguments = augment_arguments(config.augment, config.image_size, seed, np.arange(row * versions, (row + 1) * versions))

@@ -64,7 +64,7 @@ class Skipped:
 
     def _list(self, path: str, name: str, reason: str) -> None:
         """Appends one line, unless this or another rank, or the run before a resume, has done so."""
-        line = f"{printable(name)}\t{printable(reason)}\n".encode()
+        line = f"{printable(name)}\t{printable(reason)}\n".encode()  # the name as it is in messages, for data.exclude
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed

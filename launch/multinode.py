@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from dali_loaders.extras import missing
 from launch.hosts import Host, read_hosts
+from pipeline.commands import Overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks; the first is the head")
     where.add_argument("--address", metavar="RAY_ADDRESS", help="a running Ray cluster: http://head:8265 or head:6379")
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
-    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="section.field=value")
+    parser.add_argument("--set", dest="overrides", nargs="+", action=Overrides, default=[], metavar="section.field=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
     parser.add_argument("--from", dest="overrides", action="append", type="start.weights={}".format, default=[],
                         metavar="CHECKPOINT|RUN|FILE", help="begin a new run with that backbone, as for `protoshard train`")  # fmt: skip

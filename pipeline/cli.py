@@ -12,19 +12,16 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline import data_commands, endings
-from pipeline.commands import command, start_weights
+from pipeline.commands import Overrides, command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
-    parser, commands = _parser()
-    if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
-        import_module("benchmarks.commands").add(commands)
     endings.show_any_name()
     try:
-        return _run(parser, arguments)
+        return _run(arguments)
     except OSError as error:
         code = endings.without_output(error)
         if code is None:
@@ -32,9 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
         return code
 
 
-def _run(parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+def _run(arguments: list[str] | None) -> int:
     options = argparse.Namespace(when_broken_off="")
     try:
+        parser, commands = _parser()
+        if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
+            import_module("benchmarks.commands").add(commands)
         parser.parse_args(arguments, options)
         logging.basicConfig(format="%(message)s")
         # Whoever stops a training counts on the checkpoints, and its ranks must not outlive it: the signal ends it at once.
@@ -210,7 +210,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a name from pipeline/recipes, or a Python file with a function recipe()")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="section.field=value", help="override fields; may be repeated"
+        "--set", nargs="+", action=Overrides, default=[], metavar="section.field=value", help="override fields; may be repeated"
     )
     parser.add_argument(
         "--from",

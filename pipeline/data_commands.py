@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from pipeline.commands import command
+from pipeline.commands import Overrides, command
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +56,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     preview.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     preview.add_argument("recipe", metavar="RECIPE", help="name or file of the recipe whose section data.augment is shown")
-    preview.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.field=value", help="override fields")
+    preview.add_argument("--set", nargs="+", action=Overrides, default=[], metavar="section.field=value", help="override fields")
     preview.add_argument("--out", default="preview.png", metavar="FILE.png", help="(preview.png)")
     preview.add_argument("--images", type=int, default=8, metavar="N", help="rows, an image each (8)")
     preview.add_argument("--versions", type=int, default=8, metavar="N", help="augmented versions of each image (8)")

@@ -26,23 +26,33 @@ class Terminated(BaseException):
 
 @contextmanager
 def unwinding_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated inside, unless they are ignored (nohup) or someone else handles them."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    """SIGTERM and SIGHUP raise Terminated inside, SIGINT KeyboardInterrupt, unless they are ignored (nohup) or someone else handles them.
+
+    The same comes out where a library that was being imported makes another error of it."""
+    came: list[BaseException] = []
+
+    def unwind(number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)  # a second one should not break off the unwinding
+        came.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number))
+        raise came[-1]
+
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ours = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
     try:
-        for number in numbers:
-            signal.signal(number, _terminate)
+        for number in ours:
+            signal.signal(number, unwind)
     except ValueError:  # not the main thread, which alone gets signals
-        numbers = []
+        ours = {}
     try:
         yield
+    except Exception as error:
+        if came:
+            raise came[0] from error
+        raise
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _terminate(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one should not break off the unwinding
-    raise Terminated(128 + number)
+        for number, default in ours.items():
+            signal.signal(number, default)
 
 
 def show_any_name() -> None:

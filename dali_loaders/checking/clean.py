@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dali_loaders import packing
 from dali_loaders.checking.findings import Findings
-from dali_loaders.packing import pack
+from dali_loaders.names import printable
+from dali_loaders.packing import PackReport, pack
 from dali_loaders.sources import Source, SubsetSource
 
 
@@ -19,31 +21,39 @@ def check_name(source: Source, out: str) -> None:
     folder = os.path.dirname(out) or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ValueError(f"the clean set would be {out}, but files cannot be written to the folder {folder}; make it, or choose another.")
-    if os.path.exists(out) and os.path.exists(source.path) and os.path.samefile(out, source.path):
-        raise ValueError(f"{out} is the set that is checked; give the clean one another name.")
+    packing.check_name(source, out)
 
 
-def write_clean(source: Source, found: Findings, copies: Sequence[np.ndarray], out: str) -> None:
-    """Writes out (.rec) with what else `pack` writes, and OUT.left_out.txt: lines name<tab>reason.
+def write_clean(source: Source, found: Findings, copies: Sequence[np.ndarray], out: str) -> PackReport:
+    """Writes out (.rec) with what else `pack` writes, and OUT.left_out.txt: lines name<tab>reason. The report is of all images of `source`.
 
     copies: groups of images with the same bytes. Of those under one identity the first stays; of those under several none does, since
     nobody knows whose it is. ValueError if nothing would be left."""
-    left_out = {**found.unreadable, **found.damaged}
+    reasons = {**found.unreadable, **found.damaged}
+    remarks: dict[int, str] = {}  # what a reason does not say
     for group in copies:
-        first, *others = group.tolist()
-        if len(np.unique(source.labels[group])) > 1:
-            identities = " and ".join(source.identities[label] for label in np.unique(source.labels[group]))
-            left_out.update((image, f"the same image under {identities}") for image in group.tolist() if image not in left_out)
+        labels = np.unique(source.labels[group])
+        if len(labels) > 1:
+            reason, remark = "the same image under several identities", " and ".join(source.identities[label] for label in labels)
         else:
-            left_out.update((image, f"the same image as {source.name(first)}") for image in others if image not in left_out)
+            reason, remark = "the same image as another", source.name(int(group[0]))
+        for image in (group if len(labels) > 1 else group[1:]).tolist():
+            if image not in reasons:
+                reasons[image], remarks[image] = reason, f": {printable(remark)}"
     is_left_out = np.zeros(len(source), bool)
-    is_left_out[list(left_out)] = True
+    is_left_out[list(reasons)] = True
     if is_left_out.all():
         raise ValueError(f"{source.path}: nothing would be left of its {len(source)} images, so {out} is not written.")
-    packed = pack(SubsetSource(source, {"wrong": is_left_out}), out)
-    lines = [f"{source.name(image)}\t{left_out[image]}\n" for image in sorted(left_out)]
+    part = SubsetSource(source, {"wrong": is_left_out})
+    packed = pack(part, out)
+    lines = [f"{printable(source.name(image))}\t{printable(reasons[image])}{remarks.get(image, '')}\n" for image in sorted(reasons)]
     if packed.left_out_list:  # what has become unreadable since it was looked at
-        with open(packed.left_out_list, encoding="utf-8", errors="surrogateescape") as file:
+        with open(packed.left_out_list, encoding="utf-8") as file:
             lines += file.readlines()
-    with open(f"{os.path.splitext(out)[0]}.left_out.txt", "w", encoding="utf-8", errors="surrogateescape") as file:
+    packed.left_out_list = f"{os.path.splitext(out)[0]}.left_out.txt"
+    with open(packed.left_out_list, "w", encoding="utf-8") as file:
         file.writelines(lines)
+    for image in sorted(reasons):
+        packed.account.pass_over(reasons[image], source.name(image))
+    packed.lost = sorted({*packed.lost, *source.identities} - set(part.identities))
+    return packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from dali_loaders.checking.duplicates import copies
 from dali_loaders.checking.findings import Findings, look
 from dali_loaders.config import DataConfig
 from dali_loaders.identities import identities_path
+from dali_loaders.names import printable
+from dali_loaders.packing import PackReport
 from dali_loaders.sources import Source, open_source, single_image_identities
 
 _SHOWN = 10  # names for people; JSON has all
@@ -41,6 +43,7 @@ class CheckReport:
     contradictions: list[list[str]]  # names of images of several identities with the same bytes, each with its identity
     single: list[str]  # names of identities with one image
     labels: str | None  # what is odd about the numbers of identities, where these are numbers
+    clean: PackReport | None = None  # the set without what is wrong, if it was written
 
     @property
     def images_per_identity(self) -> tuple[int, float, int]:
@@ -77,6 +80,7 @@ class CheckReport:
             *([f"labels: {self.labels}"] if self.labels else []),
             f"JPEG decoded by: {self.decoder}",
             f"wrong: {'; '.join(self.wrong) or 'nothing'}",
+            *([str(self.clean)] if self.clean else []),
         ]
         return "\n".join(lines)
 
@@ -98,6 +102,7 @@ class CheckReport:
             "single": self.single,
             "labels": self.labels,
             "wrong": self.wrong,
+            "clean": self.clean and self.clean.as_dict(),
         }
 
 
@@ -115,7 +120,7 @@ def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "a
     groups = copies(found.digests_n2[readable], readable)
     report = _report(source, found, groups)
     if fix:
-        write_clean(source, found, groups, fix)
+        report = replace(report, clean=write_clean(source, found, groups, fix))
     return report
 
 
@@ -137,11 +142,11 @@ def _report(source: Source, found: Findings, groups: Sequence[np.ndarray]) -> Ch
         damaged=[(name(image), found.damaged[image]) for image in sorted(found.damaged)],
         copies=[[name(image) for image in group.tolist()] for group, several in zip(groups, contradicting, strict=True) if not several],
         contradictions=[
-            [f"{name(image)} ({source.identities[labels[image]]})" for image in group.tolist()]
+            [f"{name(image)} ({printable(source.identities[labels[image]])})" for image in group.tolist()]
             for group, several in zip(groups, contradicting, strict=True)
             if several
         ],
-        single=single_image_identities(source),
+        single=[printable(identity) for identity in single_image_identities(source)],
         labels=_odd_labels(source),
     )
 

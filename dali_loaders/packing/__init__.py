@@ -9,7 +9,7 @@ import numpy as np
 
 from dali_loaders import renamed
 from dali_loaders.packing.alignment import SIDE
-from dali_loaders.packing.course import Course, key
+from dali_loaders.packing.course import Course, key, paths_of
 from dali_loaders.packing.images import Images
 from dali_loaders.packing.landmarks import read_landmarks, relative_names
 from dali_loaders.packing.partial import Partial
@@ -20,7 +20,7 @@ from dali_loaders.packing.shards import Shards, check_no_others
 from dali_loaders.packing.verify import verify_records, verify_shards
 from dali_loaders.sources import Source
 
-__all__ = ["PackConfig", "PackReport", "pack"]
+__all__ = ["PackConfig", "PackReport", "check_name", "pack"]
 
 LIST = "left_out.txt"  # among the parts
 
@@ -52,7 +52,7 @@ def pack(source: Source, out: str, config: PackConfig | None = None, *, workers:
     ends with an error or an interruption; without, nothing stays then. ValueError where nothing can be packed or written."""
     config = config or PackConfig()
     is_shards = out.endswith(".tar")
-    _check(source, out)
+    check_name(source, out)
     if is_shards:
         check_no_others(out)
     landmarks, names, unused = None, [], []
@@ -78,7 +78,7 @@ def pack(source: Source, out: str, config: PackConfig | None = None, *, workers:
             course.write_list(partial.path(LIST))
         elif os.path.exists(left_out):  # of an earlier set under this name
             os.unlink(left_out)
-        partial.publish({**writer.names, **({LIST: left_out} if course.left_out else {})})
+        partial.publish({**({LIST: left_out} if course.left_out else {}), **writer.names})
     identities = len(course.identities[1])
     return PackReport(writer.opened_by, identities, course.account(), course.lost(), left_out if course.left_out else None, unused)
 
@@ -94,10 +94,11 @@ def _verify(partial: Partial, writer: RecordFile | Shards, source: Source, image
         raise
 
 
-def _check(source: Source, out: str) -> None:
+def check_name(source: Source, out: str) -> None:
+    """ValueError for a name that a packed set cannot have."""
     if not out.endswith((".rec", ".tar")):
         raise ValueError(f"the packed set would be named {out}; give it a name that ends in .rec, or in .tar for shards NAME-000.tar, ...")
     if os.path.isdir(out):
         raise ValueError(f"{out} is a folder; give the packed set another name.")
-    if os.path.exists(out) and any(os.path.exists(part) and os.path.samefile(out, part) for part in source.path.split(",")):
-        raise ValueError(f"{out} is the set that would be packed; give the packed one another name.")
+    if os.path.exists(out) and any(os.path.exists(path) and os.path.samefile(out, path) for path in paths_of(source)):
+        raise ValueError(f"{out} is the set that is read, or a part of it; give the one that is written another name.")

@@ -14,6 +14,7 @@ import numpy as np
 
 from dali_loaders.account import Account, ReadError
 from dali_loaders.identities import checksum
+from dali_loaders.names import printable
 from dali_loaders.packing.partial import Partial
 from dali_loaders.packing.reading import in_order
 from dali_loaders.packing.record_file import RecordFile
@@ -21,6 +22,7 @@ from dali_loaders.packing.shards import Shards
 from dali_loaders.progress import progress
 from dali_loaders.sources import Source
 from dali_loaders.sources.patterns import expand, is_pattern
+from dali_loaders.sources.several import split_paths
 
 _LEFT_OUT = "left_out.jsonl"  # in the folder of parts: lines [number of an image, reason]
 
@@ -96,9 +98,9 @@ class Course:
 
     def write_list(self, path: str) -> None:
         """Lines name<tab>reason of what was left out."""
-        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, "w", encoding="utf-8") as file:
             for index, reason in sorted(self.left_out.items()):
-                file.write(f"{_one_line(self._source.name(index))}\t{_one_line(reason)}\n")
+                file.write(f"{printable(self._source.name(index))}\t{printable(reason)}\n")
 
 
 def key(source: Source, options: dict[str, object], *files: str) -> dict[str, object]:
@@ -107,19 +109,19 @@ def key(source: Source, options: dict[str, object], *files: str) -> dict[str, ob
     digest = zlib.crc32(source.labels.tobytes())
     for index in range(len(source)):
         digest = zlib.crc32(source.name(index).encode(errors="surrogateescape"), digest)
+    paths = paths_of(source)
+    if any(map(os.path.isdir, paths)):
+        paths = [source.name(index) for index in range(len(source))]
     with ThreadPoolExecutor(8) as pool:  # a file system over a network answers several questions at once
-        states = list(pool.map(_state, [*_files(source), *files]))
+        states = list(pool.map(_state, [*paths, *files]))
     digest = zlib.crc32(repr(states).encode(), digest)
     where = {"source": os.path.abspath(source.path), "images": len(source), "identities": checksum(source.identities)}
     return {"format": 1, **where, "files": os.urandom(8).hex() if None in states else digest, **options}
 
 
-def _files(source: Source) -> list[str]:
-    """A set that is one file or several; every image of one that is a folder."""
-    if os.path.isdir(source.path):
-        return [source.name(index) for index in range(len(source))]
-    parts = [source.path] if os.path.exists(source.path) else source.path.split(",")
-    return [file for part in parts for file in (expand(part) if is_pattern(part) else [part])]
+def paths_of(source: Source) -> list[str]:
+    """The files and folders that a set's path stands for."""
+    return [path for part in split_paths(source.path) for path in (expand(part) if is_pattern(part) else [part])]
 
 
 def _state(path: str) -> tuple[int, int] | None:
@@ -129,7 +131,3 @@ def _state(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) if "\t" in text or "\n" in text else text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import numpy as np
 
@@ -52,15 +54,16 @@ class Landmarks:
 
 
 def read_landmarks(path: str, folder: str) -> Landmarks:
-    """The landmarks in a CSV file, with or without a line of headings. Paths are those below the set's `folder`, or lead into it.
+    """The landmarks in a CSV file, with or without a line of headings, between commas, semicolons or tabs. Paths are those below the set's
+    `folder`, or lead into it.
 
     ValueError, with the line, for what is no such line and for two different lines for one image. NaN, empty or infinite numbers stand
     for a face that was not found."""
     points: dict[str, np.ndarray] = {}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for line, row in enumerate(csv.reader(file), start=1):
-                if not row or (line == 1 and _is_heading(row)):
+            for line, row in enumerate(_rows(file), start=1):
+                if not any(map(str.strip, row)) or (line == 1 and _is_heading(row)):
                     continue
                 if len(row) != _COLUMNS:
                     raise ValueError(f"{path}, line {line} has {len(row)} columns; {_EXPECTED}.")
@@ -87,11 +90,18 @@ def relative_names(source: Source) -> list[str]:
     return names
 
 
+def _rows(file: TextIO) -> Iterator[list[str]]:
+    """Between commas, or what spreadsheets write in their place; the first line tells."""
+    first = file.readline()
+    separator = next((sign for sign in ",;\t" if first.count(sign) == _COLUMNS - 1), ",")
+    return csv.reader(itertools.chain([first], file), delimiter=separator)
+
+
 def _below(path: str, folder: str) -> str:
     path = os.path.normpath(path)
-    for start in (os.path.normpath(folder) + os.sep, os.path.abspath(folder) + os.sep):
-        if path.startswith(start):
-            return path.removeprefix(start)
+    for start in (os.path.normpath(folder), os.path.abspath(folder), os.path.realpath(folder)):
+        if path.startswith(start + os.sep):
+            return path.removeprefix(start + os.sep)
     return path
 
 

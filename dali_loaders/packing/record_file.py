@@ -32,7 +32,7 @@ class RecordFile:
         self._records, self._index = partial.open(RECORDS), partial.open(INDEX)
         self._offset = partial.size(RECORDS)
         self.opened_by = out
-        self.names = {RECORDS: out, NAMES: identities_path(out), INDEX: index_path(out)}
+        self.names = {NAMES: identities_path(out), INDEX: index_path(out), RECORDS: out}  # without the last nothing can be opened
         if not self._offset:
             self._write(0, _of_set(0, 0, 0))  # overwritten at the end, when the numbers are known
 

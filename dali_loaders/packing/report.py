@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from dali_loaders.account import Account
+from dali_loaders.names import printable
 
 
 @dataclass
@@ -22,8 +25,18 @@ class PackReport:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "path": self.out,
+            "identities": self.identities,
+            "images": self.account.as_dict(),
+            "lost": [printable(name) for name in self.lost],
+            "left_out_list": self.left_out_list,
+        }
+
     def _lines(self) -> Iterator[str]:
-        yield f"{self.account.used} images of {self.identities} identities in {self.out}"
+        yield f"{self.account.used} images of {self.identities} identities in {shlex.quote(self.out)}"  # braces, which a shell would expand
         if self.left_out_list:
             yield f"left out: {self.account.seen - self.account.used} of {self.account.seen} images, listed in {self.left_out_list}"
             yield from list(self.account.lines())[1:]
@@ -35,4 +48,4 @@ class PackReport:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} ({', '.join(names[:5])}{more})"
+    return f"{len(names)} ({', '.join(map(printable, names[:5]))}{more})"

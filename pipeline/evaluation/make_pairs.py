@@ -26,9 +26,9 @@ def pairs_of_set(data: str, out: str, folds: int = 10, each: int = 300, seed: in
 
     Images that cannot be read take no part; they are named in the log. landmarks: CSV file by which faces are cut out (see `pack`).
     ValueError where the set has too few pairs."""
-    for name, value in (("folds", folds), ("pairs", each)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}; expected at least 1.")
+    for name, value, least in (("folds", folds, 1), ("pairs", each, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"--{name} is {value}; expected at least {least}.")
     _check_name(out)
     source = open_source(data)
     images = _images(source, landmarks)

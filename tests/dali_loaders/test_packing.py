@@ -94,5 +94,8 @@ def test_bad_targets(folder, tmp_path):
     with pytest.raises(ValueError, match=r"folder\.rec is a folder"):
         pack(source, str(tmp_path / "folder.rec"))
     pack(source, str(tmp_path / "out.rec"))
-    with pytest.raises(ValueError, match="is the set that would be packed"):
-        pack(open_source(str(tmp_path / "out.rec")), str(tmp_path / "out.rec"))
+    pack(source, str(tmp_path / "other.rec"))
+    for read in ("{0}/out.rec", "{0}/other.rec,{0}/out.rec", "{0}/o*.rec", "{0}/{{other,out}}.rec"):
+        read = read.format(tmp_path)
+        with pytest.raises(ValueError, match="is the set that is read, or a part of it"):
+            pack(open_source(read), str(tmp_path / "out.rec"))

@@ -49,6 +49,7 @@ def test_a_small_set_has_fewer_rows_and_unreadable_images_are_passed_over(folder
         ("no/sheet.png", {}, "no/sheet.png cannot be written: No such file or directory"),
         ("sheet.png", {"images": 0}, "a sheet of 0 images in 8 versions is empty; expected at least 1 of each"),
         ("sheet.png", {"versions": -1}, "a sheet of 8 images in -1 versions is empty"),
+        ("sheet.png", {"versions": 1_000_000}, "in 1000000 versions would have more than 134217728 pixels"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(folder, path, options, sentence):

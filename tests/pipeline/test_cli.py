@@ -326,6 +326,17 @@ def test_bad_input_to_the_other_commands(trained, capsys, arguments, word):
     refused([argument.format(folder=trained) for argument in arguments], capsys, word)
 
 
+@pytest.mark.parametrize("command", [["train", "dogs_small"], ["config", "dogs_small"], ["data", "preview", "faces.tar", "dogs_small"]])
+def test_braces_that_a_shell_has_expanded(command, capsys):
+    """Or 127 of 128 tars would be missing without a word. Another --set may override an earlier one."""
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--set", "run.epochs=1", "data.train=x-000.tar", "data.train=x-001.tar"])
+    words = "argument --set: data.train is given 2 times. Has the shell expanded braces? Then put data.train=VALUE in quotes.\n"
+    assert capsys.readouterr().err.endswith(words)
+    assert main(["config", "dogs_small", "--set", "data.train=x.tar", "run.epochs=1", "--set", "data.train=y.tar"]) == 0
+    assert "data.train = y.tar" in capsys.readouterr().out
+
+
 def test_import_gives_a_recipe_and_a_checkpoint_that_training_starts_from(trained, capsys):
     torch.manual_seed(1)
     backbone = build(BackboneConfig("iresnet18", width=8), 112).state_dict()

@@ -93,8 +93,28 @@ def test_a_full_disk_behind_the_output():
 
 
 def test_names_that_the_terminal_cannot_show(faces, capfd):
-    """One image, so that its identity is named."""
-    os.mkdir(faces / os.fsdecode(b"\xd5\xc5"))
-    next((faces / "000001").iterdir()).rename(faces / os.fsdecode(b"\xd5\xc5") / "0.jpg")
-    main(["data", "check", str(faces)])
-    assert "\\udcd5\\udcc5" in capfd.readouterr().out
+    """Of the set, and of an identity, which is named because it has one image."""
+    path = faces.rename(os.fsdecode(os.fsencode(faces) + b"\xc4"))
+    os.mkdir(path / os.fsdecode(b"\xd5\xc5"))
+    next((path / "000001").iterdir()).rename(path / os.fsdecode(b"\xd5\xc5") / "0.jpg")
+    assert main(["data", "check", str(path)]) == 0
+    output = capfd.readouterr().out
+    assert "\\udcc4: 12 images" in output and "\n  \\xd5\\xc5\n" in output
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_of_which_an_import_makes_an_error(monkeypatch, capsys, number):
+    """As C extensions do that are being initialised."""
+
+    def resolve(recipe, overrides):
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            raise ImportError("generic_type: is already registered") from error
+
+    monkeypatch.setattr("pipeline.resolve.resolve", resolve)
+    code, word = ENDS[number]
+    before = [signal.getsignal(each) for each in ENDS]
+    assert main(["config", "faces_small"]) == code
+    assert capsys.readouterr().err == f"protoshard: {word}\n"
+    assert [signal.getsignal(each) for each in ENDS] == before

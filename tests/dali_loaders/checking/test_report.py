@@ -105,15 +105,25 @@ def test_the_report_as_json(faulty):
 
 def test_a_clean_set_is_written_with_a_list_of_what_was_left_out(faulty, tmp_path):
     out = tmp_path / "clean.rec"
-    check(str(faulty), threads=2, fix=str(out))
+    report = check(str(faulty), threads=2, fix=str(out))
+    assert report.clean is not None and (report.clean.account.seen, report.clean.account.used) == (27, 21)
+    assert str(report).splitlines()[-7:] == [
+        f"21 images of 7 identities in {out}",
+        f"left out: 6 of 27 images, listed in {tmp_path}/clean.left_out.txt",
+        f"  1 damaged inside (premature end of data segment): {faulty}/person00/00.jpg",
+        f"  1 text: {faulty}/person01/01.jpg",
+        f"  1 cut off: {faulty}/person02/02.jpg",
+        f"  2 the same image under several identities: {faulty}/person04/01.jpg, {faulty}/person05/04.jpg",
+        f"  1 the same image as another: {faulty}/person04/04.jpg",
+    ]
     left_out = [line.split("\t") for line in (tmp_path / "clean.left_out.txt").read_text().splitlines()]
     assert left_out == [
         [f"{faulty}/person00/00.jpg", "damaged inside (premature end of data segment)"],
         [f"{faulty}/person01/01.jpg", "text"],
         [f"{faulty}/person02/02.jpg", "cut off"],
-        [f"{faulty}/person04/01.jpg", "the same image under person04 and person05"],
-        [f"{faulty}/person04/04.jpg", f"the same image as {faulty}/person04/00.jpg"],
-        [f"{faulty}/person05/04.jpg", "the same image under person04 and person05"],
+        [f"{faulty}/person04/01.jpg", "the same image under several identities: person04 and person05"],
+        [f"{faulty}/person04/04.jpg", f"the same image as another: {faulty}/person04/00.jpg"],
+        [f"{faulty}/person05/04.jpg", "the same image under several identities: person04 and person05"],
     ]
     source, clean = open_source(str(faulty)), open_source(str(out))
     kept = [index for index in range(len(source)) if source.name(index) not in dict(left_out)]
@@ -126,7 +136,10 @@ def test_a_clean_set_is_written_with_a_list_of_what_was_left_out(faulty, tmp_pat
 def test_an_identity_of_which_nothing_is_left_has_no_label(folder, tmp_path):
     for file in (folder / "person02").iterdir():
         file.write_bytes(b"")
-    check(str(folder), threads=2, fix=str(tmp_path / "clean.rec"))
+    report = check(str(folder), threads=2, fix=str(tmp_path / "clean.rec"))
+    assert str(report).endswith("identities without a packed image, so left out: 1 (person02)")
+    clean = json.loads(json.dumps(report.as_dict()))["clean"]
+    assert (clean["identities"], clean["lost"], clean["images"]["used"]) == (5, ["person02"], 20)
     assert open_source(str(tmp_path / "clean.rec")).identities == ["person00", "person01", "person03", "person04", "person05"]
 
 

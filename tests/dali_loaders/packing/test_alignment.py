@@ -111,6 +111,18 @@ def test_packs_faces(two):
     assert np.abs(face.astype(int) - whole)[8:-8, 8:-8].mean() < 8  # the points are those of the whole image
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_what_spreadsheets_write(two, separator):
+    """Another separator, Windows line ends, empty lines, and the path of a folder behind a link."""
+    link = two.parent / "link"
+    link.symlink_to(two)
+    rows = [f"{two}/person00/00.jpg,{LINE}", "", "  ", f"person01/01.jpg,{LINE}"]
+    path = two.parent / "points.csv"
+    path.write_bytes("\r\n".join(rows).replace(",", separator).encode())
+    report = pack(open_source(str(link)), str(two.parent / "out.rec"), PackConfig(landmarks=str(path)))
+    assert report.account.used == 2 and not report.unused_landmarks
+
+
 def test_every_line_and_image_is_accounted_for(two):
     nan, far = LINE.replace(LINE.split(",")[3], "nan", 1), ",".join(["900,900"] * 5)
     report = lines(two, f"person00/00.jpg,{LINE}\nperson00/01.jpg,{nan}\nperson01/00.jpg,{far}\nperson07/00.jpg,{LINE}\n")

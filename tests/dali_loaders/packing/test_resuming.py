@@ -1,6 +1,7 @@
 """A pack that is broken off anywhere goes on to the same bytes, and leaves nothing where that is not asked for."""
 
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from dali_loaders import open_source, pack
 from dali_loaders.packing import PackConfig, partial
+from dali_loaders.packing.course import key
 from dali_loaders.sources import FolderSource
 from dali_loaders.sources.webdataset import ShardedTarSource
 
@@ -111,6 +113,31 @@ def test_another_pack_begins_anew(folder, tmp_path, whole, out):
         assert open_source(str(target / out)).read(0) == image.read_bytes()
 
 
+def test_a_part_of_several_sets_that_has_changed(folder, tmp_path):
+    """Folders between commas are looked into as one alone is."""
+    path = f"{folder},{folder.rename(tmp_path / 'second')}"
+    shutil.copytree(tmp_path / "second", folder)
+    before = key(open_source(path), {})
+    assert key(open_source(path), {}) == before
+    os.utime(tmp_path / "second" / "person00" / "00.jpg", ns=(0, 0))
+    assert key(open_source(path), {}) != before
+
+
+def test_killed_while_files_get_their_names(folder, tmp_path, monkeypatch):
+    """Without all files under their names nothing can be opened, names and list included."""
+    (folder / "person03" / "01.jpg").write_bytes(b"")
+    replace, names = os.replace, []
+
+    def kill(old, new):
+        assert not (tmp_path / "out.rec").exists()
+        names.append(os.path.basename(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", kill)
+    pack(open_source(str(folder)), str(tmp_path / "out.rec"))
+    assert {"out.rec", "out.idx", "out.identities.txt", "out.left_out.txt"} <= set(names)
+
+
 def test_nothing_stays_where_it_is_not_asked_for(folder, tmp_path):
     source = BreaksOff(str(folder))
     source.at = 20
@@ -148,6 +175,7 @@ def test_shards_are_what_webdataset_reads(folder, tmp_path):
     """KEY.jpg, KEY.cls, KEY.json; as many images as asked for in each, and the same images, labels and names as the folder."""
     report = pack(open_source(str(folder)), str(tmp_path / "out.tar"), PackConfig(shard_size=9))
     assert report.out == str(tmp_path / "out-{000..002}.tar")
+    assert str(report).endswith(f" in '{report.out}'")  # as a shell takes it
     with tarfile.open(tmp_path / "out-001.tar") as tar:
         assert [member.name for member in tar][:3] == ["000000009.jpg", "000000009.cls", "000000009.json"]
         assert len(tar.getmembers()) == 27

@@ -79,6 +79,8 @@ def test_the_command(tmp_path, capsys):
     assert main(["data", "pairs", str(tmp_path / "people"), out, "--pairs", "40"]) == 2
     assert "has 120 genuine pairs, but 10 folds with 40 of each kind need 400" in capsys.readouterr().err
     assert main(["data", "pairs", str(tmp_path / "people"), str(tmp_path / "out.rec")]) == 2
+    assert main(["data", "pairs", str(tmp_path / "people"), out, "--seed", "-1"]) == 2
+    assert capsys.readouterr().err.endswith("--seed is -1; expected at least 0.\n")
 
 
 def test_what_cannot_be_read_takes_no_part(tmp_path, caplog):
