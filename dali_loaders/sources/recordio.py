@@ -11,6 +11,7 @@ import numpy as np
 
 from dali_loaders.account import EXAMPLES, Account, ReadError, Unreadable
 from dali_loaders.identities import identities_path, is_stamp, read_identities
+from dali_loaders.names import printable
 from dali_loaders.recordio.headers import EMPTY, HEADER_BYTES, IMAGE, WORDS, parse
 from dali_loaders.recordio.index import write_missing_index
 from dali_loaders.recordio.layout import KIND, MISSING, WHY, layout
@@ -63,7 +64,7 @@ class RecordSource:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return f"{os.path.basename(self.path)}:record {self._key(index)}"
+        return f"{printable(os.path.basename(self.path))}:record {self._key(index)}"
 
     def _key(self, index: int) -> int:
         run = int(np.searchsorted(self._key_ends, index, side="right"))

@@ -9,7 +9,7 @@ import os
 import threading
 
 from dali_loaders.account import Account, ReadError
-from dali_loaders.names import text
+from dali_loaders.names import printable, text
 from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, words
 from dali_loaders.sources.by_name import LAYOUT, aside, labels_of, named_like_an_image, no_images
 
@@ -70,7 +70,7 @@ class RemoteFolderSource:
         return data
 
     def name(self, index: int) -> str:
-        return f"{self.path}/{self._files[index].name}"
+        return printable(f"{self.path}/{self._files[index].name}")
 
     def _ask(self, file: RemoteFile) -> bytes:
         data = self._system.cat_file(file.path)

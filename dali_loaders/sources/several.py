@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from dali_loaders.account import Account, Unreadable
+from dali_loaders.names import printable
 from dali_loaders.sources.fingerprint import order_checksum
 from dali_loaders.sources.source import Part, Source, read_many
 
@@ -77,7 +78,7 @@ class SeveralSources:
         """That of the set, with the path of its folder: two sets may be called train.rec."""
         number, own = self._place(index)
         source = self._sources[number]
-        name, folder = source.name(own), os.path.dirname(source.path)
+        name, folder = source.name(own), printable(os.path.dirname(source.path))
         return os.path.join(folder, name) if folder and not name.startswith(folder + "/") else name
 
     def order_checksum(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dali_loaders.account import EXAMPLES, Account, Unreadable
+from dali_loaders.names import printable
 from dali_loaders.sources.fingerprint import order_checksum
 from dali_loaders.sources.source import Source, read_many
 
@@ -94,7 +95,7 @@ class _List:
         self.source, self.path = source, path
         self.images = np.zeros(len(source), bool)
         self.line_of: dict[str, int] = {}  # lines that may be names of images
-        label_of = {name: label for label, name in enumerate(source.identities)}
+        label_of = {text: label for label, name in enumerate(source.identities) for text in (printable(name), name)}
         listed_labels = np.zeros(len(source.identities), bool)
         for line, text in self._lines(option):
             kind, colon, rest = text.partition(":")
