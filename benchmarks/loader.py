@@ -24,6 +24,7 @@ from dali_loaders import DataConfig, TrainLoader, open_source
 from dali_loaders.encoded import HeaderReader, Unreadable, read_image
 from dali_loaders.graphs import dali_modules
 from dali_loaders.recordio.records import IRHeader, RecordWriter, pack_record
+from pipeline.distributed import keep_freed_memory
 
 OURS, FEED = "protoshard", "protoshard, without decoding"
 _QUALITY = 96  # of JPEG: drawn faces then take 7 KB, as aligned photos do in the usual sets
@@ -42,6 +43,8 @@ class Side:
 def rows(setting: Setting, data: str | None, images: int, ranks: int, feed_only: bool) -> Iterator[dict[str, Any]]:
     """One row per side, then one for the feeds of `ranks` processes at once. `data`: any set, of which `images` are taken; else faces are
     drawn."""
+    if setting.device.type == "cpu":
+        keep_freed_memory()  # as training does, for all sides
     with tempfile.TemporaryDirectory(prefix="protoshard-bench-") as folder:
         found = _write_set(folder, data, images, setting)
         shared = {"images": found.images, "kilobytes": found.kilobytes} | vars(setting) | {"device": setting.device.type}
