@@ -36,7 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no step {unknown[0]!r}: known are {', '.join(names)}")
     if not options.small and not torch.cuda.is_available():
         parser.error("torch sees no GPU here: add --small for a run on the CPU")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends what runs
     command = " ".join(["bash benchmarks/first_gpu.sh", *(arguments if arguments is not None else sys.argv[1:])])
     for name in ("ARCFACE_TORCH", "PROTOSHARD_DATA"):
         if os.environ.get(name):
@@ -47,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         page = Page(options.out, command)
     except ValueError as error:
         parser.error(str(error))
-    failed = runner.run(page, [step for step in STEPS if step.name in wanted], options.minutes, options.small)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which ends what runs
+    try:
+        failed = runner.run(page, [step for step in STEPS if step.name in wanted], options.minutes, options.small)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"results: {page.path}.md and .csv; " + (f"failed: {', '.join(failed)}" if failed else "nothing failed"))
     return 1 if failed else 0
 
