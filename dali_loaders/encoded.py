@@ -108,7 +108,7 @@ def is_complete(data: bytes) -> bool:
 
 
 def _is_common(data: bytes) -> bool:
-    return data.startswith((jpeg.START, reasons.PNG)) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
+    return data.startswith((jpeg.START, reasons.PNG)) or reasons.is_webp(data)
 
 
 def _without_header(data: bytes) -> str:

@@ -60,6 +60,10 @@ def too_large(height: int, width: int) -> str:
     return f"too large ({width} x {height} pixels)"
 
 
+def is_webp(data: bytes) -> bool:
+    return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+
+
 def undecodable(data: bytes) -> str:
     """Why bytes that no decoder here takes are no image, or what is wrong with it."""
     if not data:
@@ -68,7 +72,7 @@ def undecodable(data: bytes) -> str:
         return _of_jpeg(data)
     if data.startswith(PNG):
         return DAMAGED if b"IEND" in data[-64:] else CUT_OFF
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+    if is_webp(data):
         return CUT_OFF if int.from_bytes(data[4:8], "little") + 8 > len(data) else DAMAGED
     kind = format_of(data)
     if kind in ("BMP", "TIFF", "PNM"):  # which are decoded where they are sound (uncommon.py)

@@ -46,7 +46,7 @@ class Images:
 
 def extension(data: bytes) -> str | None:
     """The ending of a file with this image, by its content; None for what is no image that is decoded here."""
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+    if reasons.is_webp(data):
         return ".webp"
     known = ((jpeg.START, ".jpg"), (reasons.PNG, ".png"), (b"BM", ".bmp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
     return next((ending for start, ending in known if data.startswith(start)), ".ppm" if reasons.format_of(data) == "PNM" else None)

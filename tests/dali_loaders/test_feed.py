@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -170,6 +171,23 @@ def test_a_set_without_a_readable_image_ends_soon():
     with pytest.raises(ValueError, match=r"128 unreadable images among the first 128 of set are more than 1%: 128 bad header;"):
         next(made.train_batches(UniformOrder(100_000, 1), 1, itertools.count(0, 128)))
     assert len(source.reads) <= 3 * 128
+
+
+def test_more_threads_read_a_batch_while_decoding_waits_for_storage():
+    class Slow(Numbers):
+        def read(self, index):
+            readers.add(threading.get_ident())
+            time.sleep(0.002)
+            return super().read(index)
+
+    readers = set()
+    source = Slow(1000)
+    made, _ = feed(source, 16, threads=4)
+    batches = made.train_batches(UniformOrder(1000, 1), 1, itertools.count(0, 16))
+    found = torch.cat([next(batches).images for _ in range(12)])
+    batches.close()
+    assert found.tolist() == UniformOrder(1000, 1).indices(0, 12 * 16).tolist()
+    assert len(readers) == 4
 
 
 def test_threads_end_with_the_batches():
