@@ -4,7 +4,6 @@ way, and with DeepSpeed at the end of each backward pass and three times for the
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -12,17 +11,16 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dali_loaders import Batch, TrainLoader, open_data
+from dali_loaders import TrainLoader, open_data
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
-from partial_fc import PartialFC, RowAdamW, RowSGD, clip_grad_norm_
+from partial_fc import PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, checkpoint, classifier_state, run_checkpoints
+from pipeline import backbones, checkpoint, classifier_state, run_checkpoints, training_step
 from pipeline.config import TrainConfig, as_text
 from pipeline.distributed import Place
 from pipeline.ema import Ema
@@ -32,9 +30,6 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
-from pipeline.schedule import rate_factor
-
-MOST_SKIPPED = 100  # steps in a row
 
 
 class Trainer:
@@ -81,6 +76,8 @@ class Trainer:
             )
         self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
         self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
+        self.cosines = torch.zeros(1), torch.zeros(1)  # target and hardest non-target, of the last step that is logged
+        self.rate = 0.0  # of the backbone, in the last step
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
@@ -135,7 +132,7 @@ class Trainer:
         self._open_window()
         while self.step < self.total_steps:
             self.losses.append(self._train_step())
-            if self._logs(self.step):
+            if self.logs(self.step):
                 self._log()
             saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
             evaluates = self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch)
@@ -152,60 +149,9 @@ class Trainer:
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
-        run, optimizer = self.config.run, self.config.optimizer
-        # Dropout depends on (seed, step, rank) only, so a resumed run repeats what an uninterrupted one does.
-        torch.manual_seed(int(np.random.SeedSequence((run.seed, self.step, self.place.rank)).generate_state(1)[0]))
-        if run.margin_warmup:
-            share = min(1.0, self.step / (run.margin_warmup * self.total_steps))
-            self.classifier.loss = self.config.loss.with_margins(share)
-        self.classifier.step = self.step
-        factor = rate_factor(optimizer, self.step, self.total_steps, self.steps_per_epoch)
-        self.rate = optimizer.lr * factor
-        for group in self.classifier_optimizer.param_groups:  # before backward, which may move prototypes
-            group["lr"] = self.classifier_lr * factor
-        batches: Iterable[Batch] = itertools.islice(self.loader, run.accumulation)
-        if run.accumulation > 1 and self.config.classifier.sample_rate < 1:
-            batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
-            self.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
-        total = torch.zeros((), device=self.place.device)
-        # One batch of features that are not finite would spoil the running statistics of the backbone and of the loss forever.
-        kept = [*self.engine.module.buffers(), *classifier_state.small_tensors(self.classifier)]
-        buffers = [(buffer, buffer.clone()) for buffer in kept if self.config.classifier.non_finite == "skip"]
-        for micro, batch in enumerate(batches, start=1):
-            is_last = micro == run.accumulation
-            features_bD = self.engine.forward(batch.images, is_last)
-            # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
-            leaf_bD = features_bD.detach().requires_grad_()
-            if is_last and self._logs(self.step + 1):  # before prototypes move away from the features they are compared with
-                self.cosines = self.classifier.cosines(leaf_bD, batch.labels)
-            loss = self.classifier(leaf_bD, batch.labels) / run.accumulation
-            loss.backward()
-            assert leaf_bD.grad is not None
-            self.engine.backward(features_bD, leaf_bD.grad, is_last)
-            total += loss.detach()
-        is_finite = self.classifier.is_finite()
-        if is_finite:
-            if optimizer.clip_jointly:
-                self.joint_norm = clip_grad_norm_(self.engine.module, self.classifier, optimizer.clip)
-            self.engine.step(self.rate)
-            if self.ema:
-                self.ema.update(self.engine.module, self.step)
-        else:
-            self.engine.skip()
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        self.classifier_optimizer.step()
-        self.classifier_optimizer.zero_grad()
-        self.consumed += run.batch
-        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == MOST_SKIPPED:
-            raise ValueError(
-                f"{MOST_SKIPPED} steps in a row, up to step {self.step}, were skipped because their features held NaN or infinity: lower "
-                f"optimizer.lr or lengthen optimizer.warmup_epochs; the newest checkpoint is {checkpoint.newest(self.checkpoints)}"
-            )
-        return total if is_finite else None
+        return training_step.take(self)
 
-    def _logs(self, step: int) -> bool:
+    def logs(self, step: int) -> bool:
         return step % self.config.run.log_every == 0 or step == self.total_steps
 
     def _is_due(self, every_steps: float) -> bool:

@@ -295,7 +295,7 @@ def test_steps_with_bad_images_are_skipped(ranks, data, engine, options, tmp_pat
 
 def ends_in(config, sentence):
     """Runs on every rank."""
-    with mock.patch("pipeline.trainer.MOST_SKIPPED", 3), pytest.raises(ValueError, match=sentence):
+    with mock.patch("pipeline.training_step.MOST_SKIPPED", 3), pytest.raises(ValueError, match=sentence):
         with_bad_images(config, {1, 2, 3, 4}, False)
 
 
