@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dali_loaders import Batch
+from dali_loaders import Batch, TrainLoader
 from partial_fc import PartialFC, clip_grad_norm_
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state
@@ -28,7 +28,7 @@ class Run(Protocol):
 
     config: TrainConfig
     place: Place
-    loader: Iterable[Batch]
+    loader: TrainLoader
     engine: Engine
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
