@@ -263,7 +263,8 @@ def with_bad_images(config, bad_steps, is_expected):
     with mock.patch.object(*((Trainer, "_train_step", left_out) if is_expected else (TrainLoader, "__next__", poisoned))):
         try:
             trainer.fit()
-            state = {**trainer.engine.state(), "prototypes": trainer.classifier.prototypes.detach().clone()}
+            state = {name: part.tensor for name, part in trainer.engine.state().items()}
+            state |= {"prototypes": trainer.classifier.prototypes.detach().clone()}
         finally:
             trainer.close()
     with open(os.path.join(config.run.folder, "metrics.jsonl")) as file:
