@@ -1,5 +1,6 @@
-"""How fast checkpoints are written, verified and read, against a plain copy of as many bytes in turn; and how long a step waits for a save
-that is written beside it: `python -m benchmarks.checkpoints FOLDER --classes 1000000 --ranks 2 --onto 3`."""
+"""How fast checkpoints are written, verified and read, against a plain copy of the same bytes in turn (by as many processes, to the disk
+and synced, or into memory); and how long a step waits for a save that is written beside it:
+`python -m benchmarks.checkpoints FOLDER --classes 1000000 --ranks 2 --onto 3`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -22,7 +22,7 @@ from pipeline import checkpoint
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import CheckpointConfig, Part, Saver
 from pipeline.distributed import join, run_local
-from pipeline.measuring import hardware, peak_memory
+from pipeline.measuring import peak_memory
 
 STEP = 1
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os.remove(out)
     for row in rows:
-        row = {"hardware": hardware(), "classes": options.classes, "width": options.width, **row}
+        row = {"classes": options.classes, "width": options.width, "asynchronous": int(not options.synchronous), **row}
         print(", ".join(f"{key} {value}" for key, value in row.items()))
         if options.csv:
             append(options.csv, row)
@@ -78,65 +78,54 @@ def together(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def plain_copy(source: str, target: str, share: int) -> None:
-    """This rank's bytes of a file from memory that is warm, to the disk, by the system's own means."""
+def copy_to_disk(source: str, target: str) -> None:
+    """By the system's own means, until it is on the disk."""
     with open(source, "rb") as read, open(target, "wb") as write:
         shutil.copyfileobj(read, write, 1 << 24)
-        assert write.tell() >= share
         os.fsync(write.fileno())
+    os.remove(target)
+
+
+def copy_to_memory(sources: list[str], out: memoryview) -> None:
+    for source in sources:
+        with open(source, "rb", buffering=0) as read:
+            at = 0
+            while count := read.readinto(out[at : at + (1 << 24)]):
+                at = at + count if at + count < len(out) else 0
 
 
 def saving(options: argparse.Namespace, folder: str, out: str) -> None:
     place = join("cpu")
     state = matrices(options)
-    size = sum(part.tensor.numel() * part.tensor.element_size() for part in state.values())
-    total = torch.tensor(size)
-    dist.all_reduce(total)
     saver = Saver(folder, CheckpointConfig(keep=1, asynchronous=not options.synchronous), Agreement())
     saver.reserve(state)
     copies, saves, stalls = [], [], []
 
     def save() -> None:
-        before = saver.stall
         start = time.perf_counter()
         saver.start(STEP, state, {"consumed": 0})
         stalls.append(time.perf_counter() - start)
         saver.finish()
         if saver.trouble:
             raise ValueError(saver.trouble)
-        del before
 
-    memory = peak_memory(save, place.device)[0]  # also the first one, which is not timed
+    memory = peak_memory(save, place.device)[0]  # of the first one, which is not timed
     stalls.clear()
     mine = os.path.join(folder, f"step-{STEP:08d}", f"rank-{place.rank:05d}.safetensors")
     for _ in range(options.rounds):
-        target = os.path.join(options.folder, f"copy-{place.rank}")
-        copies.append(together(lambda: plain_copy(mine, target, size)))  # noqa: B023
-        os.remove(target)
+        copies.append(together(lambda: copy_to_disk(mine, os.path.join(options.folder, f"copy-{place.rank}"))))
         saves.append(together(save))
-    if place.is_first:
-        copied, saved = median(copies), median(saves)
-        report(out, "save", options, total, saved, copied, stall_share=round(median(stalls) / saved, 4), stall=round(median(stalls), 3))
-        report(out, "copy", options, total, copied, copied, extra_memory_of_a_rank_GB=round(memory / 1e9, 3))
+    report(out, "save", options.ranks, state, saves, copies, memory, stalls)
 
 
 def loading(options: argparse.Namespace, folder: str, out: str) -> None:
     place = join("cpu")
     agreement = Agreement()
     state = matrices(options)
-    size = sum(part.tensor.numel() * part.tensor.element_size() for part in state.values())
-    total = torch.tensor(size)
-    dist.all_reduce(total)
     saved = checkpoint.open_checkpoint(os.path.join(folder, f"step-{STEP:08d}"))
-    files = sorted(name for name in os.listdir(saved.path) if name.endswith(".safetensors"))
+    files = sorted(os.path.join(saved.path, name) for name in os.listdir(saved.path) if name.endswith(".safetensors"))
     copies, checks, loads = [], [], []
-
-    def copy() -> None:
-        """The ranks share the files, of which there are as many as ranks wrote them."""
-        for name in files[place.rank :: place.world_size]:
-            target = os.path.join(options.folder, f"copy-{name}")
-            plain_copy(os.path.join(saved.path, name), target, 0)
-            os.remove(target)
+    buffer = memoryview(bytearray(os.path.getsize(files[0])))
 
     def verify() -> None:
         fault = saved.fault(agreement)
@@ -146,31 +135,38 @@ def loading(options: argparse.Namespace, folder: str, out: str) -> None:
         for name, part in state.items():
             saved.fill(name, part.tensor, part.start)
 
+    memory = peak_memory(load, place.device)[0]
     for _ in range(options.rounds):
-        copies.append(together(copy))
+        copies.append(together(lambda: copy_to_memory(files[place.rank :: place.world_size], buffer)))
         checks.append(together(verify))
         loads.append(together(load))
-    memory = peak_memory(load, place.device)[0]
-    if place.is_first:
-        report(out, "verify", options, total, median(checks), median(copies))
-        report(out, "load", options, total, median(loads), median(copies), extra_memory_of_a_rank_GB=round(memory / 1e9, 3))
+    report(out, "verify", options.onto, state, checks, copies, 0, [])
+    report(out, "load", options.onto, state, loads, copies, memory, [])
 
 
-def report(out: str, what: str, options: argparse.Namespace, total: torch.Tensor, seconds: float, copied: float, **more: float) -> None:
-    ranks = options.ranks if what in ("save", "copy") else options.onto
+def report(
+    out: str, what: str, ranks: int, state: dict[str, Part], times: list[float], copies: list[float], memory: int, stalls: list[float]
+) -> None:
+    """One row, by rank 0. Every rank calls it."""
+    told: list[Any] = [None] * ranks
+    dist.all_gather_object(told, (sum(part.tensor.nbytes for part in state.values()), memory, median(stalls or [0.0])))
+    size, memory, stall = sum(one[0] for one in told), max(one[1] for one in told), max(one[2] for one in told)
     row = {
         "what": what,
-        "asynchronous": int(not options.synchronous),
         "ranks": ranks,
-        "GB": round(int(total) / 1e9, 3),
-        "seconds": round(seconds, 3),
-        "GB_per_second": round(int(total) / 1e9 / seconds, 3),
-        "of_a_plain_copy": round(copied / seconds, 3),
-        **more,
+        "GB": round(size / 1e9, 3),
+        "seconds": round(median(times), 3),
+        "GB_per_s": round(size / 1e9 / median(times), 3),
+        "copy_GB_per_s": round(size / 1e9 / median(copies), 3),
+        "of_the_copy": [round(copy / one, 3) for copy, one in zip(copies, times, strict=True)],
+        "extra_GB_of_a_rank": round(memory / 1e9, 3),
+        "stall_s": round(stall, 3),
+        "stall_share": round(stall / median(times), 4),
     }
-    with open(out, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    if dist.get_rank() == 0:
+        with open(out, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
