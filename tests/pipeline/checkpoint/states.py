@@ -74,13 +74,18 @@ def load(folder, rows=ROWS, step=1):
     return True
 
 
-def edit_manifest(path, change):
-    """change(values) alters what a manifest says, of which the checksum is then right again."""
+def edit_manifest(path, change, texts=None):
+    """change(values) alters what a manifest says, of which the checksum is then right again.
+
+    texts: what is written, by the string that stands for it, where that cannot be a value"""
     name = os.path.join(path, checkpoint.MANIFEST)
     with open(name) as file:
         values = json.load(file)
     change(values)
     del values["checksum"]
-    rest = json.dumps(values, indent=1).removeprefix("{\n").encode()
+    text = json.dumps(values, indent=1).removeprefix("{\n")
+    for word, instead in (texts or {}).items():
+        text = text.replace(f'"{word}"', instead)
+    rest = text.encode()
     with open(name, "wb") as file:
         file.write(b'{"checksum": "' + checksum.of(rest).encode() + b'",\n' + rest)

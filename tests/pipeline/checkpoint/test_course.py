@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,7 +23,8 @@ from tests.pipeline.checkpoint.threads import on_threads
 
 def contents(folder):
     """Of every file, by name; None for what is no file."""
-    return {name: open(f"{folder}/{name}", "rb").read() if os.path.isfile(f"{folder}/{name}") else None for name in os.listdir(folder)}
+    paths = {name: Path(folder, name) for name in os.listdir(folder)}
+    return {name: path.read_bytes() if path.is_file() and not path.is_symlink() else None for name, path in paths.items()}
 
 
 class Course(RuleBasedStateMachine):
@@ -120,7 +122,7 @@ class Course(RuleBasedStateMachine):
         elif files:
             file = f"{path}/{data.draw(st.sampled_from(files))}"
             if kind == "a bit":
-                content = open(file, "rb").read()
+                content = Path(file).read_bytes()
                 rewrite(file, flipped(content, data.draw(st.integers(0, 8 * len(content) - 1))))
             elif not os.path.islink(file):
                 DAMAGES[kind](file)

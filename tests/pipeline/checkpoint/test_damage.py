@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_something_else_in_the_place_of_a_file(tmp_path, write, kind, caplog):
     first = write(tmp_path, 1)
     for name in sorted(os.listdir(write(tmp_path, 2))):
         path = f"{tmp_path}/step-00000002"
-        same = [open(f"{folder}/{name}", "rb").read() for folder in (first, path)]
+        same = [Path(f"{folder}/{name}").read_bytes() for folder in (first, path)]
         if kind == "of another checkpoint" and same[0] == same[1]:
             continue
         shutil.copytree(path, tmp_path / "copy")
@@ -187,7 +188,7 @@ def test_links_to_sound_files_are_as_good_as_files(tmp_path):
 def test_files_of_two_ranks_or_two_checkpoints_that_changed_places(tmp_path):
     paths = [save_on_two_ranks(tmp_path, step) for step in (1, 2)]
     places = [f"{path}/{name}" for path in paths for name in sorted(os.listdir(path))]
-    contents = {place: open(place, "rb").read() for place in places}
+    contents = {place: Path(place).read_bytes() for place in places}
     for one, other in itertools.combinations(places, 2):
         if contents[one] == contents[other]:
             continue
