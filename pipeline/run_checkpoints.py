@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -27,12 +28,17 @@ from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.set_names import AVERAGED
 from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
+
+log = logging.getLogger(__name__)
 
 LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
 FORCED = ("optimizer", "frozen", "images_per_identity")  # entries of `identity` that may change, if asked for
 MOST_CHANGES = 12  # fields that a line names
+TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
 
 
 class Run(Protocol):
@@ -46,6 +52,7 @@ class Run(Protocol):
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
     ema: Ema | None
+    evaluator: Evaluator
     agreement: Agreement
     saver: Saver
     consumed: int
@@ -81,17 +88,26 @@ def order(run: Run) -> dict[str, Any]:
 
 
 def saver(run: Run) -> Saver:
+    """ValueError for a figure, in checkpoint.best, that no evaluation of this run gives."""
+    best = run.config.checkpoint.best
+    sets = [name + end for name in run.evaluator.names.values() for end in ("", AVERAGED)[: 1 + bool(run.ema)]]
+    if best and not any(best.startswith(tuple(f"{name}/{figure}" for figure in TO_COMPARE)) for name in sets):
+        remedy = f"such as {sets[0]}/eer" if sets else "and there is none: name a set with evaluation.data or evaluation.pairs"
+        raise ValueError(f"checkpoint.best is {best!r}, but must be a figure of one of this run's evaluation sets, {remedy}")
     return Saver(run.checkpoints, run.config.checkpoint, run.agreement)
 
 
 def save(run: Run, figures: dict[str, float] | None = None) -> None:
-    """Begins a checkpoint of this step, with the figures of an evaluation of it. Every rank calls it."""
+    """Begins a checkpoint of this step, with the figures of all sets if `figures` are those of an evaluation of it. Every rank calls it."""
+    best, newest = run.config.checkpoint.best, run.evaluator.newest if figures else {}
+    if newest and best and best not in newest and run.agreement.rank == 0:
+        log.warning("checkpoint.best is %r, which is none of the figures: they are %s", best, ", ".join(newest))
     info = {
         **identity(run),
         **order(run),
         "consumed": run.consumed,
         "skipped_steps": run.classifier.skipped_steps,
-        "figures": figures or {},
+        "figures": newest,
         "world_size": run.place.world_size,
         "started_from": run.started_from,
         "code": code_version(),
@@ -167,6 +183,8 @@ def _start(run: Run, source: Start) -> list[str]:
 
 def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     path, info = saved.path, saved.info
+    if info.get("consumed") is None:
+        raise ValueError(f"checkpoint {path} is not that of a run: begin a new run with its weights, with --from instead of --resume")
     _check_start(run, path, info)
     lines = _check_identity(run, saved)
     lines += _check_order(run, path, info)
@@ -209,7 +227,7 @@ def _check_identity(run: Run, saved: Checkpoint) -> list[str]:
     changed = {key: ours for key, ours in identity(run).items() if info.get(key) not in (None, ours)}
     if changed.keys() & {"num_classes", "identities"}:
         changed.pop("num_classes" if "num_classes" not in changed or info["num_classes"] == changed["num_classes"] else "identities", None)
-    words = [f"{LABELS.get(key, key)} {info[key]}, but this run has {ours}" for key, ours in changed.items()]
+    words = [f"{LABELS.get(key, key)} {_shown(info[key])}, but this run has {_shown(ours)}" for key, ours in changed.items()]
     if changed.keys() & {"num_classes", "identities"}:
         words += _names_that_differ(run, saved)
     if not changed:
@@ -242,9 +260,15 @@ def _changed_fields(run: Run, info: dict[str, Any]) -> list[str]:
     changed = [name for name in now if name in before and before[name] != now[name] and name not in ("run.folder", "start.weights")]
     if not changed or "batch" not in info:
         return []
-    shown = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed[:MOST_CHANGES])
+    shown = ", ".join(f"{name}={_shown(now[name])} (was {_shown(before[name])})" for name in changed[:MOST_CHANGES])
     more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
     return [f"changed since the checkpoint: {shown}{more}"]
+
+
+def _shown(value: Any) -> str:
+    """A file may come from anyone: no characters that move a terminal's cursor, and no pages."""
+    text = printable(str(value))
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

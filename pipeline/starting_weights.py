@@ -50,7 +50,7 @@ class Start:
     def __init__(self, config: StartConfig) -> None:
         self.config = config
         self.is_file = os.path.isfile(config.weights)
-        if not os.path.exists(config.weights):
+        if not os.path.exists(config.weights) and "://" not in config.weights:
             raise ValueError(f"--from (start.weights): {config.weights} does not exist: give a checkpoint, a run's folder or a weight file")
         if self.is_file and (config.classifier or config.ema):
             name = "classifier" if config.classifier else "ema"

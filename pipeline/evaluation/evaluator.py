@@ -50,6 +50,7 @@ class Evaluator:
         from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
+        self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
         self.first: dict[str, dict[str, PairReport]] = {}  # by name of the results: the first report, drawn beside the newest
 
     def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False) -> dict[str, float]:
@@ -68,8 +69,9 @@ class Evaluator:
             )
             name = set_name + AVERAGED * averaged
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
+            figures = {f"{name}/{key}": value for key, value in results[-1].items()}
+            self.newest |= figures
             if self.place.is_first:
-                figures = {f"{name}/{key}": value for key, value in results[-1].items()}
                 monitor.scalars(step, {**figures, f"evaluation/{name}/threshold": report.best_cosine})
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
