@@ -18,6 +18,8 @@ from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
+from pipeline.lease import Lease
+from pipeline.run_folder import data_paths
 from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
@@ -35,6 +37,7 @@ class Run(Protocol):
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
     ema: Ema | None
+    lease: Lease | None
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
 
@@ -99,17 +102,20 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         checkpoint.set_aside(run.config.run.folder)  # once nothing can be refused any more
+        if run.lease:
+            run.lease.follow()
     if run.ema:
         run.ema.restart(run.engine.module)
     return None, lines
 
 
 def _checkpoint_of(run: Run, resume: str) -> str | None:
-    folder, source = run.config.run.folder, run.config.start.weights
+    folder = run.config.run.folder
     if resume != "none":
         return checkpoint.newest(run.checkpoints) if resume == "auto" else checkpoint.locate(resume)
-    if source and _is_within(source, folder):
-        raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
+    for source in [run.config.start.weights, *data_paths(run.config)]:
+        if source and _is_within(source, folder):
+            raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
     return None
 
 

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from pipeline.lease_files import is_used
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -127,7 +129,7 @@ def set_aside(folder: str) -> None:
     """Renames an earlier run's folder, so that a new start loses nothing, and makes an empty one. Every rank calls it. Where FOLDER is a
     symbolic link, that is done to the folder it leads to."""
     folder = os.path.realpath(folder) if os.path.islink(folder) else folder
-    if _rank() == 0 and os.path.isdir(folder) and os.listdir(folder):
+    if _rank() == 0 and os.path.isdir(folder) and is_used(folder):
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
         try:
             os.rename(folder, f"{folder}.{number}")
