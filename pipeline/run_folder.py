@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from dali_loaders.sources.several import split_paths
 from pipeline.config import TrainConfig
 from pipeline.distributed import Place
 from pipeline.lease_files import NAME, is_used
+from pipeline.monitor.json_lines import last_step
 
 ABOUT = "run.json"  # what the run in a folder is
 HARMLESS = ("logs", "lost+found")  # folders beside which a run may begin, as text files are
@@ -70,7 +72,7 @@ def _fault(config: TrainConfig, resume: str) -> str | None:
             f"it before the run. If the rest belongs to the run too, say so with: touch {os.path.join(given, ABOUT)}"
         )
     before, ours = _read(os.path.join(folder, ABOUT)), _about(config)
-    if resume == "auto" and before and before != ours and _has_metrics(folder) and not _checkpoints(folder):
+    if resume == "auto" and before and before != ours and last_step(Path(folder, "metrics.jsonl")) > 0 and not _checkpoints(folder):
         differences = [f"{key}={printable(str(before.get(key)))}, here {value}" for key, value in ours.items() if before.get(key) != value]
         return (
             f"run.folder={given} belongs to another run, which has no checkpoint yet ({'; '.join(differences)}): choose another folder, or "
@@ -122,12 +124,6 @@ def _is_of_a_run(folder: str) -> bool:
 def _checkpoints(folder: str) -> list[str]:
     """Those of a run, whole or not. Other programs have folders of this name too, but not this file in them."""
     return glob.glob(os.path.join(glob.escape(folder), "checkpoints", "step-*", "protoshard.json"))
-
-
-def _has_metrics(folder: str) -> bool:
-    """A run that has none has not done a step, and loses nothing."""
-    path = os.path.join(folder, "metrics.jsonl")
-    return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def _foreign(folder: str) -> Iterator[str]:

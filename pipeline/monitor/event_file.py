@@ -71,7 +71,8 @@ def open_tensorboard(folder: Path, first_step: int) -> SummaryWriter | None:
         def _get_file_writer(self) -> Any:
             if self.file_writer is None:
                 writer: Any = Events()
-                self.file_writer, self.all_writers = writer, {self.log_dir: writer}
+                writers: Any = {self.log_dir: writer}
+                self.file_writer, self.all_writers = writer, writers
             return self.file_writer
 
     return Board(str(folder))

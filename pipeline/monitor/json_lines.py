@@ -44,6 +44,14 @@ class JsonLines:
         self._file.close()
 
 
+def last_step(path: Path) -> float:
+    """The step of the last line; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return next((_step(line) for _, line in _backwards(file)), 0)
+
+
 def _drop_from(path: Path, first_step: int) -> None:
     """Cuts the file behind its last whole line of an earlier step. That needs no room on the disk, and reads what is dropped only."""
     if not path.stat().st_size:
