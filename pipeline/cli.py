@@ -19,6 +19,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
+    endings.open_standard_streams()
     endings.show_any_name()
     try:
         return _run(arguments)

@@ -52,8 +52,9 @@ class Monitor:
         self._board: SummaryWriter | None = None
         if rank != 0:
             return
-        if console:
-            self._console = Console(stream or sys.stderr, total_steps, first_step, every)
+        stream = stream or sys.stderr  # which is None in a process that was started without
+        if console and stream is not None:
+            self._console = Console(stream, total_steps, first_step, every)
         self._lines = JsonLines(Path(folder) / "metrics.jsonl", first_step)
         self.try_to("metrics.jsonl", self._lines.begin)
         self._board = open_tensorboard(Path(folder) / "tensorboard", first_step)
