@@ -40,7 +40,7 @@ def summary(folder: str) -> str:
 
 def _read(path: str) -> tuple[array[float], list[dict[str, Any]]]:
     """Speeds of all lines, and the lines of evaluations: a month has millions of others."""
-    speeds, rows = array("d"), []
+    speeds, rows = array("d"), list[dict[str, Any]]()
     if not os.path.isfile(path):  # nor a device or a pipe, of which there is no end
         return speeds, rows
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:

@@ -240,6 +240,54 @@ def test_a_run_of_which_only_checkpoints_can_be_written_ends_well(tmp_path, monk
     assert sorted(os.listdir(folder / "checkpoints"))[-2:] == ["step-00000002", "step-00000004"] and len(expected) == 4
 
 
+MOUNTS = "unshare -rm true"
+
+
+@pytest.mark.skipif(subprocess.run(MOUNTS.split(), capture_output=True).returncode != 0, reason=f"cannot mount here: {MOUNTS} fails")
+def test_a_disk_that_gets_full_in_the_middle_and_is_so_at_the_restart(tmp_path):
+    """With its checkpoints on another disk a run goes on; the next one says what is wrong."""
+    code = """
+        import os, sys
+        from pipeline.evaluation.evaluator import EvaluationConfig
+        from pipeline.train import train
+        from pipeline.trainer import Trainer
+        from tests.pipeline.runs import configuration, faces
+        data = faces(".")
+        step = Trainer._train_step
+        def filling(self):
+            if self.step == 2:
+                with open("small/fill", "wb", 0) as file:
+                    try:
+                        while True:
+                            file.write(bytes(4096))
+                    except OSError:
+                        pass
+            return step(self)
+        Trainer._train_step = filling
+        os.makedirs("small/run")
+        os.makedirs("large")
+        os.symlink(os.path.abspath("large"), "small/run/checkpoints")
+        config = configuration(data, "small/run", steps=4, save_every=2, evaluation=EvaluationConfig(data=data))
+        train(config)
+        print(sorted(os.listdir("large"))[1:])
+        try:
+            train(config)
+        except ValueError as error:
+            print(error)
+    """
+    (tmp_path / "small").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=256k none small && exec "$0" -c "$1"', sys.executable]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    environment = {**os.environ, "PYTHONPATH": root}
+    ended = subprocess.run([*command, textwrap.dedent(code)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.stdout.splitlines() == [
+        "['step-00000002', 'step-00000004']",
+        "run.folder=small/run cannot be written (No space left on device): make room there, or choose another folder",
+    ], ended.stderr
+    assert ended.stderr.count("the ROC figure cannot be written (No space left on device): training goes on without it") == 1
+    assert ended.stderr.count("tensorboard cannot be written") == 1 and "Traceback" not in ended.stderr
+
+
 def test_a_picture_that_does_not_fit_leaves_nothing(tmp_path):
     """With a limit on the size of files, which is an OSError of the same kind."""
     code = """
