@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dali_loaders.names import printable
+from pipeline.checkpoint import OwnerError
 from pipeline.distributed import Place
 from pipeline.lease_files import Files, FolderFiles, files_at, lock, unlock
 
@@ -30,14 +31,10 @@ log = logging.getLogger(__name__)
 _pause = time.sleep
 
 
-class LostError(ValueError):
-    """The folder belongs to another run by now."""
-
-
 class Lease:
-    """Keeps a second run out of the folders that a run writes to, which it makes where they are missing: `folder`, the checkpoints in it,
-    which may be a link to somewhere else, and `store`, the address of a store of checkpoints. Every rank makes one; rank 0 holds it.
-    ValueError on all of them if another run has it, or if a folder cannot be written.
+    """Keeps a second run out of the folders that a run writes to, which it makes where they are missing: `folder`, and that of its
+    checkpoints, FOLDER/checkpoints (which may be a link to somewhere else) unless `checkpoints` is another one or an address. Every rank
+    makes one; rank 0 holds it. ValueError on all of them if another run has it, or if a folder cannot be written.
 
     Where the holder runs on the same kernel and the file system has locks, that is known at once. Otherwise whoever comes waits for 3
     beats to see whether the holder lives. No clock is compared with another one's, and no host's name.
@@ -45,13 +42,14 @@ class Lease:
     token: a random text, the same on every rank: that of this holding of the folder
     """
 
-    def __init__(self, folder: str, place: Place, store: str = "", beat: float = BEAT) -> None:
+    def __init__(self, folder: str, place: Place, checkpoints: str = "", beat: float = BEAT) -> None:
         self.place, self.folder = place, os.path.realpath(folder)
         self.token = secrets.token_hex(16)
-        self._given, self._store, self._beat = folder, store, beat
+        self._given, self._checkpoints, self._beat = folder, checkpoints, beat
         self._holds: list[Hold] = []
+        self._writing = f"run.folder={folder}"  # for messages
         self._name: int | None = None
-        self._lost: LostError | None = None
+        self._lost: OwnerError | None = None
         self._renewed = _now()
         self._ended = threading.Event()
         self._take()
@@ -59,21 +57,21 @@ class Lease:
             threading.Thread(target=self._live, name="lease", daemon=True).start()
 
     def check(self) -> None:
-        """To be called before a commit. LostError if another run has taken over while this one was suspended, or cut off from its folder;
+        """To be called before a commit. OwnerError if another run has taken over while this one was suspended, or cut off from its folder;
         OSError where that cannot be told now. Only rank 0 looks."""
         if self._lost:
-            raise LostError(str(self._lost))
+            raise OwnerError(str(self._lost))
         try:
             for hold in self._holds:
                 hold.check()
-        except LostError as error:
+        except OwnerError as error:
             self._lost = error
             raise
 
     def is_ours(self) -> bool:
         """False if the lease is known to be lost. Looks at the files only after two beats were missed."""
         if self._lost is None and self.place.is_first and _now() - self._renewed > 2 * self._beat:
-            with suppress(LostError, OSError):
+            with suppress(OwnerError, OSError):
                 self.check()
         return self._lost is None
 
@@ -99,7 +97,7 @@ class Lease:
                 told[0] = str(error)
             except OSError as error:
                 room = "make room there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-                told[0] = f"run.folder={self._given} cannot be written ({error.strerror or error}): {room}choose another folder"
+                told[0] = f"{self._writing} cannot be written ({error.strerror or error}): {room}choose another folder"
             if told[0]:
                 self.release()
         dist.broadcast_object_list(told)
@@ -111,14 +109,14 @@ class Lease:
         os.makedirs(self.folder, exist_ok=True)
         if self._name is None:
             self._lock_name()
-        folders = [self.folder]
-        checkpoints = os.path.realpath(os.path.join(self.folder, "checkpoints"))
-        os.makedirs(checkpoints, exist_ok=True)
-        if not os.path.samefile(self.folder, checkpoints):
-            folders.append(checkpoints)
         gone: set[str] = set()
-        for address in [*folders, *filter(None, [self._store])]:
-            hold = Hold(files_at(address), self.token, self._beat)
+        checkpoints = self._checkpoints or os.path.join(self.folder, "checkpoints")
+        for option, address in ((f"run.folder={self._given}", self.folder), (f"checkpoint.folder={checkpoints}", checkpoints)):
+            self._writing = option
+            files = files_at(address)
+            if address != self.folder and isinstance(files, FolderFiles) and os.path.samefile(files.where, self.folder):
+                continue
+            hold = Hold(files, self.token, self._beat)
             hold.take(gone)
             self._holds.append(hold)
         self._renewed = _now()
@@ -146,7 +144,7 @@ class Lease:
                 for hold in list(self._holds):
                     hold.renew()
                 self._renewed, is_well = _now(), True
-            except LostError as error:
+            except OwnerError as error:
                 self._lost = error
                 log.warning("%s", error)
             except OSError as error:
@@ -182,7 +180,7 @@ class Hold:
             self._files.unlock()
 
     def check(self) -> None:
-        """LostError if another one has it by now; OSError where that cannot be told."""
+        """OwnerError if another one has it by now; OSError where that cannot be told."""
         with self._alone:
             self._check()
 
@@ -269,14 +267,14 @@ class Hold:
         if not self._number:
             return
         if self._is_lost():
-            raise LostError(
+            raise OwnerError(
                 f"{self._files.where} was taken over by {_who(self.holder())} while this run did not answer: it ends, and writes no more"
             )
         if self._files.read(self._number) is None:
             if not self._files.is_still_there():
                 raise FileNotFoundError(0, f"{self._files.where} is another folder now: was it moved, or its disk unmounted?")
             if not self._claim(self._number):  # somebody has tidied up
-                raise LostError(f"{self._files.where} was taken over by {_who(self.holder())}: this run ends, and writes no more")
+                raise OwnerError(f"{self._files.where} was taken over by {_who(self.holder())}: this run ends, and writes no more")
 
     def _note(self, released: bool = False) -> bytes:
         note = {

@@ -18,6 +18,7 @@ from dali_loaders.names import printable
 from dali_loaders.remote import is_remote
 from dali_loaders.sources.patterns import braces, is_pattern
 from dali_loaders.sources.several import split_paths
+from pipeline.checkpoint import MANIFEST
 from pipeline.config import TrainConfig
 from pipeline.distributed import Place
 from pipeline.lease_files import NAME, is_used
@@ -57,11 +58,15 @@ def data_paths(config: TrainConfig) -> list[str]:
 
 
 def _fault(config: TrainConfig, resume: str) -> str | None:
-    given = config.run.folder
+    given, checkpoints = config.run.folder, config.checkpoint.folder or os.path.join(config.run.folder, "checkpoints")
     folder = os.path.realpath(given)
-    for path in data_paths(config):
-        if any(_is(above, path) for above in _with_those_above(folder)):
-            return f"run.folder={given} lies in the data {path}, which the files of the run would change: choose a folder elsewhere"
+    for name, written in (("run.folder", given), ("checkpoint.folder", config.checkpoint.folder)):
+        if not written or is_remote(written):
+            continue
+        above = list(_with_those_above(os.path.realpath(written)))
+        for path in data_paths(config):
+            if any(_is(one, path) for one in above):
+                return f"{name}={written} lies in the data {path}, which the files of the run would change: choose a folder elsewhere"
     if not os.path.isdir(folder):
         return None
     others = [] if _is_of_a_run(folder) else sorted(_foreign(folder))
@@ -72,7 +77,8 @@ def _fault(config: TrainConfig, resume: str) -> str | None:
             f"it before the run. If the rest belongs to the run too, say so with: touch {os.path.join(given, ABOUT)}"
         )
     before, ours = _read(os.path.join(folder, ABOUT)), _about(config)
-    if resume == "auto" and before and before != ours and last_step(Path(folder, "metrics.jsonl")) > 0 and not _checkpoints(folder):
+    has_begun = last_step(Path(folder, "metrics.jsonl")) > 0 and not is_remote(checkpoints) and not _in(checkpoints)
+    if resume == "auto" and before and before != ours and has_begun:
         differences = [f"{key}={printable(str(before.get(key)))}, here {value}" for key, value in ours.items() if before.get(key) != value]
         return (
             f"run.folder={given} belongs to another run, which has no checkpoint yet ({'; '.join(differences)}): choose another folder, or "
@@ -118,12 +124,12 @@ def _is(folder: str, path: str) -> bool:
 
 def _is_of_a_run(folder: str) -> bool:
     names = os.listdir(folder)
-    return bool({ABOUT, "metrics.jsonl"} & set(names)) or any(map(NAME.fullmatch, names)) or bool(_checkpoints(folder))
+    return bool({ABOUT, "metrics.jsonl"} & set(names)) or any(map(NAME.fullmatch, names)) or bool(_in(os.path.join(folder, "checkpoints")))
 
 
-def _checkpoints(folder: str) -> list[str]:
-    """Those of a run, whole or not. Other programs have folders of this name too, but not this file in them."""
-    return glob.glob(os.path.join(glob.escape(folder), "checkpoints", "step-*", "protoshard.json"))
+def _in(checkpoints: str) -> list[str]:
+    """Checkpoints, whole or not. Other programs have folders of such names too, but not this file in them."""
+    return glob.glob(os.path.join(glob.escape(checkpoints), "step-*", MANIFEST))
 
 
 def _foreign(folder: str) -> Iterator[str]:

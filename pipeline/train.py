@@ -28,7 +28,7 @@ def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
     os.umask(os.umask(0o022) | 0o002)  # no file of a run can be written by everybody, whatever the user's mask admits
     place = join(config.engine.device, config.run.timeout)
     run_folder.check(config, place, resume)
-    lease = Lease(config.run.folder, place)
+    lease = Lease(config.run.folder, place, config.checkpoint.folder)
     try:
         trainer = Trainer(config, place, resume, lease)
         run_folder.mark(config, place)

@@ -15,9 +15,12 @@ import time
 import pytest
 import torch
 
-from pipeline import checkpoint, lease, lease_files
+from pipeline import lease, lease_files
+from pipeline.agreement import Agreement
+from pipeline.checkpoint import OwnerError
 from pipeline.distributed import Place, join
-from pipeline.lease import Lease, LostError
+from pipeline.lease import Lease
+from pipeline.run_checkpoints import set_aside
 
 PLACE = Place(0, 1, torch.device("cpu"))
 BEAT = 0.04
@@ -108,7 +111,7 @@ def test_a_folder_that_was_renamed_is_still_held_and_so_is_its_name(run):
 def test_a_run_that_is_set_aside_is_free_again_and_the_new_one_held(run):
     (run / "metrics.jsonl").touch()
     held = Lease("link", PLACE)
-    checkpoint.set_aside("link")  # which keeps the link, and does not move the new run to the disk on which the link lies
+    set_aside("link", Agreement())  # which keeps the link, and does not move the new run to the disk on which the link lies
     held.follow()
     assert os.path.islink("link") and set(os.listdir("link")) == {"lease-1.json", "checkpoints"}
     assert (run.with_name("run.1") / "metrics.jsonl").exists()
@@ -119,7 +122,7 @@ def test_a_run_that_is_set_aside_is_free_again_and_the_new_one_held(run):
 
 def test_a_new_folder_is_not_set_aside(run):
     held = Lease("link", PLACE)
-    checkpoint.set_aside("link")
+    set_aside("link", Agreement())
     assert sorted(os.listdir("big")) == [".run.lock", "run"]
     held.release()
 
@@ -202,7 +205,9 @@ def test_a_run_that_was_suspended_learns_that_its_folder_was_taken(run, hold, mo
         taker = Lease(str(run), PLACE, beat=BEAT)
     suspended._beat = 0.0  # it wakes up, after many
     assert not suspended.is_ours()
-    with pytest.raises(LostError, match=rf"{run} was taken over by a run on .* while this run did not answer: it ends, and writes no more"):
+    with pytest.raises(
+        OwnerError, match=rf"{run} was taken over by a run on .* while this run did not answer: it ends, and writes no more"
+    ):
         suspended.check()
     suspended.release()
     taker.check()
@@ -255,7 +260,11 @@ def test_no_room_for_a_lease(run, monkeypatch, failing):
         patch.setattr(os, failing, full)
         with pytest.raises(ValueError, match=r"big/run cannot be written \(No space left on device\): make room there, or choose another"):
             Lease("big/run", PLACE)
-    assert os.listdir(run) == ["checkpoints"]
+    assert os.listdir(run) == []
+    (run / "checkpoints").symlink_to("/proc/nowhere")
+    with pytest.raises(ValueError, match=r"checkpoint\.folder=\S+/checkpoints cannot be written"):
+        Lease("big/run", PLACE)
+    (run / "checkpoints").unlink()
     assert is_free(run)
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import lease
-from pipeline.lease import Hold, LostError
+from pipeline.checkpoint import OwnerError
+from pipeline.lease import Hold
 
 END = 40.0  # beats after which a course is over
 
@@ -118,7 +119,7 @@ def compete(monkeypatch, choices, before, atomic, contenders=2, stalls=False):
                 mine.renew()
             mine.check()
             told[name] = "holds"
-        except LostError:
+        except OwnerError:
             told[name] = "lost"
 
     def contend(name):
