@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline import lease, lease_files
 from pipeline.agreement import Agreement
@@ -87,7 +88,8 @@ def run(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "runs").symlink_to(tmp_path / "big")
-    return folder
+    yield folder
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("first", ["big/run", "link", "runs/run"])

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dali_loaders.config import DataConfig
 from pipeline import run_folder
@@ -24,7 +25,8 @@ PLACE = Place(0, 1, torch.device("cpu"))
 def folder(tmp_path, monkeypatch):
     join("cpu")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    dist.destroy_process_group()
 
 
 def check(run="run", data="", resume="auto", **sections):

@@ -13,6 +13,7 @@ import textwrap
 import matplotlib.figure
 import numpy as np
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -219,9 +220,15 @@ def test_summary_of_a_run_whose_files_are_damaged_or_missing(tmp_path):
     assert "0.5000 at step 1 -> 0.2500 at step 3" in summary(str(tmp_path)) and "7 (median)" in summary(str(tmp_path))
 
 
-def test_a_run_of_which_only_checkpoints_can_be_written_ends_well(tmp_path, monkeypatch, capfd):
-    """In its start, its evaluations and its end."""
+@pytest.fixture
+def alone():
     join("cpu")
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_run_of_which_only_checkpoints_can_be_written_ends_well(tmp_path, monkeypatch, capfd, alone):
+    """In its start, its evaluations and its end."""
     data, folder = faces(str(tmp_path)), tmp_path / "run"
     expected = train_losses(configuration(data, str(tmp_path / "other"), steps=4, save_every=2))
     folder.mkdir()
