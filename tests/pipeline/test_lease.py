@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline import lease, lease_files
+from pipeline import lease, lease_files, lease_hold
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import OwnerError
 from pipeline.distributed import Place, join
@@ -168,7 +168,7 @@ def test_a_killed_run_leaves_its_folder_to_the_next_at_once(run, hold, monkeypat
     assert not is_free("link")
     killed.kill()
     killed.wait()
-    monkeypatch.setattr(lease, "_pause", lambda seconds: pytest.fail("waits"))
+    monkeypatch.setattr(lease_hold, "_pause", lambda seconds: pytest.fail("waits"))
     monkeypatch.setattr("socket.gethostname", lambda: "renamed")
     held = Lease("link", PLACE)
     assert [name for name in os.listdir(run) if name.startswith("lease")] == ["lease-2.json"] and note(run, 2)["host"] == "renamed"

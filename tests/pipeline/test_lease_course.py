@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import lease
+from pipeline import lease_hold
 from pipeline.checkpoint import OwnerError
-from pipeline.lease import Hold
+from pipeline.lease_hold import Hold
 
 END = 40.0  # beats after which a course is over
 
@@ -107,7 +107,7 @@ def compete(monkeypatch, choices, before, atomic, contenders=2, stalls=False):
     """What each run says in the end: "holds", "refused" or "lost". before: what is found: nothing, or a lease that is "stale", "released"
     or "alive", that of a run of its own, the last one."""
     course, content, told = Course(choices, stalls), {}, {}
-    monkeypatch.setattr(lease, "_pause", course.step)
+    monkeypatch.setattr(lease_hold, "_pause", course.step)
 
     def hold(name):
         return Hold(Shelf(course, content, atomic), name, 1.0)
