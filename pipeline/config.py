@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dali_loaders import renamed
 from dali_loaders.config import DataConfig
+from dali_loaders.remote import without_secrets
 from partial_fc import losses
 from partial_fc.classifier import ClassifierConfig
 from partial_fc.losses import Loss
@@ -88,7 +89,7 @@ def _lines(part: Any, prefix: str) -> Iterator[str]:
         if is_dataclass(value):
             yield from _lines(value, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name} = {_text(value)}"
+            yield f"{prefix}{item.name} = {without_secrets(_text(value))}"
 
 
 def _text(value: Any) -> str:
@@ -100,7 +101,17 @@ def _text(value: Any) -> str:
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values, with the loss's name under loss.name; `from_dict` reads them back."""
-    return {**asdict(config), "loss": {"name": losses.name_of(config.loss), **asdict(config.loss)}}  # type: ignore[call-overload]
+    loss = {"name": losses.name_of(config.loss), **asdict(config.loss)}  # type: ignore[call-overload]
+    return _public({**asdict(config), "loss": loss})
+
+
+def _public(value: Any) -> Any:
+    """A checkpoint may be given away, so no password of an address goes into it."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_public, value))
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
