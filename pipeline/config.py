@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dali_loaders import renamed
 from dali_loaders.config import DataConfig
+from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
 from partial_fc import losses
 from partial_fc.classifier import ClassifierConfig
@@ -139,7 +140,7 @@ def _from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
     parts: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"the saved configuration has {prefix}{name}, which this version does not know")
+            raise ValueError(f"the saved configuration has {prefix}{printable(str(name))[:100]}, which this version does not know")
         if is_dataclass(types[name]) and not isinstance(value, dict):
             raise ValueError(f"the saved configuration has {prefix}{name} = {reprlib.repr(value)}, which is no section")
         if types[name] is Loss:

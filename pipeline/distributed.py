@@ -241,6 +241,7 @@ def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Cal
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     number, count = str(rank), str(ranks)
     os.environ.update({"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count, STORE: store})
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has a part in this
     logging.basicConfig(format="%(message)s")
     try:
         function(*arguments)
