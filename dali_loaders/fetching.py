@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, words
+from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, without_secrets, words
 from dali_loaders.sources.patterns import braces
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def fetch(address: str, cache: str) -> str:
     a #IMAGE:LABEL stays at its end. The set appears under its local path once it is whole. One process copies, and the others of this
     machine wait for it. Older versions are removed. ValueError, in a sentence, if it cannot be copied."""
     if not cache:
-        raise ValueError(f"{address} is remote: set data.cache to a local folder with room for a copy of it.")
+        raise ValueError(f"{without_secrets(address)} is remote: set data.cache to a local folder with room for a copy of it.")
     address, mark, columns = address.partition("#")
     system, path = connect(address)
     start = re.search(r"[^/]*([*{].*)?$", path)
@@ -67,18 +67,23 @@ def _files(system: AbstractFileSystem, folder: str, name: str) -> list[RemoteFil
     if "*" in name:
         found = system.glob(folder + name, detail=True)
         files = [described(folder, path[len(folder) :], info) for path, info in sorted(found.items()) if info["type"] == "file"]
-        if any(".." in file.name.split("/") for file in files):
+        if not all(_stays_inside(file.name) for file in files):
             raise ValueError(f"{folder}{name}: a file's name would lead out of the cache folder.")
         if not files:
             raise FileNotFoundError("no file has such a name")
         return files
-    if ".." in name.split("/"):
-        raise ValueError(f"{folder}{name} leaves its folder; give the address without '..'.")
+    if not all(map(_stays_inside, braces(name))):
+        raise ValueError(f"{folder}{name} leaves its folder; give the address without '..' and without '//'.")
     files = [described(folder, one, system.info(folder + one)) for one in braces(name)]
     if name.endswith(".rec"):
         beside = (name.removesuffix(".rec") + end for end in (".idx", ".identities.txt"))
         files += [described(folder, one, system.info(folder + one)) for one in beside if system.exists(folder + one)]
     return files
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name, which a server may have made up, is that of a file below the folder that it is put into: "/etc/x" is none."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 def _whole(folder: str, files: list[RemoteFile]) -> bool:
@@ -106,7 +111,8 @@ def _copy_all(
         progress = _Progress(address, sum(file.size for file in wanted))
         if free < progress.bytes:
             raise ValueError(
-                f"{address} has {progress.bytes >> 20} MB to copy, but {cache} has {free >> 20} MB left; choose another data.cache."
+                f"{progress.address} has {progress.bytes >> 20} MB to copy, but {cache} has {free >> 20} MB left; "
+                "choose another data.cache."
             )
         for file in wanted:
             with _sentence(address):
@@ -114,7 +120,7 @@ def _copy_all(
         with _sentence(address):
             changed = listing() != files
         if changed:
-            raise ValueError(f"{address} has changed while it was copied; start again when it is complete.")
+            raise ValueError(f"{progress.address} has changed while it was copied; start again when it is complete.")
         with _writing(cache):
             shutil.rmtree(folder, ignore_errors=True)  # one from which files were taken
             os.rename(part, folder)
@@ -171,8 +177,8 @@ class _Progress:
     """A line in the log every 10 seconds."""
 
     def __init__(self, address: str, size: int) -> None:
-        self.address, self.bytes, self.done, self._said = address, size, 0, time.monotonic()
-        log.info("copying %s, %d MB", address, size >> 20)
+        self.address, self.bytes, self.done, self._said = without_secrets(address), size, 0, time.monotonic()
+        log.info("copying %s, %d MB", self.address, size >> 20)
 
     def add(self, size: int) -> None:
         self.done += size
@@ -217,6 +223,7 @@ def _writing(cache: str) -> Iterator[None]:
 
 @contextmanager
 def _sentence(address: str) -> Iterator[None]:
+    address = without_secrets(address)
     try:
         yield
     except ValueError:

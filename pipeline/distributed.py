@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dali_loaders.remote import without_secrets
+
 log = logging.getLogger(__name__)
 STORE = "PROTOSHARD_STORE"  # the variable in which run_local tells its processes where they meet
 
@@ -140,7 +142,11 @@ def describe(error: ValueError) -> str | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return str(error) if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__") else None
+    return (
+        without_secrets(str(error))
+        if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__")
+        else None
+    )
 
 
 def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
@@ -184,6 +190,7 @@ def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Cal
     mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     number, count = str(rank), str(ranks)
     os.environ.update({"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count, STORE: store})
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has a part in this
     logging.basicConfig(format="%(message)s")
     try:
         function(*arguments)

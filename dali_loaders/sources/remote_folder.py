@@ -10,7 +10,7 @@ import threading
 
 from dali_loaders.account import Account, ReadError
 from dali_loaders.names import printable, text
-from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, words
+from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, without_secrets, words
 from dali_loaders.sources.by_name import LAYOUT, aside, labels_of, named_like_an_image, no_images
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class RemoteFolderSource:
         return data
 
     def name(self, index: int) -> str:
-        return printable(f"{self.path}/{self._files[index].name}")
+        return printable(f"{without_secrets(self.path)}/{self._files[index].name}")
 
     def _ask(self, file: RemoteFile) -> bytes:
         data = self._system.cat_file(file.path)
@@ -90,7 +90,7 @@ class RemoteFolderSource:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            log.warning("%s cannot be written (%s): images are read from %s again", self._cache, words(error), self.path)
+            log.warning("%s cannot be written (%s): images are read from %s again", self._cache, words(error), without_secrets(self.path))
             self._cache = ""
 
 

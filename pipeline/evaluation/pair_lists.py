@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dali_loaders.names import printable
+
 IMAGE_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")  # aligned copies of LFW have other ones than the originals
 _EXPECTED = "expected LFW's lines (name i j, or name i name j) or CALFW's and CPLFW's (image label, two lines a pair)"
 _SHOWN = 3
@@ -95,6 +97,11 @@ def find_images(listed: PairList, path: str, folder: str) -> list[str]:
     """Files of both images of every pair: FOLDER/NAME/NAME_0001.jpg, as LFW has them, or FOLDER/NAME_0001.jpg, as CALFW and CPLFW.
 
     ValueError, with their number, where some are missing: a score on fewer pairs could not be compared."""
+    outside = next((name for pair in listed.pairs for name in pair if name.startswith("/") or ".." in name.split("/")), None)
+    if outside is not None:
+        raise ValueError(
+            f"{path} names {printable(outside)[:100]}, which lies outside {folder}: a list may name files of its folder alone."
+        )
     found: dict[str, str | None] = {}
     for name in dict.fromkeys(name for pair in listed.pairs for name in pair):
         found[name] = next((file for file in _places(folder, name) if os.path.isfile(file)), None)
