@@ -10,12 +10,15 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from dali_loaders.account import Unreadable
+from dali_loaders.config import TIMEOUT
+from dali_loaders.readers import Readers
 from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, words
 from dali_loaders.sources.patterns import braces
+from dali_loaders.waiting import waiting
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -48,7 +51,7 @@ def fetch(address: str, cache: str) -> str:
     def listing() -> list[RemoteFile]:
         return retried(lambda: _files(system, path.removesuffix(name), name))
 
-    with _sentence(address):
+    with _sentence(address), waiting(f"the list of files at {address}"):
         files = listing()
     versions = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:12]
     folder = os.path.join(cache, f"{cache_name(address)}-{versions}")
@@ -139,8 +142,18 @@ def _copy(system: AbstractFileSystem, file: RemoteFile, path: str, cache: str, p
         os.makedirs(os.path.dirname(path), exist_ok=True)
         descriptor = os.open(f"{path}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
-            for size in pool.map(copy_piece, range(0, file.size, _PIECE)):
+        pieces: Readers[int] = Readers(
+            lambda numbers: (copy_piece(number * _PIECE) for number in numbers),
+            file.path,
+            lambda number: f"piece {number} of {file.path}",
+            _PIECES_AT_ONCE,
+            TIMEOUT,
+        )
+        with closing(pieces), waiting(lambda: f"{progress}: {pieces.doing()}"):
+            for number, part in enumerate([pieces.submit([number]) for number in range(-(-file.size // _PIECE))]):
+                (size,) = pieces.result(part)
+                if isinstance(size, Unreadable):
+                    raise TimeoutError(f"{size.reason} for piece {number} of {file.name}")
                 progress.add(size)
         with _writing(cache):
             os.fsync(descriptor)
@@ -178,7 +191,10 @@ class _Progress:
         self.done += size
         if time.monotonic() - self._said > 10:
             self._said = time.monotonic()
-            log.info("copied %d of %d MB of %s", self.done >> 20, self.bytes >> 20, self.address)
+            log.info("%s", self)
+
+    def __str__(self) -> str:
+        return f"the copy of {self.address}, {self.done >> 20} of {self.bytes >> 20} MB"
 
 
 def _remove_others(cache: str, address: str, folder: str) -> None:
@@ -192,14 +208,14 @@ def _remove_others(cache: str, address: str, folder: str) -> None:
 def _locked(cache: str) -> Iterator[None]:
     """Holds the lock of the folder itself, which ends with its process and leaves no file."""
     with _writing(cache):
-        descriptor = os.open(cache, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _writing(cache):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("waiting for another process that copies into %s", cache)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                with waiting(f"another process that copies into {cache}"):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -1,0 +1,202 @@
+"""Threads that read images, each image within a time limit. One that hangs cannot be ended, so it is left behind: the image counts as
+unreadable, another thread goes on with the next one, and where all reads hang the storage is at fault."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from dali_loaders.account import StorageError, Unreadable
+
+T = TypeVar("T")
+Numbers = Sequence[int] | np.ndarray  # of images
+
+MOST_HANGING = 4  # images at once; more are no chance, and each costs its time limit
+_LOOK = 0.1  # seconds between two looks at reads that take long
+_AWAKE = 1.0  # seconds of looks before a read is given up: after a SIGSTOP, say, all clocks have run on
+_GRACE = 5.0  # seconds that closing waits for reads under way
+
+
+class Part(Generic[T]):
+    """Images on their way, by one thread."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        self.numbers = numbers
+        self.found: list[T] = []
+        self.since = math.inf  # when its thread began to read what comes next
+        self.thread: threading.Thread | None = None
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self.left = False  # nobody waits for it any more
+        self.kept: list[T] = []  # what was found until it was left
+        self.hangs = False  # at an image that is known: numbers[len(kept)]
+
+
+class Readers(Generic[T]):
+    """Up to `threads` threads.
+
+    read: from numbers of images to what was read of each, one after the other; called in any of the threads
+    path, name: of the set, and of an image, for messages
+    timeout: seconds that the next image may take; 0 for any time
+    together: `read` has images only when it has read all of them, so that it cannot be told which one hangs
+    stop: set by others when nobody wants the images"""
+
+    def __init__(
+        self,
+        read: Callable[[Numbers], Iterable[T]],
+        path: str,
+        name: Callable[[int], str],
+        threads: int,
+        timeout: float,
+        *,
+        together: bool = False,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._read, self._path, self._name, self._together = read, path, name, together
+        self._most, self._timeout = threads, timeout or math.inf
+        self._stop = stop or threading.Event()
+        self._queue: queue.SimpleQueue[Part[T] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._threads: set[threading.Thread] = set()  # without those that hang
+        self._active: set[Part[T]] = set()
+        self._hanging: set[Part[T]] = set()  # images that were given up, and are not back yet
+        self._answered = -math.inf  # when a read returned
+
+    def submit(self, numbers: Numbers) -> Part[T]:
+        part: Part[T] = Part(numbers)
+        self._queue.put(part)
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
+            self._start()
+        return part
+
+    def result(self, part: Part[T]) -> list[T | Unreadable]:
+        """What `read` gave for the images of a part, and Unreadable for those that took longer than the limit. Raises what `read` raised;
+        StorageError where not the images are at fault; CancelledError once `stop` is set."""
+        images: list[T | Unreadable] = []
+        while not self._is_done(part):
+            images += part.kept
+            rest = part.numbers[len(part.kept) :]
+            if part.hangs:
+                images.append(Unreadable(f"no answer within {self._timeout:g} s"))
+                rest = rest[1:]
+            if self._together and not part.kept and len(rest) > 1:
+                return images + [image for one in [self.submit([number]) for number in rest] for image in self.result(one)]
+            if not len(rest):
+                return images
+            part = self.submit(rest)
+        if part.error is not None:
+            raise part.error
+        return images + part.found
+
+    def doing(self) -> str:
+        """Which read has been under way for the longest time; "" where there is none."""
+        active = [part for part in list(self._active) if not (part.left or part.done.is_set())]
+        if not active:
+            return ""
+        part = min(active, key=lambda part: part.since)
+        name = self._name(int(part.numbers[min(len(part.found), len(part.numbers) - 1)]))
+        others = f" and {len(part.numbers) - 1} others" if self._together and not part.found and len(part.numbers) > 1 else ""
+        return f"reading {name}{others} for {max(0.0, time.monotonic() - part.since):.0f} s"
+
+    def close(self) -> None:
+        """Ends the threads. Reads that have not begun are dropped, and those under way are waited for a moment."""
+        try:
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            self._queue.put(None)
+        for part in list(self._active):
+            part.left = True
+        until = time.monotonic() + _GRACE
+        for thread in list(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _start(self) -> None:
+        # Daemons, and no pool of concurrent.futures: the interpreter's end would wait for one that hangs.
+        thread = threading.Thread(target=self._work, name="protoshard-read", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        while (part := self._queue.get()) is not None:
+            self._fill(part)
+            if part.left:
+                return  # another one has this one's place
+            self._idle.release()
+        self._queue.put(None)  # for the next one
+
+    def _fill(self, part: Part[T]) -> None:
+        part.thread, part.since = threading.current_thread(), time.monotonic()
+        self._active.add(part)
+        try:
+            for image in self._read(part.numbers):
+                part.since = time.monotonic()  # first, see _leave
+                if part.left:
+                    break
+                part.found.append(image)
+        except BaseException as error:  # whatever it is, somebody waits for it
+            part.error = error
+        self._answered = time.monotonic()
+        part.done.set()  # first, see _leave
+        self._active.discard(part)
+        self._hanging.discard(part)
+
+    def _is_done(self, part: Part[T]) -> bool:
+        """Waits for that; False once it is given up."""
+        look, awake = min(_LOOK, self._timeout / 4), 0.0
+        while not part.left:
+            begun = time.monotonic()
+            if part.done.wait(look):
+                return not part.left
+            if self._stop.is_set():
+                raise CancelledError
+            if part.thread is not None and not part.thread.is_alive() and not part.done.is_set():
+                raise RuntimeError(f"the thread that read {self._path} has ended without a word")
+            now = time.monotonic()
+            awake = awake + now - begun if now - begun < look + _AWAKE else 0.0
+            if awake >= min(_AWAKE, self._timeout):
+                self._give_up(now)
+        return False
+
+    def _give_up(self, now: float) -> None:
+        """All reads beyond their time, also those that nobody waits for yet: no thread may be left for the others."""
+        for part in list(self._active):
+            if not part.left and now - part.since > self._timeout:
+                self._leave(part)
+                if part.hangs:
+                    self._judge(part)
+                self._start()
+
+    def _leave(self, part: Part[T]) -> None:
+        since, part.kept = part.since, list(part.found)
+        part.left = True
+        # If the thread went on meanwhile it has changed `since` before it looked at `left`: then nothing hangs, and is read again.
+        unclear = self._together and not part.kept and len(part.numbers) > 1
+        part.hangs = part.since == since and not unclear
+        if part.kept:
+            self._answered = max(self._answered, since)
+        if part.hangs:
+            self._hanging.add(part)
+        if part.done.is_set():
+            self._hanging.discard(part)
+        if part.thread is not None:
+            self._threads.discard(part.thread)
+
+    def _judge(self, last: Part[T]) -> None:
+        """StorageError unless it may be the images that hang: others were read meanwhile, and there are few of them."""
+        hanging = [last, *(set(self._hanging) - {last})]
+        if sum(part.since >= self._answered for part in hanging) < 2 and len(hanging) <= MOST_HANGING:
+            return
+        names = [self._name(int(part.numbers[len(part.kept)])) for part in hanging]
+        more = f" nor for {len(names) - 2} more" if len(names) > 2 else ""
+        raise StorageError(
+            f"{self._path} cannot be read: no answer within {self._timeout:g} s, neither for {names[0]} nor for {names[-1]}{more}; that is "
+            "the fault of no image: mend the storage or network of this machine and resume, or give it more time by data.timeout."
+        )
