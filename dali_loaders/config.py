@@ -38,14 +38,8 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("min_images", 1),
-            ("images_per_identity", 1),
-            ("image_size", 8),
-            ("threads", 0),
-            ("timeout", 0),
-            ("prefetch", 1),
-        ):
+        least_of = {"min_images": 1, "images_per_identity": 1, "image_size": 8, "timeout": 0, "threads": 0, "prefetch": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not value >= least:  # NaN too
                 raise ValueError(f"data.{name} is {value}; expected at least {least}.")

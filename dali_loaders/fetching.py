@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dali_loaders.account import Unreadable
 from dali_loaders.config import TIMEOUT
-from dali_loaders.readers import Readers
+from dali_loaders.readers import Numbers, Part, Readers
 from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, words
 from dali_loaders.sources.patterns import braces
 from dali_loaders.waiting import waiting
@@ -127,40 +130,47 @@ def _copy_all(
 
 
 def _copy(system: AbstractFileSystem, file: RemoteFile, path: str, cache: str, progress: _Progress) -> None:
-    def copy_piece(start: int) -> int:
-        end = min(start + _PIECE, file.size)
-        data = retried(lambda: _read_piece(system, file, start, end))
-        with _writing(cache):
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
-        return len(data)
-
     if file.size > _PIECE:
         retried(lambda: _check_parts(system, file))
     with _writing(cache):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         descriptor = os.open(f"{path}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        pieces: Readers[int] = Readers(
-            lambda numbers: (copy_piece(number * _PIECE) for number in numbers),
-            file.path,
-            lambda number: f"piece {number} of {file.path}",
-            _PIECES_AT_ONCE,
-            TIMEOUT,
-        )
-        with closing(pieces), waiting(lambda: f"{progress}: {pieces.doing()}"):
-            for number, part in enumerate([pieces.submit([number]) for number in range(-(-file.size // _PIECE))]):
-                (size,) = pieces.result(part)
-                if isinstance(size, Unreadable):
-                    raise TimeoutError(f"{size.reason} for piece {number} of {file.name}")
-                progress.add(size)
+        with closing(_pieces(system, file, progress)) as pieces:
+            for data in pieces:
+                with _writing(cache):
+                    written = 0
+                    while written < len(data):
+                        written += os.write(descriptor, memoryview(data)[written:])
+                progress.add(len(data))
         with _writing(cache):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     with _writing(cache):
         os.rename(f"{path}.tmp", path)
+
+
+def _pieces(system: AbstractFileSystem, file: RemoteFile, progress: _Progress) -> Generator[bytes, None, None]:
+    """The file, several pieces ahead. A thread whose read hangs is left behind, so that none may write."""
+
+    def read(numbers: Numbers) -> Iterator[bytes]:
+        for number in numbers:
+            start = int(number) * _PIECE
+            yield retried(partial(_read_piece, system, file, start, min(start + _PIECE, file.size)))
+
+    readers: Readers[bytes] = Readers(read, file.path, lambda number: f"piece {number} of {file.path}", _PIECES_AT_ONCE, TIMEOUT)
+    numbers, ahead = iter(range(-(-file.size // _PIECE))), deque[Part[bytes]]()
+    with closing(readers):
+        while True:
+            ahead.extend(readers.submit([number]) for number in itertools.islice(numbers, _PIECES_AT_ONCE - len(ahead)))
+            if not ahead:
+                return
+            with waiting(lambda: f"{progress}: {readers.doing()}"):
+                (data,) = readers.result(ahead.popleft())
+            if isinstance(data, Unreadable):
+                raise ValueError(f"{progress.address} cannot be read: {data.reason}; check the connection.")
+            yield data
 
 
 def _read_piece(system: AbstractFileSystem, file: RemoteFile, start: int, end: int) -> bytes:

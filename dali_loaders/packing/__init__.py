@@ -52,7 +52,8 @@ def pack(
     The result does not depend on `workers`, the number of threads (0: as many as there are cores, up to 8). Images are packed identity by
     identity. What cannot be read is left out and listed in OUT.left_out.txt; identities of which nothing is left get no label.
     A pack that was killed is gone on with, if source and options are the same. `resume` leaves what is done for that also where the pack
-    ends with an error or an interruption; without, nothing stays then. timeout: seconds that the read of an image may take. ValueError where nothing can be packed or written."""
+    ends with an error or an interruption; without, nothing stays then. timeout: seconds that the read of an image may take. ValueError
+    where nothing can be packed or written."""
     config = config or PackConfig()
     is_shards = out.endswith(".tar")
     check_name(source, out)
