@@ -80,9 +80,10 @@ class Background(Generic[T]):
 
     def doing(self) -> str:
         """What is at hand or on its way, from any thread."""
-        if ready := self._ready.qsize():
-            return f"{ready} ahead"
-        return self._work() if self._thread.is_alive() else "ended"
+        if self._stop.is_set() or not self._thread.is_alive():
+            return "ended"
+        ready = self._ready.qsize()
+        return f"{ready} ahead" if ready else self._work()
 
     def close(self) -> None:
         """Stops the thread and waits for it; whoever waits in next() gets StopIteration."""

@@ -7,6 +7,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from typing import Generic, TypeVar
@@ -37,6 +38,8 @@ class Part(Generic[T]):
         self.left = False  # nobody waits for it any more
         self.kept: list[T] = []  # what was found until it was left
         self.hangs = False  # at an image that is known: numbers[len(kept)]
+        self.rest: list[Part[T]] = []  # who reads the other ones
+        self.whole: Part[T] | None = None  # what hung as a whole, and of which this is one image
 
 
 class Readers(Generic[T]):
@@ -66,11 +69,13 @@ class Readers(Generic[T]):
         self._idle = threading.Semaphore(0)
         self._threads: set[threading.Thread] = set()  # without those that hang
         self._active: set[Part[T]] = set()
-        self._hanging: set[Part[T]] = set()  # images that were given up, and are not back yet
+        self._hanging: set[Part[T]] = set()  # given up, and not back yet
         self._answered = -math.inf  # when a read returned
 
-    def submit(self, numbers: Numbers) -> Part[T]:
+    def submit(self, numbers: Numbers, whole: Part[T] | None = None) -> Part[T]:
+        """`whole` is for Readers alone."""
         part: Part[T] = Part(numbers)
+        part.whole = whole
         self._queue.put(part)
         if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
             self._start()
@@ -80,20 +85,18 @@ class Readers(Generic[T]):
         """What `read` gave for the images of a part, and Unreadable for those that took longer than the limit. Raises what `read` raised;
         StorageError where not the images are at fault; CancelledError once `stop` is set."""
         images: list[T | Unreadable] = []
-        while not self._is_done(part):
-            images += part.kept
-            rest = part.numbers[len(part.kept) :]
-            if part.hangs:
-                images.append(Unreadable(f"no answer within {self._timeout:g} s"))
-                rest = rest[1:]
-            if self._together and not part.kept and len(rest) > 1:
-                return images + [image for one in [self.submit([number]) for number in rest] for image in self.result(one)]
-            if not len(rest):
-                return images
-            part = self.submit(rest)
-        if part.error is not None:
-            raise part.error
-        return images + part.found
+        todo = deque([part])
+        while todo:
+            part = todo.popleft()
+            if self._is_done(part):
+                if part.error is not None:
+                    raise part.error
+                images += part.found
+            else:
+                images += part.kept
+                images += [Unreadable(f"no answer within {self._timeout:g} s")] * part.hangs
+                todo.extendleft(reversed(part.rest))
+        return images
 
     def doing(self) -> str:
         """Which read has been under way for the longest time; "" where there is none."""
@@ -101,9 +104,7 @@ class Readers(Generic[T]):
         if not active:
             return ""
         part = min(active, key=lambda part: part.since)
-        name = self._name(int(part.numbers[min(len(part.found), len(part.numbers) - 1)]))
-        others = f" and {len(part.numbers) - 1} others" if self._together and not part.found and len(part.numbers) > 1 else ""
-        return f"reading {name}{others} for {max(0.0, time.monotonic() - part.since):.0f} s"
+        return f"reading {self._called(part)} for {max(0.0, time.monotonic() - part.since):.0f} s"
 
     def close(self) -> None:
         """Ends the threads. Reads that have not begun are dropped, and those under way are waited for a moment."""
@@ -118,14 +119,15 @@ class Readers(Generic[T]):
         for thread in list(self._threads):
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _start(self) -> None:
+    def _start(self, *first: Part[T]) -> None:
         # Daemons, and no pool of concurrent.futures: the interpreter's end would wait for one that hangs.
-        thread = threading.Thread(target=self._work, name="protoshard-read", daemon=True)
+        thread = threading.Thread(target=self._work, args=first, name="protoshard-read", daemon=True)
         self._threads.add(thread)
         thread.start()
 
-    def _work(self) -> None:
-        while (part := self._queue.get()) is not None:
+    def _work(self, first: Part[T] | None = None) -> None:
+        while (part := first or self._queue.get()) is not None:
+            first = None
             self._fill(part)
             if part.left:
                 return  # another one has this one's place
@@ -168,33 +170,46 @@ class Readers(Generic[T]):
     def _give_up(self, now: float) -> None:
         """All reads beyond their time, also those that nobody waits for yet: no thread may be left for the others."""
         for part in list(self._active):
-            if not part.left and now - part.since > self._timeout:
-                self._leave(part)
-                if part.hangs:
-                    self._judge(part)
+            if part.left or now - part.since <= self._timeout:
+                continue
+            since, part.kept = part.since, list(part.found)
+            part.left = True
+            # If its thread went on meanwhile it changed `since` before it looked at `left`; then nothing hangs.
+            is_unclear = self._is_unclear(part)
+            part.hangs = part.since == since and not is_unclear
+            if part.kept:
+                self._answered = max(self._answered, since)
+            if part.since == since:
+                self._hanging.add(part)
+                if part.whole is not None:
+                    self._hanging.discard(part.whole)
+                self._judge(part)
+            if part.done.is_set():
+                self._hanging.discard(part)
+            if part.thread is not None:
+                self._threads.discard(part.thread)
+            rest = part.numbers[len(part.kept) + part.hangs :]
+            if is_unclear:
                 self._start()
+                part.rest = [self.submit([number], part) for number in rest]
+            else:
+                part.rest = [Part(rest)] if len(rest) else []
+                self._start(*part.rest)  # at once: what comes back tells whether the storage answers
 
-    def _leave(self, part: Part[T]) -> None:
-        since, part.kept = part.since, list(part.found)
-        part.left = True
-        # If the thread went on meanwhile it has changed `since` before it looked at `left`: then nothing hangs, and is read again.
-        unclear = self._together and not part.kept and len(part.numbers) > 1
-        part.hangs = part.since == since and not unclear
-        if part.kept:
-            self._answered = max(self._answered, since)
-        if part.hangs:
-            self._hanging.add(part)
-        if part.done.is_set():
-            self._hanging.discard(part)
-        if part.thread is not None:
-            self._threads.discard(part.thread)
+    def _called(self, part: Part[T]) -> str:
+        """The image that it is at, or the first of those that it reads together."""
+        name = self._name(int(part.numbers[min(len(part.found), len(part.numbers) - 1)]))
+        return f"{name} and {len(part.numbers) - 1} others" if self._is_unclear(part) else name
+
+    def _is_unclear(self, part: Part[T]) -> bool:
+        return self._together and not part.found and len(part.numbers) > 1
 
     def _judge(self, last: Part[T]) -> None:
         """StorageError unless it may be the images that hang: others were read meanwhile, and there are few of them."""
         hanging = [last, *(set(self._hanging) - {last})]
         if sum(part.since >= self._answered for part in hanging) < 2 and len(hanging) <= MOST_HANGING:
             return
-        names = [self._name(int(part.numbers[len(part.kept)])) for part in hanging]
+        names = [self._called(part) for part in hanging]
         more = f" nor for {len(names) - 2} more" if len(names) > 2 else ""
         raise StorageError(
             f"{self._path} cannot be read: no answer within {self._timeout:g} s, neither for {names[0]} nor for {names[-1]}{more}; that is "

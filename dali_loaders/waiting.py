@@ -52,4 +52,4 @@ def _watch() -> None:
         for wait in list(_waits):
             if time.monotonic() - wait.since >= wait.next:
                 wait.next *= 2
-                log.warning("%s", wait)
+                log.warning("%s", str(wait))  # here, since every handler would ask anew
