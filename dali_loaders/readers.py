@@ -28,8 +28,8 @@ _GRACE = 5.0  # seconds that closing waits for reads under way
 class Part(Generic[T]):
     """Images on their way, by one thread."""
 
-    def __init__(self, numbers: Numbers) -> None:
-        self.numbers = numbers
+    def __init__(self, numbers: Numbers, singly: bool = False) -> None:
+        self.numbers, self.singly = numbers, singly
         self.found: list[T] = []
         self.since = math.inf  # when its thread began to read what comes next
         self.thread: threading.Thread | None = None
@@ -39,7 +39,6 @@ class Part(Generic[T]):
         self.kept: list[T] = []  # what was found until it was left
         self.hangs = False  # at an image that is known: numbers[len(kept)]
         self.rest: list[Part[T]] = []  # who reads the other ones
-        self.whole: Part[T] | None = None  # what hung as a whole, and of which this is one image
 
 
 class Readers(Generic[T]):
@@ -69,13 +68,11 @@ class Readers(Generic[T]):
         self._idle = threading.Semaphore(0)
         self._threads: set[threading.Thread] = set()  # without those that hang
         self._active: set[Part[T]] = set()
-        self._hanging: set[Part[T]] = set()  # given up, and not back yet
+        self._hanging: set[Part[T]] = set()  # images that were given up, and are not back yet
         self._answered = -math.inf  # when a read returned
 
-    def submit(self, numbers: Numbers, whole: Part[T] | None = None) -> Part[T]:
-        """`whole` is for Readers alone."""
+    def submit(self, numbers: Numbers) -> Part[T]:
         part: Part[T] = Part(numbers)
-        part.whole = whole
         self._queue.put(part)
         if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
             self._start()
@@ -138,17 +135,20 @@ class Readers(Generic[T]):
         part.thread, part.since = threading.current_thread(), time.monotonic()
         self._active.add(part)
         try:
-            for image in self._read(part.numbers):
-                part.since = time.monotonic()  # first, see _leave
+            for image in self._images(part):
+                part.since = time.monotonic()  # first, see _give_up
                 if part.left:
                     break
                 part.found.append(image)
         except BaseException as error:  # whatever it is, somebody waits for it
             part.error = error
         self._answered = time.monotonic()
-        part.done.set()  # first, see _leave
+        part.done.set()  # first, see _give_up
         self._active.discard(part)
         self._hanging.discard(part)
+
+    def _images(self, part: Part[T]) -> Iterable[T]:
+        return (image for number in part.numbers for image in self._read([number])) if part.singly else self._read(part.numbers)
 
     def _is_done(self, part: Part[T]) -> bool:
         """Waits for that; False once it is given up."""
@@ -179,22 +179,16 @@ class Readers(Generic[T]):
             part.hangs = part.since == since and not is_unclear
             if part.kept:
                 self._answered = max(self._answered, since)
-            if part.since == since:
+            if part.hangs:
                 self._hanging.add(part)
-                if part.whole is not None:
-                    self._hanging.discard(part.whole)
                 self._judge(part)
             if part.done.is_set():
                 self._hanging.discard(part)
             if part.thread is not None:
                 self._threads.discard(part.thread)
             rest = part.numbers[len(part.kept) + part.hangs :]
-            if is_unclear:
-                self._start()
-                part.rest = [self.submit([number], part) for number in rest]
-            else:
-                part.rest = [Part(rest)] if len(rest) else []
-                self._start(*part.rest)  # at once: what comes back tells whether the storage answers
+            part.rest = [Part(rest, part.singly or is_unclear)] if len(rest) else []
+            self._start(*part.rest)  # at once: what comes back tells whether the storage answers
 
     def _called(self, part: Part[T]) -> str:
         """The image that it is at, or the first of those that it reads together."""
@@ -202,7 +196,7 @@ class Readers(Generic[T]):
         return f"{name} and {len(part.numbers) - 1} others" if self._is_unclear(part) else name
 
     def _is_unclear(self, part: Part[T]) -> bool:
-        return self._together and not part.found and len(part.numbers) > 1
+        return self._together and not part.singly and not part.found and len(part.numbers) > 1
 
     def _judge(self, last: Part[T]) -> None:
         """StorageError unless it may be the images that hang: others were read meanwhile, and there are few of them."""
