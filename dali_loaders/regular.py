@@ -18,7 +18,7 @@ _OF_OTHERS = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)  # what sockets, and 
 
 
 def open_regular(path: str | bytes, flags: int = os.O_RDONLY) -> int:
-    """Descriptor of a regular file; also for `open(path, opener=open_regular)`. OSError for all else: "is a named pipe, not a file".
+    """Descriptor of a regular file; also for `open(path, mode, opener=open_regular)`. OSError for all else: "is a named pipe, not a file".
 
     Nothing is waited for or read before it is known what was opened, and nothing else can take its place afterwards."""
     return _opened(path, flags)[0]
@@ -43,7 +43,7 @@ def read_regular(path: str | bytes, most: int = -1) -> bytes:
 def _opened(path: str | bytes, flags: int) -> tuple[int, int]:
     """Descriptor and size."""
     try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in _OF_OTHERS:
             _check(os.stat(path).st_mode, path)

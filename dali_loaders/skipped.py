@@ -8,6 +8,7 @@ import os
 from collections import Counter
 
 from dali_loaders.names import printable
+from dali_loaders.regular import open_regular
 from dali_loaders.sources import Source
 from dali_loaders.waiting import waiting
 
@@ -68,7 +69,7 @@ class Skipped:
         line = f"{printable(name)}\t{printable(reason)}\n".encode()  # the name as it is in messages, for data.exclude
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            with open(path, "ab+") as file:
+            with open(path, "ab+", opener=open_regular) as file:
                 with waiting(f"another rank, which holds {path}"):
                     fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
                 file.seek(self._looked)

@@ -51,7 +51,8 @@ def open_data(config: DataConfig) -> Source:
     """The training set of a configuration: its sets with their weights, and of them the images that its lists leave."""
     joined = config.identities == "joined"
     source = open_source(config.train, config.reader, cache=config.cache, weights=config.weights, joined=joined)
-    return select(source, config.subset, config.exclude)
+    with waiting("the lists of data.subset and data.exclude to be read"):
+        return select(source, config.subset, config.exclude)
 
 
 def open_source(path: str, reader: str = "native", *, cache: str = "", weights: Sequence[float] = (), joined: bool = False) -> Source:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pictures import picture
 
-from dali_loaders import DataConfig, TrainLoader, check, evaluation_batches, open_source, pack, readers
+from dali_loaders import DataConfig, TrainLoader, check, evaluation_batches, fetching, open_source, pack, readers, set_cache
 from dali_loaders.account import StorageError
 from dali_loaders.preview import write_preview
 from dali_loaders.sources import FolderSource, RecordSource
@@ -139,6 +139,53 @@ def test_one_record_of_a_file_that_is_read_in_one_call(folder, tmp_path, monkeyp
     monkeypatch.setattr(RecordSource, "read", lambda self, index: hang() if index == 9 else read(self, index))
     batches = evaluation_batches(source, DataConfig(image_size=32, threads=2, timeout=0.5), np.arange(24), 24)
     assert np.concatenate([batch.indices for batch in batches]).tolist() == [number for number in range(24) if number != 9]
+
+
+@pytest.mark.timeout(60)
+def test_a_piece_of_a_remote_file_ends_its_copy(pipe, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe("/hanging/a.tar", b"x" * 1000)
+
+    def hang(*_):
+        with open(pipe, "rb") as file:
+            file.read()
+
+    monkeypatch.setattr(fetching, "_read_piece", hang)
+    monkeypatch.setattr(fetching, "TIMEOUT", 0.5)
+    with pytest.raises(ValueError, match=r"^memory://hanging/a\.tar cannot be read: no answer within 0\.5 s; check the connection"):
+        fetching.fetch("memory://hanging/a.tar", str(tmp_path / "cache"))
+    assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_for_a_lock_says_so(tmp_path):
+    found = []
+
+    def enter():
+        with set_cache.alone_on_this_host(str(tmp_path / "set.tar")):
+            found.append("inside")
+
+    with set_cache.alone_on_this_host(str(tmp_path / "set.tar")):
+        other = threading.Thread(target=enter)
+        other.start()
+        time.sleep(0.3)
+        assert not found and any(re.search(r"another process that looks at the same set and holds /\S+\.lock$", wait) for wait in waits())
+    other.join(10)
+    assert found
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_that_cannot_be_listed_is_named_while_it_is_waited_for(folder, monkeypatch):
+    listed, scandir = [], os.scandir
+
+    def slow(path="."):
+        listed.extend(waits())
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    open_source(str(folder))
+    assert f"waiting 0 s for the data set {folder} to be opened" in listed
+    assert f"waiting 0 s for the names in the folder {folder}/person03" in listed
 
 
 @pytest.mark.timeout(60)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dali_loaders import DataConfig
 from dali_loaders import readers as module
 from dali_loaders.account import ReadError, StorageError, Unreadable
 from dali_loaders.readers import MOST_HANGING, Readers
@@ -250,3 +251,9 @@ def test_reads_of_any_duration_come_in_order(storage):
             yield str(number)
 
     assert results(storage().readers(4, timeout=60, read=read), range(400), 9) == list(map(str, range(400)))
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan")])
+def test_a_limit_that_is_none(timeout):
+    with pytest.raises(ValueError, match=r"data\.timeout is .*; expected at least 0"):
+        DataConfig(timeout=timeout)

@@ -14,6 +14,7 @@ from dali_loaders.identities import read_identities
 from dali_loaders.packing import PackConfig
 from dali_loaders.regular import open_regular, read_regular
 from dali_loaders.sources import select
+from pipeline.evaluation.bin_pairs import read_bin
 from pipeline.evaluation.pair_lists import read_list
 
 KINDS = {"named pipe": "pipe", "socket": "socket", "device": "zeros", "folder": "folder"}
@@ -110,6 +111,8 @@ def test_whatever_else_is_read_by_name(tmp_path):
         pack(source, str(tmp_path / "out.rec"), PackConfig(landmarks=pipe))
     with pytest.raises(ValueError, match=r"pipe cannot be read as a list of pairs \(is a named pipe, not a file\)"):
         read_list(pipe)
+    with pytest.raises(ValueError, match=r"the pair set cannot be opened \(is a named pipe, not a file\)"):
+        read_bin(pipe)
     pipe_at(tmp_path / "out.rec.partial")
     with pytest.raises(ValueError, match=r"cannot write \S+out\.rec: Not a directory"):
         pack(source, str(tmp_path / "out.rec"))
