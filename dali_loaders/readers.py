@@ -31,7 +31,7 @@ class Part(Generic[T]):
     def __init__(self, numbers: Numbers, singly: bool = False) -> None:
         self.numbers, self.singly = numbers, singly
         self.found: list[T] = []
-        self.since = math.inf  # when its thread began to read what comes next
+        self.seen, self.since = 0, math.inf  # how many were found at the last look, and when that was found first
         self.thread: threading.Thread | None = None
         self.done = threading.Event()
         self.error: BaseException | None = None
@@ -135,11 +135,13 @@ class Readers(Generic[T]):
         part.thread, part.since = threading.current_thread(), time.monotonic()
         self._active.add(part)
         try:
-            for image in self._images(part):
-                part.since = time.monotonic()  # first, see _give_up
-                if part.left:
-                    break
-                part.found.append(image)
+            if self._together and not part.singly:
+                part.found.extend(self._read(part.numbers))
+            else:
+                for image in self._images(part):
+                    if part.left:
+                        break
+                    part.found.append(image)
         except BaseException as error:  # whatever it is, somebody waits for it
             part.error = error
         self._answered = time.monotonic()
@@ -162,23 +164,25 @@ class Readers(Generic[T]):
             if part.thread is not None and not part.thread.is_alive() and not part.done.is_set():
                 raise RuntimeError(f"the thread that read {self._path} has ended without a word")
             now = time.monotonic()
+            self._look(now)
             awake = awake + now - begun if now - begun < look + _AWAKE else 0.0
             if awake >= min(_AWAKE, self._timeout):
                 self._give_up(now)
         return False
+
+    def _look(self, now: float) -> None:
+        """Who waits keeps the time, so that it costs the readers none."""
+        for part in list(self._active):
+            if len(part.found) > part.seen:
+                part.seen, part.since, self._answered = len(part.found), now, now
 
     def _give_up(self, now: float) -> None:
         """All reads beyond their time, also those that nobody waits for yet: no thread may be left for the others."""
         for part in list(self._active):
             if part.left or now - part.since <= self._timeout:
                 continue
-            since, part.kept = part.since, list(part.found)
-            part.left = True
-            # If its thread went on meanwhile it changed `since` before it looked at `left`; then nothing hangs.
-            is_unclear = self._is_unclear(part)
-            part.hangs = part.since == since and not is_unclear
-            if part.kept:
-                self._answered = max(self._answered, since)
+            is_unclear, part.left, part.kept = self._is_unclear(part), True, list(part.found)
+            part.hangs = not is_unclear and len(part.kept) == part.seen  # else it has gone on since the look
             if part.hangs:
                 self._hanging.add(part)
                 self._judge(part)
