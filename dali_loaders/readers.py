@@ -7,7 +7,6 @@ import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from typing import Generic, TypeVar
@@ -38,7 +37,7 @@ class Part(Generic[T]):
         self.left = False  # nobody waits for it any more
         self.kept: list[T] = []  # what was found until it was left
         self.hangs = False  # at an image that is known: numbers[len(kept)]
-        self.rest: list[Part[T]] = []  # who reads the other ones
+        self.rest: Part[T] | None = None  # the images behind it, read by another thread
 
 
 class Readers(Generic[T]):
@@ -82,9 +81,9 @@ class Readers(Generic[T]):
         """What `read` gave for the images of a part, and Unreadable for those that took longer than the limit. Raises what `read` raised;
         StorageError where not the images are at fault; CancelledError once `stop` is set."""
         images: list[T | Unreadable] = []
-        todo = deque([part])
-        while todo:
-            part = todo.popleft()
+        rest: Part[T] | None = part
+        while rest is not None:
+            part, rest = rest, None
             if self._is_done(part):
                 if part.error is not None:
                     raise part.error
@@ -92,7 +91,7 @@ class Readers(Generic[T]):
             else:
                 images += part.kept
                 images += [Unreadable(f"no answer within {self._timeout:g} s")] * part.hangs
-                todo.extendleft(reversed(part.rest))
+                rest = part.rest
         return images
 
     def doing(self) -> str:
@@ -116,20 +115,27 @@ class Readers(Generic[T]):
         for thread in list(self._threads):
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _start(self, *first: Part[T]) -> None:
+    def _start(self, first: Part[T] | None = None) -> None:
         # Daemons, and no pool of concurrent.futures: the interpreter's end would wait for one that hangs.
-        thread = threading.Thread(target=self._work, args=first, name="protoshard-read", daemon=True)
+        thread = threading.Thread(target=self._work, args=(first,), name="protoshard-read", daemon=True)
         self._threads.add(thread)
         thread.start()
 
-    def _work(self, first: Part[T] | None = None) -> None:
-        while (part := first or self._queue.get()) is not None:
-            first = None
+    def _work(self, first: Part[T] | None) -> None:
+        part = first or self._next()
+        while part is not None:
             self._fill(part)
             if part.left:
                 return  # another one has this one's place
-            self._idle.release()
+            part = self._next()
         self._queue.put(None)  # for the next one
+
+    def _next(self) -> Part[T] | None:
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            self._idle.release()
+            return self._queue.get()
 
     def _fill(self, part: Part[T]) -> None:
         part.thread, part.since = threading.current_thread(), time.monotonic()
@@ -191,8 +197,8 @@ class Readers(Generic[T]):
             if part.thread is not None:
                 self._threads.discard(part.thread)
             rest = part.numbers[len(part.kept) + part.hangs :]
-            part.rest = [Part(rest, part.singly or is_unclear)] if len(rest) else []
-            self._start(*part.rest)  # at once: what comes back tells whether the storage answers
+            part.rest = Part(rest, part.singly or is_unclear) if len(rest) else None
+            self._start(part.rest)  # at once: what comes back tells whether the storage answers
 
     def _called(self, part: Part[T]) -> str:
         """The image that it is at, or the first of those that it reads together."""
