@@ -223,7 +223,7 @@ def test_closing_waits_a_moment_and_drops_what_has_not_begun(storage, monkeypatc
 
 
 def test_a_thread_that_dies_without_a_word(storage, monkeypatch):
-    monkeypatch.setattr(module.Readers, "_work", lambda self: setattr(self._queue.get(), "thread", threading.current_thread()))
+    monkeypatch.setattr(module.Readers, "_work", lambda self, first: setattr(self._queue.get(), "thread", threading.current_thread()))
     readers = storage().readers(1)
     with pytest.raises(RuntimeError, match="the thread that read set has ended without a word"):
         readers.result(readers.submit([0]))
