@@ -30,6 +30,9 @@ from pipeline.ema import Ema
 from pipeline.engine import Engine
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.set_names import AVERAGED
+from pipeline.lease import Lease
+from pipeline.lease_files import is_used
+from pipeline.run_folder import data_paths
 from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
@@ -54,6 +57,7 @@ class Run(Protocol):
     ema: Ema | None
     evaluator: Evaluator
     agreement: Agreement
+    lease: Lease | None
     saver: Saver
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
@@ -94,7 +98,8 @@ def saver(run: Run) -> Saver:
     if best and not any(best.startswith(tuple(f"{name}/{figure}" for figure in TO_COMPARE)) for name in sets):
         remedy = f"such as {sets[0]}/eer" if sets else "and there is none: name a set with evaluation.data or evaluation.pairs"
         raise ValueError(f"checkpoint.best is {best!r}, but must be a figure of one of this run's evaluation sets, {remedy}")
-    return Saver(run.checkpoints, run.config.checkpoint, run.agreement)
+    owner = {} if run.lease is None else {"check_owner": run.lease.check}
+    return Saver(run.checkpoints, run.config.checkpoint, run.agreement, **owner)
 
 
 def save(run: Run, figures: dict[str, float] | None = None) -> None:
@@ -146,17 +151,20 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
+        if run.lease:
+            run.lease.follow()
     if run.ema:
         run.ema.restart(run.engine.module)
     return None, lines
 
 
 def _checkpoint_of(run: Run, resume: str) -> Checkpoint | None:
-    folder, source = run.config.run.folder, run.config.start.weights
+    folder = run.config.run.folder
     if resume != "none":
         return checkpoint.newest(run.checkpoints, run.agreement) if resume == "auto" else checkpoint.locate(resume, run.agreement)
-    if source and _is_within(source, folder):
-        raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
+    for source in [run.config.start.weights, *data_paths(run.config)]:
+        if source and _is_within(source, folder):
+            raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
     return None
 
 
@@ -320,7 +328,7 @@ def set_aside(folder: str, agreement: Agreement) -> None:
     symbolic link, that is done to the folder it leads to."""
     folder = os.path.realpath(folder) if os.path.islink(folder) else folder
     fault = None
-    if agreement.rank == 0 and os.path.isdir(folder) and os.listdir(folder):
+    if agreement.rank == 0 and os.path.isdir(folder) and is_used(folder):
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
         try:
             os.rename(folder, f"{folder}.{number}")

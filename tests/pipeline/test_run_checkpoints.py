@@ -52,11 +52,11 @@ def test_differences_are_listed_together():
         run_checkpoints._check_identity(a_run(), a_checkpoint(theirs))
     words = str(raised.value)
     assert words.startswith(
-        "checkpoint out/run/step-1 has optimizer adamw, but this run has sgd; frozen ['input'], but this run has []; batch 48, but this run has 24:"
+        "checkpoint out/run/step-1 has optimizer adamw, but this run has sgd; frozen ['input'], but this run has []; "
+        "batch 48, but this run has 24: "
     )
-    assert (
-        "--from instead of --resume" in words and "checkpoint.differences=continue" not in words
-    )  # for the batch decides what was consumed
+    # The batch decides what was consumed, so that nothing forces it.
+    assert "--from instead of --resume" in words and "checkpoint.differences=continue" not in words
 
 
 def test_some_may_be_forced():
