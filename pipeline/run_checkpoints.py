@@ -19,6 +19,7 @@ import torch
 import partial_fc
 from dali_loaders import Source
 from dali_loaders.names import printable
+from dali_loaders.remote import without_secrets
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state
@@ -307,8 +308,8 @@ def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
         if before:
             began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
         raise ValueError(
-            f"--from {start.weights}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its own with --set "
-            "run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
+            f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its own "
+            "with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
         )
 
 

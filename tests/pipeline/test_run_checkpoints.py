@@ -17,7 +17,9 @@ from pipeline import checkpoint, run_checkpoints
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.checkpoint.stores import _LocalSink
 from pipeline.config import as_dict
+from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
 from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.starting_weights import StartConfig
 from tests.pipeline.checkpoint.breaking import full
 from tests.pipeline.checkpoint.states import edit_manifest
 from tests.pipeline.runs import configuration, faces, train_losses
@@ -146,6 +148,28 @@ def test_a_disk_that_stays_full(ranks, data, tmp_path):
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000002"]
     ranks(1).run(train_losses, config)
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000002", "step-00000004"] and whole
+
+
+def train_in_memory(config):
+    """A run whose checkpoints lie behind an address: goes on from it, and a new run begins with its weights."""
+    address = config.checkpoint.folder
+    half = replace(config, run=replace(config.run, epochs=config.run.epochs / 2))
+    first = train_losses(half)
+    names = checkpoint.complete(address)
+    losses_ = train_losses(config)
+    started = replace(config, run=replace(config.run, folder=config.run.folder + "-new"), start=StartConfig(address, classifier=True))
+    started = replace(started, checkpoint=replace(config.checkpoint, folder=""))
+    train_losses(started)
+    evaluate_checkpoint(address, config.data.train, as_json=True)
+    origin = checkpoint.newest(os.path.join(config.run.folder + "-new", "checkpoints")).info["started_from"]
+    return names, checkpoint.complete(address), len(first), len(losses_), origin["checkpoint"]
+
+
+def test_a_run_whose_checkpoints_lie_behind_an_address(ranks, data, tmp_path):
+    config = run_of(data, tmp_path / "run", checkpoint={"folder": "memory://runs/this"})
+    (found,) = ranks(1).run(train_in_memory, config)
+    steps = ["step-00000002", "step-00000004"]
+    assert found == (steps[:1], steps, 2, 4, "memory://runs/this/step-00000004")
 
 
 def test_a_folder_that_cannot_be_written(ranks, data, tmp_path):
