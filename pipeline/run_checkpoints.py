@@ -8,8 +8,10 @@ import functools
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +50,7 @@ class Run(Protocol):
     ema: Ema | None
     agreement: Agreement
     saver: Saver
+    steps_per_epoch: float
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
 
@@ -90,6 +93,9 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         **identity(run),
         **order(run),
         "consumed": run.consumed,
+        "epoch": run.step / run.steps_per_epoch,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
         "skipped_steps": run.classifier.skipped_steps,
         "figures": figures or {},
         "world_size": run.place.world_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +80,16 @@ class Checked:
             self._next_block()
 
 
-def write(name: str, sink: Sink, parts: dict[str, Part]) -> Written:
-    """Writes and closes the file. NotFiniteError if a floating-point tensor holds NaN or infinity."""
+def write(name: str, sink: Sink, parts: dict[str, Part], tensor_of: Callable[[str], Tensor] | None = None) -> Written:
+    """Writes and closes the file. NotFiniteError if a floating-point tensor holds NaN or infinity.
+
+    tensor_of: gives the tensors one after the other; those of `parts` then need no memory, and may be on the meta device"""
     header, entries = _layout(name, parts)
     file = Checked(sink)
     try:
         file.write(header)
         for entry in entries:
-            for chunk in chunks(parts[entry.name].tensor):
+            for chunk in chunks(tensor_of(entry.name) if tensor_of else parts[entry.name].tensor):
                 if chunk.is_floating_point() and chunk.numel() and not torch.stack(chunk.aminmax()).isfinite().all():
                     raise NotFiniteError(f"{entry.name} is not finite")
                 file.write(bytes_of(chunk))

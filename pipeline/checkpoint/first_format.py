@@ -94,7 +94,9 @@ class FirstCheckpoint:
         if not isinstance(info, dict) or info.get("format") != 1 or not isinstance(info.get("step"), int):
             raise DamagedError(f"{file} is not of format 1, as the files beside it are")
         files = info.get("files")
-        if not isinstance(files, dict) or not all(isinstance(entry, list) and len(entry) == 2 for entry in files.values()):
+        if not isinstance(files, dict) or not all(
+            isinstance(entry, list) and list(map(type, entry)) == [int, int] for entry in files.values()
+        ):
             raise DamagedError(f"{file} names no files")
         if any(os.path.basename(file) != file for file in files):
             raise DamagedError(f"{file} names files outside its folder")
@@ -139,6 +141,11 @@ class FirstCheckpoint:
                 ordered.view(-1)[first - start : last - start].copy_(piece[first - begin : last - begin])
         if ordered is not out:
             out.copy_(ordered)
+
+    def piece(self, name: str, number: int) -> Tensor:
+        """Flat: the elements that one rank wrote of that tensor, as `pieces[name][number]` says which."""
+        _, count, file, offset, length = self.pieces[name][number]
+        return self._piece(name, file, offset, length, count)
 
     def _piece(self, name: str, file: str, offset: int, length: int, count: int) -> Tensor:
         try:

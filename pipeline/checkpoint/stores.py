@@ -33,6 +33,10 @@ class Store(Protocol):
         """Of the folders in it that are complete, in no order; none where it does not exist."""
         ...
 
+    def unfinished(self) -> list[str]:
+        """Of the folders of saves that are under way or were broken off, in no order."""
+        ...
+
     def exists(self, name: str, file: str) -> bool: ...
 
     def size(self, name: str, file: str) -> int:
@@ -47,12 +51,17 @@ class Store(Protocol):
         """Makes room for a new checkpoint and removes what is left of saves that were broken off. One rank calls it, before the others."""
         ...
 
+    def begin_beside(self, name: str) -> None:
+        """Makes room for a new checkpoint where a run may be saving others. FileExistsError if a save of that name has begun."""
+        ...
+
     def create(self, name: str, file: str) -> Sink:
         """A file of a checkpoint that has begun."""
         ...
 
-    def commit(self, name: str) -> None:
-        """After the manifest: from now on the checkpoint is complete, also after a power loss. What had its name before is gone."""
+    def commit(self, name: str, replaces: bool = True) -> None:
+        """After the manifest: from now on the checkpoint is complete, also after a power loss. What had its name before is gone; if
+        `replaces` is False, nothing may have it (OSError; a store cannot tell, and its user has to look before)."""
         ...
 
     def abandon(self, name: str) -> None:
@@ -82,6 +91,12 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
+    def unfinished(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.path) if name.endswith((PARTIAL, REPLACED))]
+        except FileNotFoundError:
+            return []
+
     def exists(self, name: str, file: str) -> bool:
         return os.path.lexists(self._at(name, file))
 
@@ -106,12 +121,16 @@ class LocalStore:
                 shutil.rmtree(self._at(left))
         os.mkdir(self._at(name + PARTIAL))
 
+    def begin_beside(self, name: str) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        os.mkdir(self._at(name + PARTIAL))
+
     def create(self, name: str, file: str) -> Sink:
         return _LocalSink(self._at(name + PARTIAL, file))
 
-    def commit(self, name: str) -> None:
+    def commit(self, name: str, replaces: bool = True) -> None:
         _sync_folder(self._at(name + PARTIAL))
-        if os.path.lexists(self._at(name)):  # one that was found damaged; never without one of the two
+        if replaces and os.path.lexists(self._at(name)):  # one that was found damaged; never without one of the two
             os.rename(self._at(name), self._at(name + REPLACED))
         os.rename(self._at(name + PARTIAL), self._at(name))
         _sync_folder(self.path)
@@ -190,12 +209,17 @@ class RemoteStore:
 
     def names(self) -> list[str]:
         with _as_os_error(self.path):
-            try:
-                folders = self.system.ls(self.root, detail=False)
-            except FileNotFoundError:
-                return []
-            names = [folder.rstrip("/").rpartition("/")[2] for folder in folders]
-            return [name for name in names if self.system.exists(self._at(name, MANIFEST))]
+            return [name for name in self._folders() if self.system.exists(self._at(name, MANIFEST))]
+
+    def unfinished(self) -> list[str]:
+        with _as_os_error(self.path):
+            return [name for name in self._folders() if name.startswith("step-") and not self.system.exists(self._at(name, MANIFEST))]
+
+    def _folders(self) -> list[str]:
+        try:
+            return [folder.rstrip("/").rpartition("/")[2] for folder in self.system.ls(self.root, detail=False)]
+        except FileNotFoundError:
+            return []
 
     def exists(self, name: str, file: str) -> bool:
         with _as_os_error(self.path):
@@ -218,20 +242,20 @@ class RemoteStore:
     def begin(self, name: str) -> None:
         with _as_os_error(self.path):
             self.system.makedirs(self.root, exist_ok=True)
-            try:
-                folders = [folder.rstrip("/").rpartition("/")[2] for folder in self.system.ls(self.root, detail=False)]
-            except FileNotFoundError:
-                folders = []
-            for left in folders:
-                if left == name or (left.startswith("step-") and not self.system.exists(self._at(left, MANIFEST))):
-                    self.remove(left)
+            for left in {*self.unfinished(), *(found for found in self._folders() if found == name)}:
+                self.remove(left)
+
+    def begin_beside(self, name: str) -> None:
+        with _as_os_error(self.path):
+            if self.system.exists(self._at(name)):
+                raise FileExistsError(f"{name} has begun")
 
     def create(self, name: str, file: str) -> Sink:
         with _as_os_error(self.path):
             self.system.makedirs(self._at(name), exist_ok=True)
             return _RemoteSink(self.system.open(self._at(name, file), "wb"), self.path)
 
-    def commit(self, name: str) -> None:
+    def commit(self, name: str, replaces: bool = True) -> None:
         pass
 
     def abandon(self, name: str) -> None:
