@@ -47,6 +47,9 @@ def printable(name: str | bytes) -> str:
     """The same name for people, on one line and in valid UTF-8: bytes that are no UTF-8 and control characters are escaped.
 
     Whatever prints, logs or lists a name of a file or an identity passes it through here, for a lone surrogate cannot be written."""
-    data = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
+    try:
+        data = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte, as a JSON file may hold
+        data = str(name).encode("utf-8", "backslashreplace")
     shown = data.decode("utf-8", "backslashreplace")
     return shown if shown.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

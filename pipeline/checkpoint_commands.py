@@ -38,6 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     diff = command(ours, "diff", _diff, "compare two checkpoints", "protoshard checkpoint diff runs/a runs/b/checkpoints/step-00000750")
     diff.add_argument("first", metavar="A", help=PATH)
     diff.add_argument("second", metavar="B", help="likewise")
+    diff.add_argument("--tensors", action="store_true", help="name each tensor whose contents differ, not only how many")
     copy = command(
         ours,
         "copy",
@@ -151,11 +152,14 @@ def _facts(saved: Checkpoint) -> dict[str, Any]:
 def _groups(saved: Checkpoint) -> dict[str, dict[str, int]]:
     groups: dict[str, dict[str, int]] = {}
     for name in saved:
-        group = next((group for group in GROUPS if name.startswith(group)), "other")
-        found = groups.setdefault(group, {"tensors": 0, "bytes": 0})
+        found = groups.setdefault(_group(name), {"tensors": 0, "bytes": 0})
         found["tensors"] += 1
         found["bytes"] += math.prod(saved.shape(name)) * saved.dtype(name).itemsize
     return {group: groups[group] for group in (*GROUPS, "other") if group in groups}
+
+
+def _group(name: str) -> str:
+    return next((group for group in GROUPS if name.startswith(group)), "other")
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -176,13 +180,24 @@ def _diff(options: argparse.Namespace) -> int:
     for title, pairs in (("", info), ("config.", config), ("tensor ", kinds)):
         for name, (ours, theirs) in pairs.items():
             print(f"{title}{printable(name)}: {_value(ours)} | {_value(theirs)}")
-    for name, largest in contents.items():
-        print(f"tensor {printable(name)}: contents differ, by at most {largest:.3g}")
+    _print_contents(contents, options.tensors)
     if names:
         counts = " | ".join("none" if count is None else str(count) for count in names["counts"])
         print(f"identities: {counts}; only in one of them {_value(names['only_in_one'])}, such as {_value(names['first_of_these'])}")
     print("equal" if equal else "different")
     return int(not equal)
+
+
+def _print_contents(contents: dict[str, float], all_of_them: bool) -> None:
+    by_group: dict[str, list[str]] = {}
+    for name in contents:
+        by_group.setdefault(_group(name), []).append(name)
+    for group, names in by_group.items():
+        largest = max(names, key=lambda name: math.inf if math.isnan(contents[name]) else contents[name])
+        count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+        print(f"{group}: the contents of {count} differ, most in {printable(largest)}, by {contents[largest]:.3g}")
+        for name in names if all_of_them else []:
+            print(f"  {printable(name)}: by at most {contents[name]:.3g}")
 
 
 def _copy(options: argparse.Namespace) -> None:
@@ -215,7 +230,10 @@ def _print_table(rows: Iterable[list[str]]) -> None:
 def _value(value: Any) -> str:
     """Of whatever a checkpoint says, on one line and of bounded length."""
     try:
-        text = value if isinstance(value, str) else json.dumps(value)
+        if isinstance(value, dict) and value:
+            text = ", ".join(f"{name} {_known(inner)}" for name, inner in value.items())
+        else:
+            text = value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
     except RecursionError:
         text = "nested too deeply to be shown"
     shown = printable(text)

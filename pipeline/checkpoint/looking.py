@@ -77,8 +77,9 @@ def several(path: str) -> list[tuple[Store, str]]:
         if name and _is_checkpoint(store_of(folder), name):
             return [(store_of(folder), name)]
         found = folder_of(path)
-        if found:
-            return [(found, name) for name in complete(found)]
+        names = complete(found) if found else []
+        if found and names:
+            return [(found, name) for name in names]
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({words(error)})") from None
     raise ValueError(nothing_at(path))
@@ -94,8 +95,8 @@ def nothing_at(path: str) -> str:
     if "://" not in path and not os.path.lexists(path):
         return f"{path} does not exist"
     return (
-        f"there is no checkpoint at {path}: give a step-N folder, a folder of them, or the folder of a run (one with checkpoint.folder "
-        "elsewhere has them there)"
+        f"there is no complete checkpoint at {path}: give a step-N folder, a folder of them, or a run's folder (with checkpoint.folder "
+        "elsewhere they are there)"
     )
 
 
