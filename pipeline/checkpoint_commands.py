@@ -89,27 +89,21 @@ def _figure(rows: list[Row]) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    """1 if any is damaged."""
+    """1 if any is damaged, else 2 if any could not be judged."""
     from pipeline.checkpoint import looking
 
-    found = [place for path in options.paths for place in looking.several(path)]
+    said = {"sound": "sound", "gone": "was removed or renamed while it was read", "damaged": "damaged: ", "unknown": "cannot be verified: "}
     results = []
-    for store, name in found:
-        path, fault = f"{store.path}/{name}", None
-        try:
-            saved = looking.open_in(store, name)
-            with progress(f"bytes of {printable(name)}", looking.size_of(saved)) as done:
-                fault = looking.fault_of(saved, done.add) or looking.wrong_name(saved)
-        except ValueError as error:
-            fault = str(error)
-        is_gone = fault is not None and not looking.is_there(store, name)
-        results.append({"path": path, "state": "gone" if is_gone else "damaged" if fault else "sound", "fault": None if is_gone else fault})
+    for store, name in [place for path in options.paths for place in looking.several(path)]:
+        path = f"{store.path}/{name}"
+        state, fault = looking.judged(store, name)
+        results.append({"path": path, "state": state, "fault": fault})
         if not options.json:
-            what = "was removed or renamed while it was read" if is_gone else f"damaged: {fault}" if fault else "sound"
-            print(f"{printable(path)}: {printable(what)}", flush=True)
+            print(printable(f"{path}: {said[state]}{fault or ''}"), flush=True)
     if options.json:
         _print_json({"checkpoints": results})
-    return int(any(result["state"] == "damaged" for result in results))
+    states = {result["state"] for result in results}
+    return 1 if "damaged" in states else 2 if "unknown" in states else 0
 
 
 def _show(options: argparse.Namespace) -> None:

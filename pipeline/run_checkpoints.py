@@ -179,7 +179,9 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
-    checkpoint.supersede(run.checkpoints, run.step, run.agreement)
+    checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
+    if checkpoint.is_in(run.checkpoints, saved.path):
+        run.saver.committed = run.step  # and need not be saved again
     return lines + _changed_fields(run, info)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from pipeline.checkpoint import comparing, data_file, manifest
-from pipeline.checkpoint.data_file import Checked, Written
+from pipeline.checkpoint.data_file import Written
 from pipeline.checkpoint.first_format import FirstCheckpoint
 from pipeline.checkpoint.folder import NAME, step_of
 from pipeline.checkpoint.looking import FOLDER, fault_of, size_of, split, words
@@ -19,7 +18,7 @@ from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.parts import Part
 from pipeline.checkpoint.reading import IDENTITIES, Checkpoint, open_in
 from pipeline.checkpoint.saving import FILE
-from pipeline.checkpoint.stores import MANIFEST, PARTIAL, LocalStore, Store, store_of
+from pipeline.checkpoint.stores import MANIFEST, PARTIAL, STEP, LocalStore, Store, store_of
 
 Done = Callable[[int], None]  # is told of bytes
 
@@ -44,7 +43,7 @@ def copy(source: Checkpoint, to: str, done: Done = lambda count: None) -> str:
         info = {key: value for key, value in source.info.items() if key not in comparing.OF_THE_FILES}
         _refuse_what_is_there(store, name)
         data_file.write_bytes(MANIFEST, store.create(name, MANIFEST), manifest.encode(info, written))
-        store.commit(name, replaces=False)
+        store.commit(name)
         is_committed = True
         _compare(source, open_in(store, name), done)
     except BaseException as error:  # Ctrl-C too
@@ -64,7 +63,7 @@ def destination(source: Checkpoint, to: str) -> tuple[Store, str]:
     """Where a copy goes: a store, and the name in it."""
     folder, last = split(to)
     name, step = NAME.format(source.info["step"]), source.info["step"]
-    if re.fullmatch(r"step-\d{1,18}", last):
+    if STEP.fullmatch(last):
         if step_of(last) != step:
             raise ValueError(f"{to} would hold the checkpoint of step {step}, and be taken for damaged: call it {name}")
         return store_of(folder), last
@@ -108,16 +107,15 @@ def _copy(source: Checkpoint, store: Store, name: str, done: Done) -> list[Writt
     """The files as they are. Each block is checked between reading and writing."""
     written = []
     for file in source.manifest.files:
-        out = Checked(store.create(name, file))
-        try:
-            for piece in source.contents(file):
-                out.write(piece)
-                done(len(piece))
-        finally:
-            out.close()
         entries = [entry for parts in source.manifest.tensors.values() for entry in parts if entry.file == file]
-        written.append(Written(file, out.bytes, out.checksums, entries))
+        written.append(data_file.write_pieces(file, store.create(name, file), _telling(source.contents(file), done), entries))
     return written
+
+
+def _telling(pieces: Iterator[memoryview], done: Done) -> Iterator[memoryview]:
+    for piece in pieces:
+        yield piece
+        done(len(piece))
 
 
 def _convert(source: FirstCheckpoint, store: Store, name: str, done: Done) -> list[Written]:

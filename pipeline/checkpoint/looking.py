@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from dali_loaders.names import printable
+from dali_loaders.progress import progress
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.config import CheckpointConfig
 from pipeline.checkpoint.first_format import FirstCheckpoint
 from pipeline.checkpoint.folder import SUPERSEDED, best_of, complete, step_of
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.reading import Checkpoint, open_in
-from pipeline.checkpoint.stores import MANIFEST, REPLACED, Store, store_of
+from pipeline.checkpoint.stores import MANIFEST, REMOVED, STEP, Store, store_of
 
 SHARE = 1 << 27  # bytes that a thread verifies before the line of progress moves
 THREADS = min(4, os.cpu_count() or 1)  # of verifying: xxh3 keeps up with a disk of 10 GB/s on each
@@ -156,8 +158,23 @@ def fault_of(saved: Checkpoint, done: Callable[[int], None] = lambda count: None
     return fault
 
 
+def judged(store: Store, name: str) -> tuple[str, str | None]:
+    """sound; damaged or unknown (of another version, or in a store that gives no answer), with the reason; or gone: a run removes old ones,
+    also while another reads them."""
+    try:
+        saved = open_in(store, name)
+        with progress(f"bytes of {printable(name)}", size_of(saved)) as done:
+            fault = wrong_name(saved) or fault_of(saved, done.add)
+        state = "damaged" if fault else "sound"
+    except DamagedError as error:
+        state, fault = "damaged", str(error)
+    except ValueError as error:
+        state, fault = "unknown", str(error)
+    return (state, fault) if fault is None or is_there(store, name) else ("gone", None)
+
+
 def is_there(store: Store, name: str) -> bool:
-    """Whether a checkpoint that cannot be read is still there: a run removes old ones, also while another reads them."""
+    """Whether a checkpoint that cannot be read is still there."""
     try:
         return name in store.names()
     except OSError:
@@ -166,7 +183,7 @@ def is_there(store: Store, name: str) -> bool:
 
 def wrong_name(saved: Checkpoint) -> str | None:
     """What is wrong with a checkpoint that bears the name of another step, or None."""
-    is_wrong = re.fullmatch(r"step-\d{1,18}", saved.name) and step_of(saved.name) != saved.info["step"]
+    is_wrong = STEP.fullmatch(saved.name) and step_of(saved.name) != saved.info["step"]
     return f"it is the checkpoint of step {saved.info['step']}" if is_wrong else None
 
 
@@ -194,9 +211,7 @@ def _rows(store: Store) -> list[Row]:
         row.kept += [f"every {rule.keep_every} steps"] if rule.keep_every and row.step % rule.keep_every == 0 else []
         row.kept += [f"best {rule.best}"] if row.name == best else []
     for name in sorted(set(store.unfinished()), key=_place):
-        what = (
-            "being removed or replaced, or left over from it" if name.endswith(REPLACED) else "being written, or left of a save broken off"
-        )
+        what = "being removed, or left of that" if name.endswith(REMOVED) else "being written, or left of a save broken off"
         found.append(Row(name, "unfinished", fault=what))
     return found
 
@@ -207,7 +222,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _row(store: Store, name: str) -> Row:
-    row = Row(name, "complete" if re.fullmatch(r"step-\d{1,18}", name) else "superseded")
+    row = Row(name, "complete" if STEP.fullmatch(name) else "superseded")
     try:
         saved = open_in(store, name)
         info = saved.info

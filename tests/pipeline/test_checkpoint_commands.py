@@ -110,11 +110,10 @@ def test_list_takes_a_first_look_at_the_files(tmp_path, capsys):
 
 
 def test_what_a_checkpoint_says_is_not_believed(tmp_path, capsys):
-    """Its retention, figures and texts may be anything."""
-    strange = {"figures": {"a\x1b[31m/eer": float("nan")}, "when": 7, "world_size": "many", "host": "h\x07\ud800", "code": [1]}
-    for step, said in enumerate((None, [], {"checkpoint": 3}, {"checkpoint": {"keep": "x", "keep_every": -1, "best": []}}), start=1):
+    """Its retention, figures and texts may be anything; what a run could not go on from is damaged."""
+    strange = {"figures": {"a\x1b[31m/eer": float("nan")}, "when": 7, "host": "h\x07\ud800", "epoch": ["\x9b"], "code": {"x": [1]}}
+    for step, said in enumerate((None, {"checkpoint": {"keep": "x", "keep_every": -1, "best": []}}), start=1):
         save_with(tmp_path, step, **{**strange, "config": said})
-    edit_manifest(tmp_path / "step-00000004", lambda values: values.update(started_from=json.loads("[" * 900 + "]" * 900)))
     for command in ("list", "show", "verify"):
         for flags in ([], ["--config"] if command == "show" else []):
             code, out, _ = run(capsys, command, tmp_path, *flags)
@@ -122,7 +121,17 @@ def test_what_a_checkpoint_says_is_not_believed(tmp_path, capsys):
     code, found = run_json(capsys, "list", tmp_path)
     assert code == 0 and found["checkpoints"][0]["figures"] == {"a\x1b[31m/eer": "NaN"}
     assert run_json(capsys, "show", tmp_path / "step-00000001", "--config")[0] == 0
-    assert run(capsys, "diff", tmp_path / "step-00000003", tmp_path / "step-00000004")[0] == 1
+    assert run(capsys, "diff", tmp_path / "step-00000001", tmp_path / "step-00000002")[0] == 1
+    for said in (
+        {"config": []},
+        {"config": {"checkpoint": 3}},
+        {"world_size": "many"},
+        {"started_from": json.loads("[" * 900 + "]" * 900)},
+    ):
+        path = save_with(tmp_path / "more", 3, **said)
+        for command, code in (("list", 0), ("verify", 1), ("show", 2)):
+            assert run(capsys, command, tmp_path / "more")[0] == code
+        shutil.rmtree(path)
 
 
 # verify
@@ -191,6 +200,21 @@ def test_one_that_is_removed_while_it_is_read_is_not_damaged(tmp_path, capsys, m
     assert code == 0 and "step-00000001: was removed or renamed while it was read" in out and "step-00000002: sound" in out
 
 
+def test_one_that_cannot_be_judged_is_not_called_damaged(tmp_path, capsys, memory, monkeypatch):
+    save(memory, 1)
+
+    def failing(self, path, **_):
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("memory")), "cat_file", failing)
+        code, out, _ = run(capsys, "verify", memory)
+    assert code == 2 and "cannot be verified: " in out and "no answer" in out and "damaged" not in out
+    edit_manifest(Path(save(str(tmp_path), 1)), lambda values: values.update(format=3))
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 2 and "it is of format 3" in out
+
+
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_beside_a_run_that_saves_and_removes(tmp_path, capsys, memory, is_remote):
     """Whatever moment they meet: an exit code of their own, and no traceback."""
@@ -222,7 +246,8 @@ def test_beside_a_run_that_saves_and_removes(tmp_path, capsys, memory, is_remote
 
 
 def test_show_reads_no_contents(tmp_path, capsys):
-    info = {"num_classes": 10, "width": 3, "host": "node1", "epoch": 1.5, "started_from": {"given": "runs/a"}}
+    info = {"num_classes": 10, "width": 3, "host": "node1", "epoch": 1.5}
+    info["started_from"] = {"given": "runs/a", "path": "runs/a/checkpoints/step-1", "classifier": False, "ema": True}
     path = save_with(tmp_path, 3, **info)
     for file in path.glob("*.safetensors"):
         file.write_bytes(b"")
@@ -236,7 +261,7 @@ def test_show_reads_no_contents(tmp_path, capsys):
     assert shown["tensors"]["backbone.half"] == {"dtype": "bfloat16", "shape": [5], "files": ["rank-00000.safetensors"]}
     assert shown["config"]["checkpoint"]["keep"] == 9 and "config" not in run_json(capsys, "show", path)[1]
     code, out, _ = run(capsys, "show", path, "--tensors", "--config")
-    assert code == 0 and "checkpoint.keep = 9" in out and "started_from  given runs/a" in out and "[2, 3, 2, 2]" in out
+    assert code == 0 and "checkpoint.keep = 9" in out and "started_from  given runs/a, path" in out and "[2, 3, 2, 2]" in out
 
 
 # diff
@@ -347,8 +372,8 @@ def test_what_changes_on_its_way_is_found_when_it_is_read_back(tmp_path, capsys,
     first = save(str(tmp_path / "from"))
     commit = {LocalStore: LocalStore.commit, RemoteStore: RemoteStore.commit}
 
-    def damaging(self, name, replaces=True):
-        commit[type(self)](self, name, replaces)
+    def damaging(self, name):
+        commit[type(self)](self, name)
         if isinstance(self, LocalStore):
             flip_a_bit(tmp_path / "to" / name / "rank-00000.safetensors")
         else:
