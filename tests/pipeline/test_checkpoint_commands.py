@@ -307,6 +307,12 @@ def test_diff_sees_bits_that_compare_equal_and_numbers_that_do_not(tmp_path):
 
     assert comparing.contents(saved("zero", [0.0]), saved("negative", [-0.0])) == {"w": 0.0}
     assert comparing.contents(saved("a", [1.0, 2.0]), saved("b", [1.0, -2.0])) == {"w": 4.0}
+    for length in (1, 7, 8, 9, 17):  # also where eight bytes at a time leave a rest
+        for changed in range(length):
+            values = torch.arange(length, dtype=torch.uint8)
+            other = values.clone()
+            other[changed] += 1
+            assert comparing._largest(values, other) == 1.0 and comparing._largest(values, values.clone()) is None
 
 
 def test_diff_of_a_damaged_one_is_a_sentence(tmp_path, capsys):

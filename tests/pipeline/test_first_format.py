@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from unittest import mock
 
 import numpy as np
@@ -16,7 +18,7 @@ from pipeline.checkpoint import comparing, looking
 from pipeline.cli import main
 from tests.pipeline import first_format
 from tests.pipeline.checkpoint import states
-from tests.pipeline.runs import configuration, faces, train_losses, train_until
+from tests.pipeline.runs import BATCH, IMAGES, configuration, faces, train_losses, train_until
 
 STEPS, SAVED = 10, 5
 KINDS = {
@@ -64,6 +66,9 @@ def test_a_run_goes_on_from_it_and_from_its_copy(ranks, data, tmp_path, kind, be
         for size in (1, 2):
             config = config_of(data, str(tmp_path / f"{folder}-{size}"), kind)
             np.testing.assert_allclose(ranks(size).run(train_losses, config, path)[0], whole[SAVED:], rtol=tolerance)
+            info = looking.one(config.run.folder).info
+            assert info["format"] == 2 and info["epoch"] == pytest.approx(STEPS * BATCH / IMAGES) and info["host"] == platform.node()
+            assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(info["when"]) < timedelta(minutes=10)
 
 
 def save_first(folder):
