@@ -122,7 +122,8 @@ def write_pieces(name: str, sink: Sink, pieces: Iterable[memoryview], entries: l
 
 def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a flat tensor on the CPU."""
-    return flat.view(torch.uint8).numpy().data
+    # Of a single element torch does not say that its stride is 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def size_of(parts: dict[str, Part]) -> int:

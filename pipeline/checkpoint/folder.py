@@ -63,7 +63,7 @@ def _listed(store: Store) -> list[str] | str:
 def sound(store: Store, name: str, agreement: Agreement) -> Checkpoint | str:
     """The checkpoint, opened and verified by all ranks together, or what is wrong with it. ValueError for another version's, and where the
     store gives no answer."""
-    opened, fault = None, None
+    fault = None
     try:
         opened = _opened(store, name)
     except ValueError as error:
@@ -71,10 +71,8 @@ def sound(store: Store, name: str, agreement: Agreement) -> Checkpoint | str:
     faults = sorted(filter(None, agreement.gather(fault)), key=lambda fault: isinstance(fault, DamagedError))
     if faults and not isinstance(faults[0], DamagedError):
         raise faults[0]
-    if faults:
-        return str(faults[0])
-    assert opened is not None
-    return opened.fault(agreement) or opened
+    words = str(faults[0]) if faults else opened.fault(agreement)
+    return opened if words is None else words.removeprefix(f"{store.path}/{name}/")
 
 
 def _opened(store: Store, name: str) -> Checkpoint:

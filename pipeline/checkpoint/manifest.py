@@ -85,10 +85,10 @@ def decode(content: bytes) -> Manifest:
         raise DamagedError("it is no JSON") from None
     version = values.get("format")
     if isinstance(version, int) and version > FORMAT:
-        raise ValueError(f"it is of format {version:.0f}, and this version reads formats 1 and {FORMAT}: use a newer version")
+        raise ValueError(f"it is of format {min(version, 10**9)}, and this version reads formats 1 and {FORMAT}: use a newer version")
     try:
         if version != FORMAT:
-            raise ValueError(f"format {version!r:.40}")
+            raise ValueError("of another format")
         return _checked(values)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedError(f"it is not a manifest ({error!s:.200})") from None

@@ -173,7 +173,7 @@ class Checkpoint:
             raise DamagedError(f"{file} has {size} bytes instead of {self.manifest.files[file].bytes}")
 
     def _check_blocks(self, rank: int, ranks: int) -> None:
-        buffer = memoryview(bytearray(CHUNK))
+        buffer = memoryview(bytearray(min(CHUNK, max((known.bytes for known in self.manifest.files.values()), default=0))))
         run = CHUNK // BLOCK
         pieces = [(file, block) for file, known in self.manifest.files.items() for block in range(0, len(known.checksums), run)]
         for file, block in pieces[rank * len(pieces) // ranks : (rank + 1) * len(pieces) // ranks]:
