@@ -8,8 +8,10 @@ import functools
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +54,7 @@ class Run(Protocol):
     agreement: Agreement
     lease: Lease | None
     saver: Saver
+    steps_per_epoch: float
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
 
@@ -95,6 +98,9 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         **identity(run),
         **order(run),
         "consumed": run.consumed,
+        "epoch": run.step / run.steps_per_epoch,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
         "skipped_steps": run.classifier.skipped_steps,
         "figures": figures or {},
         "world_size": run.place.world_size,
