@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,8 +99,9 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         **order(run),
         "consumed": run.consumed,
         "epoch": run.step / run.steps_per_epoch,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": platform.node(),
+        "owner": run.lease and run.lease.token,
         "skipped_steps": run.classifier.skipped_steps,
         "figures": figures or {},
         "world_size": run.place.world_size,
@@ -141,6 +142,7 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
+        checkpoint.supersede(run.checkpoints, -1, run.agreement)  # of those that lie elsewhere
         if run.lease:
             run.lease.follow()
     if run.ema:
