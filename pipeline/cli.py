@@ -11,7 +11,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import data_commands, endings
+from pipeline import checkpoint_commands, data_commands, endings
 from pipeline.commands import Overrides, command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -142,6 +142,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
     data_commands.add(commands)
+    checkpoint_commands.add(commands)
 
     config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)

@@ -9,8 +9,10 @@ import itertools
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +62,7 @@ class Run(Protocol):
     agreement: Agreement
     lease: Lease | None
     saver: Saver
+    steps_per_epoch: float
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
 
@@ -112,6 +115,10 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         **identity(run),
         **order(run),
         "consumed": run.consumed,
+        "epoch": run.step / run.steps_per_epoch,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "owner": run.lease and run.lease.token,
         "skipped_steps": run.classifier.skipped_steps,
         "figures": newest,
         "world_size": run.place.world_size,
@@ -152,6 +159,7 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
+        checkpoint.supersede(run.checkpoints, -1, run.agreement)  # of those that lie elsewhere
         if run.lease:
             run.lease.follow()
     if run.ema:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,13 +93,15 @@ def _checked(sink: Sink) -> Iterator[Checked]:
     file.close()
 
 
-def write(name: str, sink: Sink, parts: dict[str, Part]) -> Written:
-    """Writes and closes the file. NotFiniteError if a floating-point tensor holds NaN or infinity."""
+def write(name: str, sink: Sink, parts: dict[str, Part], tensor_of: Callable[[str], Tensor] | None = None) -> Written:
+    """Writes and closes the file. NotFiniteError if a floating-point tensor holds NaN or infinity.
+
+    tensor_of: gives the tensors one after the other; those of `parts` then need no memory, and may be on the meta device"""
     with _checked(sink) as file:
         header, entries = _layout(name, parts)
         file.write(header)
         for entry in entries:
-            for chunk in chunks(parts[entry.name].tensor):
+            for chunk in chunks(tensor_of(entry.name) if tensor_of else parts[entry.name].tensor):
                 if chunk.is_floating_point() and chunk.numel() and not torch.stack(chunk.aminmax()).isfinite().all():
                     raise NotFiniteError(f"{entry.name} is not finite")
                 file.write(bytes_of(chunk))
@@ -107,9 +109,15 @@ def write(name: str, sink: Sink, parts: dict[str, Part]) -> Written:
 
 
 def write_bytes(name: str, sink: Sink, content: bytes) -> Written:
+    return write_pieces(name, sink, [memoryview(content)], [])
+
+
+def write_pieces(name: str, sink: Sink, pieces: Iterable[memoryview], entries: list[Entry]) -> Written:
+    """Writes and closes a file of which the contents are known, such as that of another checkpoint."""
     with _checked(sink) as file:
-        file.write(content)
-    return Written(name, file.bytes, file.checksums, [])
+        for piece in pieces:
+            file.write(piece)
+    return Written(name, file.bytes, file.checksums, entries)
 
 
 def bytes_of(flat: Tensor) -> memoryview:

@@ -145,6 +145,11 @@ class FirstCheckpoint:
         if ordered is not out:
             out.copy_(ordered)
 
+    def piece(self, name: str, number: int) -> Tensor:
+        """Flat: the elements that one rank wrote of that tensor, as `pieces[name][number]` says which."""
+        _, count, file, offset, length = self.pieces[name][number]
+        return self._piece(name, file, offset, length, count)
+
     def _piece(self, name: str, file: str, offset: int, length: int, count: int) -> Tensor:
         try:
             tensor = torch.load(io.BytesIO(_stored(self._bytes(file, offset, length))), map_location="cpu", weights_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from typing import Any
 
 from dali_loaders.remote import without_secrets
 from pipeline.agreement import Agreement
@@ -146,7 +147,7 @@ def _free_name(store: Store, name: str) -> str:
 def outdated(store: Store, config: CheckpointConfig, written: str) -> list[str]:
     """Names of the checkpoints that the configuration does not keep, now that `written` is there. Only those count as kept that look sound
     (their manifest is, and their files have their sizes), and only such are named: what is damaged is left for a person to look at."""
-    figures: dict[str, float | None] = {}
+    figures: dict[str, Any] = {}
     for name in complete(store):
         try:
             opened = _opened(store, name)
@@ -157,14 +158,16 @@ def outdated(store: Store, config: CheckpointConfig, written: str) -> list[str]:
     if written not in figures:
         return []  # somebody has been at it, and the others are needed
     names = list(figures)
-    kept = {written, *names[-config.keep :]}
+    kept = {written, *names[-config.keep :], best_of(figures, config.best)}
     kept |= {name for name in names if config.keep_every and step_of(name) % config.keep_every == 0}
-    judged = {name: value for name, value in figures.items() if isinstance(value, int | float) and math.isfinite(value)}
-    if judged:
-        is_lower_better = config.best.rpartition("/")[2] in LOWER_IS_BETTER
-        # Of equal ones the oldest, which no later one then pushes out.
-        kept.add(min(judged, key=lambda name: (judged[name] if is_lower_better else -judged[name], step_of(name))))
     return [name for name in names if name not in kept]
+
+
+def best_of(figures: dict[str, Any], figure: str) -> str | None:
+    """The checkpoint that has the best of these values of a figure; of equal ones the oldest, which no later one then pushes out."""
+    judged = {name: value for name, value in figures.items() if isinstance(value, int | float) and -math.inf < value < math.inf}
+    sign = 1 if figure.rpartition("/")[2] in LOWER_IS_BETTER else -1
+    return min(judged, key=lambda name: (sign * judged[name], step_of(name)), default=None)
 
 
 def is_local(folder: str) -> bool:

@@ -125,6 +125,15 @@ class Checkpoint:
             if checksum.of(out[first : first + BLOCK]) != sums[number]:
                 raise DamagedError(f"the contents of {self.path}/{file} have changed since it was written")
 
+    def contents(self, file: str) -> Iterator[memoryview]:
+        """All bytes of a file, checked; each piece overwrites the one before it."""
+        size = self.manifest.files[file].bytes
+        buffer = memoryview(bytearray(min(CHUNK, size)))
+        for first in range(0, size, CHUNK):
+            piece = buffer[: size - first]
+            self._read_blocks(file, first // BLOCK, piece)
+            yield piece
+
     def identities(self) -> list[str] | None:
         """Names of the classes, by row of the prototypes; None if it has none."""
         if IDENTITIES not in self.manifest.files:

@@ -74,7 +74,7 @@ class _Flight:
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods in the same order.
 
-    check_owner  called by rank 0 before each commit; raises OwnerError if another run has taken the folder over
+    check_owner  called by rank 0 before it begins and commits; raises OwnerError if another run has taken the folder over
     trouble      why the last save failed, until one succeeds; None otherwise
     committed    the step of the run's newest checkpoint, where this has written it, or has been told
     stall        seconds that training has waited for saves"""
@@ -108,8 +108,10 @@ class Saver:
         began = time.perf_counter()
         flight = _Flight(step, {"step": step, **info})
         fault = self.agreement.of_first(self._begin(flight))
+        if isinstance(fault, OwnerError):
+            raise fault
         if fault is not None:
-            self._fail(flight, fault)
+            self._fail(flight, _words(fault))
             return
         parts = self._mine(state)
         if self.config.asynchronous:
@@ -120,13 +122,16 @@ class Saver:
         if not self.config.asynchronous:
             self.finish()
 
-    def _begin(self, flight: _Flight) -> str | None:
+    def _begin(self, flight: _Flight) -> OwnerError | OSError | None:
         if self.agreement.rank != 0:
             return None
         try:
+            self.check_owner()  # what another run has begun would be removed as left over
             self.store.begin(flight.name)
+        except OwnerError as error:
+            return error
         except OSError as error:
-            return _words(error)
+            return OSError(_words(error))
         return None
 
     def _mine(self, state: dict[str, Part]) -> dict[str, Part]:

@@ -44,6 +44,10 @@ class Store(Protocol):
         """Of the folders in it that are complete, in no order; none where it does not exist."""
         ...
 
+    def unfinished(self) -> list[str]:
+        """Of the folders of saves that are under way or were broken off, and of removals, in no order."""
+        ...
+
     def exists(self, name: str, file: str) -> bool: ...
 
     def size(self, name: str, file: str) -> int:
@@ -57,6 +61,11 @@ class Store(Protocol):
     def begin(self, name: str) -> None:
         """Makes room for a new checkpoint and removes what is left of saves that were broken off. One rank calls it, before the others.
         FileExistsError if there is anything of that name: nothing is ever written over."""
+        ...
+
+    def begin_beside(self, name: str) -> None:
+        """Makes room for a new checkpoint where a run may be saving others, and removes nothing. FileExistsError if one of that name is
+        there, or has begun."""
         ...
 
     def create(self, name: str, file: str) -> Sink:
@@ -96,6 +105,12 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
+    def unfinished(self) -> list[str]:
+        try:
+            return list(filter(LEFT_OVER.fullmatch, os.listdir(self.path)))
+        except FileNotFoundError:
+            return []
+
     def exists(self, name: str, file: str) -> bool:
         return os.path.lexists(self._at(name, file))
 
@@ -114,16 +129,23 @@ class LocalStore:
         _open_regular(self._at(name, file), read)
 
     def begin(self, name: str) -> None:
+        self._make_room(name)
+        for left in self.unfinished():
+            with suppress(OSError):  # in the way only if it has the new one's name, which mkdir then says
+                _delete(self._at(left))
+        os.mkdir(self._at(name + PARTIAL), mode=0o755)
+
+    def begin_beside(self, name: str) -> None:
+        self._make_room(name)
+        os.mkdir(self._at(name + PARTIAL), mode=0o755)
+
+    def _make_room(self, name: str) -> None:
         os.makedirs(self.path, mode=0o755, exist_ok=True)
         if not self.is_rooted:  # of a new run's folder no trace may be on the disk yet
             _sync_parents(self.path)
             self.is_rooted = True
         if os.path.lexists(self._at(name)):
             raise FileExistsError(errno.EEXIST, f"there is a {name} already")
-        for left in filter(LEFT_OVER.fullmatch, os.listdir(self.path)):
-            with suppress(OSError):  # in the way only if it has the new one's name, which mkdir then says
-                _delete(self._at(left))
-        os.mkdir(self._at(name + PARTIAL), mode=0o755)
 
     def create(self, name: str, file: str) -> Sink:
         return _LocalSink(self._at(name + PARTIAL, file))
@@ -231,6 +253,9 @@ class RemoteStore:
     def names(self) -> list[str]:
         return [name for name in self._folders() if self.exists(name, MANIFEST)]
 
+    def unfinished(self) -> list[str]:
+        return [name for name in filter(STEP.fullmatch, self._folders()) if not self.exists(name, MANIFEST)]
+
     def _folders(self) -> list[str]:
         try:
             with _as_os_error(self.path):
@@ -274,6 +299,10 @@ class RemoteStore:
                 except OSError:
                     if left == name:
                         raise
+
+    def begin_beside(self, name: str) -> None:
+        if name in self._folders():
+            raise FileExistsError(errno.EEXIST, f"there is a {name} already")
 
     def create(self, name: str, file: str) -> Sink:
         with _as_os_error(self.path):
