@@ -316,8 +316,8 @@ def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
         if before:
             began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
         raise ValueError(
-            f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its own "
-            "with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
+            f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its "
+            "own with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
         )
 
 
