@@ -14,7 +14,9 @@ from dali_loaders import Source
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state
+from pipeline.checkpoint.parts import Held, Part
 from pipeline.config import TrainConfig, as_dict
+from pipeline.course import Course
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
@@ -35,7 +37,8 @@ class Run(Protocol):
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
     ema: Ema | None
-    consumed: int
+    course: Course
+    consumed: int  # samples
     started_from: dict[str, Any] | None  # `Start.origin`
 
     @property
@@ -76,14 +79,16 @@ def save(run: Run) -> str:
         **order(run),
         "consumed": run.consumed,
         "skipped_steps": run.classifier.skipped_steps,
+        "course": run.course.state(),
         "world_size": run.place.world_size,
         "started_from": run.started_from,
         "config": as_dict(run.config),
     }
     run.classifier_optimizer.flush()
-    state = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
+    parts = run.engine.state()
     if run.ema:
-        state |= run.ema.state(run.engine.module)
+        parts |= run.ema.state(run.engine.module)
+    state = {**_whole(parts), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
     # A checkpoint that cannot be continued should not push out one that can.
     run.check_finite(_local(tensor) for tensor in state.values() if tensor.is_floating_point())
     return checkpoint.save(run.checkpoints, run.step, state, info, run.config.checkpoint.keep, run.source.identities)
@@ -123,8 +128,9 @@ def _start(run: Run, source: Start) -> list[str]:
     config = run.config
     size = config.data.image_size
     network = f"backbone {config.backbone.name} of width {config.backbone.width} for images of {size} x {size}"
-    weights = source.backbone(run.engine.module, network)
-    run.engine.load({f"backbone.{name}": tensor for name, tensor in weights.items()})
+    with run.engine.for_evaluation() as module:
+        weights = source.backbone(module, network)
+    run.engine.load(Held({f"backbone.{name}": tensor for name, tensor in weights.items()}))
     run.started_from = source.origin
     lines = [f"a new run with the {'averaged ' if config.start.ema else ''}backbone weights of {source.path}"]
     if config.start.classifier:
@@ -147,13 +153,37 @@ def _go_on(run: Run, path: str) -> list[str]:
                 "trained with, or begin a new run with its backbone, with --from instead of --resume and a run.folder of its own"
             )
     lines = _check_order(run, path, info)
-    lines += classifier_state.load(path, info, run.classifier, run.classifier_optimizer)
-    run.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
-    lines += _load_ema(run, path)
+    lines += _load(run, path, info)
+    run.course.load(info.get("course", {}))
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
     checkpoint.supersede(run.checkpoints, run.step)
     return lines
+
+
+def roll_back(run: Run) -> str | None:
+    """Weights and optimizer state of the newest sound checkpoint, which is returned; the place in the data stays as it is. None if there is
+    no checkpoint. Every rank calls it."""
+    path = checkpoint.newest(run.checkpoints)
+    if path is not None:
+        info = checkpoint.read_info(path)
+        _load(run, path, info)
+        run.course.roll_back(info.get("course", {}))
+    return path
+
+
+def _load(run: Run, path: str, info: dict[str, Any]) -> list[str]:
+    lines = classifier_state.load(path, info, run.classifier, run.classifier_optimizer)
+    run.engine.load(
+        Held(
+            {
+                **checkpoint.load_replicated(path, "backbone."),
+                **checkpoint.load_replicated(path, "optimizer."),
+                **checkpoint.load_replicated(path, "buffers_of_ranks"),
+            }
+        )
+    )
+    return lines + _load_ema(run, path)
 
 
 def _check_order(run: Run, path: str, info: dict[str, Any]) -> list[str]:
@@ -183,15 +213,29 @@ def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
 
 
 def _load_ema(run: Run, path: str) -> list[str]:
-    saved = checkpoint.load_replicated(path, "ema.")
+    saved = checkpoint.load_replicated(path, "ema")
     if not run.ema:
         return ["the checkpoint's average of the weights: left out, because run.ema is 0"] if saved else []
     run.ema.restart(run.engine.module)
     if not saved:
         return ["the checkpoint has no average of the weights: it starts with the weights as they are"]
-    run.ema.load(saved)
+    run.ema.load(run.engine.module, Held(saved))
     return []
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(parts: dict[str, Part]) -> dict[str, Tensor]:
+    import torch
+    import torch.distributed as dist
+
+    mine = [(name, part.tensor.detach().cpu().reshape(-1), part.shape, part.start) for name, part in parts.items()]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    state: dict[str, Tensor] = {}
+    for name, tensor, shape, start in [one for each in found for one in each]:
+        out = state.setdefault(name, torch.zeros(shape, dtype=tensor.dtype))
+        out.view(-1)[start : start + tensor.numel()] = tensor
+    return state
