@@ -224,21 +224,16 @@ class PartialFC(nn.Module):
             raise ValueError(labels) if labels else NonFiniteError(features)
         return not features
 
-    def _check(self, features_BD: Tensor, labels_B: Tensor, counts: list[int]) -> None:
-        check = BatchCheck(features_BD, labels_B, self.shard.num_classes, counts, self.current.number, self.current.labels_B)
+    def _check(self, kind: type[BatchCheck] | type[LossCheck], *of: Any) -> None:
+        if kind is LossCheck and not torch.is_grad_enabled():
+            return
+        check = kind(*of)
         if not torch.is_grad_enabled():
             self._judge(check)  # no optimizer will
             return
         self.current.checks.append(check)
-        if check.is_ready or len(self.current.checks) >= MOST_CHECKS:
+        if check.is_ready or len(self.current.checks) >= 2 * MOST_CHECKS:  # of features and loss
             self.is_finite()
-
-    def _check_loss(self, loss: Tensor, number: int) -> None:
-        if torch.is_grad_enabled():
-            check = LossCheck(loss, number)
-            self.current.checks.append(check)
-            if check.is_ready:
-                self.is_finite()
 
     def _check_shard(self) -> None:
         place.check_place(self.made, self.group)
@@ -291,9 +286,9 @@ class PartialFC(nn.Module):
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         features_BD, labels_B, counts = self._gather(features_bD, labels_b, gather_dtype)
         number = self.current.number
-        self._check(features_BD, labels_B, counts)
+        self._check(BatchCheck, features_BD, labels_B, self.shard.num_classes, counts, number, self.current.labels_B)
         loss = self.loss(self.global_batch(features_BD, labels_B))
-        self._check_loss(loss, number)
+        self._check(LossCheck, loss, number)
         return loss
 
     def _gather(self, features_bD: Tensor, labels_b: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, list[int]]:

@@ -13,10 +13,10 @@ from pipeline.checkpoint.parts import Part, Saved
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig, has_bfloat16
 from pipeline.engine.ddp import DDPEngine, FrozenEngine
-from pipeline.engine.deepspeed import BUCKET, DeepSpeedEngine
+from pipeline.engine.deepspeed import BUCKET, LIVE, DeepSpeedEngine
 from pipeline.schedule import OptimizerConfig
 
-__all__ = ["BUCKET", "Engine", "EngineConfig", "build_engine", "has_bfloat16"]
+__all__ = ["BUCKET", "LIVE", "Engine", "EngineConfig", "build_engine", "has_bfloat16"]
 
 
 class Engine(Protocol):

@@ -95,8 +95,8 @@ class DDPEngine(_Replicated):
 
     def step(self, lr: float, left_out: Tensor) -> None:
         set_rate(self.optimizer, lr)
-        # Fused optimizers look at it on the device, as for a GradScaler.
-        self.optimizer.found_inf, self.optimizer.grad_scale = left_out, None  # type: ignore[attr-defined]
+        if self.optimizer.defaults["fused"]:  # as on every CPU and GPU: these look at it on the device, as for a GradScaler
+            self.optimizer.found_inf, self.optimizer.grad_scale = left_out, None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
 

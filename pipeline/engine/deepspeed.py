@@ -24,6 +24,7 @@ from pipeline.engine.optimizer import build_optimizer, make_state, set_rate
 from pipeline.schedule import OptimizerConfig
 
 BUCKET = 1 << 23  # numbers: 32 MB in float32, as DDP's 25 MB; DeepSpeed's default of 5e8 would wait for the whole network, in 2 GB
+LIVE = 1 << 25  # numbers of weights that ZeRO 3 puts together ahead or keeps for later: 128 MB; by default whole networks of 4 GB
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class DeepSpeedEngine:
                     "stage": config.zero_stage,
                     "reduce_bucket_size": BUCKET,
                     "overlap_comm": not on_cpu,  # gradients travel during backward; a CPU has no streams for it
+                    "stage3_prefetch_bucket_size": BUCKET,
+                    "stage3_max_live_parameters": LIVE,
+                    "stage3_max_reuse_distance": LIVE,
                 },
                 "torch_autocast": {
                     "enabled": dtype is not None,
