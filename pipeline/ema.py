@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint.parts import Part, Saved
+from pipeline.checkpoint import Part, Saved
 from pipeline.engine.module_state import averaged_buffers, load_module, module_parts
 
 OF_RANKS = "ema_buffers_of_ranks"

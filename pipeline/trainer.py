@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,8 @@ from dali_loaders.sources import check_images_per_identity
 from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
 from pipeline import backbones, checkpoint, classifier_state, combinations, determinism, run_checkpoints, training_step
+from pipeline.agreement import Agreement
+from pipeline.checkpoint import NotFiniteError
 from pipeline.config import TrainConfig, as_text
 from pipeline.course import Course
 from pipeline.distributed import Place
@@ -42,6 +45,7 @@ class Trainer:
         combinations.check(config)
         determinism.set_up(config.run.deterministic)
         run = config.run
+        self.agreement = Agreement(run.timeout)
         group = config.data.images_per_identity
         if run.batch % (run.accumulation * place.world_size * group):
             groups = f" and data.images_per_identity = {group}" if group > 1 else ""
@@ -85,6 +89,7 @@ class Trainer:
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
+        self.saver = run_checkpoints.saver(self)
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
@@ -139,12 +144,21 @@ class Trainer:
                 if self.place.device.type == "cuda":
                     torch.cuda.synchronize()  # so that the pause does not swallow the time of steps still under way
                 pause = time.perf_counter()
-                if saves:
-                    self.save()
                 if evaluates:
                     figures = self.evaluate()
+                if saves:
+                    self.save(figures if evaluates else {})
                 self.window_start += time.perf_counter() - pause
+            self._end_step()
+        self.finish_saving()
         return figures or self.evaluate()
+
+    def _end_step(self) -> None:
+        """What all ranks do together between two steps."""
+        if self.saver.flight is not None:
+            with self._refusing_not_finite():
+                (busy,) = self.agreement.highest(self.saver.is_busy())
+                self.saver.go_on(busy)
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
@@ -172,8 +186,11 @@ class Trainer:
         sums = torch.tensor([waited, len(self.loader.skipped)], device=self.place.device)
         dist.all_reduce(sums)
         waited, skipped = sums.tolist()
-        if losses:
-            self.check_finite([torch.tensor(loss)])
+        if losses and not math.isfinite(loss):
+            with self._refusing_not_finite():
+                raise NotFiniteError("the loss")
+        if self.saver.trouble is not None:
+            self.monitor.say(self.saver.trouble)
         values = {
             "loss": loss,
             "target_cosine": float(target_B.mean()),
@@ -203,22 +220,30 @@ class Trainer:
 
     @property
     def checkpoints(self) -> str:
-        return os.path.join(self.config.run.folder, "checkpoints")
+        return self.config.checkpoint.folder or os.path.join(self.config.run.folder, "checkpoints")
 
-    def check_finite(self, tensors: Iterable[Tensor]) -> None:
-        """ValueError on every rank if a number anywhere is NaN or infinite. Takes no memory for a tensor's worth of answers."""
-        extremes = [torch.stack(tensor.aminmax()).float().to(self.place.device) for tensor in tensors if tensor.numel()]  # keep NaN
-        finite = torch.stack(extremes).isfinite().all().int()
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if not finite:
+    @contextmanager
+    def _refusing_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFiniteError as error:
+            newest = checkpoint.newest(self.checkpoints, self.agreement)
             raise ValueError(
-                f"the loss or a weight is not finite at step {self.step}: lower optimizer.lr or lengthen optimizer.warmup_epochs; "
-                f"the newest good checkpoint is {checkpoint.newest(self.checkpoints)}"
-            )
+                f"the loss or a weight is not finite at step {self.step} ({error}): lower optimizer.lr or lengthen "
+                f"optimizer.warmup_epochs; the newest good checkpoint is {newest and newest.path}"
+            ) from None
 
-    def save(self) -> str:
-        """Writes a checkpoint of this step. Every rank calls it."""
-        return run_checkpoints.save(self)
+    def save(self, figures: dict[str, float] | None = None) -> None:
+        """Begins a checkpoint of this step. Every rank calls it."""
+        with self._refusing_not_finite():
+            run_checkpoints.save(self, figures)
+
+    def finish_saving(self) -> None:
+        """Waits for the save that is under way. ValueError if the newest state could not be saved."""
+        with self._refusing_not_finite():
+            self.saver.finish()
+        if self.saver.trouble is not None:
+            raise ValueError(f"{self.saver.trouble}: see to it, and run the same command, which goes on from the newest checkpoint")
 
     def close(self) -> None:
         self.loader.close()

@@ -134,9 +134,10 @@ def _remember(run: Run, fault: str | None, total: Tensor, indices: list[np.ndarr
     if fault == SPIKE:
         _roll_back(run, float(total))
     if course.skipped_in_a_row >= settings.most_skipped:
+        newest = checkpoint.newest(run.checkpoints, run.agreement)
         raise ValueError(
             f"{course.skipped_in_a_row} steps in a row, up to step {run.step}, were left out, the last because {fault}: lower optimizer.lr "
-            f"or lengthen optimizer.warmup_epochs; the newest checkpoint is {checkpoint.newest(run.checkpoints)}; "
+            f"or lengthen optimizer.warmup_epochs; the newest checkpoint is {newest and newest.path}; "
             f"{_name_images(run, run.step, indices)}"
         )
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint.parts import Part, Saved
+from pipeline.checkpoint import Part, Saved
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig, has_bfloat16
 from pipeline.engine.ddp import DDPEngine, FrozenEngine

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from pipeline.checkpoint.parts import Part, Saved, whole
+from pipeline.checkpoint import Part, Saved, whole
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.module_state import OF_RANKS, averaged_buffers, fill, load_module, module_parts

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dali_loaders.extras import extra
-from pipeline.checkpoint.parts import Part, Saved, whole
+from pipeline.checkpoint import Part, Saved, whole
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.module_state import OF_RANKS, averaged_buffers, fill, load_module, module_parts

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.checkpoint.parts import Part, Saved, rows, whole
+from pipeline.checkpoint import Part, Saved, rows, whole
 
 OF_RANKS = "buffers_of_ranks"  # in a checkpoint: a row of each rank's own batch statistics, from which the same number of ranks goes on
 
