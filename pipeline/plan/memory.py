@@ -73,7 +73,7 @@ def _part(job: Job, network: Footprint) -> int:
 
 def _averaged(job: Job, network: Footprint) -> int:
     """Gradients that DeepSpeed keeps until the end of backward, or flattens in the step."""
-    return network.weights if job.zero_stage == 1 else _part(job, network)
+    return network.weights if job.zero_stage == 1 else {2: 2, 3: 1}[job.zero_stage] * _part(job, network)
 
 
 def _images(job: Job, hardware: Hardware) -> int:

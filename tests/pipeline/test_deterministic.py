@@ -82,7 +82,7 @@ def test_stopping_anywhere_changes_no_bit(ranks, data, size, options, tmp_path):
 
 def test_rows_that_catch_up_at_a_save_are_refused():
     config = configuration("", "", 1, optimizer={"unsampled": "lazy"}, run={"deterministic": True})
-    with pytest.raises(ValueError, match="run.deterministic excludes optimizer.unsampled=lazy"):
+    with pytest.raises(ValueError, match=r"run\.deterministic excludes optimizer\.unsampled=lazy"):
         combinations.check(config)
 
 

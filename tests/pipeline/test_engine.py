@@ -218,7 +218,8 @@ def test_arguments_of_deepspeed_exist(device, monkeypatch):
         build_engine(EngineConfig("deepspeed"), SGD, build(BackboneConfig("small"), 32), place, 1)
     assert asked["zero_optimization"]["overlap_comm"] is (device == "cuda")
     assert probed["deepspeed_shm_comm"] is (False if device == "cpu" else None)  # the extension is for CPUs
-    assert set(asked["zero_optimization"]) <= set(DeepSpeedZeroConfig.model_fields)
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(asked["zero_optimization"]) <= {*fields, *(field.alias for field in fields.values())}
     assert asked["zero_optimization"]["reduce_bucket_size"] == BUCKET
     modules = ("runtime.config", "runtime.constants", "runtime.zero.config", "utils.config")
     text = "".join(inspect.getsource(importlib.import_module(f"deepspeed.{name}")) for name in modules)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from partial_fc import GradScaler
+from pipeline import checkpoint
 from pipeline.distributed import join
 from pipeline.trainer import Trainer
-from tests.pipeline.runs import configuration, faces
+from tests.pipeline.runs import configuration, faces, train_until
 
 STEPS, BAD = 6, (2, 3)
 ENGINES = [("ddp", 1), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
@@ -176,3 +177,64 @@ def test_a_run_ends_with_the_images_of_its_last_step(ranks, data, what, non_fini
 def test_prototypes_that_moved_in_backward_cannot_be_left_out(ranks, data, tmp_path):
     config = config_of(data, tmp_path, optimizer={"in_backward": True})
     ranks(2).run(ends_in, config, "backbone", r"step 1 is to be left out, but in_backward=True has moved prototypes by it: go back")
+
+
+def spiking(config, at):
+    """Runs on every rank, with a loss that is ten times itself at these steps: (what was said, state as in the last checkpoint)."""
+    call, said = type(config.loss).__call__, []
+    trainer = Trainer(config, join())
+
+    def spiked(self, batch):
+        return call(self, batch) * (10.0 if trainer.step in at else 1.0)
+
+    try:
+        with mock.patch.object(type(config.loss), "__call__", spiked), mock.patch.object(trainer.monitor, "say", said.append):
+            trainer.fit()
+    finally:
+        trainer.close()
+    saved = checkpoint.locate(config.run.folder)
+    return [line for line in said if line.startswith("step")], {name: saved.whole(name) for name in saved}, saved.info["course"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "zero_stage"), [("ddp", 1), ("deepspeed", 3)])
+def test_a_spike_rolls_back_and_goes_on_past_the_batch(ranks, data, engine, zero_stage, tmp_path):
+    def config(name, every=10):
+        made = config_of(data, tmp_path / name, engine, zero_stage, run={"epochs": 34 * 24 / 78, "spike": 3.0}, save_every=every)
+        return replace(made, optimizer=replace(made.optimizer, clip=0.1))
+
+    at = (5, 24, 25, 28)  # of these the first comes before there are enough losses, the third before anything has moved again
+    results = ranks(2).run(spiking, config("whole"), at)
+    lines, state, course = results[0]
+    newest = str(tmp_path / "whole" / "checkpoints" / "step-00000020")
+    assert [line.split(":")[0] for line in lines] == ["step 25", "step 26", "step 29"]
+    assert lines[0].endswith(f"left out, and went on with the weights of {newest}") and lines[1].endswith("left out")
+    assert newest in lines[2] and results[1][0] == lines
+    assert course["rollbacks"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rollbacks"] for row in rows if "loss" in row][23:30] == [0, 1, 1, 1, 1, 2, 2]
+    assert rows[-1]["skipped_steps"] == 3
+
+    # A run that is broken off and goes on does the same.
+    ranks(2).run(train_until_spiking, config("broken"), at, 27)
+    again = ranks(2).run(spiking, config("broken"), at)[0]
+    assert again[2] == course
+    for name, tensor in state.items():
+        assert torch.equal(again[1][name], tensor), name
+
+
+def train_until_spiking(config, at, stop):
+    call = type(config.loss).__call__
+    steps = iter(range(10**6))
+
+    def spiked(self, batch):
+        return call(self, batch) * (10.0 if next(steps) in at else 1.0)
+
+    with mock.patch.object(type(config.loss), "__call__", spiked):
+        train_until(config, stop)
+
+
+def test_a_spike_before_the_first_checkpoint_is_only_left_out(ranks, data, tmp_path):
+    config = config_of(data, tmp_path, run={"epochs": 23 * 24 / 78, "spike": 3.0})
+    (line,), _, course = ranks(1).run(spiking, config, (21,))[0]
+    assert line.endswith("left out, but there is no checkpoint to go back to yet") and course["rollbacks"] == 0

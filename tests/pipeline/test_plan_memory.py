@@ -92,7 +92,7 @@ class Step:
             network.to = lambda **format: network  # which fake weights cannot change; convolutions take that of the images
             place = Place(0, 1, torch.device("cpu"))  # of one rank: torch's DDP itself knows no fake tensors
             self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, place)
-            for group in self.engine.optimizer.param_groups:
+            for group in [self.engine.optimizer.defaults, *self.engine.optimizer.param_groups]:
                 group.update(fused=False, foreach=False)  # the fused one has no fake form
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.backbones.recompute import Block
 from pipeline.checkpoint.parts import Held
 from pipeline.distributed import join
 from pipeline.engine import EngineConfig, build_engine
+from pipeline.measuring import Traffic
 from pipeline.schedule import OptimizerConfig
 
 ENGINES = [EngineConfig("ddp", precision="float32")] + [EngineConfig("deepspeed", precision="float32", zero_stage=n) for n in (1, 2, 3)]
@@ -143,3 +145,65 @@ def loaded(config, saved):
     engine = built(config, ADAMW)
     engine.load(Held(saved))
     return {name: (part.tensor.detach().clone(), part.shape, part.start, part.replicated) for name, part in engine.state().items()}, 0
+
+
+def sent(config, accumulation):
+    """Bytes that a rank sends in each micro-batch's forward and backward, once DDP has made its buckets."""
+    engine = built(config, SGD, accumulation)
+    for number in range(2):
+        step(engine, number, accumulation)
+    rows, found = torch.arange(12).chunk(2)[join("cpu").rank].chunk(accumulation), []
+    for micro, part in enumerate(rows, start=1):
+        with Traffic() as traffic:
+            features = engine.forward(IMAGES[part], micro == accumulation)
+            engine.backward(features, torch.ones_like(features), micro == accumulation)
+        found.append(traffic.sent)
+    return found
+
+
+@pytest.mark.parametrize(("config", "is_quiet"), list(zip(ENGINES, (True, True, False, False), strict=True)), ids=NAMES)
+def test_micro_batches_before_the_last_send_nothing(ranks, config, is_quiet):
+    """ZeRO 2 and 3 keep no whole gradient, so that they have to send each."""
+    for *before, last in ranks(2).run(sent, config, 3):
+        assert last > 0 and (before == [0, 0]) == is_quiet
+
+
+class Large(nn.Module):
+    """Wide enough that its weights do not stay whole between uses, with a block that computes again in backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(75, 333)
+        self.blocks = nn.ModuleList([Again(), Again()])
+        self.fc = nn.Linear(333, 7)
+
+    def forward(self, images):
+        x = self.stem(images.flatten(1))
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x)
+
+
+class Again(Block):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(333, 333)
+        self.checkpointed = True
+
+    def compute(self, x):
+        return x + torch.relu(self.inner(x))
+
+
+def trained_large(config):
+    torch.manual_seed(0)
+    engine = build_engine(config, SGD, Large(), join("cpu"), 1)
+    if config.zero_stage == 3:
+        assert not all(parameter.numel() for parameter in engine.module.parameters())
+    for number in range(3):
+        step(engine, number)
+    return {name: (part.tensor.detach().clone(), part.shape, part.start, part.replicated) for name, part in engine.state().items()}, 0
+
+
+def test_weights_that_are_not_whole_between_uses(ranks):
+    expected = together(ranks(3).run(trained_large, ENGINES[0]))
+    assert_alike(together(ranks(3).run(trained_large, ENGINES[3])), expected)
