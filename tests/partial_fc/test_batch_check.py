@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_though_features_are(is_late, non_finite, monk
     features, labels = batch(CLASSES, WIDTH, 4)
     with knowing(is_late):
         if non_finite == "raise":
-            with pytest.raises(ValueError, match="the loss of step 0 is inf, though its features are finite: .*non_finite=skip"):
+            with pytest.raises(ValueError, match=r"the loss of step 0 is inf, though its features are finite: .*non_finite=skip"):
                 step(classifier, optimizer, (features, labels))
         else:
             assert not step(classifier, optimizer, (features, labels)) and classifier.skipped_steps == 1
