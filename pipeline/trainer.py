@@ -188,7 +188,7 @@ class Trainer:
         waited, skipped = sums.tolist()
         if losses and not math.isfinite(loss):
             with self._refusing_not_finite():
-                raise NotFiniteError("the loss")
+                raise NotFiniteError(f"the loss is not finite at step {self.step}")
         if self.saver.trouble is not None:
             self.monitor.say(self.saver.trouble)
         values = {
@@ -229,8 +229,7 @@ class Trainer:
         except NotFiniteError as error:
             newest = checkpoint.newest(self.checkpoints, self.agreement)
             raise ValueError(
-                f"the loss or a weight is not finite at step {self.step} ({error}): lower optimizer.lr or lengthen "
-                f"optimizer.warmup_epochs; the newest good checkpoint is {newest and newest.path}"
+                f"{error}: lower optimizer.lr or lengthen optimizer.warmup_epochs; the newest good checkpoint is {newest and newest.path}"
             ) from None
 
     def save(self, figures: dict[str, float] | None = None) -> None:

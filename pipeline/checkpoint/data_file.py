@@ -87,7 +87,7 @@ def write(name: str, sink: Sink, parts: dict[str, Part]) -> Written:
     try:
         file.write(header)
         for entry in entries:
-            for chunk in _chunks(parts[entry.name].tensor):
+            for chunk in chunks(parts[entry.name].tensor):
                 if chunk.is_floating_point() and chunk.numel() and not torch.stack(chunk.aminmax()).isfinite().all():
                     raise NotFiniteError(f"{entry.name} is not finite")
                 file.write(bytes_of(chunk))
@@ -135,7 +135,7 @@ def _layout(file: str, parts: dict[str, Part]) -> tuple[bytes, list[Entry]]:
     return len(text).to_bytes(8, "little") + text, entries
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Flat pieces of it on the CPU, in row-major order; never a second copy of what is large and lies in order."""
     flat = tensor.detach().contiguous().view(-1)
     step = max(1, CHUNK // flat.element_size())

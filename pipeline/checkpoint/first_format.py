@@ -34,6 +34,13 @@ class _Record:
         self.fields = state
 
 
+class _Properties:
+    """Stands for TensorProperties, of which the first is the dtype."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.fields = {"dtype": state[0]}
+
+
 def _sizes(numbers: Any = ()) -> tuple[int, ...]:
     return tuple(numbers)
 
@@ -43,10 +50,11 @@ def _nothing(*_: Any) -> None:
 
 
 _MODULE = "torch.distributed.checkpoint"
-_RECORDS = ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta")
+_RECORDS = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta")
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _TYPES: dict[tuple[str, str], Any] = {
     **{(f"{_MODULE}.metadata", name): _Record for name in (*_RECORDS, "BytesStorageMetadata")},
+    (f"{_MODULE}.metadata", "TensorProperties"): _Properties,
     (f"{_MODULE}.filesystem", "_StorageInfo"): _Record,
     (f"{_MODULE}.metadata", "_MEM_FORMAT_ENCODING"): _nothing,
     ("torch.serialization", "_get_layout"): _nothing,
@@ -67,7 +75,11 @@ class FirstCheckpoint:
     def __init__(self, folder: str, name: str) -> None:
         self.name, self.path = name, f"{folder}/{name}"
         self.info = self._info()
-        plan = plain_pickle.load(self._content(PLAN, MOST_PLAN), f"{self.path}/{PLAN}", _TYPES)
+        content = self._content(PLAN, MOST_PLAN)
+        try:
+            plan = plain_pickle.load(content, f"{self.path}/{PLAN}", _TYPES, "the plan of a checkpoint")
+        except ValueError as error:
+            raise DamagedError(str(error)) from None
         try:
             self.kinds, self.pieces = _understood(plan)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -187,7 +187,9 @@ class Saver:
             return
         if self.agreement.rank == 0:
             self.store.abandon(flight.name)
-        if not isinstance(fault, OSError):  # NotFiniteError, OwnerError, or a fault of this program
+        if isinstance(fault, NotFiniteError):
+            raise NotFiniteError(f"{fault} at step {flight.step}")
+        if not isinstance(fault, OSError):  # OwnerError, or a fault of this program
             raise fault
         self._fail(flight, _words(fault))
 

@@ -19,6 +19,7 @@ from dali_loaders.faces import FacesConfig, write_faces
 from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
 from pipeline.cli import main
+from tests.pipeline.checkpoint.states import edit_manifest
 
 COMMANDS = ["train", "eval", "data faces", "data pack", "data pairs", "data check", "config", "import insightface"]
 
@@ -240,10 +241,8 @@ def test_bad_input_to_train(trained, capsys, settings, words):
 
 def test_a_checkpoint_from_before_there_were_groups_has_none(trained, capsys):
     shutil.copytree(trained / "run", trained / "old")
-    (file,) = (trained / "old" / "checkpoints").glob("*/protoshard.json")
-    info = json.loads(file.read_text())
-    del info["images_per_identity"]
-    file.write_text(json.dumps(info))
+    (path,) = (trained / "old" / "checkpoints").iterdir()
+    edit_manifest(path, lambda values: values.pop("images_per_identity"))
     refused(train(trained, "data.images_per_identity=3", run="old"), capsys, "has images_per_identity 1, but this run has 3")
     assert main(train(trained, run="old")) == 0
 

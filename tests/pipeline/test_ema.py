@@ -100,7 +100,10 @@ def test_what_is_said_where_a_checkpoint_and_a_run_differ(ranks, data, tmp_path)
         ([left_out, "changed since the checkpoint: run.ema=0.0 (was 0.6)"], None)
     ]
     ((remarks, average),) = ranks(1).run(remarks_and_average, config_of(data, tmp_path / "without"))
-    assert remarks == ["the checkpoint has no average of the weights: it starts with the weights as they are"]
+    assert remarks == [
+        "the checkpoint has no average of the weights: it starts with the weights as they are",
+        "changed since the checkpoint: run.ema=0.6 (was 0.0)",
+    ]
     started = replace(config_of(data, tmp_path / "new"), start=StartConfig(path, ema=True))
     ((remarks, average),) = ranks(1).run(remarks_and_average, started)
     assert remarks == [f"a new run with the averaged backbone weights of {path}"]

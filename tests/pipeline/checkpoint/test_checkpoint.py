@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
+from pipeline.checkpoint import data_file
 from tests.pipeline.checkpoint.states import ROWS, edit_manifest, load, matrix, save, shared
 
 
@@ -132,3 +133,11 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
         with pytest.raises(checkpoint.NotFiniteError, match=r"backbone\.weight is not finite"):
             checkpoint.save(str(tmp_path), 2, bad, {})
     assert os.listdir(tmp_path) == [os.path.basename(good)]
+
+
+def test_a_tensor_is_judged_and_written_in_pieces_of_its_own_memory():
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = torch.arange(1 << 23).to(dtype)
+        pieces = list(data_file.chunks(weights))
+        assert all(piece.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr() for piece in pieces)
+        assert max(len(piece) * piece.itemsize for piece in pieces) == data_file.CHUNK and torch.equal(torch.cat(pieces), weights)
