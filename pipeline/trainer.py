@@ -1,6 +1,6 @@
 """The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
-boundaries. Between two lines of metrics the host waits for the device only to know that features were finite, while backward is under
-way, and with DeepSpeed at the end of each backward pass and three times for the gradient norm."""
+boundaries. Between two lines of metrics the host waits for the device only to know that features and loss were finite, while backward is
+under way, and gradients, while the backbone moves; with DeepSpeed at the end of each backward pass and four times in the step."""
 
 from __future__ import annotations
 
