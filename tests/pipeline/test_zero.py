@@ -50,7 +50,7 @@ def built(config, optimizer, accumulation=1):
     return build_engine(config, optimizer, Uneven(), join("cpu"), accumulation)
 
 
-def step(engine, number, accumulation=1):
+def step(engine, number, accumulation=1, lr=0.05):
     """One step, with a loss that every number of ranks and of micro-batches adds up to."""
     place = join("cpu")
     mine = torch.arange(12).chunk(place.world_size)[place.rank].chunk(accumulation)
@@ -60,7 +60,7 @@ def step(engine, number, accumulation=1):
         engine.backward(features, gradient, micro == accumulation)
     found = torch.cat([part.flatten() for part in engine.clip()])
     assert found.isfinite().all()
-    engine.step(0.05, torch.zeros(()))
+    engine.step(lr, torch.zeros(()))
 
 
 def trained(config, optimizer, steps, accumulation=1, saved=None, first=0):
@@ -73,7 +73,7 @@ def trained(config, optimizer, steps, accumulation=1, saved=None, first=0):
                 expected = saved[name].reshape(-1)[part.start : part.start + part.tensor.numel()]
                 torch.testing.assert_close(part.tensor.detach().reshape(-1), expected, rtol=1e-6, atol=0)  # an average of 3 equal ones
     for number in range(first, first + steps):
-        step(engine, number, accumulation)
+        step(engine, number, accumulation, 0.05 if optimizer == SGD else 0.002)
     with engine.for_evaluation() as module, torch.no_grad():
         assert all(parameter.numel() for parameter in module.parameters())
         module.eval()
