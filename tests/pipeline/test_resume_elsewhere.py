@@ -7,7 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline import checkpoint
+from pipeline.distributed import join
+from pipeline.starting_weights import StartConfig
+from pipeline.trainer import Trainer
 from tests.pipeline.runs import configuration, faces, train_losses, train_until
 
 pytestmark = pytest.mark.slow
@@ -42,3 +47,27 @@ def test_next_20_losses(ranks, data, expected, size, engine, name, tmp_path):
     deviation = max(abs(a / b - 1) for a, b in zip(losses, expected[name], strict=True))
     print(f"largest relative deviation of {STEPS} losses: {deviation:.1e}")
     np.testing.assert_allclose(losses[SAVED:], expected[name][SAVED:], rtol=1e-5)
+
+
+def backbone_at_the_start(config):
+    """Runs on every rank."""
+    trainer = Trainer(config, join())
+    try:
+        with trainer.engine.for_evaluation() as module:
+            return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    finally:
+        trainer.close()
+
+
+def test_a_new_run_with_zero_3_begins_with_the_weights_of_another(ranks, data, tmp_path):
+    ranks(2).run(train_until, config_of(data, tmp_path / "old", 0, "sgd"), SAVED)
+    config = replace(config_of(data, tmp_path / "new", 3, "sgd"), start=StartConfig(str(tmp_path / "old")))
+    config = replace(config, optimizer=replace(config.optimizer, frozen=("stem*",)))
+    expected = checkpoint.locate(str(tmp_path / "old"))
+    for weights in ranks(3).run(backbone_at_the_start, config):
+        assert weights and all(torch.equal(tensor, expected.whole(f"backbone.{name}")) for name, tensor in weights.items())
+    losses = ranks(3).run(train_losses, config)[0]
+    assert losses[-1] < losses[0]
+    last = checkpoint.locate(str(tmp_path / "new"))
+    same = {name for name in last if name.startswith("backbone.") and torch.equal(last.whole(name), expected.whole(name))}
+    assert same and all(name.startswith("backbone.stem") for name in same)
