@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dali_loaders import Batch, TrainLoader
+from dali_loaders.names import printable
 from partial_fc import clip_grad_norm_, found_non_finite
 from partial_fc.batch_check import NonFiniteError, ToHost
 from pipeline import checkpoint, classifier_state, run_checkpoints
@@ -112,8 +112,7 @@ def _step(run: Run, total: Tensor) -> str | None:
     run.engine.step(run.rate, left_out)
     if not ToHost(left_out.reshape(1)).read()[0]:  # while the device moves the backbone
         return None
-    spikes = torch.tensor([int(is_spike)], device=run.place.device)
-    dist.all_reduce(spikes, dist.ReduceOp.MAX)
+    (spikes,) = run.agreement.highest(int(is_spike))
     if not spikes and not scaler.is_enabled() and run.config.classifier.non_finite == "raise":
         raise NonFiniteError(
             f"the gradient of step {run.step} holds NaN or infinity, though its loss is finite: lower optimizer.lr, or leave such steps "
@@ -155,14 +154,14 @@ def _roll_back(run: Run, loss: float) -> None:
 
 def _name_images(run: Run, step: int, indices: list[np.ndarray]) -> str:
     """Writes FOLDER/not-finite-STEP.txt, a line of rank, index and name for each image of the step, and says so. Every rank calls it."""
-    mine = [f"{run.place.rank}\t{index}\t{run.source.name(int(index))}" for part in indices if part is not None for index in part]
-    lines = [mine] * run.place.world_size
-    if run.place.world_size > 1:
-        dist.all_gather_object(lines, mine)
+    mine = [
+        f"{run.place.rank}\t{index}\t{printable(run.source.name(int(index)))}" for part in indices if part is not None for index in part
+    ]
+    lines = run.agreement.gather(mine)
     path = os.path.join(run.config.run.folder, f"not-finite-{step}.txt")
     if run.place.is_first:
         try:
-            with open(path, "w", errors="surrogateescape") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 file.write("\n".join(["rank\tindex\tname", *itertools.chain.from_iterable(lines)]) + "\n")
         except OSError as error:  # the run ends with its own fault, not with that of the disk
             return f"its images could not be written to {path} ({error.strerror})"
