@@ -154,9 +154,8 @@ def _roll_back(run: Run, loss: float) -> None:
 
 def _name_images(run: Run, step: int, indices: list[np.ndarray]) -> str:
     """Writes FOLDER/not-finite-STEP.txt, a line of rank, index and name for each image of the step, and says so. Every rank calls it."""
-    mine = [
-        f"{run.place.rank}\t{index}\t{printable(run.source.name(int(index)))}" for part in indices if part is not None for index in part
-    ]
+    numbers = [int(index) for part in indices if part is not None for index in part]
+    mine = [f"{run.place.rank}\t{number}\t{printable(run.source.name(number))}" for number in numbers]
     lines = run.agreement.gather(mine)
     path = os.path.join(run.config.run.folder, f"not-finite-{step}.txt")
     if run.place.is_first:

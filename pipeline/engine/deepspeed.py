@@ -60,6 +60,7 @@ class DeepSpeedEngine:
             self.twin = copy.deepcopy(module).to("meta")  # for evaluation: DeepSpeed's hooks free weights after each use
         os.environ["LOCAL_RANK"] = str(place.device.index or 0)  # it insists on one, and takes it for the device
         dtype = config.autocasts(place.device)
+        deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # it would remember that of an earlier engine
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(optimizer, module),

@@ -17,6 +17,7 @@ from partial_fc import PartialFC, batch_check, collectives
 from partial_fc.classifier import ClassifierConfig
 from partial_fc.optimizers import adamw, sgd
 from pipeline import trainer, training_step
+from pipeline.agreement import Agreement
 from pipeline.distributed import Place
 from tests.partial_fc.test_no_host_read import unfused
 from tests.pipeline.runs import configuration, faces
@@ -69,6 +70,16 @@ class Zero:
         return [0.0]
 
 
+class Alone:
+    """Ranks whose hosts tell each other nothing."""
+
+    is_alone, rank, ranks, group = True, 0, 1, None
+    highest, gather, of_first = Agreement.highest, Agreement.gather, Agreement.of_first
+
+    def __init__(self, *_):
+        pass
+
+
 @pytest.fixture
 def fake_ranks(monkeypatch):
     """32 ranks, of which this process is number 3; and stand-ins for what has no form on the meta device: see test_no_host_read."""
@@ -81,6 +92,7 @@ def fake_ranks(monkeypatch):
     monkeypatch.setattr(PartialFC, "_check", lambda *_: None)
     monkeypatch.setattr(batch_check, "ToHost", NoNumbers)
     monkeypatch.setattr(training_step, "ToHost", Zero)
+    monkeypatch.setattr(trainer, "Agreement", Alone)
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module, *_, **__: module)  # its gradients are torch's affair
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))  # refuses the device
     yield
