@@ -18,7 +18,7 @@ from pipeline.trainer import Trainer
 from tests.pipeline.runs import configuration, faces, train_until
 
 STEPS, BAD = 6, (2, 3)
-ENGINES = [("ddp", 1), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+ENGINES = [("ddp", 1), ("deepspeed", 1), pytest.param("deepspeed", 2, marks=pytest.mark.long), ("deepspeed", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def run_with(config, what, value=torch.nan, steps=BAD):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "zero_stage"), ENGINES)
-@pytest.mark.parametrize("what", ["loss", "backbone", "classifier", "features' gradient"])
+@pytest.mark.parametrize("what", ["loss", "backbone", "classifier", pytest.param("features' gradient", marks=pytest.mark.long)])
 def test_whatever_is_not_finite_is_left_out_by_all(ranks, data, engine, zero_stage, what, tmp_path):
     value = torch.inf if what == "backbone" else torch.nan
     found = ranks(2).run(run_with, config_of(data, tmp_path / "found", engine, zero_stage), what, value)
@@ -140,7 +140,7 @@ def test_float16_is_float32_to_its_rounding_on_every_engine(ranks, data, name, t
         return replace(made, optimizer=replace(made.optimizer, lr=0.05 if name == "sgd" else 0.001))
 
     plain = ranks(2).run(losses_in, config("ddp", 1, "float32"))[0][0]
-    scaled = [ranks(2).run(losses_in, config(*engine, "float16"))[0] for engine in ENGINES]
+    scaled = [ranks(2).run(losses_in, config(*getattr(engine, "values", engine), "float16"))[0] for engine in ENGINES]
     for losses, notes in scaled:
         assert notes == scaled[0][1] and not notes[0][0]
         assert losses == pytest.approx(plain, rel=0.01)
