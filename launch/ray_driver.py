@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     ranks, resources = layout(nodes, options.ranks_per_node)
     gpu = " and a GPU" if "GPU" in resources else ""
     print(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}", flush=True)
-    storage = os.path.abspath(config.run.folder) + ".ray"  # Ray wants a folder all nodes see; nothing of value is in it
+    storage = storage_folder(config.run.folder)
     trainer = TorchTrainer(
         run_rank,
         train_loop_config={
@@ -92,6 +93,16 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     return result.return_value or {}
+
+
+def storage_folder(run_folder: str) -> str:
+    """A new folder beside the run's, for this job and its user alone. Ray wants one that all nodes see; nothing of value is in it."""
+    parent, name = os.path.split(os.path.abspath(run_folder))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f"{name}.ray-", dir=parent)
+    except OSError as error:
+        raise BadInputError(f"run.folder={run_folder} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def computing_nodes(nodes: list[dict[str, Any]], device: str) -> list[dict[str, float]]:
