@@ -207,7 +207,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
     plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
     plan.add_argument("--engine", default="ddp", choices=("ddp", "deepspeed"), help="of the backbone (ddp)")
-    plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2), help="of deepspeed (1)")
+    plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2, 3), help="of deepspeed (1)")
+    plan.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the backbone's products (auto: bfloat16 where the hardware has it)",
+    )
     plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in a few seconds, or a preset (here)")
     plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

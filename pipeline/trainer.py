@@ -1,6 +1,6 @@
 """The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
-boundaries. Between two lines of metrics the host waits for the device only to know that features were finite, while backward is under
-way, and with DeepSpeed at the end of each backward pass and three times for the gradient norm."""
+boundaries. Between two lines of metrics the host waits for the device only to know that features and loss were finite, while backward is
+under way, and gradients, while the backbone moves; with DeepSpeed at the end of each backward pass and four times in the step."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from dali_loaders import TrainLoader, open_data
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
-from partial_fc import PartialFC, RowAdamW, RowSGD
+from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, checkpoint, classifier_state, run_checkpoints, training_step
+from pipeline import backbones, checkpoint, classifier_state, combinations, determinism, run_checkpoints, training_step
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import NotFiniteError
 from pipeline.config import TrainConfig, as_text
+from pipeline.course import Course
 from pipeline.distributed import Place
 from pipeline.ema import Ema
-from pipeline.engine import average_buffers, build_engine, has_bfloat16
+from pipeline.engine import build_engine, has_bfloat16
 from pipeline.engine.parameters import freeze
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.lease import Lease
@@ -42,6 +43,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, place: Place, resume: str = "auto", lease: Lease | None = None) -> None:
         self.config, self.place, self.lease = config, place, lease
+        combinations.check(config)
+        determinism.set_up(config.run.deterministic)
         run = config.run
         self.agreement = Agreement(run.timeout)
         group = config.data.images_per_identity
@@ -66,7 +69,7 @@ class Trainer:
         backbone = backbones.build(config.backbone, config.data.image_size)
         freeze(backbone, config.optimizer.frozen)
         check_something_moves(config.loss, backbone)
-        self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
+        self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation, run.deterministic)
         width, options = config.backbone.width, asdict(config.classifier)
         options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}
         self.classifier = PartialFC(self.num_classes, width, config.loss, **options)
@@ -79,7 +82,8 @@ class Trainer:
                 f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
                 f"statistics: use at least {2 * run.batch}"
             )
-        self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
+        self.consumed = 0  # samples
+        self.course = Course(GradScaler(place.device.type, enabled=config.engine.precision == "float16"))
         self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
         self.cosines = torch.zeros(1), torch.zeros(1)  # target and hardest non-target, of the last step that is logged
         self.rate = 0.0  # of the backbone, in the last step
@@ -116,12 +120,7 @@ class Trainer:
         )
 
     def _build_classifier_optimizer(self) -> RowOptimizer:
-        optimizer, accumulation = self.config.optimizer, self.config.run.accumulation
-        if optimizer.in_backward and accumulation > 1:
-            raise ValueError(
-                f"optimizer.in_backward moves prototypes in every backward pass, but run.accumulation = {accumulation} takes several for a "
-                "step: choose one of them"
-            )
+        optimizer = self.config.optimizer
         options: dict[str, Any] = {"unsampled": optimizer.unsampled, "in_backward": optimizer.in_backward}
         if optimizer.classifier == "adamw":
             return RowAdamW(self.classifier, self.classifier_lr, weight_decay=optimizer.weight_decay, **options)
@@ -204,6 +203,7 @@ class Trainer:
             "wait_share": waited / self.place.world_size,
             "skipped_images": skipped,
             "skipped_steps": self.classifier.skipped_steps,
+            **self.course.figures(self.config.run.spike),
             "epoch": self.step / self.steps_per_epoch,
             **classifier_state.figures(self.classifier),
         }
@@ -212,13 +212,12 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Runs the configured evaluations over all ranks, also with averaged weights; returns the figures of the first, or nothing."""
-        module = self.engine.module
-        average_buffers(module)
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
-            figures = self.evaluator.run(module, self.step, self.monitor)
+            with self.engine.for_evaluation() as module:
+                figures = self.evaluator.run(module, self.step, self.monitor)
             if self.ema:
-                with self.ema.in_place_of(module):
-                    self.evaluator.run(module, self.step, self.monitor, averaged=True)
+                with self.ema.in_place_of(self.engine.module):
+                    self.evaluator.run(self.engine.module, self.step, self.monitor, averaged=True)
         return figures
 
     @property
