@@ -167,6 +167,8 @@ def _start(run: Run, source: Start) -> list[str]:
 
 def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     path, info = saved.path, saved.info
+    if "consumed" not in info:
+        raise ValueError(f"checkpoint {path} does not say how far its run had come: begin a new run with its backbone, with --from")
     _check_start(run, path, info)
     lines = _check_identity(run, saved)
     lines += _check_order(run, path, info)

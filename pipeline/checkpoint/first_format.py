@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline import plain_pickle
 from pipeline.agreement import Agreement
-from pipeline.checkpoint.manifest import DamagedError
+from pipeline.checkpoint.manifest import DamagedError, check_info
 from pipeline.checkpoint.stores import MANIFEST, LocalStore, Store
 
 PLAN = ".metadata"
@@ -98,6 +98,10 @@ class FirstCheckpoint:
             raise DamagedError(f"{file} names no files")
         if any(os.path.basename(file) != file for file in files):
             raise DamagedError(f"{file} names files outside its folder")
+        try:
+            check_info(info)
+        except ValueError as error:
+            raise DamagedError(f"{file} is not a manifest ({error})") from None
         return info
 
     def _content(self, file: str, most: int) -> bytes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ FORMAT = 2
 FIRST_LINE = re.compile(rb'\{"checksum": "([0-9a-f]{16})",\n')
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # never a path
 MOST_BYTES = 1 << 62
+# What this version asks of what savers said, where they said it.
+NUMBERS = ("step", "consumed", "skipped_steps", "num_classes", "width", "batch", "images_per_identity", "image_size", "world_size")
+KINDS: dict[str, type] = {"backbone": str, "optimizer": str, "frozen": list, "figures": dict, "started_from": dict, "config": dict}
 
 
 class DamagedError(ValueError):
@@ -104,8 +108,23 @@ def _checked(values: dict[str, Any]) -> Manifest:
             raise ValueError(f"tensor {name!r} lies outside its file")
         tensors[name] = parts
     values.pop("checksum")
-    _number(values["step"])
+    check_info(values)
     return Manifest(values, files, tensors)
+
+
+def check_info(info: dict[str, Any]) -> None:
+    """ValueError where what the saver said is of another kind than savers say."""
+    _number(info["step"])
+    for name in NUMBERS:
+        if info.get(name) is not None:
+            _number(info[name])
+    for name, kind in KINDS.items():
+        if info.get(name) is not None and not isinstance(info[name], kind):
+            raise ValueError(f"{name} {reprlib.repr(info[name])}")
+    if not all(isinstance(section, dict) for section in (info.get("config") or {}).values()):
+        raise ValueError("a configuration without sections")
+    if info.get("started_from") and not {"given", "classifier", "ema"} <= info["started_from"].keys():
+        raise ValueError("started_from")
 
 
 def _number(value: Any) -> int:
