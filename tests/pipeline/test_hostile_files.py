@@ -214,7 +214,7 @@ WRONG = [
 def test_what_a_checkpoint_says_is_of_the_kinds_that_runs_say(wrong, here, caplog):
     """With checksums that fit: who makes the file makes those too."""
     checkpoint.save(str(here / "checkpoints"), 0, {"a": checkpoint.whole(torch.zeros(3))}, SAID | wrong, keep=1)
-    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* can be used"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* can be used"):
         checkpoint.locate(str(here))
     assert "protoshard.json cannot be used: it is not a manifest" in caplog.text
 
