@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from pipeline import stopping
 from pipeline.config import TrainConfig
 from pipeline.distributed import FolderLock, join
 from pipeline.resolve import resolve
 from pipeline.trainer import Trainer
+from pipeline.watch import Watch, meeting
 
 
 def train_recipe(recipe: str, overrides: list[str], resume: str = "auto") -> dict[str, float]:
@@ -15,21 +17,36 @@ def train_recipe(recipe: str, overrides: list[str], resume: str = "auto") -> dic
     return train(resolve(recipe, overrides), resume)
 
 
-def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
+def train(config: TrainConfig, resume: str = "auto", keep_stop: bool = False) -> dict[str, float]:
     """Trains `config` to its end in this process's place in the job and returns the last evaluation's figures.
 
     resume: "auto" continues the newest complete checkpoint of the run's folder, "none" starts afresh (an earlier run is kept under another
     name), a path starts from that checkpoint. Bad input raises ValueError with one sentence.
+    keep_stop: a file FOLDER/stop that is there already asks this run to stop, and not one before.
+    Stopped: the run was asked to stop, and has saved. The process ends with exit code 76 where another rank is lost.
     """
     logging.basicConfig(format="%(message)s")
-    place = join(config.engine.device, config.run.timeout)
-    lock = FolderLock(config.run.folder, place)
-    try:
-        trainer = Trainer(config, place, resume)
-        lock.follow()
+    with stopping.heeded() as stop:
+        with meeting(config.run.timeout):
+            place = join(config.engine.device, config.run.timeout)
+            lock = FolderLock(config.run.folder, place)
         try:
-            return trainer.fit()
+            stop.watch(config.run.folder, place.rank, keep_stop)
+            with Watch(config.run.folder, place, config.run.timeout, stop) as watch:
+                return _train(config, resume, lock, watch)
         finally:
-            trainer.close()
+            lock.release()
+
+
+def _train(config: TrainConfig, resume: str, lock: FolderLock, watch: Watch) -> dict[str, float]:
+    trainer = None
+    try:
+        trainer = Trainer(config, lock.place, resume, watch)
+        lock.follow()
+        return trainer.fit()
+    except BaseException as error:
+        watch.note(error)
+        raise
     finally:
-        lock.release()
+        if trainer is not None:
+            trainer.close()

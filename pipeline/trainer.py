@@ -21,24 +21,30 @@ from dali_loaders.sources import check_images_per_identity
 from partial_fc import PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
 from pipeline import backbones, checkpoint, classifier_state, run_checkpoints, training_step
+from pipeline.agreement import Agreement
 from pipeline.config import TrainConfig, as_text
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import average_buffers, build_engine, has_bfloat16
 from pipeline.engine.parameters import freeze
+from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.monitor import Monitor
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
+from pipeline.stopping import Asked, Stop, Stopped, unsaved
+from pipeline.watch import Watch
 
 
 class Trainer:
     """One rank of a run. `fit` trains from where the run stands to its end; the state of a run is (samples consumed, weights, momentum):
     order, augmentation and dropout are functions of the seed and the sample or step number."""
 
-    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto") -> None:
+    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto", watch: Watch | None = None) -> None:
         self.config, self.place = config, place
         run = config.run
+        self.watch = watch or Watch(run.folder, place, run.timeout, Stop())
+        self.stop, self.agreement = self.watch.stop, Agreement(run.timeout)
         group = config.data.images_per_identity
         if run.batch % (run.accumulation * place.world_size * group):
             groups = f" and data.images_per_identity = {group}" if group > 1 else ""
@@ -48,6 +54,7 @@ class Trainer:
             )
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
+        self.watch.at("opening the data")
         self.source, self.fingerprint = open_on_all_ranks(config.data.train, lambda: open_data(config.data))
         self.steps_per_epoch = build_order(self.source, group, run.seed).epoch_length / run.batch
         least = config.data.min_images
@@ -57,6 +64,7 @@ class Trainer:
         self.num_classes = len(self.source.identities)
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
+        self.watch.at("building the network")
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
         freeze(backbone, config.optimizer.frozen)
@@ -81,7 +89,10 @@ class Trainer:
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
+        self.watch.at("reading a checkpoint")
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
+        self.saved = self.step if resumed else None  # the last step of which there is a checkpoint
+        self.watch.at("starting", self.step)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
@@ -107,6 +118,7 @@ class Trainer:
             dtype=torch.float16 if place.device.type == "cuda" and config.engine.autocasts(place.device) else torch.float32,
             skipped_path=os.path.join(run.folder, "skipped.txt"),
         )
+        self.watch.begin(self.monitor.say if place.is_first else None, getattr(self.loader, "doing", None))
 
     def _build_classifier_optimizer(self) -> RowOptimizer:
         optimizer, accumulation = self.config.optimizer, self.config.run.accumulation
@@ -126,14 +138,24 @@ class Trainer:
         return self.consumed // self.config.run.batch
 
     def fit(self) -> dict[str, float]:
-        """Trains to the end of the run and returns the last evaluation's figures."""
+        """Trains to the end of the run and returns the last evaluation's figures. Stopped: it was asked to stop, and has saved."""
+        self.stop.waits = True
+        try:
+            return self._fit()
+        except Asked as request:
+            raise self._stopped(str(request)) from None
+
+    def _fit(self) -> dict[str, float]:
         config = self.config
-        figures = self.evaluate() if self.step == 0 and config.evaluation.at_start else {}
+        self._agree()
+        figures = self.evaluate() if self._owes_evaluation() else {}
         self._open_window()
         while self.step < self.total_steps:
+            self.watch.at("a training step", self.step)
             self.losses.append(self._train_step())
             if self.logs(self.step):
                 self._log()
+            self._agree()
             saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
             evaluates = self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch)
             if saves or evaluates:
@@ -144,8 +166,24 @@ class Trainer:
                     self.save()
                 if evaluates:
                     figures = self.evaluate()
+                if self.step < self.total_steps:
+                    self._agree()
                 self.window_start += time.perf_counter() - pause
         return figures or self.evaluate()
+
+    def _agree(self) -> None:
+        """What ranks tell each other at the end of a step. Asked, on all of them: to stop. 1 all-reduce of 8 bytes between hosts."""
+        (asked,) = self.agreement.highest(self.stop.asked())
+        if asked:
+            raise Asked(asked)
+
+    def _stopped(self, request: str) -> Stopped:
+        if self.saved == self.step or self.step == 0:
+            self.stop.obeyed()
+            return Stopped(unsaved(request))
+        path = self.save()
+        self.stop.obeyed()
+        return Stopped(f"stopped by {request} at step {self.step:,}, saved as {path}: the same command continues")
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
@@ -157,6 +195,14 @@ class Trainer:
     def _is_due(self, every_steps: float) -> bool:
         """True at the first step at or past each multiple of `every_steps` and at the last step; never for 0."""
         return every_steps > 0 and (int(self.step / every_steps) > int((self.step - 1) / every_steps) or self.step == self.total_steps)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the evaluation of the present step, after which it was saved, has been broken off."""
+        config = self.config.evaluation
+        if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
+            return self.step == 0 and config.at_start
+        is_due = self._is_due(config.every_epochs * self.steps_per_epoch)
+        return is_due and not self.agreement.of_first(self.evaluator.is_done(self.step, averaged=self.ema is not None))
 
     def _open_window(self) -> None:
         """Metrics are means over the steps since the last line of them."""
@@ -194,13 +240,19 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Runs the configured evaluations over all ranks, also with averaged weights; returns the figures of the first, or nothing."""
         module = self.engine.module
+        breaks = Breaks(self._breaks_off, self._agree)
+        self.watch.at("evaluation", self.step)
         average_buffers(module)
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
-            figures = self.evaluator.run(module, self.step, self.monitor)
+            figures = self.evaluator.run(module, self.step, self.monitor, breaks=breaks)
             if self.ema:
                 with self.ema.in_place_of(module):
-                    self.evaluator.run(module, self.step, self.monitor, averaged=True)
+                    self.evaluator.run(module, self.step, self.monitor, averaged=True, breaks=breaks)
         return figures
+
+    def _breaks_off(self) -> bool:
+        self.watch.at("evaluation")
+        return bool(self.stop.asked())
 
     @property
     def checkpoints(self) -> str:
@@ -219,8 +271,13 @@ class Trainer:
 
     def save(self) -> str:
         """Writes a checkpoint of this step. Every rank calls it."""
-        return run_checkpoints.save(self)
+        self.watch.at("saving", self.step)
+        path = run_checkpoints.save(self)
+        self.saved = self.step
+        return path
 
     def close(self) -> None:
+        self.watch.at("closing")
         self.loader.close()
+        self.watch.begin(None, None)
         self.monitor.close()
