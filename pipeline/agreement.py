@@ -20,7 +20,7 @@ class Agreement:
 
     def __init__(self, minutes: float = 60.0) -> None:
         self.is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self.rank = 0 if self.is_alone else dist.get_rank()
+        self.rank, self.ranks = (0, 1) if self.is_alone else (dist.get_rank(), dist.get_world_size())
         # On a CPU the group of the training serves: its collectives come in the same order on every rank anyway.
         needs_own = not self.is_alone and dist.get_backend() != "gloo"
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)) if needs_own else None
@@ -37,7 +37,7 @@ class Agreement:
         """What each rank gave, on every rank. Two all-gathers; meant for a few kilobytes."""
         if self.is_alone:
             return [value]
-        values: list[T] = [value] * dist.get_world_size()
+        values = [value] * self.ranks
         dist.all_gather_object(values, value, group=self.group)
         return values
 

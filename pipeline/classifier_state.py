@@ -10,38 +10,42 @@ from torch import Tensor
 from partial_fc import PartialFC
 from partial_fc.losses import Loss, name_of
 from partial_fc.optimizers import RowOptimizer
-from pipeline import checkpoint
+from pipeline.checkpoint import Part, Saved, rows, whole
 
 OF_THE_LOSS = ("learned.", "tracked_", "bank_")  # beginnings of the names of tensors that another loss may not have
 
 
-def state_of(classifier: PartialFC, optimizer: RowOptimizer) -> dict[str, Tensor]:
+def state_of(classifier: PartialFC, optimizer: RowOptimizer) -> dict[str, Part]:
     """By name, the tensors themselves: `prototypes` and `learned.NAME`, each with its optimizer's state behind a dot, `tracked_NAME` and
     `bank_NAME`. What has a row per class is one tensor of all classes, sharded over ranks; the rest is equal on every rank."""
-    num_classes = classifier.shard.num_classes
+    first, num_classes = classifier.shard.first, classifier.shard.num_classes
     replicated = {f"learned.{name}" for name in classifier.loss.learned(num_classes)}
-    state: dict[str, Tensor] = {}
+    state: dict[str, Part] = {}
     for name, parameter in classifier.named_parameters():
         tensors = {name: parameter.data, **{f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}}
         for key, tensor in tensors.items():
             has_rows = tensor.ndim > 0 and name not in replicated
-            state[key] = checkpoint.sharded(tensor, num_classes) if has_rows else tensor
+            state[key] = rows(tensor, first, num_classes) if has_rows else whole(tensor)
     for name, buffer in classifier.named_buffers():
         if not name.startswith(OF_THE_LOSS):
             continue  # images of each class, which the data tells
-        state[name] = checkpoint.sharded(buffer, num_classes) if name.startswith("bank_") else buffer
+        state[name] = rows(buffer, first, num_classes) if name.startswith("bank_") else whole(buffer)
     return state
 
 
-def load(path: str, info: dict[str, Any], classifier: PartialFC, optimizer: RowOptimizer) -> list[str]:
-    """Fills what the checkpoint at `path` has too, and leaves the rest as a new classifier has it. Returns a line on each difference.
+def load(saved: Saved, info: dict[str, Any], classifier: PartialFC, optimizer: RowOptimizer) -> list[str]:
+    """Fills what the checkpoint has too, and leaves the rest as a new classifier has it. Returns a line on each difference. Each rank reads
+    its own rows.
 
-    info: what `checkpoint.read_info` says about it
+    info: what the checkpoint's saver said about it
     """
-    ours, saved = state_of(classifier, optimizer), checkpoint.tensors(path)
-    # Prototypes of another shape are the user's error, and loading them says so; from another loss only what fits can be taken.
-    common = {name for name, tensor in ours.items() if name in saved and (name == "prototypes" or saved[name][0] == tensor.shape)}
-    checkpoint.load(path, {name: ours[name] for name in common})
+    ours = state_of(classifier, optimizer)
+    # From another loss only what fits can be taken.
+    common = {name for name, part in ours.items() if name in saved and saved.shape(name) == part.shape}
+    if "prototypes" in saved and "prototypes" not in common:
+        raise ValueError(f"it holds prototypes {list(saved.shape('prototypes'))}, but this run has {list(ours['prototypes'].shape)}")
+    for name in common:
+        saved.fill(name, ours[name].tensor, ours[name].start)
     anew = [name for name in ours if name not in common]
     left = [name for name in saved if name not in common and name.startswith(OF_THE_LOSS)]
     lines = []

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint import Part, Saved, whole
 from pipeline.engine.module_state import average_buffers
 
 
@@ -54,13 +55,13 @@ class Ema:
             tensor.copy_(average)
             average.copy_(weights)
 
-    def state(self, module: nn.Module) -> dict[str, Tensor]:
+    def state(self, module: nn.Module) -> dict[str, Part]:
         """What a checkpoint holds of it: ema.NAME of every weight and buffer, the same on every rank. Every rank must call it."""
         with self.in_place_of(module):
             pass
-        return {f"ema.{name}": average for name, average in self.averages.items()}
+        return {f"ema.{name}": whole(average) for name, average in self.averages.items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, saved: Saved) -> None:
         """Takes over what `state` gave, on this or another number of ranks."""
         for name, average in self.averages.items():
-            average.copy_(state[f"ema.{name}"])
+            saved.fill(f"ema.{name}", average)

@@ -3,17 +3,26 @@ from another one's weights."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
+import json
 import os
-from collections.abc import Iterable
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+import torch
 
+import partial_fc
 from dali_loaders import Source
+from dali_loaders.names import printable
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state
+from pipeline.agreement import Agreement
+from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
 from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
@@ -22,6 +31,8 @@ from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
 LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
+FORCED = ("optimizer", "frozen", "images_per_identity")  # entries of `identity` that may change, if asked for
+MOST_CHANGES = 12  # fields that a line names
 
 
 class Run(Protocol):
@@ -35,6 +46,8 @@ class Run(Protocol):
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
     ema: Ema | None
+    agreement: Agreement
+    saver: Saver
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
 
@@ -43,8 +56,6 @@ class Run(Protocol):
 
     @property
     def checkpoints(self) -> str: ...
-
-    def check_finite(self, tensors: Iterable[Tensor]) -> None: ...
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -69,45 +80,65 @@ def order(run: Run) -> dict[str, Any]:
     return {key: values[key] for key in ORDER}
 
 
-def save(run: Run) -> str:
-    """Writes a checkpoint of this step and returns its path. Every rank calls it."""
+def saver(run: Run) -> Saver:
+    return Saver(run.checkpoints, run.config.checkpoint, run.agreement)
+
+
+def save(run: Run, figures: dict[str, float] | None = None) -> None:
+    """Begins a checkpoint of this step, with the figures of an evaluation of it. Every rank calls it."""
     info = {
         **identity(run),
         **order(run),
         "consumed": run.consumed,
         "skipped_steps": run.classifier.skipped_steps,
+        "figures": figures or {},
         "world_size": run.place.world_size,
         "started_from": run.started_from,
+        "code": code_version(),
         "config": as_dict(run.config),
     }
+    run.saver.start(run.step, state(run), info, run.source.identities)
+
+
+def state(run: Run) -> dict[str, Part]:
+    """This rank's parts of all tensors of a checkpoint."""
     run.classifier_optimizer.flush()
-    state = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
+    parts = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
     if run.ema:
-        state |= run.ema.state(run.engine.module)
-    # A checkpoint that cannot be continued should not push out one that can.
-    run.check_finite(_local(tensor) for tensor in state.values() if tensor.is_floating_point())
-    return checkpoint.save(run.checkpoints, run.step, state, info, run.config.checkpoint.keep, run.source.identities)
+        parts |= run.ema.state(run.engine.module)
+    return parts
+
+
+@functools.cache
+def code_version() -> dict[str, str | None]:
+    """What wrote a checkpoint: versions, and the commit where this is a checkout."""
+    root, commit = Path(__file__).resolve().parents[1], None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return {"protoshard": partial_fc.__version__, "commit": commit, "torch": torch.__version__}
 
 
 def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     """Brings a new Trainer to where its run stands: on from the checkpoint that `resume` (auto, none or a path) means, else from the
     weights that the configuration names (start.weights), else as it is. Returns the checkpoint it goes on from, and lines on what was and
     was not taken over. Every rank calls it."""
-    path = _checkpoint_of(run, resume)
-    if path is not None:
-        return path, _go_on(run, path)
+    saved = _checkpoint_of(run, resume)
+    if saved is not None:
+        return saved.path, _go_on(run, saved)
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
-        checkpoint.set_aside(run.config.run.folder)  # once nothing can be refused any more
+        set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
     if run.ema:
         run.ema.restart(run.engine.module)
     return None, lines
 
 
-def _checkpoint_of(run: Run, resume: str) -> str | None:
+def _checkpoint_of(run: Run, resume: str) -> Checkpoint | None:
     folder, source = run.config.run.folder, run.config.start.weights
     if resume != "none":
-        return checkpoint.newest(run.checkpoints) if resume == "auto" else checkpoint.locate(resume)
+        return checkpoint.newest(run.checkpoints, run.agreement) if resume == "auto" else checkpoint.locate(resume, run.agreement)
     if source and _is_within(source, folder):
         raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
     return None
@@ -124,7 +155,7 @@ def _start(run: Run, source: Start) -> list[str]:
     size = config.data.image_size
     network = f"backbone {config.backbone.name} of width {config.backbone.width} for images of {size} x {size}"
     weights = source.backbone(run.engine.module, network)
-    run.engine.load({f"backbone.{name}": tensor for name, tensor in weights.items()})
+    run.engine.load(Held({f"backbone.{name}": tensor for name, tensor in weights.items()}))
     run.started_from = source.origin
     lines = [f"a new run with the {'averaged ' if config.start.ema else ''}backbone weights of {source.path}"]
     if config.start.classifier:
@@ -134,26 +165,91 @@ def _start(run: Run, source: Start) -> list[str]:
     return lines
 
 
-def _go_on(run: Run, path: str) -> list[str]:
-    info = checkpoint.read_info(path)
+def _go_on(run: Run, saved: Checkpoint) -> list[str]:
+    path, info = saved.path, saved.info
     _check_start(run, path, info)
-    if "batch" in info:  # written by a run, not imported
-        info = {"images_per_identity": 1, "frozen": [], **info}  # what earlier versions did
-    for key, ours in identity(run).items():
-        # An imported checkpoint may lack a classifier, and so its class count, or an optimizer.
-        if info.get(key) not in (None, ours):
-            raise ValueError(
-                f"checkpoint {path} has {LABELS.get(key, key)} {info[key]}, but this run has {ours}: go on with the recipe and data it was "
-                "trained with, or begin a new run with its backbone, with --from instead of --resume and a run.folder of its own"
-            )
-    lines = _check_order(run, path, info)
-    lines += classifier_state.load(path, info, run.classifier, run.classifier_optimizer)
-    run.engine.load({**checkpoint.load_replicated(path, "backbone."), **checkpoint.load_replicated(path, "optimizer.")})
-    lines += _load_ema(run, path)
+    lines = _check_identity(run, saved)
+    lines += _check_order(run, path, info)
+    lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
-    checkpoint.supersede(run.checkpoints, run.step)
-    return lines
+    checkpoint.supersede(run.checkpoints, run.step, run.agreement)
+    return lines + _changed_fields(run, info)
+
+
+def roll_back(run: Run) -> str:
+    """Weights and optimizers as in the newest sound checkpoint, whose path is returned; the run's place in the data stays. Every rank calls
+    it. ValueError where there is none."""
+    run.saver.finish()
+    saved = checkpoint.newest(run.checkpoints, run.agreement)
+    if saved is None:
+        raise ValueError(f"there is no checkpoint in {run.checkpoints} to go back to")
+    _take_over(run, saved)
+    return saved.path
+
+
+def _take_over(run: Run, saved: Checkpoint) -> list[str]:
+    lines = []
+    tensors: Saved = saved
+    if saved.info.get("optimizer") not in (None, run.config.optimizer.name):
+        tensors = Without(saved, "optimizer.")
+        lines.append("the state of the backbone's optimizer starts anew, because it is of another kind")
+    lines += classifier_state.load(saved, saved.info, run.classifier, run.classifier_optimizer)
+    run.engine.load(tensors)
+    return lines + _load_ema(run, saved)
+
+
+def _check_identity(run: Run, saved: Checkpoint) -> list[str]:
+    info = saved.info
+    if "batch" in info:  # written by a run, not imported
+        info = {"images_per_identity": 1, "frozen": [], **info}  # what earlier versions did
+    # An imported checkpoint may lack a classifier, and so its class count, or an optimizer.
+    changed = {key: ours for key, ours in identity(run).items() if info.get(key) not in (None, ours)}
+    if changed.keys() & {"num_classes", "identities"}:
+        changed.pop("num_classes" if "num_classes" not in changed or info["num_classes"] == changed["num_classes"] else "identities", None)
+    words = [f"{LABELS.get(key, key)} {info[key]}, but this run has {ours}" for key, ours in changed.items()]
+    if changed.keys() & {"num_classes", "identities"}:
+        words += _names_that_differ(run, saved)
+    if not changed:
+        return []
+    if changed.keys() <= set(FORCED) and run.config.checkpoint.differences == "continue":
+        return [f"checkpoint {saved.path} has {line}" for line in words]
+    remedy = (
+        "go on with the recipe and data it was trained with, or begin a new run with its backbone, with --from instead of --resume and a "
+        "run.folder of its own"
+    )
+    if changed.keys() <= set(FORCED):
+        remedy += "; to go on in spite of it, --set checkpoint.differences=continue"
+    raise ValueError(f"checkpoint {saved.path} has {'; '.join(words)}: {remedy}")
+
+
+def _names_that_differ(run: Run, saved: Checkpoint) -> list[str]:
+    theirs, ours = saved.identities(), run.source.identities
+    if theirs is None:
+        return []
+    lines = []
+    for what, names in (("are not among this run's", set(theirs) - set(ours)), ("are new", set(ours) - set(theirs))):
+        if names:
+            lines.append(f"{len(names)} of the identities {what}, such as '{printable(min(names))}'")
+    return lines or ["the same names of identities stand in another order"]
+
+
+def _changed_fields(run: Run, info: dict[str, Any]) -> list[str]:
+    """Nothing about a run changes without a word: options that are others than when the checkpoint was written."""
+    before, now = _flat(info.get("config", {})), _flat(json.loads(json.dumps(as_dict(run.config))))
+    changed = [name for name in now if name in before and before[name] != now[name] and name not in ("run.folder", "start.weights")]
+    if not changed or "batch" not in info:
+        return []
+    shown = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed[:MOST_CHANGES])
+    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    return [f"changed since the checkpoint: {shown}{more}"]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _check_order(run: Run, path: str, info: dict[str, Any]) -> list[str]:
@@ -182,16 +278,30 @@ def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
         )
 
 
-def _load_ema(run: Run, path: str) -> list[str]:
-    saved = checkpoint.load_replicated(path, "ema.")
+def _load_ema(run: Run, saved: Saved) -> list[str]:
+    is_saved = any(name.startswith("ema.") for name in saved)
     if not run.ema:
-        return ["the checkpoint's average of the weights: left out, because run.ema is 0"] if saved else []
+        return ["the checkpoint's average of the weights: left out, because run.ema is 0"] if is_saved else []
     run.ema.restart(run.engine.module)
-    if not saved:
+    if not is_saved:
         return ["the checkpoint has no average of the weights: it starts with the weights as they are"]
     run.ema.load(saved)
     return []
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def set_aside(folder: str, agreement: Agreement) -> None:
+    """Renames an earlier run's folder, so that a new start loses nothing, and makes an empty one. Every rank calls it. Where FOLDER is a
+    symbolic link, that is done to the folder it leads to."""
+    folder = os.path.realpath(folder) if os.path.islink(folder) else folder
+    fault = None
+    if agreement.rank == 0 and os.path.isdir(folder) and os.listdir(folder):
+        number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
+        try:
+            os.rename(folder, f"{folder}.{number}")
+            os.makedirs(folder)
+            print(f"kept the earlier run as {folder}.{number}", file=sys.stderr)
+        except OSError as error:  # it is mounted, say
+            fault = f"the earlier run in {folder} cannot be renamed ({error.strerror}): move it yourself"
+    fault = agreement.of_first(fault)
+    if fault:
+        raise ValueError(fault)

@@ -20,6 +20,7 @@ from partial_fc import PartialFC
 from partial_fc.growing import move_rows
 from partial_fc.shards import ClassShard
 from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
 from pipeline.interop.weights import fit, read_weights
 
 
@@ -54,8 +55,9 @@ class Start:
         if self.is_file and (config.classifier or config.ema):
             name = "classifier" if config.classifier else "ema"
             raise ValueError(f"start.{name} takes more than a backbone, but {config.weights} is a weight file: give a checkpoint or a run")
-        self.path = config.weights if self.is_file else checkpoint.locate(config.weights)
-        self.info: dict[str, Any] = {} if self.is_file else checkpoint.read_info(self.path)
+        self.saved = None if self.is_file else checkpoint.locate(config.weights)
+        self.path = config.weights if self.saved is None else self.saved.path
+        self.info: dict[str, Any] = {} if self.saved is None else self.saved.info
         self.origin = {
             "given": config.weights,
             "path": os.path.realpath(config.weights),
@@ -67,7 +69,7 @@ class Start:
 
     def backbone(self, module: nn.Module, network: str) -> dict[str, Tensor]:
         """Weights and buffers under the names of `module`; ValueError that names keys if they are of another network."""
-        if self.is_file:
+        if self.saved is None:
             weights = read_weights(self.path)
             if "input_layer.0.weight" in weights:
                 raise ValueError(
@@ -76,17 +78,17 @@ class Start:
                 )
             return fit(weights, module, self.path, network)
         name = f"{self.path} ({self.info.get('backbone', 'a backbone')} of width {self.info.get('width', 'unknown')})"
-        return fit(backbone_of(self.path, self.config.ema), module, name, network)
+        return fit(backbone_of(self.saved, self.config.ema), module, name, network)
 
     def prototypes(self, classifier: PartialFC, identities: Sequence[str]) -> str:
         """Fills the classifier's rows of the identities that the source has too, and says how many. Communicates as `move_rows`."""
-        found = checkpoint.tensors(self.path).get("prototypes")
-        if found is None:
+        saved = self.saved
+        if saved is None or "prototypes" not in saved:
             raise ValueError(f"start.classifier: {self.path} holds no prototypes: leave it out to take the backbone alone")
-        (num_classes, width), dtype = found
+        num_classes, width = saved.shape("prototypes")
         if width != classifier.width:
             raise ValueError(f"start.classifier: prototypes of {self.path} have width {width}, but this run has {classifier.width}")
-        names = self._identities(num_classes)
+        names = self._identities(saved, num_classes)
         label_of = {name: label for label, name in enumerate(identities)}
         new_labels = np.array([label_of.get(name, -1) for name in names], np.int64)
         common = int((new_labels >= 0).sum())
@@ -97,17 +99,17 @@ class Start:
             )
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         old = ClassShard.of_rank(num_classes, rank, ranks)
-        old_SD = torch.empty(old.rows, width, dtype=dtype, device=classifier.prototypes.device)
-        checkpoint.load(self.path, {"prototypes": checkpoint.sharded(old_SD, num_classes)})
+        old_SD = torch.empty(old.rows, width, dtype=saved.dtype("prototypes"), device=classifier.prototypes.device)
+        saved.fill("prototypes", old_SD, old.first * width)
         move_rows(old_SD, old, classifier.prototypes.data, classifier.shard, new_labels, classifier.group)
         # A .rec without names beside it calls identities by their labels.
         are_numbers = all(name == str(label) for label, name in enumerate(identities))
         caution = ", by their numbers, since the set has no names: right only if both sets number the same people" if are_numbers else ""
         return f"prototypes of {common} of {len(identities)} identities taken over{caution}"
 
-    def _identities(self, num_classes: int) -> list[str]:
+    def _identities(self, saved: Checkpoint, num_classes: int) -> list[str]:
         """From the checkpoint or, where an earlier version wrote it, from the set that it was trained on."""
-        names = checkpoint.read_identities(self.path)
+        names = saved.identities()
         data = self.info.get("config", {}).get("data", {})
         if names is None and data.get("train"):
             with contextlib.suppress(ValueError, OSError):  # gone or damaged
@@ -120,10 +122,10 @@ class Start:
         return names
 
 
-def backbone_of(path: str, ema: bool = False) -> dict[str, Tensor]:
+def backbone_of(saved: Checkpoint, ema: bool = False) -> dict[str, Tensor]:
     """Weights and buffers of the backbone of a checkpoint, or with `ema` the averages that the run kept of them."""
     prefix = "ema." if ema else "backbone."
-    weights = checkpoint.load_replicated(path, prefix)
+    weights = {name.removeprefix(prefix): saved.whole(name) for name in saved if name.startswith(prefix)}
     if not weights:
-        raise ValueError(f"{path} holds no averaged weights: its run had run.ema=0" if ema else f"{path} holds no backbone")
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        raise ValueError(f"{saved.path} holds no averaged weights: its run had run.ema=0" if ema else f"{saved.path} holds no backbone")
+    return weights

@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ from partial_fc import PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
 from pipeline import backbones, checkpoint, classifier_state, run_checkpoints, training_step
 from pipeline.agreement import Agreement
+from pipeline.checkpoint import NotFiniteError
 from pipeline.config import TrainConfig, as_text
 from pipeline.distributed import Place
 from pipeline.ema import Ema
@@ -89,9 +91,10 @@ class Trainer:
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
+        self.saver = run_checkpoints.saver(self)
         self.watch.at("reading a checkpoint")
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
-        self.saved = self.step if resumed else None  # the last step of which there is a checkpoint
+        self.began_at = self.step
         self.watch.at("starting", self.step)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
@@ -147,7 +150,7 @@ class Trainer:
 
     def _fit(self) -> dict[str, float]:
         config = self.config
-        self._agree()
+        self._heed(*self.agreement.highest(self.stop.asked()))
         figures = self.evaluate() if self._owes_evaluation() else {}
         self._open_window()
         while self.step < self.total_steps:
@@ -155,35 +158,53 @@ class Trainer:
             self.losses.append(self._train_step())
             if self.logs(self.step):
                 self._log()
-            self._agree()
             saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
             evaluates = self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch)
             if saves or evaluates:
                 if self.place.device.type == "cuda":
                     torch.cuda.synchronize()  # so that the pause does not swallow the time of steps still under way
                 pause = time.perf_counter()
-                if saves:
-                    self.save()
                 if evaluates:
                     figures = self.evaluate()
-                if self.step < self.total_steps:
-                    self._agree()
+                if saves:
+                    self.save(figures if evaluates else {})
                 self.window_start += time.perf_counter() - pause
+            self._end_step()
+        self.finish_saving()
         return figures or self.evaluate()
 
-    def _agree(self) -> None:
-        """What ranks tell each other at the end of a step. Asked, on all of them: to stop. 1 all-reduce of 8 bytes between hosts."""
-        (asked,) = self.agreement.highest(self.stop.asked())
+    def _end_step(self) -> None:
+        """What all ranks do together between two steps. Asked, on all of them: to stop. 1 all-reduce of 16 bytes between hosts."""
+        asked, busy = self.agreement.highest(self.stop.asked(), self.saver.is_busy())
+        with self._refusing_not_finite():
+            self.saver.go_on(busy)
+        if self.step < self.total_steps:
+            self._heed(asked)
+
+    def _heed(self, asked: int) -> None:
+        """asked: the highest `Stop.asked` of all ranks"""
         if asked:
             raise Asked(asked)
 
     def _stopped(self, request: str) -> Stopped:
-        if self.saved == self.step or self.step == 0:
-            self.stop.obeyed()
-            return Stopped(unsaved(request))
-        path = self.save()
+        """Sees to it that there is a checkpoint of the present step."""
+        begun = self.saver.committed if self.saver.flight is None else self.saver.flight.step
+        if self.step > self.began_at and begun != self.step:
+            self.save()
+        self.finish_saving()
         self.stop.obeyed()
+        if self.step == self.began_at:
+            return Stopped(unsaved(request))
+        path = f"{self.checkpoints}/step-{self.step:08d}"
         return Stopped(f"stopped by {request} at step {self.step:,}, saved as {path}: the same command continues")
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the evaluation of the present step, of which there is a checkpoint, was broken off."""
+        config = self.config.evaluation
+        if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
+            return self.step == 0 and config.at_start
+        is_due = self._is_due(config.every_epochs * self.steps_per_epoch)
+        return is_due and not self.agreement.of_first(self.evaluator.is_done(self.step, averaged=self.ema is not None))
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
@@ -195,14 +216,6 @@ class Trainer:
     def _is_due(self, every_steps: float) -> bool:
         """True at the first step at or past each multiple of `every_steps` and at the last step; never for 0."""
         return every_steps > 0 and (int(self.step / every_steps) > int((self.step - 1) / every_steps) or self.step == self.total_steps)
-
-    def _owes_evaluation(self) -> bool:
-        """Whether the evaluation of the present step, after which it was saved, has been broken off."""
-        config = self.config.evaluation
-        if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
-            return self.step == 0 and config.at_start
-        is_due = self._is_due(config.every_epochs * self.steps_per_epoch)
-        return is_due and not self.agreement.of_first(self.evaluator.is_done(self.step, averaged=self.ema is not None))
 
     def _open_window(self) -> None:
         """Metrics are means over the steps since the last line of them."""
@@ -219,8 +232,11 @@ class Trainer:
         sums = torch.tensor([waited, len(self.loader.skipped)], device=self.place.device)
         dist.all_reduce(sums)
         waited, skipped = sums.tolist()
-        if losses:
-            self.check_finite([torch.tensor(loss)])
+        if losses and not math.isfinite(loss):
+            with self._refusing_not_finite():
+                raise NotFiniteError(f"the loss is not finite at step {self.step}")
+        if self.saver.trouble is not None:
+            self.monitor.say(self.saver.trouble)
         values = {
             "loss": loss,
             "target_cosine": float(target_B.mean()),
@@ -239,9 +255,10 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Runs the configured evaluations over all ranks, also with averaged weights; returns the figures of the first, or nothing."""
-        module = self.engine.module
-        breaks = Breaks(self._breaks_off, self._agree)
+        breaks = Breaks(self._breaks_off, lambda: self._heed(*self.agreement.highest(self.stop.asked())))
+        breaks.agree()
         self.watch.at("evaluation", self.step)
+        module = self.engine.module
         average_buffers(module)
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
             figures = self.evaluator.run(module, self.step, self.monitor, breaks=breaks)
@@ -256,25 +273,31 @@ class Trainer:
 
     @property
     def checkpoints(self) -> str:
-        return os.path.join(self.config.run.folder, "checkpoints")
+        return self.config.checkpoint.folder or os.path.join(self.config.run.folder, "checkpoints")
 
-    def check_finite(self, tensors: Iterable[Tensor]) -> None:
-        """ValueError on every rank if a number anywhere is NaN or infinite. Takes no memory for a tensor's worth of answers."""
-        extremes = [torch.stack(tensor.aminmax()).float().to(self.place.device) for tensor in tensors if tensor.numel()]  # keep NaN
-        finite = torch.stack(extremes).isfinite().all().int()
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if not finite:
+    @contextmanager
+    def _refusing_not_finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFiniteError as error:
+            newest = checkpoint.newest(self.checkpoints, self.agreement)
             raise ValueError(
-                f"the loss or a weight is not finite at step {self.step}: lower optimizer.lr or lengthen optimizer.warmup_epochs; "
-                f"the newest good checkpoint is {checkpoint.newest(self.checkpoints)}"
-            )
+                f"{error}: lower optimizer.lr or lengthen optimizer.warmup_epochs; the newest good checkpoint is {newest and newest.path}"
+            ) from None
 
-    def save(self) -> str:
-        """Writes a checkpoint of this step. Every rank calls it."""
+    def save(self, figures: dict[str, float] | None = None) -> None:
+        """Begins a checkpoint of this step. Every rank calls it."""
         self.watch.at("saving", self.step)
-        path = run_checkpoints.save(self)
-        self.saved = self.step
-        return path
+        with self._refusing_not_finite():
+            run_checkpoints.save(self, figures)
+
+    def finish_saving(self) -> None:
+        """Waits for the save that is under way. ValueError if the newest state could not be saved."""
+        self.watch.at("saving")
+        with self._refusing_not_finite():
+            self.saver.finish()
+        if self.saver.trouble is not None:
+            raise ValueError(f"{self.saver.trouble}: see to it, and run the same command, which goes on from the newest checkpoint")
 
     def close(self) -> None:
         self.watch.at("closing")

@@ -59,6 +59,20 @@ class Saved(Protocol):
         ...
 
 
+class Without:
+    """`Saved` but for what has names that begin with `prefix`."""
+
+    def __init__(self, saved: Saved, prefix: str) -> None:
+        self.saved, self.prefix = saved, prefix
+        self.shape, self.dtype, self.fill, self.whole = saved.shape, saved.dtype, saved.fill, saved.whole
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.saved if not name.startswith(self.prefix))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.saved and not str(name).startswith(self.prefix)
+
+
 class Held:
     """Tensors in memory, as `Saved`."""
 

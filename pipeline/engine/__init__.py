@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint import Part, Saved
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig, has_bfloat16
 from pipeline.engine.ddp import DDPEngine, FrozenEngine
@@ -40,12 +41,12 @@ class Engine(Protocol):
         """2-norm of the last step's averaged gradient before clipping. Waits for the device."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights, buffers and optimizer state in full, under names that depend neither on the engine nor on the number of ranks:
-        backbone.NAME and optimizer.NAME.KEY. Every rank must call it."""
+    def state(self) -> dict[str, Part]:
+        """Weights, buffers and optimizer state, under names that depend neither on the engine nor on the number of ranks: backbone.NAME and
+        optimizer.NAME.KEY. Every rank must call it."""
         ...
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, saved: Saved) -> None:
         """Takes over what `state` gave, on this or another number of ranks or engine. The optimizer's part may be absent."""
         ...
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
+from pipeline.checkpoint import Part, Saved, whole
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.module_state import average_buffers, weights_in
@@ -63,15 +64,16 @@ class DDPEngine:
     def gradient_norm(self) -> float:
         return float(self.norm)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Part]:
         average_buffers(self.module)
         state = {f"backbone.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for name, parameter in self.module.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-        return state
+        return {name: whole(tensor) for name, tensor in state.items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, saved: Saved) -> None:
+        state = {name: saved.whole(name) for name in saved if name.startswith(("backbone.", "optimizer."))}
         self.module.load_state_dict(weights_in(state))
         for name, parameter in self.module.named_parameters():
             prefix = f"optimizer.{name}."
@@ -109,9 +111,10 @@ class FrozenEngine:
     def gradient_norm(self) -> float:
         return 0.0
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Part]:
         average_buffers(self.module)
-        return {f"backbone.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        return {f"backbone.{name}": whole(tensor) for name, tensor in self.module.state_dict().items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, saved: Saved) -> None:
+        state = {name: saved.whole(name) for name in saved if name.startswith(("backbone.", "optimizer."))}
         self.module.load_state_dict(weights_in(state))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dali_loaders.extras import extra
+from pipeline.checkpoint import Part, Saved, whole
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig
 from pipeline.engine.module_state import average_buffers, weights_in
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
             optimizer._lazy_init_hp_params_optimizer_state()
         return keys
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Part]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         average_buffers(self.module)
@@ -106,9 +107,10 @@ class DeepSpeedEngine:
                     state[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
                 if steps:
                     state[f"optimizer.{name}.step"] = steps[0]
-        return state
+        return {name: whole(tensor) for name, tensor in state.items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, saved: Saved) -> None:
+        state = {name: saved.whole(name) for name in saved if name.startswith(("backbone.", "optimizer."))}
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         has_optimizer = any(name.startswith("optimizer.") for name in state)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline import backbones, checkpoint
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
 from pipeline.evaluation import PairReport, evaluate, open_set
@@ -16,24 +17,23 @@ from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
 
-def load_backbone(path: str, device: torch.device, ema: bool = False, recipe: str | None = None) -> tuple[nn.Module, TrainConfig]:
-    """The backbone of the checkpoint `path` on `device`, and the configuration of its run, without its loss. `ema`, `recipe`: as below."""
+def load_backbone(saved: Checkpoint, device: torch.device, ema: bool = False, recipe: str | None = None) -> tuple[nn.Module, TrainConfig]:
+    """The backbone of a checkpoint on `device`, and the configuration of its run, without its loss. `ema`, `recipe`: as below."""
     if recipe:
         resolve(recipe)
-    saved = checkpoint.read_info(path)["config"]
     # The loss is left out, because it may be defined in a recipe file that is not at hand.
-    config = from_dict({name: part for name, part in saved.items() if name != "loss"})
+    config = from_dict({name: part for name, part in saved.info["config"].items() if name != "loss"})
     torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations
     name = config.backbone.name
     if name not in backbones.names():
         remedy = f"{recipe} does not register it either" if recipe else "name the recipe file that registers it: --recipe FILE.py"
-        raise ValueError(f"{path} has backbone {name!r}, which is none of protoshard's: {remedy}")
+        raise ValueError(f"{saved.path} has backbone {name!r}, which is none of protoshard's: {remedy}")
     with torch.device(device):
         module = backbones.build(config.backbone, config.data.image_size)
     try:
-        module.load_state_dict(backbone_of(path, ema))
+        module.load_state_dict(backbone_of(saved, ema))
     except RuntimeError as error:  # lines of what is missing, unknown or of another shape
-        raise ValueError(f"{path} does not fit backbone {name!r} as it is now: {' '.join(str(error).split())[:400]}") from error
+        raise ValueError(f"{saved.path} does not fit backbone {name!r} as it is now: {' '.join(str(error).split())[:400]}") from error
     return module, config
 
 
@@ -52,11 +52,11 @@ def evaluate_checkpoint(
     if figure:
         from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
-    path = checkpoint.locate(path)
-    module, config = load_backbone(path, place.device, ema, recipe)
+    saved = checkpoint.locate(path)
+    module, config = load_backbone(saved, place.device, ema, recipe)
     if place.is_first and not as_json:
         log = logging.getLogger(__name__)
-        log.warning("evaluating %s on %s", path, data)
+        log.warning("evaluating %s on %s", saved.path, data)
         for line in open_set(data, config.data).account.remarks(data):
             log.warning(line)
     report = evaluate(

@@ -1,42 +1,41 @@
-"""Unpickling of InsightFace pair sets, files that strangers hand around: a closed list of types, and no numpy code on their bytes.
+"""InsightFace pair sets, files that strangers hand around: what their pickles may hold, and no numpy code on their bytes.
 
 Python 2 and 3 wrote them, with images as bytes or numpy uint8 arrays, so that several spellings of the same few types occur."""
 
 from __future__ import annotations
 
-import pickle
+import reprlib
 from typing import Any
 
 import numpy as np
 
+from pipeline.plain_pickle import Refused, load
+
 PLAIN_DTYPES = ("b1", "i1", "u1", "i4", "i8")
-EXPECTED = "expected a pickle of (list of encoded images, list of booleans) as InsightFace makes them"
+EXPECTED = "a pickle of (list of encoded images, list of booleans) as InsightFace makes them"
 
 
 def load_pairs(path: str) -> tuple[list[bytes], list[bool]]:
     """Encoded images and pair labels of a `.bin` file. Raises ValueError when it is missing or holds anything else."""
     try:
         with open(path, "rb") as file:
-            content = _PairUnpickler(file, encoding="bytes").load()
+            content = load(file, path, _TYPES, EXPECTED)
     except OSError as error:
-        raise ValueError(f"{path}: the pair set cannot be opened ({error.strerror}); {EXPECTED}.") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path}: this is not a pair set that can be read ({reason}); {EXPECTED}.") from error
+        raise ValueError(f"{path}: the pair set cannot be opened ({error.strerror}); expected {EXPECTED}.") from error
     if not (isinstance(content, tuple | list) and len(content) == 2 and all(isinstance(part, list | tuple | _Array) for part in content)):
-        raise ValueError(f"{path}: the pickle holds something other than two lists; {EXPECTED}.")
+        raise ValueError(f"{path}: the pickle holds something other than two lists; expected {EXPECTED}.")
     images, issame = content
     if isinstance(images, _Array):
-        raise ValueError(f"{path}: the images are one array; {EXPECTED}.")
+        raise ValueError(f"{path}: the images are one array; expected {EXPECTED}.")
     if isinstance(issame, _Array):
         issame = issame.numbers()
     for i, image in enumerate(images):
-        if not (isinstance(image, bytes | bytearray) or (isinstance(image, _Array) and image.dtype in ("u1", "i1"))):
-            raise ValueError(f"{path}: image {i} is a {type(image).__name__}, neither bytes nor a uint8 array; {EXPECTED}.")
+        if not (isinstance(image, bytes) or (isinstance(image, _Array) and image.dtype in ("u1", "i1"))):
+            raise ValueError(f"{path}: image {i} is a {type(image).__name__}, neither bytes nor a uint8 array; expected {EXPECTED}.")
     for i, same in enumerate(issame):
         if not (isinstance(same, bool | int) and same in (0, 1)):
-            raise ValueError(f"{path}: the label of pair {i} is {same!r:.40}, neither true nor false; {EXPECTED}.")
-    return [image.data if isinstance(image, _Array) else bytes(image) for image in images], [bool(same) for same in issame]
+            raise ValueError(f"{path}: the label of pair {i} is {reprlib.repr(same)}, neither true nor false; expected {EXPECTED}.")
+    return [image.data if isinstance(image, _Array) else image for image in images], [bool(same) for same in issame]
 
 
 class _Dtype:
@@ -45,11 +44,11 @@ class _Dtype:
     def __init__(self, name: bytes | str, *_: Any) -> None:
         self.name = name.decode("ascii") if isinstance(name, bytes) else name
         if self.name not in PLAIN_DTYPES:
-            raise pickle.UnpicklingError(f"it holds a numpy array of type {self.name!r:.40}")
+            raise Refused(f"it holds a numpy array of type {reprlib.repr(self.name)}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", "|", b"<", b"|"):
-            raise pickle.UnpicklingError("it holds a big-endian numpy array")
+            raise Refused("it holds a big-endian numpy array")
 
 
 class _Array:
@@ -63,9 +62,9 @@ class _Array:
         self.fill(data, dtype)
 
     def fill(self, data: Any, dtype: Any) -> _Array:
-        if not (isinstance(dtype, _Dtype) and isinstance(data, bytes | bytearray)):
-            raise pickle.UnpicklingError("it holds a malformed numpy array")
-        self.dtype, self.data = dtype.name, bytes(data)
+        if not (isinstance(dtype, _Dtype) and isinstance(data, bytes)):
+            raise Refused("it holds a malformed numpy array")
+        self.dtype, self.data = dtype.name, data
         return self
 
     def numbers(self) -> list[int]:
@@ -91,7 +90,7 @@ def _bytes(data: bytes | str = b"", encoding: bytes | str = "latin1") -> bytes:
         return data
     if isinstance(data, str) and encoding in ("latin1", "latin-1", b"latin1", b"latin-1"):
         return data.encode("latin1")
-    raise pickle.UnpicklingError("it holds malformed bytes")
+    raise Refused("it holds malformed bytes")
 
 
 _TYPES: dict[tuple[str, str], Any] = {
@@ -103,10 +102,3 @@ _TYPES: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
-
-
-class _PairUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _TYPES:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no pair set needs")
-        return _TYPES[module, name]

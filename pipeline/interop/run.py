@@ -104,8 +104,9 @@ def _states(models: Sequence[str], backbone: BackboneConfig, image_size: int, nu
 def _save(folder: str, out: str, state: dict[str, Tensor], config: TrainConfig) -> str:
     classes = len(state["prototypes"]) if "prototypes" in state else None
     info: dict[str, Any] = {"consumed": 0, "num_classes": classes, "width": config.backbone.width, "backbone": config.backbone.name}
+    parts = {name: checkpoint.whole(tensor) for name, tensor in state.items()}
     path = checkpoint.save(
-        os.path.join(folder, "checkpoints"), 0, state, info | {"image_size": config.data.image_size, "config": as_dict(config)}, keep=1
+        os.path.join(folder, "checkpoints"), 0, parts, info | {"image_size": config.data.image_size, "config": as_dict(config)}, keep=1
     )
     return f"start checkpoint: {os.path.join(out, os.path.relpath(path, folder))}"
 

@@ -67,6 +67,7 @@ def train_until(config: TrainConfig, step: int, resume: str = "auto") -> None:
 
     def limited(self: Trainer) -> Tensor:
         if self.step == step:
+            self.saver.finish()  # so that the newest checkpoint is always the same
             raise InterruptionError
         return train_step(self)
 

@@ -67,8 +67,8 @@ def data(tmp_path_factory):
 
 def kept(folder):
     """Whatever of the loss the newest checkpoint holds, in full."""
-    path = checkpoint.locate(folder)
-    return {name: value for prefix in classifier_state.OF_THE_LOSS for name, value in checkpoint.load_replicated(path, prefix).items()}
+    saved = checkpoint.locate(folder)
+    return {name: saved.whole(name) for name in saved if name.startswith(classifier_state.OF_THE_LOSS)}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def fill(tensor, classifier, number):
 
 def local_tensors(classifier, optimizer):
     state = classifier_state.state_of(classifier, optimizer)
-    return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in state.items()}
+    return {name: part.tensor for name, part in state.items()}
 
 
 def save(folder, name):
@@ -127,8 +127,8 @@ def save(folder, name):
 def load(folder, name, numbers):
     """Lines on differences; the names of tensors that are as saved, on this rank."""
     classifier, optimizer = classifier_with_bank(losses.build(name))
-    path = checkpoint.locate(folder)
-    lines = classifier_state.load(path, checkpoint.read_info(path), classifier, optimizer)
+    saved = checkpoint.locate(folder)
+    lines = classifier_state.load(saved, saved.info, classifier, optimizer)
     tensors = local_tensors(classifier, optimizer)
     same = [
         key for key, tensor in tensors.items() if key in numbers and torch.equal(tensor, fill(tensor.clone(), classifier, numbers[key]))
@@ -142,8 +142,9 @@ def test_a_bank_and_numbers_per_class_are_sharded(ranks, tmp_path, before, after
     assert {"bank_features", "bank_steps", "learned.offset", "learned.shift.momentum_buffer", "tracked_hardness"} <= set(names)
     classifier, optimizer = classifier_with_bank(losses.build("test_keeping"))
     numbers = {name: number for number, name in enumerate(classifier_state.state_of(classifier, optimizer))}
-    sizes = checkpoint.tensors(checkpoint.locate(str(tmp_path)))
-    assert sizes["bank_features"][0] == (CLASSES, WIDTH) and sizes["bank_steps"] == ((CLASSES,), torch.int64)
+    saved = checkpoint.locate(str(tmp_path))
+    assert saved.shape("bank_features") == (CLASSES, WIDTH)
+    assert (saved.shape("bank_steps"), saved.dtype("bank_steps")) == ((CLASSES,), torch.int64)
     for lines, same in ranks(after).run(load, str(tmp_path), "test_keeping", numbers):
         assert lines == [] and set(same) == set(names)
 
@@ -175,7 +176,8 @@ def test_a_run_goes_on_with_another_loss(ranks, data, tmp_path):
     ranks(2).run(train_until, config, 5)
     for step, lines, learned in ranks(2).run(remarks, replace(config, loss=losses.build("uce", scale=16.0, threshold=0.3))):
         assert step == 4 and learned["threshold"] == pytest.approx(16 * 0.3 + math.log(12))
-        assert len(lines) == 2 and "trained with loss 'cosface', this run has 'uce'" in lines[0] and "has no learned.threshold" in lines[1]
+        assert len(lines) == 3 and lines[2].startswith("changed since the checkpoint: loss.name=uce (was cosface)")
+        assert "trained with loss 'cosface', this run has 'uce'" in lines[0] and "has no learned.threshold" in lines[1]
 
 
 def test_metrics_show_the_threshold_beside_that_of_the_evaluation(ranks, data, tmp_path):

@@ -19,6 +19,7 @@ from dali_loaders.faces import FacesConfig, write_faces
 from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
 from pipeline.cli import main
+from tests.pipeline.checkpoint.states import edit_manifest
 
 COMMANDS = ["train", "eval", "data faces", "data pack", "data pairs", "data check", "config", "import insightface"]
 
@@ -158,7 +159,7 @@ def test_names_in_other_encodings(trained):
     for number, identity in enumerate(sorted(data.iterdir())[:3]):
         identity.rename(data / os.fsdecode(b"\xc0\xee%d" % number))
     assert main(train(trained, f"evaluation.data={data}", data=data.name, run="encodings")) == 0
-    names = checkpoint.read_identities(checkpoint.locate(str(trained / "encodings")))
+    names = checkpoint.locate(str(trained / "encodings")).identities()
     assert os.fsdecode(b"\xc0\xee0") in names
 
 
@@ -182,9 +183,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
     assert main(train(trained, "checkpoint.every_steps=1", run="damaged")) == 0
     folder = trained / "damaged" / "checkpoints"
     newest, before = sorted(os.listdir(folder))[:-3:-1]
-    os.remove(folder / newest / ".metadata")
+    os.remove(folder / newest / "rank-00000.safetensors")
     assert main(train(trained, run="damaged")) == 0
-    assert f"{newest} cannot be used (.metadata is missing)" in caplog.text
+    assert f"{newest} cannot be used (rank-00000.safetensors is missing)" in caplog.text
     assert before in capsys.readouterr().err  # "resumed from"
 
 
@@ -240,10 +241,8 @@ def test_bad_input_to_train(trained, capsys, settings, words):
 
 def test_a_checkpoint_from_before_there_were_groups_has_none(trained, capsys):
     shutil.copytree(trained / "run", trained / "old")
-    (file,) = (trained / "old" / "checkpoints").glob("*/protoshard.json")
-    info = json.loads(file.read_text())
-    del info["images_per_identity"]
-    file.write_text(json.dumps(info))
+    (path,) = (trained / "old" / "checkpoints").iterdir()
+    edit_manifest(path, lambda values: values.pop("images_per_identity"))
     refused(train(trained, "data.images_per_identity=3", run="old"), capsys, "has images_per_identity 1, but this run has 3")
     assert main(train(trained, run="old")) == 0
 
@@ -296,7 +295,7 @@ def test_a_recipe_file_with_a_loss_of_its_own_on_two_ranks(trained):
     assert done.returncode == 0 and "ranks: 2" in done.stderr, done.stderr
     first = json.loads((trained / "mine" / "metrics.jsonl").read_text().splitlines()[1])
     assert 0 < first["threshold"] < 0.5 / 16
-    saved = checkpoint.read_info(checkpoint.locate(str(trained / "mine")))["config"]["loss"]
+    saved = checkpoint.locate(str(trained / "mine")).info["config"]["loss"]
     assert saved == {"name": "mine", "scale": 16.0, "margin": 0.1, "kind": "other", "threshold": 0.5}
     assert main(["eval", str(trained / "mine"), "--data", str(trained / "faces.tar")]) == 0  # which knows nothing of the recipe
 
@@ -355,7 +354,7 @@ def test_import_gives_a_recipe_and_a_checkpoint_that_training_starts_from(traine
     settings = [f"data.train={trained / 'faces.tar'}", "engine.name=ddp", "engine.device=cpu", "run.epochs=0.3"]
     assert main([*command, "--set", *settings, "optimizer.lr=0", "optimizer.classifier_lr=0"]) == 0
     saved = checkpoint.locate(str(trained / "imported"))
-    assert checkpoint.read_info(saved)["consumed"] > 0
-    assert torch.equal(checkpoint.load_replicated(saved, "prototypes")["prototypes"], prototypes)
-    assert torch.equal(checkpoint.load_replicated(saved, "backbone.fc")["backbone.fc.weight"], backbone["fc.weight"])
+    assert saved.info["consumed"] > 0
+    assert torch.equal(saved.whole("prototypes"), prototypes)
+    assert torch.equal(saved.whole("backbone.fc.weight"), backbone["fc.weight"])
     refused([*arguments[:3], models[0], "--out", str(trained / "other"), "--gpus", "2"], capsys, "is a rank missing")

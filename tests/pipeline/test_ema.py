@@ -93,15 +93,21 @@ def remarks_and_average(config):
 def test_what_is_said_where_a_checkpoint_and_a_run_differ(ranks, data, tmp_path):
     ranks(1).run(train_until, config_of(data, tmp_path / "with"), 5)
     ranks(1).run(train_until, config_of(data, tmp_path / "without", ema=0.0), 5)
-    path = checkpoint.locate(str(tmp_path / "with"))
+    saved = checkpoint.locate(str(tmp_path / "with"))
+    path = saved.path
     left_out = "the checkpoint's average of the weights: left out, because run.ema is 0"
-    assert ranks(1).run(remarks_and_average, config_of(data, tmp_path / "with", ema=0.0)) == [([left_out], None)]
+    assert ranks(1).run(remarks_and_average, config_of(data, tmp_path / "with", ema=0.0)) == [
+        ([left_out, "changed since the checkpoint: run.ema=0.0 (was 0.6)"], None)
+    ]
     ((remarks, average),) = ranks(1).run(remarks_and_average, config_of(data, tmp_path / "without"))
-    assert remarks == ["the checkpoint has no average of the weights: it starts with the weights as they are"]
+    assert remarks == [
+        "the checkpoint has no average of the weights: it starts with the weights as they are",
+        "changed since the checkpoint: run.ema=0.6 (was 0.0)",
+    ]
     started = replace(config_of(data, tmp_path / "new"), start=StartConfig(path, ema=True))
     ((remarks, average),) = ranks(1).run(remarks_and_average, started)
     assert remarks == [f"a new run with the averaged backbone weights of {path}"]
-    expected = backbone_of(path, ema=True)
+    expected = backbone_of(saved, ema=True)
     assert all(torch.equal(average[name], expected[name]) for name in expected)
 
 

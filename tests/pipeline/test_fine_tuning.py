@@ -19,6 +19,7 @@ from pipeline import checkpoint
 from pipeline.distributed import join
 from pipeline.starting_weights import StartConfig, backbone_of
 from pipeline.trainer import Trainer
+from tests.pipeline.checkpoint.states import edit_manifest
 from tests.pipeline.runs import BATCH, configuration, faces, train_losses, train_until
 
 pytestmark = pytest.mark.slow
@@ -58,7 +59,7 @@ def beginning(config, resume="auto"):
     trainer = Trainer(config, join(), resume)
     try:
         weights = {name: tensor.clone() for name, tensor in trainer.engine.module.state_dict().items()}
-        return trainer.step, weights, trainer.classifier.prototypes.detach().clone(), trainer.resume_remarks, trainer.engine.state()
+        return trainer.step, weights, trainer.classifier.prototypes.detach().clone(), trainer.resume_remarks, sorted(trainer.engine.state())
     finally:
         trainer.close()
 
@@ -77,8 +78,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
 @pytest.mark.parametrize("form", ["run", "checkpoint", "pt", "safetensors"])
 def test_a_new_run_begins_with_the_backbone_of_another(ranks, others, source, engine, form, tmp_path):
-    path = checkpoint.locate(source)
-    expected = backbone_of(path)
+    path = checkpoint.locate(source).path
+    expected = backbone_of(checkpoint.open_checkpoint(path))
     given = {"run": source, "checkpoint": path}.get(form) or str(tmp_path / f"weights.{form}")
     if form == "pt":
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in expected.items()}}, given)
@@ -106,7 +107,7 @@ def test_a_restart_goes_on_and_does_not_begin_again(ranks, others, source, tmp_p
     refuses(asked_otherwise, r"/broken/.* began with .*source \(classifier=False, ema=False\)")
     np.testing.assert_allclose(ranks(2).run(train_losses, config("broken"))[0], whole, rtol=1e-4)
     for name in checkpoint.complete(str(tmp_path / "broken" / "checkpoints")):
-        info = checkpoint.read_info(str(tmp_path / "broken" / "checkpoints" / name))
+        info = checkpoint.open_checkpoint(str(tmp_path / "broken" / "checkpoints" / name)).info
         assert info["started_from"]["path"] == str(tmp_path / "source") and info["started_from"]["step"] == STEPS
 
 
@@ -116,7 +117,7 @@ def test_a_folder_of_another_run_is_not_gone_on_with(data, others, source, tmp_p
     refuses(config, r"--from .*: the run of checkpoint .*/own/.* did not begin with another one's weights\. .*run\.folder=PATH")
     refuses(tuned(data, tmp_path / "own", tmp_path / "own"), "did not begin with another one's weights")
     refuses(tuned(data, tmp_path / "own", tmp_path / "own"), "--resume none would rename .*/own, where .*/own lies", "none")
-    refuses(tuned(data, tmp_path / "new", source), "leave out --from", checkpoint.locate(source))
+    refuses(tuned(data, tmp_path / "new", source), "leave out --from", checkpoint.locate(source).path)
     assert beginning(config, "none")[0] == 0 and os.path.isdir(tmp_path / "own.1")
     refuses(configuration(others, str(tmp_path / "own.1"), STEPS, backbone="small"), "begin a new run with its backbone, with --from")
 
@@ -134,7 +135,7 @@ def named_rows(config, expected_SD):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_prototypes_of_common_identities_are_taken_over_by_name(ranks, others, source, size, tmp_path):
-    expected_SD = checkpoint.load_replicated(checkpoint.locate(source), "prototypes")["prototypes"]
+    expected_SD = checkpoint.locate(source).whole("prototypes")
     config = replace(tuned(others, tmp_path / "tuned", source, start={"classifier": True}), loss=losses.build("uce", scale=16.0))
     for is_right, remarks in ranks(size).run(named_rows, config, expected_SD):
         assert is_right
@@ -143,21 +144,12 @@ def test_prototypes_of_common_identities_are_taken_over_by_name(ranks, others, s
 
 def test_an_older_checkpoint_gives_the_names_of_its_data_set(data, others, source, tmp_path):
     old = str(tmp_path / "old")
-    shutil.copytree(checkpoint.locate(source), old)
-    with open(os.path.join(old, checkpoint.INFO)) as file:
-        info = json.load(file)
-    del info["files"][checkpoint.IDENTITIES]
-    os.remove(os.path.join(old, checkpoint.IDENTITIES))
-
-    def write():
-        with open(os.path.join(old, checkpoint.INFO), "w") as file:
-            json.dump(info, file)
-
-    write()
+    shutil.copytree(checkpoint.locate(source).path, old)
+    os.remove(os.path.join(old, "identities.json"))
+    edit_manifest(old, lambda values: values["files"].pop("identities.json"))
     start = {"classifier": True}
     assert "prototypes of 3 of 10" in beginning(tuned(others, tmp_path / "tuned", old, start=start))[3][1]
-    info["config"]["data"]["train"] = others  # as if it had been written anew
-    write()
+    edit_manifest(old, lambda values: values["config"]["data"].update(train=others))  # as if it had been written anew
     refuses(tuned(others, tmp_path / "tuned", old, start=start), "does not name its identities, and the set .*others.tar, is gone or has")
 
 
@@ -195,11 +187,11 @@ def states(config):
     save = Trainer.save
 
     def keep():
-        found.append({name: tensor.clone() for name, tensor in trainer.engine.state().items()})
+        found.append({name: part.tensor.clone() for name, part in trainer.engine.state().items()})
 
     try:
         keep()
-        with mock.patch.object(Trainer, "save", lambda self: (keep(), save(self))):
+        with mock.patch.object(Trainer, "save", lambda *given: (keep(), save(*given))):
             trainer.fit()
     finally:
         trainer.close()
@@ -270,8 +262,7 @@ def test_a_frozen_backbone_trains_the_classifier_alone(ranks, others, source, en
 
 def test_frozen_layers_may_not_change_within_a_run(others, source, tmp_path):
     shutil.copytree(source, tmp_path / "own")
-    with open(os.path.join(checkpoint.locate(str(tmp_path / "own")), checkpoint.INFO)) as file:
-        trained_on = json.load(file)["config"]["data"]["train"]
+    trained_on = checkpoint.locate(str(tmp_path / "own")).info["config"]["data"]["train"]
     config = configuration(trained_on, str(tmp_path / "own"), STEPS, backbone="small", optimizer={"frozen": ("stem",)})
     refuses(config, r"has frozen \[\], but this run has \['stem'\]")
 

@@ -32,12 +32,13 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_first_version(ranks, data, loss,
     whole = ranks(1).run(train_losses, config("whole"))[0]
     ranks(1).run(train_until, config("now"), SAVED + 1)
     found = str(tmp_path / "now" / "checkpoints" / f"step-{SAVED:08}")
-    tensors, info = checkpoint.load_replicated(found, ""), checkpoint.read_info(found)
+    saved = checkpoint.open_checkpoint(found)
+    tensors, info = {name: saved.whole(name) for name in saved}, saved.info
     assert set(tensors) == first_layout.names(loss, set(tensors))
 
     path = str(tmp_path / "old" / "checkpoints" / f"step-{SAVED:08}")
     first_layout.write(path, SAVED, loss, tensors, info["identities"], data, str(tmp_path / "old"))
-    saved = from_dict(checkpoint.read_info(path)["config"])
+    saved = from_dict(checkpoint.open_checkpoint(path).info["config"])
     assert as_dict(saved) == as_dict(config("old"))
     for size in (1, 3):
         np.testing.assert_allclose(ranks(size).run(train_losses, config("old"), path)[0], whole[SAVED:], rtol=1e-4)

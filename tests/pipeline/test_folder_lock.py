@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline.agreement import Agreement
 from pipeline.distributed import FolderLock, Place, join
+from pipeline.run_checkpoints import set_aside
 
 PLACE = Place(0, 1, torch.device("cpu"))
 
@@ -54,7 +55,7 @@ def test_a_folder_that_was_renamed_is_still_locked_and_so_is_its_name(run):
 def test_a_run_that_is_set_aside_is_free_again_and_the_new_one_locked(run):
     (run / "metrics.jsonl").touch()
     lock = FolderLock("link", PLACE)
-    checkpoint.set_aside("link")  # which keeps the link, and does not move the new run to the disk on which the link lies
+    set_aside("link", Agreement())  # which keeps the link, and does not move the new run to the disk on which the link lies
     lock.follow()
     assert os.path.islink("link") and os.listdir("link") == [] and os.listdir(f"{run}.1") == ["metrics.jsonl"]
     assert is_free(f"{run}.1") and not is_free("link")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -17,6 +16,7 @@ from dali_loaders import open_source, pack
 from dali_loaders.sources import FolderSource
 from pipeline import checkpoint
 from pipeline.same_data import open_on_all_ranks
+from tests.pipeline.checkpoint.states import edit_manifest
 from tests.pipeline.runs import configuration, faces, train_losses, train_until
 
 
@@ -127,13 +127,9 @@ def test_what_may_change_and_what_earlier_versions_did_not_say(run, copy, tmp_pa
     moved = copy.with_name("moved")
     os.rename(copy, moved)
     assert len(run(3, train=str(moved))) == 3
-    path = checkpoint.newest(str(tmp_path / "run" / "checkpoints"))
-    name = os.path.join(path, checkpoint.INFO)
-    with open(name) as file:
-        info = json.load(file)
-    assert info["images"] == 78 and info["weights"] == [] and info["seed"] == 5
-    with open(name, "w") as file:
-        json.dump({key: value for key, value in info.items() if key not in ("images", "labels", "image_order", "weights", "seed")}, file)
+    saved = checkpoint.newest(str(tmp_path / "run" / "checkpoints"))
+    assert saved.info["images"] == 78 and saved.info["weights"] == [] and saved.info["seed"] == 5
+    edit_manifest(saved.path, lambda values: [values.pop(key) for key in ("images", "labels", "image_order", "weights", "seed")])
     (next(moved.iterdir()) / "more.png").write_bytes(next(moved.rglob("*.*")).read_bytes())
     assert len(run(4, train=str(moved))) == 5
 

@@ -41,12 +41,12 @@ def contents(folder):
 
 def loaded(run):
     """The network of a run's newest checkpoint, as `protoshard eval` builds it, and what the checkpoint says of itself."""
-    path = checkpoint.locate(str(run))
-    info = checkpoint.read_info(path)
+    saved = checkpoint.locate(str(run))
+    info = saved.info
     config = from_dict({name: part for name, part in info["config"].items() if name != "loss"})
     with torch.device("meta"):
         module = build(config.backbone, config.data.image_size)
-    weights = {name.removeprefix("backbone."): part for name, part in checkpoint.load_replicated(path, "backbone.").items()}
+    weights = {name.removeprefix("backbone."): part for name, part in ((name, saved.whole(name)) for name in saved) if name != "prototypes"}
     module.load_state_dict(weights, assign=True)
     return module.eval(), info
 
@@ -136,8 +136,8 @@ def test_classifier_files_of_all_versions(tmp_path, files, weights, name, wrap, 
     random.Random(0).shuffle(parts)
     models = parts if has_backbone else [files[1], *parts]
     assert "backbone and 6 prototypes" in import_run(files[0], models, str(tmp_path / "run"), 4)
-    path = checkpoint.locate(str(tmp_path / "run"))
-    torch.testing.assert_close(checkpoint.load_replicated(path, "prototypes")["prototypes"], prototypes, rtol=0, atol=0)
+    saved = checkpoint.locate(str(tmp_path / "run"))
+    torch.testing.assert_close(saved.whole("prototypes"), prototypes, rtol=0, atol=0)
     if not has_backbone:
         with pytest.raises(ValueError, match="holds a part of a classifier, and no backbone"):
             import_run(files[0], parts, str(tmp_path / "other"), 4)

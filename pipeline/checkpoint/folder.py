@@ -1,0 +1,157 @@
+"""A folder of checkpoints: which are complete, which is the newest sound one, which have had their time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+from pipeline.agreement import Agreement
+from pipeline.checkpoint.config import CheckpointConfig
+from pipeline.checkpoint.manifest import DamagedError
+from pipeline.checkpoint.reading import Checkpoint, open_in
+from pipeline.checkpoint.stores import MANIFEST, LocalStore, Store, store_of
+
+log = logging.getLogger(__name__)
+
+NAME = "step-{:08d}"
+SUPERSEDED = ".superseded"
+LOWER_IS_BETTER = ("eer", "loss")  # last parts of the names of such figures
+
+
+def complete(folder: str | Store) -> list[str]:
+    """Names of the checkpoints in it that were finished, oldest first; not verified."""
+    store = store_of(folder) if isinstance(folder, str) else folder
+    names = [name for name in store.names() if re.fullmatch(r"step-\d{1,18}", name)]
+    return sorted(names, key=lambda name: (step_of(name), name))
+
+
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def newest(folder: str, agreement: Agreement | None = None) -> Checkpoint | None:
+    """The newest checkpoint in FOLDER that is sound, or None where there is none at all. One that is damaged is named in the log and
+    passed over; ValueError if all are, or if one is of a version that this one does not know. Every rank calls it."""
+    agreement = agreement or Agreement()
+    store = store_of(folder)
+    names = agreement.of_first(_listed(store))
+    if isinstance(names, str):
+        raise ValueError(names)
+    for name in reversed(names):
+        found = sound(store, name, agreement)
+        if isinstance(found, Checkpoint):
+            return found
+        if agreement.rank == 0:
+            log.warning("checkpoint %s/%s cannot be used (%s): looking for the one before it", folder, name, found)
+    if names:
+        raise ValueError(
+            f"none of the {len(names)} checkpoints in {folder} can be used: bring back a copy of one, or begin anew with --resume none, "
+            "which keeps them"
+        )
+    return None
+
+
+def _listed(store: Store) -> list[str] | str:
+    try:
+        return complete(store)
+    except OSError as error:
+        return f"the checkpoints in {store.path} cannot be listed ({error.strerror or error})"
+
+
+def sound(store: Store, name: str, agreement: Agreement) -> Checkpoint | str:
+    """The checkpoint, opened and verified by all ranks together, or what is wrong with it. ValueError for another version's."""
+    opened: Checkpoint | None = None
+    fault: tuple[bool, str] | None = None
+    try:
+        opened = open_in(store, name)
+        if re.fullmatch(r"step-\d+", name) and step_of(name) != opened.info["step"]:
+            fault = True, f"it is the checkpoint of step {opened.info['step']}"
+    except DamagedError as error:
+        fault = True, str(error)
+    except ValueError as error:
+        fault = False, str(error)
+    is_damage, words = next(filter(None, agreement.gather(fault)), (True, None))
+    if not is_damage:
+        raise ValueError(words)
+    if words is None:
+        assert opened is not None
+        words = opened.fault(agreement)
+        if words is None:
+            return opened
+    return words
+
+
+def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
+    """The checkpoint that a user's PATH means: a checkpoint, or the newest sound one in a folder of them or in a run's folder. Every rank
+    calls it."""
+    agreement = agreement or Agreement()
+    parent, _, name = path.rstrip("/").rpartition("/")
+    store = store_of(parent or os.curdir)
+    if agreement.of_first(_has_manifest(store, name)):
+        found = sound(store, name, agreement)
+        if isinstance(found, str):
+            raise ValueError(f"checkpoint {path} cannot be used: {found}")
+        return found
+    for folder in (path, f"{path.rstrip('/')}/checkpoints"):
+        newest_there = newest(folder, agreement)
+        if newest_there is not None:
+            return newest_there
+    raise ValueError(f"there is no complete checkpoint at {path}: give a step-N folder, or the folder of a run that has written one")
+
+
+def _has_manifest(store: Store, name: str) -> bool:
+    try:
+        return bool(name) and store.exists(name, MANIFEST)
+    except OSError as error:
+        raise ValueError(f"{store.path}/{name} cannot be read ({error.strerror or error})") from None
+
+
+def supersede(folder: str, step: int, agreement: Agreement | None = None) -> None:
+    """Renames the checkpoints in FOLDER that are newer than `step`, from which a run goes on: they are damaged, or belong to a course that
+    was given up, and would be taken for the newest. Every rank calls it."""
+    agreement = agreement or Agreement()
+    fault = None
+    if agreement.rank == 0:
+        store = store_of(folder)
+        try:
+            for name in complete(store):
+                if step_of(name) > step:
+                    log.warning("keeping %s/%s as %s%s: the run goes on from step %d", folder, name, name, SUPERSEDED, step)
+                    store.rename(name, _free_name(store, name + SUPERSEDED))
+        except OSError as error:
+            fault = f"checkpoints in {folder} that are newer than step {step} cannot be renamed ({error.strerror or error})"
+    fault = agreement.of_first(fault)
+    if fault:
+        raise ValueError(fault)
+
+
+def _free_name(store: Store, name: str) -> str:
+    names = set(store.names())
+    return next(new for new in (name, *(f"{name}.{number}" for number in range(2, 10**6))) if new not in names)
+
+
+def outdated(store: Store, config: CheckpointConfig) -> list[str]:
+    """Names of the checkpoints that the configuration does not keep. Only those count as kept that look sound (their manifest is, and their
+    files have their sizes), and only such are named: what is damaged is left for a person to look at."""
+    figures: dict[str, float | None] = {}
+    for name in complete(store):
+        try:
+            opened = open_in(store, name)
+            if opened.has_its_sizes():
+                figures[name] = opened.info.get("figures", {}).get(config.best)
+        except ValueError:
+            continue
+    names = list(figures)
+    kept = set(names[-config.keep :])
+    kept |= {name for name in names if config.keep_every and step_of(name) % config.keep_every == 0}
+    judged = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+    if judged:
+        is_lower_better = config.best.rpartition("/")[2] in LOWER_IS_BETTER
+        # Of equal ones the oldest, which no later one then pushes out.
+        kept.add(min(judged, key=lambda name: (judged[name] if is_lower_better else -judged[name], step_of(name))))
+    return [name for name in names if name not in kept]
+
+
+def is_local(folder: str) -> bool:
+    return isinstance(store_of(folder), LocalStore)

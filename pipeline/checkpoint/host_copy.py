@@ -1,0 +1,63 @@
+"""A copy of what is to be saved in this rank's host memory: all that a step waits for when a checkpoint is written beside the training."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.data_file import size_of
+from pipeline.checkpoint.parts import Part
+
+ALIGNMENT = 64  # bytes
+
+
+class HostCopy:
+    """One buffer, made once and used for every save; pinned where tensors are on a GPU, so that copies run at the speed of the bus."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.touching: threading.Thread | None = None
+
+    def reserve(self, parts: dict[str, Part]) -> None:
+        """Gets the memory ahead of the first save: the system hands it out page by page, which takes longer than the copy."""
+        self._make(parts)
+        self.touching = threading.Thread(target=self.buffer.zero_, name="protoshard-host-memory", daemon=True)
+        self.touching.start()
+
+    def of(self, parts: dict[str, Part]) -> dict[str, Part]:
+        """The parts with tensors in the buffer, which the next call overwrites."""
+        if self.touching is not None:
+            self.touching.join()
+            self.touching = None
+        if len(self.buffer) < _room(parts):
+            self._make(parts)
+        copies, at = {}, 0
+        for name, part in parts.items():
+            tensor = part.tensor.detach()
+            size = size_of({name: part})
+            slot = self.buffer[at : at + size].view(tensor.dtype).view(tensor.shape)
+            slot.copy_(tensor, non_blocking=True)
+            copies[name] = Part(slot, part.shape, part.start, part.replicated)
+            at += _aligned(size)
+        for device in {part.tensor.device for part in parts.values() if part.tensor.is_cuda}:
+            torch.cuda.synchronize(device)
+        return copies
+
+    def _make(self, parts: dict[str, Part]) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)  # first the old one goes
+        self.buffer = torch.empty(_room(parts), dtype=torch.uint8, pin_memory=any(_is_on_gpu(part.tensor) for part in parts.values()))
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _room(parts: dict[str, Part]) -> int:
+    return sum(_aligned(size_of({name: part})) for name, part in parts.items())
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,272 @@
+"""Where checkpoints lie: a local folder, where one appears by a rename, or an address that fsspec opens, where it appears with its
+manifest. Both know folders of files by name, and nothing of what is in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+from dali_loaders.extras import extra
+
+MANIFEST = "protoshard.json"  # written last
+PARTIAL = ".partial"
+REPLACED = ".replaced"
+
+
+class Sink(Protocol):
+    """A file being written. On return of `close` it is on the disk, or in the store."""
+
+    def write(self, data: memoryview) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """A folder of checkpoints; each is a folder of files. OSError of all kinds comes out of everything."""
+
+    path: str
+
+    def names(self) -> list[str]:
+        """Of the folders in it that are complete, in no order; none where it does not exist."""
+        ...
+
+    def exists(self, name: str, file: str) -> bool: ...
+
+    def size(self, name: str, file: str) -> int:
+        """Bytes. FileNotFoundError; IsADirectoryError for what is no regular file."""
+        ...
+
+    def read_into(self, name: str, file: str, offset: int, out: memoryview) -> None:
+        """Fills `out` from that offset on; EOFError where the file ends before."""
+        ...
+
+    def begin(self, name: str) -> None:
+        """Makes room for a new checkpoint and removes what is left of saves that were broken off. One rank calls it, before the others."""
+        ...
+
+    def create(self, name: str, file: str) -> Sink:
+        """A file of a checkpoint that has begun."""
+        ...
+
+    def commit(self, name: str) -> None:
+        """After the manifest: from now on the checkpoint is complete, also after a power loss. What had its name before is gone."""
+        ...
+
+    def abandon(self, name: str) -> None:
+        """Removes what a save that failed has written."""
+        ...
+
+    def rename(self, name: str, new: str) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+
+def store_of(path: str) -> Store:
+    """ValueError for an address that fsspec, or the package it needs, cannot open."""
+    return RemoteStore(path) if "://" in path else LocalStore(path)
+
+
+class LocalStore:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def _at(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+    def names(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.path) if not name.endswith((PARTIAL, REPLACED))]
+        except FileNotFoundError:
+            return []
+
+    def exists(self, name: str, file: str) -> bool:
+        return os.path.lexists(self._at(name, file))
+
+    def size(self, name: str, file: str) -> int:
+        return _open_regular(self._at(name, file), lambda descriptor: os.fstat(descriptor).st_size)
+
+    def read_into(self, name: str, file: str, offset: int, out: memoryview) -> None:
+        def read(descriptor: int) -> None:
+            done = 0
+            while done < len(out):
+                count = os.preadv(descriptor, [out[done:]], offset + done)
+                if not count:
+                    raise EOFError(f"{file} ends early")
+                done += count
+
+        _open_regular(self._at(name, file), read)
+
+    def begin(self, name: str) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        for left in os.listdir(self.path):
+            if left.endswith((PARTIAL, REPLACED)):
+                shutil.rmtree(self._at(left))
+        os.mkdir(self._at(name + PARTIAL))
+
+    def create(self, name: str, file: str) -> Sink:
+        return _LocalSink(self._at(name + PARTIAL, file))
+
+    def commit(self, name: str) -> None:
+        _sync_folder(self._at(name + PARTIAL))
+        if os.path.lexists(self._at(name)):  # one that was found damaged; never without one of the two
+            os.rename(self._at(name), self._at(name + REPLACED))
+        os.rename(self._at(name + PARTIAL), self._at(name))
+        _sync_folder(self.path)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._at(name + REPLACED))
+
+    def abandon(self, name: str) -> None:
+        shutil.rmtree(self._at(name + PARTIAL), ignore_errors=True)
+
+    def rename(self, name: str, new: str) -> None:
+        shutil.rmtree(self._at(new), ignore_errors=True)
+        os.rename(self._at(name), self._at(new))
+        _sync_folder(self.path)
+
+    def remove(self, name: str) -> None:
+        """First by its name, so that one that is half removed is never taken for a checkpoint."""
+        os.rename(self._at(name), self._at(name + REPLACED))
+        shutil.rmtree(self._at(name + REPLACED))
+
+
+class _LocalSink:
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            data = data[os.write(self.descriptor, data) :]
+
+    def close(self) -> None:
+        try:
+            os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+
+
+def _open_regular(path: str, use: Any) -> Any:
+    """use(descriptor), for a regular file only: opening a named pipe, or reading a device, would never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not _is_regular(descriptor):
+            raise IsADirectoryError(f"{path} is not a file")
+        return use(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_regular(descriptor: int) -> bool:
+    return (os.fstat(descriptor).st_mode & 0o170000) == 0o100000
+
+
+def _sync_folder(path: str) -> None:
+    """A rename is on the disk once the folder around it is."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RemoteStore:
+    """Stores have no renames that are atomic, so a checkpoint is complete once its manifest is there. Files are sent as they are written.
+    Whatever a library raises becomes an OSError."""
+
+    def __init__(self, path: str) -> None:
+        with extra("train"):
+            from fsspec.core import url_to_fs
+
+        self.path = path.rstrip("/")
+        try:
+            self.system, self.root = url_to_fs(self.path, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{path} cannot be opened ({error})") from None
+
+    def _at(self, *parts: str) -> str:
+        return "/".join((self.root, *parts))
+
+    def names(self) -> list[str]:
+        with _as_os_error(self.path):
+            try:
+                folders = self.system.ls(self.root, detail=False)
+            except FileNotFoundError:
+                return []
+            names = [folder.rstrip("/").rpartition("/")[2] for folder in folders]
+            return [name for name in names if self.system.exists(self._at(name, MANIFEST))]
+
+    def exists(self, name: str, file: str) -> bool:
+        with _as_os_error(self.path):
+            return self.system.exists(self._at(name, file))
+
+    def size(self, name: str, file: str) -> int:
+        with _as_os_error(self.path):
+            entry = self.system.info(self._at(name, file))
+            if entry["type"] != "file":
+                raise IsADirectoryError(f"{file} is not a file")
+            return entry["size"]
+
+    def read_into(self, name: str, file: str, offset: int, out: memoryview) -> None:
+        with _as_os_error(self.path):
+            data = self.system.cat_file(self._at(name, file), start=offset, end=offset + len(out)) if len(out) else b""
+            if len(data) != len(out):
+                raise EOFError(f"{file} ends early")
+            out[:] = data
+
+    def begin(self, name: str) -> None:
+        with _as_os_error(self.path):
+            self.system.makedirs(self.root, exist_ok=True)
+            try:
+                folders = [folder.rstrip("/").rpartition("/")[2] for folder in self.system.ls(self.root, detail=False)]
+            except FileNotFoundError:
+                folders = []
+            for left in folders:
+                if left == name or (left.startswith("step-") and not self.system.exists(self._at(left, MANIFEST))):
+                    self.remove(left)
+
+    def create(self, name: str, file: str) -> Sink:
+        with _as_os_error(self.path):
+            self.system.makedirs(self._at(name), exist_ok=True)
+            return _RemoteSink(self.system.open(self._at(name, file), "wb"), self.path)
+
+    def commit(self, name: str) -> None:
+        pass
+
+    def abandon(self, name: str) -> None:
+        with suppress(OSError):
+            self.remove(name)
+
+    def rename(self, name: str, new: str) -> None:
+        with _as_os_error(self.path):
+            self.system.mv(self._at(name), self._at(new), recursive=True)
+
+    def remove(self, name: str) -> None:
+        with _as_os_error(self.path):
+            if self.system.exists(self._at(name, MANIFEST)):  # first, so that one that is half removed is never taken for a checkpoint
+                self.system.rm_file(self._at(name, MANIFEST))
+            self.system.rm(self._at(name), recursive=True)
+
+
+class _RemoteSink:
+    def __init__(self, file: Any, path: str) -> None:
+        self.file, self.path = file, path
+
+    def write(self, data: memoryview) -> None:
+        with _as_os_error(self.path):
+            self.file.write(data)
+
+    def close(self) -> None:
+        with _as_os_error(self.path):
+            self.file.close()
+
+
+@contextmanager
+def _as_os_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError):
+        raise
+    except Exception as error:  # of any library behind fsspec
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
