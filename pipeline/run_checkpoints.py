@@ -20,7 +20,7 @@ from dali_loaders import Source
 from dali_loaders.names import printable
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
-from pipeline import checkpoint, classifier_state
+from pipeline import checkpoint, classifier_state, heartbeat
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
 from pipeline.config import TrainConfig, as_dict
@@ -294,7 +294,7 @@ def set_aside(folder: str, agreement: Agreement) -> None:
     symbolic link, that is done to the folder it leads to."""
     folder = os.path.realpath(folder) if os.path.islink(folder) else folder
     fault = None
-    if agreement.rank == 0 and os.path.isdir(folder) and os.listdir(folder):
+    if agreement.rank == 0 and os.path.isdir(folder) and set(os.listdir(folder)) - {heartbeat.FOLDER}:
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
         try:
             os.rename(folder, f"{folder}.{number}")
