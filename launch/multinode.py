@@ -39,7 +39,7 @@ JOB_SERVER_SECONDS = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: that of the job, which is 75 for one that has saved and stopped on request; 2 for bad input, 130 or 143 when interrupted
+    """The exit code: that of the job, which is 75 for one that saved and stopped on request; 2 for bad input; 130 or 143 if interrupted
     otherwise."""
     options = parser().parse_args(arguments)
     for number in stopping.SIGNALS:

@@ -47,7 +47,7 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """The train loop of one Ray worker; a restart runs it again, on all ranks.
 
     Settings: recipe and overrides (resolved here, because a loss that a recipe file defines cannot be sent), resume, folder (where
-    relative paths start), earlier (`checkpoints` when the job began). Returns the last evaluation's figures, or a sentence under STOPPED."""
+    relative paths start), earlier (`checkpoints` when the job began). Returns the last evaluation's figures, or {STOPPED: a sentence}."""
     folder = settings["folder"]
     if not os.path.isdir(folder):
         raise BadInputError(f"Folder {folder} does not exist on {socket.gethostname()}; start from one all hosts share.")

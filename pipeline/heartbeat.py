@@ -10,8 +10,11 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from types import FrameType
+
+import torch
 
 FOLDER = "ranks"
 BYTES = 1024  # of a file, which is written over in place, which a full disk does not prevent
@@ -164,3 +167,21 @@ class Peers:
 
 def shown(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def record_collectives(folder: str) -> None:
+    """Before the ranks join: torch keeps the last collectives of each, and NCCL, where it ends a process itself, leaves them there too."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.join(os.path.abspath(folder), FOLDER, "nccl-rank-"))
+
+
+def write_collectives(folder: str, rank: int) -> None:
+    """What torch has kept, as JSON, in FOLDER/ranks/collectives-N.json. Nothing where this version of torch cannot tell it."""
+    path = os.path.join(folder, FOLDER, f"collectives-{rank:05d}.json")
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None:
+            with suppress(Exception), open(path, "wb") as file:  # a help, and no more
+                file.write(dump(True, False))
+            return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline import stopping
+from pipeline import heartbeat, stopping
 from pipeline.config import TrainConfig
 from pipeline.distributed import FolderLock, join
 from pipeline.resolve import resolve
@@ -27,6 +27,7 @@ def train(config: TrainConfig, resume: str = "auto", keep_stop: bool = False) ->
     """
     logging.basicConfig(format="%(message)s")
     with stopping.heeded() as stop:
+        heartbeat.record_collectives(config.run.folder)
         with meeting(config.run.timeout):
             place = join(config.engine.device, config.run.timeout)
             lock = FolderLock(config.run.folder, place)

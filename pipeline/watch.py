@@ -145,6 +145,8 @@ class Watch:
 
     def _leave(self, end: str, reason: str) -> None:
         self._over.set()
+        if end in ("lost", "hung"):
+            heartbeat.write_collectives(self._folder, self._place.rank)
         beat = self._beat()
         self._write(replace(beat, end=end, doing=reason))
 
@@ -181,7 +183,7 @@ class Watch:
         if last is None:
             return Cause(silent, f"rank {silent[0]} has given no sign of life")
         fault = "has died" if last.rank in self._peers.dead else f"gives no sign of life for {shown(self._peers.silent_for(last.rank))}"
-        return Cause(silent, f"{last.name} {fault}; after step {last.step:,} it was in {last.doing}")
+        return Cause(silent, f"{last.name} {fault}; last seen after step {last.step:,} in {last.doing}")
 
     def _busy(self) -> Cause | None:
         """Ranks that wait for no other one."""
@@ -191,6 +193,9 @@ class Watch:
     def _lose(self, stood_too_long: bool, error: Exception | None = None) -> None:
         """Ends the process once it is clear which rank was lost. Returns where none was: a collective may fail for another reason."""
         self._ending.acquire()  # of two threads that come here one speaks, and the other waits for the end
+        if self._over.is_set():
+            self._ending.release()
+            return
         mine = self._beat(error)
         self._gather_evidence(mine, has_failed=not stood_too_long)
         cause = self._certain()
@@ -203,7 +208,9 @@ class Watch:
             self._ending.release()
             return
         cause = cause or Cause([], "the ranks wait for each other")
-        if cause.code == STOPPED and threading.get_ident() == self._main:
+        if cause.code == STOPPED and error is not None:
+            self._leave("stopped", cause.sentence)
+            self._ending.release()
             raise Stopped(cause.sentence)
         self._leave("lost", cause.sentence)
         waited = f"rank {mine.rank} waited{limit} in {mine.doing}"

@@ -1,5 +1,5 @@
 """A recipe file whose run does something to itself at a moment: the variable MOMENTS holds "PLACE NUMBER RANK DEED", several with commas.
-Steps are counted over the run, evaluated batches, saves and openings from each start. `run` gives such a run to a test."""
+Steps are counted over the run; evaluated and read batches, saves and openings from each start. `run` gives such a run to a test."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def recipe() -> TrainConfig:
         _hook(trainer.run_checkpoints, "save", "save")
         _hook(embed, "normalize", "evaluation")
         _hook(trainer, "open_data", "opening")
-        _hook(TarSource, "read", "image")
+        _hook(TarSource, "read_many", "batch")
     data = os.path.join(os.path.dirname(os.environ["RUN"]), "faces.tar")
     return TrainConfig(
         run=RunConfig(batch=BATCH, epochs=STEPS * BATCH / IMAGES, log_every=1, seed=5, folder=os.environ["RUN"]),
