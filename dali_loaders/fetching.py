@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, words
+from dali_loaders.account import Unreadable
+from dali_loaders.config import TIMEOUT
+from dali_loaders.readers import Numbers, Part, Readers
+from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, without_secrets, words
 from dali_loaders.sources.patterns import braces
+from dali_loaders.waiting import waiting
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -38,7 +44,7 @@ def fetch(address: str, cache: str) -> str:
     a #IMAGE:LABEL stays at its end. The set appears under its local path once it is whole. One process copies, and the others of this
     machine wait for it. Older versions are removed. ValueError, in a sentence, if it cannot be copied."""
     if not cache:
-        raise ValueError(f"{address} is remote: set data.cache to a local folder with room for a copy of it.")
+        raise ValueError(f"{without_secrets(address)} is remote: set data.cache to a local folder with room for a copy of it.")
     address, mark, columns = address.partition("#")
     system, path = connect(address)
     start = re.search(r"[^/]*([*{].*)?$", path)
@@ -48,7 +54,7 @@ def fetch(address: str, cache: str) -> str:
     def listing() -> list[RemoteFile]:
         return retried(lambda: _files(system, path.removesuffix(name), name))
 
-    with _sentence(address):
+    with _sentence(address), waiting(f"the list of files at {address}"):
         files = listing()
     versions = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:12]
     folder = os.path.join(cache, f"{cache_name(address)}-{versions}")
@@ -67,18 +73,23 @@ def _files(system: AbstractFileSystem, folder: str, name: str) -> list[RemoteFil
     if "*" in name:
         found = system.glob(folder + name, detail=True)
         files = [described(folder, path[len(folder) :], info) for path, info in sorted(found.items()) if info["type"] == "file"]
-        if any(".." in file.name.split("/") for file in files):
+        if not all(_stays_inside(file.name) for file in files):
             raise ValueError(f"{folder}{name}: a file's name would lead out of the cache folder.")
         if not files:
             raise FileNotFoundError("no file has such a name")
         return files
-    if ".." in name.split("/"):
-        raise ValueError(f"{folder}{name} leaves its folder; give the address without '..'.")
+    if not all(map(_stays_inside, braces(name))):
+        raise ValueError(f"{folder}{name} leaves its folder; give the address without '..' and without '//'.")
     files = [described(folder, one, system.info(folder + one)) for one in braces(name)]
     if name.endswith(".rec"):
         beside = (name.removesuffix(".rec") + end for end in (".idx", ".identities.txt"))
         files += [described(folder, one, system.info(folder + one)) for one in beside if system.exists(folder + one)]
     return files
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name, which a server may have made up, is that of a file below the folder that it is put into: "/etc/x" is none."""
+    return not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 def _whole(folder: str, files: list[RemoteFile]) -> bool:
@@ -106,7 +117,8 @@ def _copy_all(
         progress = _Progress(address, sum(file.size for file in wanted))
         if free < progress.bytes:
             raise ValueError(
-                f"{address} has {progress.bytes >> 20} MB to copy, but {cache} has {free >> 20} MB left; choose another data.cache."
+                f"{progress.address} has {progress.bytes >> 20} MB to copy, but {cache} has {free >> 20} MB left; "
+                "choose another data.cache."
             )
         for file in wanted:
             with _sentence(address):
@@ -114,7 +126,7 @@ def _copy_all(
         with _sentence(address):
             changed = listing() != files
         if changed:
-            raise ValueError(f"{address} has changed while it was copied; start again when it is complete.")
+            raise ValueError(f"{progress.address} has changed while it was copied; start again when it is complete.")
         with _writing(cache):
             shutil.rmtree(folder, ignore_errors=True)  # one from which files were taken
             os.rename(part, folder)
@@ -124,30 +136,47 @@ def _copy_all(
 
 
 def _copy(system: AbstractFileSystem, file: RemoteFile, path: str, cache: str, progress: _Progress) -> None:
-    def copy_piece(start: int) -> int:
-        end = min(start + _PIECE, file.size)
-        data = retried(lambda: _read_piece(system, file, start, end))
-        with _writing(cache):
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
-        return len(data)
-
     if file.size > _PIECE:
         retried(lambda: _check_parts(system, file))
     with _writing(cache):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         descriptor = os.open(f"{path}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
-            for size in pool.map(copy_piece, range(0, file.size, _PIECE)):
-                progress.add(size)
+        with closing(_pieces(system, file, progress)) as pieces:
+            for data in pieces:
+                with _writing(cache):
+                    written = 0
+                    while written < len(data):
+                        written += os.write(descriptor, memoryview(data)[written:])
+                progress.add(len(data))
         with _writing(cache):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     with _writing(cache):
         os.rename(f"{path}.tmp", path)
+
+
+def _pieces(system: AbstractFileSystem, file: RemoteFile, progress: _Progress) -> Generator[bytes, None, None]:
+    """The file, several pieces ahead. A thread whose read hangs is left behind, so that none may write."""
+
+    def read(numbers: Numbers) -> Iterator[bytes]:
+        for number in numbers:
+            start = int(number) * _PIECE
+            yield retried(partial(_read_piece, system, file, start, min(start + _PIECE, file.size)))
+
+    readers: Readers[bytes] = Readers(read, file.path, lambda number: f"piece {number} of {file.path}", _PIECES_AT_ONCE, TIMEOUT)
+    numbers, ahead = iter(range(-(-file.size // _PIECE))), deque[Part[bytes]]()
+    with closing(readers):
+        while True:
+            ahead.extend(readers.submit([number]) for number in itertools.islice(numbers, _PIECES_AT_ONCE - len(ahead)))
+            if not ahead:
+                return
+            with waiting(lambda: f"{progress}: {readers.doing()}"):
+                (data,) = readers.result(ahead.popleft())
+            if isinstance(data, Unreadable):
+                raise ValueError(f"{progress.address} cannot be read: {data.reason}; check the connection.")
+            yield data
 
 
 def _read_piece(system: AbstractFileSystem, file: RemoteFile, start: int, end: int) -> bytes:
@@ -171,14 +200,17 @@ class _Progress:
     """A line in the log every 10 seconds."""
 
     def __init__(self, address: str, size: int) -> None:
-        self.address, self.bytes, self.done, self._said = address, size, 0, time.monotonic()
-        log.info("copying %s, %d MB", address, size >> 20)
+        self.address, self.bytes, self.done, self._said = without_secrets(address), size, 0, time.monotonic()
+        log.info("copying %s, %d MB", self.address, size >> 20)
 
     def add(self, size: int) -> None:
         self.done += size
         if time.monotonic() - self._said > 10:
             self._said = time.monotonic()
-            log.info("copied %d of %d MB of %s", self.done >> 20, self.bytes >> 20, self.address)
+            log.info("%s", self)
+
+    def __str__(self) -> str:
+        return f"the copy of {self.address}, {self.done >> 20} of {self.bytes >> 20} MB"
 
 
 def _remove_others(cache: str, address: str, folder: str) -> None:
@@ -192,14 +224,14 @@ def _remove_others(cache: str, address: str, folder: str) -> None:
 def _locked(cache: str) -> Iterator[None]:
     """Holds the lock of the folder itself, which ends with its process and leaves no file."""
     with _writing(cache):
-        descriptor = os.open(cache, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _writing(cache):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("waiting for another process that copies into %s", cache)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                with waiting(f"another process that copies into {cache}"):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -217,6 +249,7 @@ def _writing(cache: str) -> Iterator[None]:
 
 @contextmanager
 def _sentence(address: str) -> Iterator[None]:
+    address = without_secrets(address)
     try:
         yield
     except ValueError:

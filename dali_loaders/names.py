@@ -47,6 +47,12 @@ def printable(name: str | bytes) -> str:
     """The same name for people, on one line and in valid UTF-8: bytes that are no UTF-8 and control characters are escaped.
 
     Whatever prints, logs or lists a name of a file or an identity passes it through here, for a lone surrogate cannot be written."""
-    data = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
+    if isinstance(name, bytes):
+        data = name
+    else:
+        try:
+            data = name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # lone surrogates that stand for no byte, as JSON may have
+            data = name.encode("utf-8", "backslashreplace")
     shown = data.decode("utf-8", "backslashreplace")
     return shown if shown.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -27,6 +27,9 @@ _LASTING = (
 # What tells one version of an object from the next, by the names that file systems give it.
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "last_modified", "modified", "mtime", "updated")
 
+# Of an address: scheme, user and password, place, query. A "?" without "=" is a pattern's.
+_SECRETS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s@'\"]*@)?([^?\s'\"]*)(\?[^\s?'\",]*=[^\s'\",]*)?")
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _jitter = random.Random()  # one of its own: the module's state belongs to the user
@@ -43,6 +46,12 @@ def is_remote(path: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://", path) is not None
 
 
+def without_secrets(text: str) -> str:
+    """The same text, in which addresses show neither user and password nor a query, which may be a signature. Whatever is printed, logged
+    or saved of an address passes through here."""
+    return _SECRETS.sub(lambda found: f"{found[1]}{'***@' if found[2] else ''}{found[3]}{'?***' if found[4] else ''}", text)
+
+
 def connect(address: str) -> tuple[AbstractFileSystem, str]:
     """The file system of an address, and the path on it. ValueError where its package (s3fs, gcsfs) is not installed."""
     from fsspec.core import url_to_fs
@@ -50,7 +59,7 @@ def connect(address: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{address} cannot be opened: {str(error).rstrip('.')}.") from error
+        raise ValueError(f"{without_secrets(address)} cannot be opened: {str(error).rstrip('.')}.") from error
 
 
 def retried(action: Callable[[], T]) -> T:
@@ -78,7 +87,8 @@ def lasting(error: BaseException) -> bool:
 
 def words(error: BaseException) -> str:
     said = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-    return f"{said}: {error.__cause__}" if isinstance(error, FileNotFoundError) and error.__cause__ is not None else said
+    more = isinstance(error, FileNotFoundError) and error.__cause__ is not None
+    return without_secrets(f"{said}: {error.__cause__}" if more else said)
 
 
 def described(folder: str, name: str, info: dict[str, Any]) -> RemoteFile:

@@ -52,7 +52,7 @@ def train(accelerator: Accelerator, folder: str) -> None:
         torch.save({"classifier": classifier.state_dict(), "rows": rows.state_dict()}, Path(output, own_file))
 
     def load(models: list[nn.Module], output: str) -> None:
-        saved = torch.load(Path(output, own_file), map_location="cpu")
+        saved = torch.load(Path(output, own_file), map_location="cpu", weights_only=True)
         classifier.load_state_dict(saved["classifier"])
         rows.load_state_dict(saved["rows"])
 

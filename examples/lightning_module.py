@@ -60,7 +60,7 @@ class Recogniser(lightning.LightningModule):
         checkpoint["classifier"] = folder
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = torch.load(f"{checkpoint['classifier']}/rank-{self.global_rank}.pt", map_location="cpu")
+        saved = torch.load(f"{checkpoint['classifier']}/rank-{self.global_rank}.pt", map_location="cpu", weights_only=True)
         checkpoint["state_dict"].update(saved["classifier"])
         self.saved_rows = saved["rows"]
 

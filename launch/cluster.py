@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from launch.hosts import Host
@@ -27,7 +27,7 @@ SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Ser
 @dataclass(frozen=True)
 class Cluster:
     dashboard: str  # http://host:port of the job server
-    token: str
+    token: str = field(repr=False)
     nodes: list["Node"]
 
     def check(self) -> None:
@@ -118,8 +118,9 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         addresses = [node.expect("hello", deadline)["address"] for node in nodes]
         if hosts[0].local and len(hosts) > 1:
             addresses[0] = address_towards(addresses[1])
+        alone = len(hosts) == 1 and hosts[0].local
         orders: list[dict[str, Any]] = [
-            {"address": address, "token": token, "head": None, "slots": host.slots or ranks_per_node}
+            {"address": address, "alone": alone, "token": token, "head": None, "slots": host.slots or ranks_per_node}
             for address, host in zip(addresses, hosts, strict=True)
         ]
         deadline = time.monotonic() + READY_SECONDS

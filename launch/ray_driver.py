@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
     ranks, resources = layout(nodes, options.ranks_per_node)
     gpu = " and a GPU" if "GPU" in resources else ""
     print(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}", flush=True)
-    storage = os.path.abspath(config.run.folder) + ".ray"  # Ray wants a folder all nodes see; nothing of value is in it
+    storage = storage_folder(config.run.folder)
     trainer = TorchTrainer(
         run_rank,
         train_loop_config={
@@ -108,6 +109,16 @@ def remove_stop_file(folder: str) -> None:
     except OSError:
         asks_this = False
     stopping.Stop().watch(folder, rank=0, keep=asks_this)
+
+
+def storage_folder(run_folder: str) -> str:
+    """A new folder beside the run's, for this job and its user alone. Ray wants one that all nodes see; nothing of value is in it."""
+    parent, name = os.path.split(os.path.abspath(run_folder))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f"{name}.ray-", dir=parent)
+    except OSError as error:
+        raise BadInputError(f"run.folder={run_folder} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def computing_nodes(nodes: list[dict[str, Any]], device: str) -> list[dict[str, float]]:

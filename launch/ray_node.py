@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
+MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 
 
@@ -31,13 +32,14 @@ def main() -> None:
 
 
 def run(order: dict[str, Any]) -> None:
-    """Order: address (of this node), token, head (address of the head's control store, or null to be the head), slots (or null)."""
+    """Order: address (of this node), alone (whether no other machine has a part in the cluster), token, head (address of the head's control
+    store, or null to be the head), slots (or null)."""
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
     node = None
     try:
         node = subprocess.Popen(
             start_command(order, folder),
-            env=environment(order),
+            env=environment(order, folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -54,8 +56,9 @@ def run(order: dict[str, Any]) -> None:
 
 
 def start_command(order: dict[str, Any], folder: str) -> list[str]:
+    """Of a node that keeps its files below `folder`: Ray makes its own folder open to everyone, and whoever writes there runs code."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--log-style=record"]
-    command += [f"--node-ip-address={order['address']}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}"]
+    command += [f"--node-ip-address={order['address']}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}/r"]
     if order["slots"] is not None:
         command.append(f"--resources={json.dumps({'rank_slots': order['slots']})}")
     order["port"], order["dashboard_port"], agent_port, client_port = free_ports(order["address"], 4)  # others may have the usual ones
@@ -66,14 +69,20 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
     return [*command, f"--dashboard-host={order['address']}", f"--dashboard-port={order['dashboard_port']}"]
 
 
-def environment(order: dict[str, Any]) -> dict[str, str]:
-    """What the workers inherit: the cluster's own token and, for gloo, the network interface of the node's address."""
+def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
+    """What the workers inherit: the cluster's own token and, for gloo, the network interface of the node's address. Where no other machine
+    takes part, nothing listens to other machines either: not Ray, not NCCL, and ranks meet in a file."""
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"]}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         env.pop(name, None)
     interface = interface_of(order["address"])
     if interface:  # gloo would take the address of the host's name, which Debian maps to 127.0.1.1
         env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    env.pop(MEETING_FOLDER, None)
+    if order["alone"]:
+        # Otherwise Ray takes another address for 127.0.0.1. Its servers listen on every interface, unless the node's address is this one.
+        env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", MEETING_FOLDER: folder}
+        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return env
 
 

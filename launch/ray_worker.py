@@ -2,12 +2,16 @@
 It is not part of launch/ray_driver.py because Ray must import it by name: classes of a main module differ from process to process."""
 
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
 
-from ray.train.torch.config import TorchConfig, _TorchBackend
+import ray
+from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2.api.callback import UserCallback
+
+from launch.ray_node import MEETING_FOLDER
 
 STOPPED = "stopped"
 
@@ -25,13 +29,28 @@ class ProcessGroup(TorchConfig):
 
 
 class Backend(_TorchBackend):
-    """Asks first whether torch can use the GPUs that Ray found with the driver alone: NCCL's own error does not say what is wrong."""
+    """Asks first whether torch can use the GPUs that Ray found with the driver alone: NCCL's own error does not say what is wrong.
+    Ranks of one machine meet in a file, because the store of torch, where Ray lets them meet, listens on every interface and to anyone."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if backend_config.backend == "nccl":
             for reason in filter(None, worker_group.execute(why_no_gpu)):
                 raise BadInputError(reason)
-        super().on_start(worker_group, backend_config)
+        if MEETING_FOLDER not in os.environ:
+            return super().on_start(worker_group, backend_config)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        group = {
+            "backend": backend_config.backend,
+            "world_size": len(worker_group),
+            "init_method": f"file://{os.environ[MEETING_FOLDER]}/meeting-{secrets.token_hex(8)}",  # a new one for every attempt
+            "timeout_s": backend_config.timeout_s,
+        }
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
+                for rank in range(len(worker_group))
+            ]
+        )
 
 
 def why_no_gpu() -> str | None:

@@ -18,6 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
+    endings.open_standard_streams()
     endings.show_any_name()
     try:
         return _run(arguments)
@@ -72,7 +73,11 @@ def _train(options: argparse.Namespace) -> None:
     config = resolve(options.recipe, options.set)
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(summary(config.run.folder))
+        try:
+            print(summary(config.run.folder), flush=True)
+        except OSError as error:  # the run is complete, whoever hears of it
+            if endings.without_output(error) is None:
+                raise
 
 
 def _eval(options: argparse.Namespace) -> None:

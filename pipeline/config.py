@@ -4,13 +4,17 @@ Recipes fill it (recipes/), `--set` changes it (overrides.py), and resolve.py do
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import reduce
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dali_loaders import renamed
 from dali_loaders.config import DataConfig
+from dali_loaders.names import printable
+from dali_loaders.remote import without_secrets
 from partial_fc import losses
 from partial_fc.classifier import ClassifierConfig
 from partial_fc.losses import Loss
@@ -70,6 +74,9 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+MOST = 1e300  # of a number in a saved configuration; what its field may be, the section says
+
+
 def as_text(config: TrainConfig) -> str:
     """One `section.field = value` line per field, as `--set` takes them."""
     return "\n".join(_lines(config, ""))
@@ -83,7 +90,7 @@ def _lines(part: Any, prefix: str) -> Iterator[str]:
         if is_dataclass(value):
             yield from _lines(value, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name} = {_text(value)}"
+            yield f"{prefix}{item.name} = {without_secrets(_text(value))}"
 
 
 def _text(value: Any) -> str:
@@ -95,12 +102,27 @@ def _text(value: Any) -> str:
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values, with the loss's name under loss.name; `from_dict` reads them back."""
-    return {**asdict(config), "loss": {"name": losses.name_of(config.loss), **asdict(config.loss)}}  # type: ignore[call-overload]
+    loss = {"name": losses.name_of(config.loss), **asdict(config.loss)}  # type: ignore[call-overload]
+    return _public({**asdict(config), "loss": loss})
+
+
+def _public(value: Any) -> Any:
+    """A checkpoint may be given away, so no password of an address goes into it."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_public, value))
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The configuration that `as_dict` wrote. A field it does not know, from another version, is a ValueError."""
-    return _from_dict(TrainConfig, _with_new_names(values), "")
+    """The configuration that `as_dict` wrote. ValueError for a field that this version does not know, or a value of another type."""
+    if not (isinstance(values, dict) and all(isinstance(part, dict) for part in values.values())):
+        raise ValueError("the saved configuration is not one of sections and fields")
+    try:
+        return _from_dict(TrainConfig, _with_new_names(values), "")
+    except RecursionError:
+        raise ValueError("the saved configuration has values nested too deep") from None
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -118,14 +140,38 @@ def _from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
     parts: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"the saved configuration has {prefix}{name}, which this version does not know")
+            raise ValueError(f"the saved configuration has {prefix}{printable(str(name))[:100]}, which this version does not know")
+        if is_dataclass(types[name]) and not isinstance(value, dict):
+            raise ValueError(f"the saved configuration has {prefix}{name} = {reprlib.repr(value)}, which is no section")
         if types[name] is Loss:
-            parts[name] = losses.build(**{key: with_tuples(item) for key, item in value.items()})
+            if not isinstance(value.get("name"), str):
+                raise ValueError("the saved configuration names no loss")
+            try:
+                parts[name] = losses.build(**{key: with_tuples(item) for key, item in value.items()})
+            except TypeError as error:
+                raise ValueError(f"the saved configuration has a loss that cannot be built ({error})") from None
         elif is_dataclass(types[name]):
             parts[name] = _from_dict(types[name], value, f"{prefix}{name}.")
         else:
             parts[name] = with_tuples(value)
+            if not _fits(parts[name], types[name]):
+                raise ValueError(f"the saved configuration has {prefix}{name} = {reprlib.repr(value)}, which is of another type")
     return kind(**parts)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of JSON is of a field's type. Of a Literal the type counts: which values it may have, the section itself says."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in options)
+    if origin is Literal:
+        return any(type(value) is type(option) for option in options)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, options[0]) for item in value)
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+        return number and (kind is float or value == int(value))
+    return isinstance(value, origin or kind)
 
 
 def with_tuples(value: Any) -> Any:

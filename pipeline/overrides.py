@@ -102,7 +102,7 @@ def _parse_tuple(path: str, text: str, kind: Any) -> tuple[Any, ...]:
         return tuple(parse(path, item.strip(), kind) for item in text.split(",") if item.strip())
     try:
         value = ast.literal_eval(text or "()")
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = None
     if not isinstance(value, list | tuple):
         raise ValueError(f"--set {path}={text}: expected a list as Python writes it, [...]")

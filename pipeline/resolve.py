@@ -10,6 +10,7 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from dali_loaders.names import printable
 from partial_fc import losses
 from partial_fc.fields import hint_at
 from pipeline import backbones
@@ -50,7 +51,7 @@ def _new_name(error: Exception) -> str:
 def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
     if recipe.endswith(".py"):
         if not os.path.isfile(recipe):
-            raise ValueError(f"recipe file {recipe} does not exist")
+            raise ValueError(f"recipe file {printable(recipe)} does not exist, or is no regular file")
         spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

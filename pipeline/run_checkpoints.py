@@ -20,13 +20,16 @@ from dali_loaders import Source
 from dali_loaders.names import printable
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
-from pipeline import checkpoint, classifier_state, heartbeat
+from pipeline import checkpoint, classifier_state
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
 from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
+from pipeline.lease import Lease
+from pipeline.lease_files import is_used
+from pipeline.run_folder import data_paths
 from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
@@ -47,6 +50,7 @@ class Run(Protocol):
     classifier_optimizer: RowOptimizer
     ema: Ema | None
     agreement: Agreement
+    lease: Lease | None
     saver: Saver
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
@@ -81,7 +85,8 @@ def order(run: Run) -> dict[str, Any]:
 
 
 def saver(run: Run) -> Saver:
-    return Saver(run.checkpoints, run.config.checkpoint, run.agreement)
+    owner = {} if run.lease is None else {"check_owner": run.lease.check}
+    return Saver(run.checkpoints, run.config.checkpoint, run.agreement, **owner)
 
 
 def save(run: Run, figures: dict[str, float] | None = None) -> None:
@@ -130,17 +135,20 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
+        if run.lease:
+            run.lease.follow()
     if run.ema:
         run.ema.restart(run.engine.module)
     return None, lines
 
 
 def _checkpoint_of(run: Run, resume: str) -> Checkpoint | None:
-    folder, source = run.config.run.folder, run.config.start.weights
+    folder = run.config.run.folder
     if resume != "none":
         return checkpoint.newest(run.checkpoints, run.agreement) if resume == "auto" else checkpoint.locate(resume, run.agreement)
-    if source and _is_within(source, folder):
-        raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
+    for source in [run.config.start.weights, *data_paths(run.config)]:
+        if source and _is_within(source, folder):
+            raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
     return None
 
 
@@ -173,7 +181,9 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
-    checkpoint.supersede(run.checkpoints, run.step, run.agreement)
+    checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
+    if checkpoint.is_in(run.checkpoints, saved.path):
+        run.saver.committed = run.step  # and need not be saved again
     return lines + _changed_fields(run, info)
 
 
@@ -294,7 +304,7 @@ def set_aside(folder: str, agreement: Agreement) -> None:
     symbolic link, that is done to the folder it leads to."""
     folder = os.path.realpath(folder) if os.path.islink(folder) else folder
     fault = None
-    if agreement.rank == 0 and os.path.isdir(folder) and set(os.listdir(folder)) - {heartbeat.FOLDER}:
+    if agreement.rank == 0 and os.path.isdir(folder) and is_used(folder):
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
         try:
             os.rename(folder, f"{folder}.{number}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 
-from pipeline import heartbeat, stopping
+from pipeline import heartbeat, run_folder, stopping
 from pipeline.config import TrainConfig
-from pipeline.distributed import FolderLock, join
+from pipeline.distributed import join
+from pipeline.lease import Lease
 from pipeline.resolve import resolve
 from pipeline.trainer import Trainer
 from pipeline.watch import Watch, meeting
@@ -26,24 +28,27 @@ def train(config: TrainConfig, resume: str = "auto", keep_stop: bool = False) ->
     Stopped: the run was asked to stop, and has saved. The process ends with exit code 76 where another rank is lost.
     """
     logging.basicConfig(format="%(message)s")
+    os.umask(os.umask(0o022) | 0o002)  # no file of a run can be written by everybody, whatever the user's mask admits
+    folder, minutes = config.run.folder, config.run.timeout
     with stopping.heeded() as stop:
-        heartbeat.record_collectives(config.run.folder)
-        with meeting(config.run.timeout):
-            place = join(config.engine.device, config.run.timeout)
-            lock = FolderLock(config.run.folder, place)
+        heartbeat.record_collectives(folder)
+        with meeting(minutes):
+            place = join(config.engine.device, minutes)
+            run_folder.check(config, place, resume)
+            lease = Lease(folder, place, config.checkpoint.folder)
         try:
-            stop.watch(config.run.folder, place.rank, keep_stop)
-            with Watch(config.run.folder, place, config.run.timeout, stop) as watch:
-                return _train(config, resume, lock, watch)
+            stop.watch(folder, place.rank, keep_stop)
+            with Watch(folder, place, minutes, stop, lease.token) as watch:
+                return _train(config, resume, lease, watch)
         finally:
-            lock.release()
+            lease.release()
 
 
-def _train(config: TrainConfig, resume: str, lock: FolderLock, watch: Watch) -> dict[str, float]:
+def _train(config: TrainConfig, resume: str, lease: Lease, watch: Watch) -> dict[str, float]:
     trainer = None
     try:
-        trainer = Trainer(config, lock.place, resume, watch)
-        lock.follow()
+        trainer = Trainer(config, lease.place, resume, lease, watch)
+        run_folder.mark(config, lease.place)
         return trainer.fit()
     except BaseException as error:
         watch.note(error)

@@ -31,6 +31,7 @@ from pipeline.engine import average_buffers, build_engine, has_bfloat16
 from pipeline.engine.parameters import freeze
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.evaluator import Evaluator
+from pipeline.lease import Lease
 from pipeline.monitor import Monitor
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
@@ -42,8 +43,10 @@ class Trainer:
     """One rank of a run. `fit` trains from where the run stands to its end; the state of a run is (samples consumed, weights, momentum):
     order, augmentation and dropout are functions of the seed and the sample or step number."""
 
-    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto", watch: Watch | None = None) -> None:
-        self.config, self.place = config, place
+    def __init__(
+        self, config: TrainConfig, place: Place, resume: str = "auto", lease: Lease | None = None, watch: Watch | None = None
+    ) -> None:
+        self.config, self.place, self.lease = config, place, lease
         run = config.run
         self.watch = watch or Watch(run.folder, place, run.timeout, Stop())
         self.stop, self.agreement = self.watch.stop, Agreement(run.timeout)
@@ -96,7 +99,8 @@ class Trainer:
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
         self.began_at = self.step
         self.watch.at("starting", self.step)
-        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
+        first = self.step + bool(resumed)
+        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=first, every=run.log_every, lease=lease)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import socket
 import sys
 import threading
@@ -44,7 +43,8 @@ class Cause:
 class Watch:
     """What the main thread is at is told with `at`; inside `with`, a thread writes it down and looks at the other ranks."""
 
-    def __init__(self, folder: str, place: Place, minutes: float, stop: Stop) -> None:
+    def __init__(self, folder: str, place: Place, minutes: float, stop: Stop, run: str = "") -> None:
+        """run: a text that all ranks of this start of the run have, and no other start"""
         self.stop = stop
         self.begin(None, None)
         self._folder, self._place, self._timeout = folder, place, 60 * minutes
@@ -53,7 +53,7 @@ class Watch:
         self._seen = self._at
         self._stood, self._longest, self._last = 0.0, 0.0, time.monotonic()
         self._speaks_after = SPEAK_SECONDS
-        self._run, self._count, self._warned = "", 0, False
+        self._run, self._count, self._warned = run, 0, False
         self._over, self._ending, self._writing = threading.Event(), threading.Lock(), threading.Lock()
         self._pause = min(heartbeat.interval(place.world_size), self._timeout / 4)
 
@@ -66,11 +66,6 @@ class Watch:
         self._say, self._reading = say or _say, reading
 
     def __enter__(self) -> Watch:
-        """Every rank calls it. 1 broadcast of a few bytes."""
-        run = [secrets.token_hex(8)]
-        if self._place.world_size > 1:
-            dist.broadcast_object_list(run)
-        self._run = run[0]
         self._peers = Peers(self._folder, self._run, self._place.rank, self._place.world_size)
         self._write(self._beat())
         self._thread = threading.Thread(target=self._watch, name="protoshard-watch", daemon=True)

@@ -44,7 +44,7 @@ class _Flight:
         def catch() -> None:
             try:
                 self.result = work()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self.result = OSError(_words(error))  # as any rank can send it
             except (NotFiniteError, OwnerError) as error:
                 self.result = error
@@ -71,7 +71,7 @@ class Saver:
 
     check_owner  called by rank 0 before each commit; raises OwnerError if another run has taken the folder over
     trouble      why the last save failed, until one succeeds; None otherwise
-    committed    the step of the newest checkpoint that this has written
+    committed    the step of the run's newest checkpoint, where this has written it, or has been told
     stall        seconds that training has waited for saves"""
 
     def __init__(
@@ -92,12 +92,14 @@ class Saver:
 
     def start(self, step: int, state: dict[str, Part], info: dict[str, Any], identities: Sequence[str] | None = None) -> None:
         """Begins to save FOLDER/step-N. Returns when the tensors of `state` may change; if saves are not asynchronous, when all is done.
-        Waits for an earlier save that is still on its way.
+        Waits for an earlier save that is still on its way. Nothing happens if this step is saved already.
 
         state: by name, this rank's parts; names of replicated ones are the same on every rank
         info: what the manifest says beside them
         identities: names of the classes"""
         self.finish()
+        if self.committed == step:
+            return
         began = time.perf_counter()
         flight = _Flight(step, {"step": step, **info})
         fault = self.agreement.of_first(self._begin(flight))
@@ -175,9 +177,9 @@ class Saver:
         self.check_owner()
         self.store.commit(flight.name)
         try:
-            for name in folder.outdated(self.store, self.config):
+            for name in folder.outdated(self.store, self.config, flight.name):
                 self.store.remove(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             log.warning("an old checkpoint in %s cannot be removed (%s)", self.path, _words(error))
 
     def _end(self, flight: _Flight, fault: Exception | None) -> None:
@@ -218,8 +220,8 @@ def save(path: str, step: int, state: dict[str, Part], info: dict[str, Any], kee
     return f"{path}/{NAME.format(step)}"
 
 
-def _words(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 __all__ = ["NotFiniteError", "OwnerError", "Saver", "save"]

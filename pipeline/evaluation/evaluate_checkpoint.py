@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import nn
 
+from dali_loaders.remote import without_secrets
 from pipeline import backbones, checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
@@ -56,7 +57,7 @@ def evaluate_checkpoint(
     module, config = load_backbone(saved, place.device, ema, recipe)
     if place.is_first and not as_json:
         log = logging.getLogger(__name__)
-        log.warning("evaluating %s on %s", saved.path, data)
+        log.warning("evaluating %s on %s", saved.path, without_secrets(data))
         for line in open_set(data, config.data).account.remarks(data):
             log.warning(line)
     report = evaluate(

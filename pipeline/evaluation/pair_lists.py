@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dali_loaders.names import printable
+from dali_loaders.regular import open_regular
+
 IMAGE_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")  # aligned copies of LFW have other ones than the originals
 _EXPECTED = "expected LFW's lines (name i j, or name i name j) or CALFW's and CPLFW's (image label, two lines a pair)"
 _SHOWN = 3
@@ -25,7 +28,7 @@ class PairList:
 def read_list(path: str) -> PairList:
     """ValueError, with the line, for what is in neither form, and where a list does not hold as many pairs as its first line says."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=open_regular) as file:
             lines = [(number, line.split()) for number, line in enumerate(file, start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list of pairs ({getattr(error, 'strerror', None) or error}); {_EXPECTED}.") from error
@@ -95,6 +98,11 @@ def find_images(listed: PairList, path: str, folder: str) -> list[str]:
     """Files of both images of every pair: FOLDER/NAME/NAME_0001.jpg, as LFW has them, or FOLDER/NAME_0001.jpg, as CALFW and CPLFW.
 
     ValueError, with their number, where some are missing: a score on fewer pairs could not be compared."""
+    outside = next((name for pair in listed.pairs for name in pair if name.startswith("/") or ".." in name.split("/")), None)
+    if outside is not None:
+        raise ValueError(
+            f"{path} names {printable(outside)[:100]}, which lies outside {folder}: a list may name files of its folder alone."
+        )
     found: dict[str, str | None] = {}
     for name in dict.fromkeys(name for pair in listed.pairs for name in pair):
         found[name] = next((file for file in _places(folder, name) if os.path.isfile(file)), None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 
+LONGEST = 200  # bytes of a file's name, of which 255 are possible, and what is added takes some
 AVERAGED = "_ema"  # ends the names under which averaged weights are evaluated
 
 
@@ -30,8 +32,13 @@ def set_names(paths: Sequence[str]) -> list[str]:
 
 
 def file_name(name: str) -> str:
-    """The name without what file systems and TensorBoard's tags have no place for."""
-    return re.sub(r"[^\w.-]", "-", name)
+    """The name without what file systems and TensorBoard's tags have no place for. A long one ends with a checksum instead."""
+    short = re.sub(r"[^\w.-]", "-", name)
+    return (
+        short
+        if len(short.encode()) <= LONGEST
+        else f"{short.encode()[: LONGEST - 9].decode(errors='ignore')}-{zlib.crc32(short.encode()):08x}"
+    )
 
 
 def _as_seen(name: str) -> str:

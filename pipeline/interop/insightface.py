@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dali_loaders.names import printable
 from pipeline.interop.plain_config import read_config
 from pipeline.interop.step_function import Steps, recognise
 
@@ -140,7 +141,7 @@ def import_config(path: str | Path, ranks: int = 8) -> ImportedConfig:
     steps = _steps(given, path)
     optional = dict(given)  # does not stop at what cannot be read
     lost = [name for name in given if name not in RENAMED and name not in CHANGED and (name not in NEEDLESS or optional[name])]
-    unmapped = [f"{name}: {_reason(name)}" for name in lost]
+    unmapped = [f"{printable(str(name))}: {_reason(str(name))}" for name in lost]
     fields = FIXED | {dotted: options[name] for name, dotted in RENAMED.items() if name in options}
     fields |= {f"backbone.{name}": value for name, value in NETWORKS[options["network"]].items()}
     fields["run.batch"] = options["batch_size"] * ranks * options["gradient_acc"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.interop.plain_values import Function, Unknown, UnknownError, Values
+from pipeline.interop.plain_values import LARGEST, Function, Unknown, UnknownError, Values
 
 
 class Config(dict[str, Any]):
@@ -28,7 +28,10 @@ def read_config(path: str | Path) -> Config:
 
     Raises ValueError with file and line for a file that is no Python, defines no `config`, or may change it in ways that only a run tells.
     """
-    variables = _Reader(Path(path)).read()
+    try:
+        variables = _Reader(Path(path)).read()
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{path} nests expressions or imports too deep for a config file.") from None
     config = variables.get("config")
     if isinstance(config, Unknown):
         raise ValueError(str(config))
@@ -48,10 +51,18 @@ class _Reader:
 
     def read(self) -> dict[str, Any]:
         try:
-            tree = ast.parse(self.path.read_text(encoding="utf-8-sig"), filename=str(self.path))
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError(f"cannot read the config file {self.path}: it is no regular file.")
+            if self.path.stat().st_size > LARGEST:
+                raise ValueError(f"{self.path} has more than {LARGEST:,} bytes, which no config file needs.")
+            text = self.path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ValueError(f"cannot read the config file {self.path}: {error.strerror}.") from error
-        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}:1: this is not a Python file: {error}.") from error
+        try:
+            tree = ast.parse(text, filename=str(self.path))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{self.path}:{getattr(error, 'lineno', None) or 1}: this is not a Python file: {error}.") from error
         self.run(tree.body)
         return self.variables
@@ -98,7 +109,7 @@ class _Reader:
     def run_import(self, statement: ast.ImportFrom) -> None:
         """Reads the file of the name, where there is one beside this file or above it; other imported names have no value here."""
         parts = (statement.module or "").split(".") if statement.module else []
-        folders = [self.path.parents[statement.level - 1]] if statement.level else list(self.path.parents)[:2]
+        folders = list(self.path.parents)[statement.level - 1 :][:1] if statement.level else list(self.path.parents)[:2]
         for name in statement.names:
             bound = name.asname or name.name
             if name.name in ("edict", "EasyDict", "ConfigDict"):

@@ -60,8 +60,26 @@ _COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
 }
 _DICTIONARIES = {"edict", "EasyDict", "easydict.EasyDict", "dict", "ConfigDict", "ml_collections.ConfigDict"}
 _PURE: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in (int, float, str, bool, len, min, max, abs, round, tuple, list)}
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 _COPIES = ("deepcopy", "copy.deepcopy", "copy.copy")
 _PLAIN_FORMAT = re.compile(r"[<>=^+,.\d_defgsx%]{0,6}$")
+
+
+def _public(name: Any) -> Any:
+    """The name of a variable that a file may put into a recipe, and so into checkpoints. ValueError for what sounds like a secret."""
+    if isinstance(name, str) and _SECRET.search(name):
+        raise ValueError(f"the variable {name} may be a secret")
+    return name
+
+
+def _size(value: Any) -> int:
+    """Characters, bits and items of a value, counted up to about LARGEST: lists may hold another one, or themselves, many times."""
+    size, parts = 0, [value]
+    while parts and size <= LARGEST:
+        part = parts.pop()
+        size += len(part) if isinstance(part, str | bytes | list | tuple | dict) else part.bit_length() if isinstance(part, int) else 1
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+    return size
 
 
 @dataclass(frozen=True)
@@ -84,8 +102,7 @@ class Values:
             raise UnknownError(self.unknown(node)) from None
         if isinstance(value, Unknown):
             raise UnknownError(value)
-        size = len(value) if isinstance(value, str | list | tuple | dict) else value.bit_length() if isinstance(value, int) else 0
-        if size > LARGEST:
+        if _size(value) > LARGEST:
             raise UnknownError(self.unknown(node))
         return value
 
@@ -113,7 +130,7 @@ class Values:
             case ast.Attribute(value=owner, attr=name) if isinstance(owned := self._owned(owner), dict):
                 return owned[name]
             case ast.Subscript(value=owner, slice=key) if ast.unparse(owner) == "os.environ":
-                return os.environ[value(key)]
+                return os.environ[_public(value(key))]
             case ast.Subscript(value=owner, slice=key) if not isinstance(key, ast.Slice):
                 return value(owner)[value(key)]
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -155,7 +172,7 @@ class Values:
             if name in ("os.path.join", "osp.join", "path.join"):
                 return os.path.join(*map(value, args))
             if name in ("os.environ.get", "os.getenv", "environ.get", "getenv") and len(args) in (1, 2):
-                found = os.environ.get(*map(value, args))
+                found = os.environ.get(_public(value(args[0])), *map(value, args[1:]))
                 if found is None and len(args) == 1:
                     raise UnknownError(self.unknown(node, "as this variable is not set"))
                 return found

@@ -2,6 +2,7 @@
 
 from typing import get_type_hints
 
+from dali_loaders.names import printable
 from pipeline.config import TrainConfig
 from pipeline.interop.insightface import ImportedConfig
 
@@ -25,6 +26,7 @@ def recipe_source(imported: ImportedConfig, origin: str) -> str:
     for section in sections.keys() - {"loss"}:
         names.setdefault(kinds[section].__module__, set()).add(kinds[section].__name__)
     imports = "".join(f"from {module} import {', '.join(sorted(names[module]))}\n" for module in sorted(names))
-    heading = f"Imported from {origin}. Not taken over:\n{remarks}Chosen:\n{choices}".replace("\\", "/").replace('"', "'")
+    # Without a quote or a backslash nothing can end the docstring; the values are those of repr.
+    heading = f"Imported from {printable(origin)}. Not taken over:\n{remarks}Chosen:\n{choices}".replace("\\", "/").replace('"', "'")
     call = f"def recipe() -> TrainConfig:\n    return TrainConfig(\n{''.join(calls)}    )\n"
     return f'"""{heading}"""\n\nfrom pathlib import Path\n\n{imports}\n\n{call}'

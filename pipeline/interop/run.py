@@ -36,7 +36,7 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
     recipe = os.path.join(out, "recipe.py")
     with _new_folder(out) as folder:
         written = Path(folder, "recipe.py")
-        written.write_text(recipe_source(imported, config))
+        written.write_text(recipe_source(imported, config), encoding="utf-8")
         resolved = resolve(str(written), [f"run.folder={os.path.abspath(out)}"])  # also checks every value
         if models:
             state = _states(models, resolved.backbone, resolved.data.image_size, imported.num_classes)

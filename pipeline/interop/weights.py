@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from dali_loaders.extras import extra
+from dali_loaders.names import printable
+from pipeline.interop import torch_files
+from pipeline.plain_pickle import Refused
 
 # Where training scripts keep the network within a checkpoint; the first that is there counts.
 WRAPPERS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone", "net", "network", "module")
+
+MADE = 1 << 30  # bytes of sparse and expanded tensors that may be made out of less
 
 # Left in a state dict by profilers (thop): counts, which no network asks for.
 COUNTERS = ("total_ops", "total_params")
@@ -68,17 +73,26 @@ def fit(
 
 def read_file(path: str | os.PathLike[str]) -> Any:
     """What a weight file holds, wrappers and all, on the CPU. Objects of classes that are no weights become empty stand-ins."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would let us wait, a device has no end
+            raise ValueError(f"cannot read {path}: it is {'a directory' if stat.S_ISDIR(mode) else 'no regular file'}.")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}.") from error
     if str(path).endswith(".safetensors"):
         return _read_safetensors(path)
     try:
         with open(path, "rb") as file:
+            torch_files.check(file)
             others = _other_classes(file)
             file.seek(0)
             with torch.serialization.safe_globals([(type(name, (_PassedOver,), {}), name) for name in others]):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Refused as error:
+        raise ValueError(f"{path} cannot be used, since {error}: export the network's state dict.") from error
+    except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
             f"{path} is not a file of weights written by torch.save, or holds more than weights: export its state dict."
         ) from error
@@ -88,16 +102,28 @@ def state_dict_of(loaded: Any, path: str) -> dict[str, Tensor]:
     """The network's tensors in what `read_file` gave, without the names that wrappers of modules add."""
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict() instead.")
-    inner = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
-    if inner is not None:
-        return state_dict_of(inner, path)
+    for _ in range(len(WRAPPERS)):  # a wrapper may hold itself
+        loaded = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), Mapping)), loaded)
     tensors = {str(name).replace("_orig_mod.", ""): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
-        holds = ", ".join(map(str, list(loaded)[:5])) or "nothing"
+        holds = ", ".join(map(_shown, list(loaded)[:5])) or "nothing"
         raise ValueError(f"{path} holds no state dict: there is {holds}, but none of {', '.join(WRAPPERS)}.")
     while all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    made = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if tensor.layout != torch.strided or tensor.is_meta or size > tensor.untyped_storage().nbytes():
+            made += size
+        if tensor.is_meta or made > MADE:
+            claim = "no numbers" if tensor.is_meta else "far fewer numbers in the file than its shape says"
+            raise ValueError(f"{path} cannot be used: {_shown(name)} {tuple(tensor.shape)} has {claim}.")
     return {name: _plain(value) for name, value in tensors.items()}
+
+
+def _shown(name: object) -> str:
+    """A name out of a file, for sentences."""
+    return printable(str(name))[:100]
 
 
 class _PassedOver:
@@ -166,4 +192,4 @@ def _listed(kind: str, names: Iterable[str]) -> list[str]:
     """["3 are KIND (a, b, c)"], or [] where there is none."""
     every = list(names)
     more = f" and {len(every) - 3} more" if len(every) > 3 else ""
-    return [f"{len(every)} {'is' if len(every) == 1 else 'are'} {kind} ({', '.join(every[:3])}{more})"] if every else []
+    return [f"{len(every)} {'is' if len(every) == 1 else 'are'} {kind} ({', '.join(map(_shown, every[:3]))}{more})"] if every else []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         nodes.append(node)
         assert node.stdin is not None and node.stdout is not None
         assert message(node.stdout.readline())["event"] == "hello"
-        node.stdin.write(json.dumps({"address": "127.0.0.1", "token": token, "head": head, "slots": 1}) + "\n")
+        node.stdin.write(json.dumps({"address": "127.0.0.1", "alone": False, "token": token, "head": head, "slots": 1}) + "\n")
         node.stdin.flush()
         return message(node.stdout.readline())
 
@@ -135,7 +136,7 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
         code = finish(job)
     log = (tmp_path / "log.txt").read_text()
     assert code == 0 and "Failure 1, 3 allowed" in log and "resumed from killed/checkpoints/step-" in log, log
-    assert not list(tmp_path.glob("*.ray"))
+    assert not list(tmp_path.glob("*.ray*"))
     killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")
     assert len(undisturbed) == 72
     print(f"largest relative deviation of 72 losses: {max(abs(killed.get(step, 0) / loss - 1) for step, loss in undisturbed.items()):.1e}")
@@ -187,17 +188,38 @@ def test_interrupting_leaves_the_users_cluster_without_the_job(two_nodes, tmp_pa
         time.sleep(0.2)
 
 
-def test_a_cluster_of_its_own_is_stopped_on_sigterm(tmp_path):
+def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(tmp_path):
+    """Nothing listens to other machines, other users see neither files nor token, and nothing is left."""
     job = launch(tmp_path, "--ranks-per-node", "2", "--set", "steps=10000", "pause=0.1")
+    started: list[psutil.Process] = []
+    listening, tokens, commands = set(), set(), []
     try:
         wait_for_step(2, tmp_path, job)
         started = psutil.Process(job.pid).children(recursive=True)
-        job.terminate()
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                listening |= {
+                    connection.laddr.ip for connection in process.net_connections("inet") if connection.status == psutil.CONN_LISTEN
+                }
+                commands += process.cmdline()
+                tokens.add(process.environ().get("RAY_AUTH_TOKEN", ""))
+        folders = {Path(*Path(word.partition("=")[2]).parts[:3]) for word in commands if word.startswith("--temp-dir=")}
+        below = [path for folder in folders for path in folder.rglob("*")]
+        storage = list(tmp_path.glob("run.ray-*"))
+        modes = [path.stat().st_mode & 0o777 for path in (*folders, *storage)]
+        read = [tmp_path / "log.txt", *(path for path in below if path.is_file() and not path.is_symlink())]
+        (token,) = tokens - {""}
+        telling = [path for path in read if token.encode() in path.read_bytes()]
     finally:
+        job.terminate()
         code = finish(job)
     log = (tmp_path / "log.txt").read_text()
     assert code == 75 and log.count("multinode.sh: stopped at step ") == 1 and log.count("step 1 total") == 1, log
     assert not (tmp_path / "run" / "stop").exists()
     assert len(started) > 5
+    assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"} and listening
+    assert not any(token in word for word in commands) and not telling
+    assert len(folders) == 1 and len(storage) == 1 and modes == [0o700, 0o700] and len(below) > 5
     _, alive = psutil.wait_procs(started, timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert not any(path.exists() for path in folders) and not list(tmp_path.glob("*.ray*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shlex
 from pathlib import Path
@@ -77,11 +78,33 @@ def test_trainer_without_gpus(trainer):
 @pytest.mark.parametrize("head", [None, "10.0.0.1:6379"])
 @pytest.mark.parametrize("slots", [None, 8])
 def test_ray_start_knows_its_options(head, slots, tmp_path):
-    order = {"address": "127.0.0.1", "token": "t", "head": head, "slots": slots}
+    order = {"address": "127.0.0.1", "alone": False, "token": "t", "head": head, "slots": slots}
     command = ray_node.start_command(order, str(tmp_path))
     assert command[1:4] == ["-m", "ray.scripts.scripts", "start"]
     parsed = cli.commands["start"].make_context("start", command[4:]).params
-    assert parsed["head"] is (head is None) and parsed["address"] == head and parsed["temp_dir"] == str(tmp_path)
+    assert parsed["head"] is (head is None) and parsed["address"] == head and parsed["temp_dir"] == str(tmp_path / "r")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_cluster_of_this_machine_alone_keeps_to_loopback(alone, tmp_path, monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    order = {"address": "127.0.0.1", "alone": alone, "token": "t", "head": None, "slots": None}
+    env = ray_node.environment(order, str(tmp_path))
+    assert env["GLOO_SOCKET_IFNAME"] == "lo" and env["RAY_AUTH_TOKEN"] == "t"
+    assert env.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == ("0" if alone else None) and env.get("NCCL_SOCKET_IFNAME") == (
+        "lo" if alone else None
+    )
+    assert env.get(ray_node.MEETING_FOLDER) == (str(tmp_path) if alone else None)
+    assert not any(word.partition("=")[2] == "t" for word in ray_node.start_command(order, str(tmp_path)))
+
+
+def test_two_jobs_of_one_run_do_not_share_a_folder_of_ray(tmp_path):
+    """The second one is refused by its workers, and takes away what it made at its end."""
+    first, second = (ray_driver.storage_folder(str(tmp_path / "a" / "run")) for _ in range(2))
+    assert first != second and os.stat(first).st_mode & 0o777 == 0o700 and os.path.dirname(first) == str(tmp_path / "a")
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInputError, match=r"run.folder=.* cannot be written \([A-Z]"):
+        ray_driver.storage_folder(str(tmp_path / "file" / "run"))
 
 
 def test_job_client_has_what_is_called(capsys):
@@ -113,7 +136,14 @@ def test_names_of_variables_exist_in_ray():
     folders = [Path(ray.__file__).parent / name for name in ("_private", "_common", "train/v2/_internal")]
     text = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
     names = {name for name in multinode.passed_on(multinode.parser().parse_args(["stub"])) if name.startswith("RAY_")}
-    names |= {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"}
+    names |= {
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_ADDRESS",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+        "RAY_USAGE_STATS_ENABLED",
+    }
     assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
 
 

@@ -181,9 +181,9 @@ def watching(tmp_path, monkeypatch):
     clock, lines = [0.0], []
     for module in (heartbeat, watch):
         monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    found = Watch(str(tmp_path), Place(0, 3, torch.device("cpu")), 60, Stop())
+    found = Watch(str(tmp_path), Place(0, 3, torch.device("cpu")), 60, Stop(), "r")
     found.begin(lines.append, None)
-    found._run, found._peers = "r", Peers(str(tmp_path), "r", 0, 3)
+    found._peers = Peers(str(tmp_path), "r", 0, 3)
 
     def look(seconds, *beats):
         clock[0] += seconds

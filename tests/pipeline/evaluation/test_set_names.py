@@ -104,7 +104,7 @@ def test_another_set_under_the_same_name_is_not_compared(tmp_path):
 
 def test_a_set_that_cannot_be_read_is_refused_at_the_start(sets):
     (sets / "cut.bin").write_bytes((sets / "test.bin").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"evaluation\.pairs: .*cut\.bin: this is not a pair set.* --set evaluation\.pairs="):
+    with pytest.raises(ValueError, match=r"evaluation\.pairs: .*cut\.bin: it cannot be read .*expected .* --set evaluation\.pairs="):
         evaluator(sets, pairs=("cut.bin",))
     with pytest.raises(ValueError, match=r"evaluation\.data: .*gone\.tar does not exist"):
         evaluator(sets, data="gone.tar")

@@ -132,6 +132,7 @@ def test_files_without_weights(tmp_path, net):
 
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"^safetensors is not installed; .* pip install 'protoshard\[train\]'$"):
         read_weights(tmp_path / "model.safetensors")
 
