@@ -21,6 +21,7 @@ from partial_fc.shards import ClassShard
 from pipeline import checkpoint
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import CheckpointConfig, Part, Saver
+from pipeline.distributed import join
 from pipeline.local_ranks import run_local
 from pipeline.measuring import peak_memory
 

@@ -85,11 +85,9 @@ def is_used(folder: str) -> bool:
     """Whether there is anything in a folder besides its lease, what ranks are doing, and an empty folder for checkpoints."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if (
-            name != heartbeat.FOLDER
-            and not NAME.fullmatch(name)
-            and not (name == "checkpoints" and os.path.isdir(path) and not is_used(path))
-        ):
+        if name == heartbeat.FOLDER:
+            continue
+        if not NAME.fullmatch(name) and not (name == "checkpoints" and os.path.isdir(path) and not is_used(path)):
             return True
     return False
 
