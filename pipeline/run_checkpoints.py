@@ -129,12 +129,17 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         "code": code_version(),
         "config": as_dict(run.config),
     }
+    run.classifier_optimizer.flush()
     run.saver.start(run.step, state(run), info, run.source.identities)
 
 
+def reserve(run: Run) -> None:
+    """Gets the memory that saves will need. Every rank calls it, after a step: then all of the optimizers' state is there."""
+    run.saver.reserve(state(run))
+
+
 def state(run: Run) -> dict[str, Part]:
-    """This rank's parts of all tensors of a checkpoint."""
-    run.classifier_optimizer.flush()
+    """This rank's parts of all tensors of a checkpoint; rows that wait for missed steps (optimizer.unsampled=lazy) as they are."""
     parts = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
     if run.ema:
         parts |= run.ema.state(run.engine.module)

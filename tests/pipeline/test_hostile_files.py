@@ -22,12 +22,13 @@ from dali_loaders.remote import without_secrets
 from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.config import TrainConfig, as_dict, as_text, from_dict
-from pipeline.distributed import join, run_local
+from pipeline.distributed import join
 from pipeline.evaluation.pair_lists import PairList, find_images
 from pipeline.evaluation.set_names import file_name
 from pipeline.interop.insightface import import_config
 from pipeline.interop.recipe_file import recipe_source
 from pipeline.interop.weights import fit, read_weights
+from pipeline.local_ranks import run_local
 from pipeline.resolve import resolve
 
 fsspec = pytest.importorskip("fsspec")
