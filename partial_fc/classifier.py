@@ -206,8 +206,7 @@ class PartialFC(nn.Module):
         return self.current.is_finite
 
     def leave_out(self) -> None:
-        """From here on `is_finite` calls this step bad, so that its optimizer and the bank leave it out: for a gradient that is not finite
-        (`found_non_finite`), or reasons of your own. Every rank must call it. ValueError if in_backward=True has used the gradient."""
+        """Makes this step a bad one (`is_finite`), on every rank. ValueError if in_backward=True has used the gradient already."""
         if self.current.is_finite:
             self.current.is_finite = False
             self.skipped_steps += 1
