@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from dali_loaders.remote import without_secrets
+
 EXAMPLES = 5  # names kept of each reason; the rest is only counted
 
 
@@ -64,7 +66,7 @@ class Account:
     def remarks(self, path: str) -> list[str]:
         """The lines for the set `path`; none where nothing was passed over."""
         first, *reasons = self.lines()
-        return [f"{path}: {first}", *reasons] if self.passed_over else []
+        return [f"{without_secrets(path)}: {first}", *reasons] if self.passed_over else []
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

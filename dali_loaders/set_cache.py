@@ -145,7 +145,7 @@ def _save(places: list[str], wanted: dict[str, Any], sources: Sequence[str], bui
         try:
             with open(descriptor, "w+b") as file:
                 arrays = _mapped(file, _write(file, wanted, build()))
-                os.fchmod(descriptor, os.stat(sources[0]).st_mode & 0o666)  # it holds names of the set
+                os.fchmod(descriptor, os.stat(sources[0]).st_mode & 0o644)  # it holds names of the set
             if settled and [_stamp(source) for source in sources] == wanted["sources"]:
                 return _put(temporary, place, wanted) or arrays
             return arrays

@@ -28,6 +28,7 @@ from pipeline import checkpoint, classifier_state
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
 from pipeline.config import TrainConfig, as_dict
+from pipeline.course import Course
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
@@ -62,8 +63,9 @@ class Run(Protocol):
     agreement: Agreement
     lease: Lease | None
     saver: Saver
+    course: Course
     steps_per_epoch: float
-    consumed: int
+    consumed: int  # samples
     started_from: dict[str, Any] | None  # `Start.origin`
 
     @property
@@ -121,17 +123,23 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         "owner": run.lease and run.lease.token,
         "skipped_steps": run.classifier.skipped_steps,
         "figures": newest,
+        "course": run.course.state(),
         "world_size": run.place.world_size,
         "started_from": run.started_from,
         "code": code_version(),
         "config": as_dict(run.config),
     }
+    run.classifier_optimizer.flush()
     run.saver.start(run.step, state(run), info, run.source.identities)
 
 
+def reserve(run: Run) -> None:
+    """Gets the memory that saves will need. Every rank calls it, after a step: then all of the optimizers' state is there."""
+    run.saver.reserve(state(run))
+
+
 def state(run: Run) -> dict[str, Part]:
-    """This rank's parts of all tensors of a checkpoint."""
-    run.classifier_optimizer.flush()
+    """This rank's parts of all tensors of a checkpoint; rows that wait for missed steps (optimizer.unsampled=lazy) as they are."""
     parts = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
     if run.ema:
         parts |= run.ema.state(run.engine.module)
@@ -187,7 +195,8 @@ def _start(run: Run, source: Start) -> list[str]:
     config = run.config
     size = config.data.image_size
     network = f"backbone {config.backbone.name} of width {config.backbone.width} for images of {size} x {size}"
-    weights = source.backbone(run.engine.module, network)
+    with run.engine.for_evaluation() as module:
+        weights = source.backbone(module, network)
     run.engine.load(Held({f"backbone.{name}": tensor for name, tensor in weights.items()}))
     run.started_from = source.origin
     lines = [f"a new run with the {'averaged ' if config.start.ema else ''}backbone weights of {source.path}"]
@@ -208,21 +217,22 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
+    run.course.load(info.get("course", {}))
     checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
     if checkpoint.is_in(run.checkpoints, saved.path):
         run.saver.committed = run.step  # and need not be saved again
     return lines + _changed_fields(run, info)
 
 
-def roll_back(run: Run) -> str:
-    """Weights and optimizers as in the newest sound checkpoint, whose path is returned; the run's place in the data stays. Every rank calls
-    it. ValueError where there is none."""
+def roll_back(run: Run) -> str | None:
+    """Weights and optimizers as in the newest sound checkpoint, whose path is returned, or None where there is none; the run's place in the
+    data stays. Every rank calls it."""
     run.saver.finish()
     saved = checkpoint.newest(run.checkpoints, run.agreement)
-    if saved is None:
-        raise ValueError(f"there is no checkpoint in {run.checkpoints} to go back to")
-    _take_over(run, saved)
-    return saved.path
+    if saved is not None:
+        _take_over(run, saved)
+        run.course.roll_back(saved.info.get("course", {}))
+    return None if saved is None else saved.path
 
 
 def _take_over(run: Run, saved: Checkpoint) -> list[str]:
@@ -328,7 +338,7 @@ def _load_ema(run: Run, saved: Saved) -> list[str]:
     run.ema.restart(run.engine.module)
     if not is_saved:
         return ["the checkpoint has no average of the weights: it starts with the weights as they are"]
-    run.ema.load(saved)
+    run.ema.load(run.engine.module, saved)
     return []
 
 

@@ -22,6 +22,8 @@ def load_backbone(saved: Checkpoint, device: torch.device, ema: bool = False, re
     """The backbone of a checkpoint on `device`, and the configuration of its run, without its loss. `ema`, `recipe`: as below."""
     if recipe:
         resolve(recipe)
+    if "config" not in saved.info:
+        raise ValueError(f"{saved.path} does not say which network it is of, as runs and imports do")
     # The loss is left out, because it may be defined in a recipe file that is not at hand.
     config = from_dict({name: part for name, part in saved.info["config"].items() if name != "loss"})
     torch.backends.cudnn.allow_tf32 = config.engine.precision != "float32"  # as in the run's own evaluations

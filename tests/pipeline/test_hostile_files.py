@@ -19,14 +19,16 @@ import torch.distributed as dist
 from dali_loaders.fetching import fetch
 from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
+from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.config import TrainConfig, as_dict, as_text, from_dict
-from pipeline.distributed import join, run_local
+from pipeline.distributed import join
 from pipeline.evaluation.pair_lists import PairList, find_images
 from pipeline.evaluation.set_names import file_name
 from pipeline.interop.insightface import import_config
 from pipeline.interop.recipe_file import recipe_source
 from pipeline.interop.weights import fit, read_weights
+from pipeline.local_ranks import run_local
 from pipeline.resolve import resolve
 
 fsspec = pytest.importorskip("fsspec")
@@ -198,6 +200,30 @@ def test_saved_configurations_have_the_types_of_their_fields():
     for section, value in (("run", {"batch": "64"}), ("data", {"image_size": 1.5}), ("loss", {"name": ["cosface"]}), ("engine", [])):
         with pytest.raises(ValueError, match="saved configuration"):
             from_dict(copy.deepcopy(good) | {section: value})
+
+
+SAID = {"consumed": 0, "width": 4, "backbone": "mobilefacenet", "config": {"data": {}}, "started_from": None}
+WRONG = [
+    *({"consumed": value} for value in ("x", -5, 10**30, 1.5, [1])),
+    *({"config": value} for value in ("x", [1], 5, {"data": 5})),
+    *({"started_from": value} for value in ("x", {"given": "x"})),
+    {"num_classes": "many"}, {"backbone": ["x"]}, {"optimizer": 5}, {"frozen": "all"}, {"figures": "x"}, {"skipped_steps": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_checkpoint_says_is_of_the_kinds_that_runs_say(wrong, here, caplog):
+    """With checksums that fit: who makes the file makes those too."""
+    checkpoint.save(str(here / "checkpoints"), 0, {"a": checkpoint.whole(torch.zeros(3))}, SAID | wrong, keep=1)
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* can be used"):
+        checkpoint.locate(str(here))
+    assert "protoshard.json cannot be used: it is not a manifest" in caplog.text
+
+
+def test_a_checkpoint_that_says_nothing_is_not_evaluated(here, capsys):
+    checkpoint.save(str(here / "checkpoints"), 0, {"a": checkpoint.whole(torch.zeros(3))}, {}, keep=1)
+    assert main(["eval", str(here), "--data", "a.tar"]) == 2
+    assert "does not say which network it is of" in capsys.readouterr().err
 
 
 # Names
