@@ -89,6 +89,10 @@ class ChangedError(ValueError):
     ReadError, which one image is left out for."""
 
 
+class StorageError(ValueError):
+    """The machine, and not a file, keeps images from being read: the run cannot go on."""
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """In place of an image's bytes: why there are none that can be decoded, in a few words."""

@@ -12,6 +12,8 @@ DECODERS = ("auto", "gpu", "cpu")
 # At 2,850 images of 112 x 112 a second and thread, as measured on a CPU, 16 threads decode 45,000: more than one GPU trains on. For each
 # thread DALI reserves 16 MiB on the GPU and 16 MiB of pinned memory.
 MAX_THREADS = 16
+# Above the limits that storages set themselves: 180 s of a soft NFS mount, 90 s until a server that starts anew answers, 300 s of aiohttp.
+TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,16 @@ class DataConfig:
     images_per_identity: int = 1  # K of P x K batches: K images of an identity stand together; 1 ignores identities
     image_size: int = 112  # side in pixels; other sizes are stretched to it
     decoder: str = "auto"  # of JPEG: "gpu" (nvJPEG), "cpu" (libjpeg-turbo), or the GPU in runs on one
+    timeout: float = TIMEOUT  # seconds that the read of an image may take before it counts as unreadable; 0: any time
     threads: int = 0  # for reading, and as many for decoding; 0 shares the cores among the ranks of this machine, but takes at most 16
     prefetch: int = 2  # batches kept ready ahead of the training step
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("min_images", 1), ("images_per_identity", 1), ("image_size", 8), ("threads", 0), ("prefetch", 1)):
+        least_of = {"min_images": 1, "images_per_identity": 1, "image_size": 8, "timeout": 0, "threads": 0, "prefetch": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
-            if value < least:
+            if not value >= least:  # NaN too
                 raise ValueError(f"data.{name} is {value}; expected at least {least}.")
         for name, known in (("identities", ("apart", "joined")), ("changed", ("refuse", "continue"))):
             if getattr(self, name) not in known:

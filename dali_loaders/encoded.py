@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
 from dali_loaders import jpeg, reasons
-from dali_loaders.account import ChangedError, ReadError, Unreadable
+from dali_loaders.account import ChangedError, ReadError, StorageError, Unreadable
 from dali_loaders.graphs import Graph, byte_arrays, size_pipeline
-from dali_loaders.reading import StorageError, patiently
+from dali_loaders.reading import patiently
 from dali_loaders.sources import Source
 from dali_loaders.uncommon import NotDecodedError, to_png
 
@@ -116,22 +116,21 @@ def _without_header(data: bytes) -> str:
     return reasons.NO_HEADER if reason == reasons.DAMAGED else reason
 
 
-def read_images(source: Source, indices: np.ndarray) -> list[bytes | Unreadable]:
-    """read_image for all of `indices`, int64 [b]: by one call of source.read_many, where the source has it."""
+def read_images(source: Source, indices: np.ndarray) -> Iterator[bytes | Unreadable]:
+    """read_image for each of `indices`, int64 [b]: by one call of source.read_many for all, where the source has it."""
     numbers = indices.tolist()
-    if not hasattr(source, "read_many"):
-        return [read_image(source, index) for index in numbers]
+    if len(numbers) == 1 or not hasattr(source, "read_many"):
+        yield from (read_image(source, index) for index in numbers)
+        return
     try:
         found = source.read_many(indices)
     except ChangedError:
         raise
     except (OSError, ValueError):  # of one of them; which?
         found = [_NOT_READ] * len(numbers)
-    images: list[bytes | Unreadable] = []
     for index, data in zip(numbers, found, strict=True):
         if isinstance(data, Unreadable):  # read again by itself, which tells faults of the machine from those of the image
-            images.append(read_image(source, index))
+            yield read_image(source, index)
         else:
             image = bytes(data)
-            images.append(image if _is_common(image) else _to_png(image))
-    return images
+            yield image if _is_common(image) else _to_png(image)

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,8 +19,9 @@ import torch
 from dali_loaders.augment import augment_arguments
 from dali_loaders.config import DataConfig
 from dali_loaders.decode import Decoder, UnreadableImagesError
-from dali_loaders.encoded import Unreadable, read_image, read_images
+from dali_loaders.encoded import Unreadable, read_images
 from dali_loaders.order import Order
+from dali_loaders.readers import Part, Readers
 from dali_loaders.skipped import Skipped
 from dali_loaders.sources import Source
 
@@ -44,7 +44,8 @@ class _Pending:
 
     wanted: np.ndarray  # int64 [b]
     arguments: dict[str, np.ndarray]
-    reads: list[Future[list[bytes | Unreadable]]] = field(default_factory=list)  # one per reading thread
+    reads: list[Part[bytes | Unreadable]] = field(default_factory=list)  # one per reading thread
+    is_known: np.ndarray | None = None  # bool [b], what is not read since it is known to be unreadable; None: nothing is
     encoded: list[bytes | Unreadable] = field(default_factory=list)
     sizes_b2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # what stands at the places of `wanted`
@@ -61,6 +62,19 @@ class Feed:
         self._threads = config.thread_count()
         self._labels = torch.from_numpy(source.labels)
         self.stop = threading.Event()
+        self._readers = Readers(
+            lambda indices: read_images(source, np.asarray(indices)),
+            source.path,
+            source.name,
+            self._threads,
+            config.timeout,
+            together=hasattr(source, "read_many"),
+            stop=self.stop,
+        )
+
+    def doing(self) -> str:
+        """For messages, from any thread."""
+        return self._readers.doing() or "decoding"
 
     def train_batches(self, order: Order, seed: int, starts: Iterable[int]) -> Iterator[Batch]:
         """Batches of the stream positions from each of `starts` on; unreadable images are replaced as `order` says."""
@@ -73,7 +87,8 @@ class Feed:
             self._skipped.stop_above(replaced, reads)
             for at in bad:
                 batch.indices[at] = next(i for i in order.replacements(int(batch.wanted[at])) if i not in self._skipped)
-                batch.encoded[at] = read_image(self._source, int(batch.indices[at]))
+            for at, read in [(at, self._readers.submit([int(batch.indices[at])])) for at in bad]:
+                (batch.encoded[at],) = self._readers.result(read)
             return bad
 
         def counted() -> Iterator[_Pending]:
@@ -111,17 +126,20 @@ class Feed:
 
     def _batches(self, pending: Iterator[_Pending], mend: _Mend) -> Iterator[Batch]:
         decoding: _Pending | None = None
-        for batch in itertools.chain(pending, [None]):
-            if batch is not None:
-                self._examine(batch, range(len(batch.wanted)), mend)
-            done = decoding and self._finish(decoding, mend)
-            if batch is not None and len(batch.indices):
-                self._start(batch)
-                decoding = batch
-            else:
-                decoding = None
-            if done:
-                yield done
+        try:
+            for batch in itertools.chain(pending, [None]):
+                if batch is not None:
+                    self._examine(batch, range(len(batch.wanted)), mend)
+                done = decoding and self._finish(decoding, mend)
+                if batch is not None and len(batch.indices):
+                    self._start(batch)
+                    decoding = batch
+                else:
+                    decoding = None
+                if done:
+                    yield done
+        finally:
+            self._readers.close()
 
     def _examine(self, batch: _Pending, places: Iterable[int], mend: _Mend) -> None:
         """Looks at the headers of the images at these places, until what stands there has sound ones."""
@@ -159,31 +177,32 @@ class Feed:
         for a tenth of the time."""
         pending: deque[_Pending] = deque()
         parts, read, last = 1, 0, time.perf_counter()
-        pool = ThreadPoolExecutor(self._threads, "protoshard-read")
-        try:
-            for request in itertools.chain(requests, [None]):
-                if request is not None:
-                    request.reads = [pool.submit(self._read, part) for part in np.array_split(request.wanted, parts)]
-                    pending.append(request)
-                while pending and (request is None or len(pending) >= _READ_AHEAD):
-                    batch, begun = pending.popleft(), time.perf_counter()
-                    batch.encoded = [data for part in batch.reads for data in part.result()]
-                    read, now = read + 1, time.perf_counter()
-                    if read > _READ_AHEAD and now - begun > 0.1 * (now - last):
-                        parts = min(2 * parts, self._threads)
-                    last = now
-                    batch.indices, batch.sizes_b2 = batch.wanted.copy(), np.zeros((len(batch.wanted), 2), np.int64)
-                    batch.reads = []
-                    yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for request in itertools.chain(requests, [None]):
+            if request is not None:
+                self._submit(request, parts)
+                pending.append(request)
+            while pending and (request is None or len(pending) >= _READ_AHEAD):
+                batch, begun = pending.popleft(), time.perf_counter()
+                batch.encoded = self._encoded(batch)
+                read, now = read + 1, time.perf_counter()
+                if read > _READ_AHEAD and now - begun > 0.1 * (now - last):
+                    parts = min(2 * parts, self._threads)
+                last = now
+                batch.indices, batch.sizes_b2 = batch.wanted.copy(), np.zeros((len(batch.wanted), 2), np.int64)
+                batch.reads = []
+                yield batch
 
-    def _read(self, indices: np.ndarray) -> list[bytes | Unreadable]:
+    def _submit(self, batch: _Pending, parts: int) -> None:
         """What is known to be unreadable is not read again."""
-        if self.stop.is_set():
-            raise CancelledError
-        if not len(self._skipped):
-            return read_images(self._source, indices)
-        known = [index in self._skipped for index in indices.tolist()]
-        found = iter(read_images(self._source, indices[~np.array(known, bool)]))
-        return [_KNOWN if is_known else next(found) for is_known in known]
+        wanted = batch.wanted
+        if len(self._skipped):
+            batch.is_known = np.array([index in self._skipped for index in wanted.tolist()], bool)
+            wanted = wanted[~batch.is_known]
+        batch.reads = [self._readers.submit(part) for part in np.array_split(wanted, parts) if len(part)]
+
+    def _encoded(self, batch: _Pending) -> list[bytes | Unreadable]:
+        encoded = [data for part in batch.reads for data in self._readers.result(part)]
+        if batch.is_known is None:
+            return encoded
+        found = iter(encoded)
+        return [_KNOWN if is_known else next(found) for is_known in batch.is_known.tolist()]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
+from dali_loaders.account import Unreadable
+from dali_loaders.config import TIMEOUT
+from dali_loaders.readers import Numbers, Part, Readers
 from dali_loaders.remote import TRIES, RemoteFile, cache_name, connect, described, lasting, retried, without_secrets, words
 from dali_loaders.sources.patterns import braces
+from dali_loaders.waiting import waiting
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -48,7 +54,7 @@ def fetch(address: str, cache: str) -> str:
     def listing() -> list[RemoteFile]:
         return retried(lambda: _files(system, path.removesuffix(name), name))
 
-    with _sentence(address):
+    with _sentence(address), waiting(f"the list of files at {address}"):
         files = listing()
     versions = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:12]
     folder = os.path.join(cache, f"{cache_name(address)}-{versions}")
@@ -130,30 +136,47 @@ def _copy_all(
 
 
 def _copy(system: AbstractFileSystem, file: RemoteFile, path: str, cache: str, progress: _Progress) -> None:
-    def copy_piece(start: int) -> int:
-        end = min(start + _PIECE, file.size)
-        data = retried(lambda: _read_piece(system, file, start, end))
-        with _writing(cache):
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
-        return len(data)
-
     if file.size > _PIECE:
         retried(lambda: _check_parts(system, file))
     with _writing(cache):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         descriptor = os.open(f"{path}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
-            for size in pool.map(copy_piece, range(0, file.size, _PIECE)):
-                progress.add(size)
+        with closing(_pieces(system, file, progress)) as pieces:
+            for data in pieces:
+                with _writing(cache):
+                    written = 0
+                    while written < len(data):
+                        written += os.write(descriptor, memoryview(data)[written:])
+                progress.add(len(data))
         with _writing(cache):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     with _writing(cache):
         os.rename(f"{path}.tmp", path)
+
+
+def _pieces(system: AbstractFileSystem, file: RemoteFile, progress: _Progress) -> Generator[bytes, None, None]:
+    """The file, several pieces ahead. A thread whose read hangs is left behind, so that none may write."""
+
+    def read(numbers: Numbers) -> Iterator[bytes]:
+        for number in numbers:
+            start = int(number) * _PIECE
+            yield retried(partial(_read_piece, system, file, start, min(start + _PIECE, file.size)))
+
+    readers: Readers[bytes] = Readers(read, file.path, lambda number: f"piece {number} of {file.path}", _PIECES_AT_ONCE, TIMEOUT)
+    numbers, ahead = iter(range(-(-file.size // _PIECE))), deque[Part[bytes]]()
+    with closing(readers):
+        while True:
+            ahead.extend(readers.submit([number]) for number in itertools.islice(numbers, _PIECES_AT_ONCE - len(ahead)))
+            if not ahead:
+                return
+            with waiting(lambda: f"{progress}: {readers.doing()}"):
+                (data,) = readers.result(ahead.popleft())
+            if isinstance(data, Unreadable):
+                raise ValueError(f"{progress.address} cannot be read: {data.reason}; check the connection.")
+            yield data
 
 
 def _read_piece(system: AbstractFileSystem, file: RemoteFile, start: int, end: int) -> bytes:
@@ -184,7 +207,10 @@ class _Progress:
         self.done += size
         if time.monotonic() - self._said > 10:
             self._said = time.monotonic()
-            log.info("copied %d of %d MB of %s", self.done >> 20, self.bytes >> 20, self.address)
+            log.info("%s", self)
+
+    def __str__(self) -> str:
+        return f"the copy of {self.address}, {self.done >> 20} of {self.bytes >> 20} MB"
 
 
 def _remove_others(cache: str, address: str, folder: str) -> None:
@@ -198,14 +224,14 @@ def _remove_others(cache: str, address: str, folder: str) -> None:
 def _locked(cache: str) -> Iterator[None]:
     """Holds the lock of the folder itself, which ends with its process and leaves no file."""
     with _writing(cache):
-        descriptor = os.open(cache, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with _writing(cache):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("waiting for another process that copies into %s", cache)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                with waiting(f"another process that copies into {cache}"):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dali_loaders.regular import open_regular
+
 
 def identities_path(path: str) -> str:
     """x.rec -> x.identities.txt"""
@@ -27,7 +29,7 @@ def read_identities(path: str) -> tuple[np.ndarray, list[str]] | None:
         return None
     counts, names = array("q"), []
     try:
-        with open(file_path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        with open(file_path, encoding="utf-8-sig", errors="surrogateescape", newline="\n", opener=open_regular) as file:
             for number, ended in enumerate(file, start=1):
                 line = ended.removesuffix("\n")
                 count, tab, name = line.partition("\t")

@@ -27,7 +27,8 @@ class TrainLoader:
     Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of the order (UniformOrder, or GroupedOrder where
     config.images_per_identity is above 1); rank r takes the r-th of world_size equal contiguous slices, which hold whole groups. An
     unreadable image is replaced by the next readable one (dataset index + 1, wrapping; with groups, of its own identity if there is one),
-    logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a ValueError.
+    logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a ValueError. So is one
+    whose read takes longer than config.timeout; where that is the storage's fault, StorageError ends the iteration (readers.py).
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class TrainLoader:
         starts = itertools.count(consumed + rank * size, global_batch)
         feed = Feed(source, config, _decoder(config, size, device, channels_last, dtype), skipped)
         batches = feed.train_batches(build_order(source, group, seed), seed, starts)
-        self._batches = Background(batches, config.prefetch, feed.decoder.device, feed.stop)
+        self._batches = Background(batches, config.prefetch, feed.decoder.device, feed.stop, feed.doing)
 
     @property
     def wait_seconds(self) -> float:
@@ -72,6 +73,10 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         return _on_current_stream(next(self._batches))
+
+    def doing(self) -> str:
+        """What the loader is at, from any thread: "reading set/anna/1.jpg for 63 s", or how many batches are ready."""
+        return self._batches.doing()
 
     def close(self) -> None:
         """Stops the background threads; the iterator is at its end afterwards."""
@@ -92,7 +97,7 @@ def evaluation_batches(
     `Batch.indices` says which are there. The last batch may be smaller."""
     feed = Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), Skipped(source, None))
     batches = feed.evaluation_batches(np.asarray(indices, np.int64))
-    for batch in Background(batches, config.prefetch, feed.decoder.device, feed.stop):
+    for batch in Background(batches, config.prefetch, feed.decoder.device, feed.stop, feed.doing):
         yield _on_current_stream(batch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ import torch
 from dali_loaders.augment import augment_arguments
 from dali_loaders.config import DataConfig
 from dali_loaders.decode import Decoder, UnreadableImagesError
-from dali_loaders.encoded import read_image
+from dali_loaders.encoded import Unreadable, read_image
 from dali_loaders.extras import extra
+from dali_loaders.readers import Readers
 from dali_loaders.sources import Source
+from dali_loaders.waiting import waiting
 
 with extra("train"):
     import cv2
@@ -47,9 +50,14 @@ def preview(source: Source, config: DataConfig, *, images: int, versions: int, s
         raise ValueError(f"a sheet of {count} images in {versions} versions would have more than {_MOST} pixels; take fewer")
     decode = Decoder(config.image_size, 1, 1, torch.device("cpu"))
     augment = Decoder(config.image_size, versions, config.thread_count(), torch.device("cpu"))
+    numbers = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
+    readers: Readers[bytes | Unreadable] = Readers(
+        lambda images: (read_image(source, image) for image in images), source.path, source.name, 1, config.timeout
+    )
+    with closing(readers), waiting(lambda: f"data: {readers.doing()}"):
+        read = readers.result(readers.submit(numbers))
     rows, names, why = [], [], "it is empty"
-    for row, index in enumerate(np.linspace(0, len(source) - 1, count).round().astype(int).tolist()):
-        encoded = read_image(source, index)
+    for row, (index, encoded) in enumerate(zip(numbers, read, strict=True)):
         arguments = augment_arguments(config.augment, config.image_size, seed, np.arange(row * versions, (row + 1) * versions))
         try:
             plain, augmented = decode([encoded], {}), augment([encoded] * versions, arguments)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from dali_loaders.account import StorageError as StorageError
 from dali_loaders.sources import Source
 
 T = TypeVar("T")
@@ -23,10 +24,6 @@ _OF_THE_MACHINE = frozenset(getattr(errno, name) for name in _NAMES if hasattr(e
 WAITS = (0.5, 2.0, 8.0)  # seconds before each further try
 
 log = logging.getLogger(__name__)
-
-
-class StorageError(ValueError):
-    """The machine, and not a file, keeps images from being read: the run cannot go on."""
 
 
 def patiently(read: Callable[[], T], source: Source) -> T:

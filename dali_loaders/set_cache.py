@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dali_loaders.recordio.records import open_regular
+from dali_loaders.regular import open_regular
+from dali_loaders.waiting import waiting
 
 SMALLEST = 16 << 20  # bytes of a set; what a smaller one costs is not worth a file
 _MAGIC = b"PSCACHE1"
@@ -69,13 +70,15 @@ def _stamp(source: str) -> list[Any]:
     name = os.fsencode(os.path.basename(source)).hex()
     if not os.path.exists(source):
         return [name, 0, 0, 0, 0]
-    with open(open_regular(source), "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        try:
+    try:
+        with open(source, "rb", buffering=0, opener=open_regular) as file:
+            status = os.fstat(file.fileno())
             head = file.read(_HEAD)
-        except OSError as error:
-            raise ValueError(f"cannot read {source}: {error.strerror}; copy it to a disk that can be read.") from error
-        return [name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, zlib.crc32(head)]
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {source}: {error.strerror}; check its permissions, or copy it to a disk that can be read."
+        ) from error
+    return [name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, zlib.crc32(head)]
 
 
 def _settled(stamps: list[list[Any]]) -> bool:
@@ -93,7 +96,7 @@ def _joined(pieces: Pieces) -> dict[str, np.ndarray]:
 
 def _load(places: list[str], wanted: dict[str, Any]) -> dict[str, np.ndarray] | None:
     for place in places:
-        with contextlib.suppress(OSError), open(place, "rb", buffering=0) as file:
+        with contextlib.suppress(OSError), open(place, "rb", buffering=0, opener=open_regular) as file:
             table = _table(file, wanted)
             if table is not None and all(_is_whole(file, *entry) for entry in table.values()):
                 return _mapped(file, table)
@@ -206,7 +209,8 @@ def _locked(lock: str) -> int:
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with waiting(f"another process that looks at the same set and holds {lock}"):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
                     return descriptor

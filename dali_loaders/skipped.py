@@ -8,7 +8,9 @@ import os
 from collections import Counter
 
 from dali_loaders.names import printable
+from dali_loaders.regular import open_regular
 from dali_loaders.sources import Source
+from dali_loaders.waiting import waiting
 
 MAX_SKIPPED = 0.01  # share of unreadable images that ends a run
 _JUDGED = 10_000  # reads, or the size of a smaller set, below which chance could mislead a rank about that share
@@ -65,12 +67,16 @@ class Skipped:
     def _list(self, path: str, name: str, reason: str) -> None:
         """Appends one line, unless this or another rank, or the run before a resume, has done so."""
         line = f"{printable(name)}\t{printable(reason)}\n".encode()  # the name as it is in messages, for data.exclude
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-            file.seek(self._looked)
-            self._listed.update(file)
-            if line not in self._listed:
-                file.write(line)
-                self._listed.add(line)
-            self._looked = file.tell()
+        try:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with open(path, "ab+", opener=open_regular) as file:
+                with waiting(f"another rank, which holds {path}"):
+                    fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+                file.seek(self._looked)
+                self._listed.update(file)
+                if line not in self._listed:
+                    file.write(line)
+                    self._listed.add(line)
+                self._looked = file.tell()
+        except OSError as error:  # a full disk, say: no reason to end a run, since the log has the name too
+            log.warning("%s cannot be written (%s), so it lacks %s", path, error.strerror or error, printable(name))

@@ -11,7 +11,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import data_commands, endings
+from pipeline import checkpoint_commands, data_commands, endings
 from pipeline.commands import Overrides, command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -19,6 +19,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
+    endings.open_standard_streams()
     endings.show_any_name()
     try:
         return _run(arguments)
@@ -69,7 +70,11 @@ def _train(options: argparse.Namespace) -> None:
     config = resolve(options.recipe, options.set)
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(summary(config.run.folder))
+        try:
+            print(summary(config.run.folder), flush=True)
+        except OSError as error:  # the run is complete, whoever hears of it
+            if endings.without_output(error) is None:
+                raise
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -137,6 +142,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
     data_commands.add(commands)
+    checkpoint_commands.add(commands)
 
     config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from dali_loaders.config import TIMEOUT
 from pipeline.commands import Overrides, command
 
 
@@ -47,6 +48,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--json", action="store_true", help="print one JSON object")
     for takes_addresses in (pack, check):
         takes_addresses.add_argument("--cache", default="", metavar="FOLDER", help="for sets at remote addresses: data.cache")
+        takes_addresses.add_argument(
+            "--timeout",
+            type=_seconds,
+            default=TIMEOUT,
+            metavar="SECONDS",
+            help=f"for the read of an image: data.timeout ({TIMEOUT:g}; 0: any time)",
+        )
     preview = command(
         data,
         "preview",
@@ -78,7 +86,7 @@ def _pack(options: argparse.Namespace) -> int:
     options.when_broken_off = "; the same command goes on where it stopped" if options.resume else "; nothing was written"
     config = PackConfig(options.resize, options.quality, options.landmarks, options.shard_size, options.verify)
     source = open_source(options.source, cache=options.cache)
-    report = pack(source, options.out, config, workers=options.workers, resume=options.resume)
+    report = pack(source, options.out, config, workers=options.workers, resume=options.resume, timeout=options.timeout)
     print(*source.account.remarks(options.source), report, sep="\n")
     return 1 if report.left_out_list else 0
 
@@ -102,7 +110,7 @@ def _check(options: argparse.Namespace) -> None:
         model = network(options.model)
     if options.figure:
         from pipeline.evaluation import figures
-    report = check(options.path, options.reader, decoder=options.decoder, fix=options.fix, cache=options.cache)
+    report = check(options.path, options.reader, decoder=options.decoder, fix=options.fix, cache=options.cache, timeout=options.timeout)
     near = near_identities(model, options.path, options.near, options.reader, options.cache) if options.model else []
     if options.json:
         print(json.dumps(report.as_dict() | ({"near": [pair._asdict() for pair in near]} if options.model else {})))
@@ -122,6 +130,13 @@ def _cosine(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is no cosine from 0 to below 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 on")
     return value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
 
 log = logging.getLogger(__name__)
@@ -134,56 +134,6 @@ def keep_freed_memory() -> None:
         c_library.mallopt(trim_threshold, -1)  # never
 
 
-class FolderLock:
-    """Keeps a second run out of a run's folder, which it makes where it is missing. Every rank calls it; rank 0 holds it, twice: on a
-    hidden file beside the folder, for whoever comes by its name while the folder itself is renamed (set_aside), and on the folder, for
-    whoever comes by another name (a bind mount, the new name of a renamed one). Symbolic links are followed to where they lead."""
-
-    def __init__(self, folder: str, place: Place) -> None:
-        fault: list[str | None] = [None]
-        self.held: list[int] = []
-        self.place, self.folder = place, os.path.realpath(folder)
-        if place.is_first:
-            beside = os.path.join(os.path.dirname(self.folder), f".{os.path.basename(self.folder)}.lock")
-            try:
-                os.makedirs(self.folder, exist_ok=True)
-                self.held.append(os.open(beside, os.O_RDWR | os.O_CREAT, 0o666))
-                self.held.append(os.open(self.folder, os.O_RDONLY))
-                locked = [_lock(descriptor) for descriptor in self.held]  # both, where there are locks
-                if not any(locked):
-                    log.warning("%s cannot be locked: take care that no other run writes there", folder)
-            except BlockingIOError:
-                fault = [f"another run is writing to {folder}: wait for its end, or choose another run.folder"]
-            except OSError as error:
-                fault = [f"run.folder={folder} cannot be written ({error.strerror}): choose another folder"]
-        dist.broadcast_object_list(fault)
-        if fault[0]:
-            self.release()
-            raise ValueError(fault[0])
-
-    def follow(self) -> None:
-        """Called after `checkpoint.set_aside`, which may have put another folder in the place of this one."""
-        if self.place.is_first and not os.path.samestat(os.fstat(self.held[-1]), os.stat(self.folder)):
-            os.close(self.held.pop())
-            self.held.append(os.open(self.folder, os.O_RDONLY))
-            _lock(self.held[-1])
-
-    def release(self) -> None:
-        while self.held:
-            os.close(self.held.pop())
-
-
-def _lock(descriptor: int) -> bool:
-    """False where the file system has no locks, or none on folders (NFS); BlockingIOError if another process holds it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
-
-
 def describe(error: ValueError) -> str | None:
     """The sentence of a ValueError raised by this project's own code; None for a library's, whose traceback should be shown, and for
     all of them where PROTOSHARD_TRACEBACK is set."""
@@ -193,11 +143,9 @@ def describe(error: ValueError) -> str | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return (
-        without_secrets(str(error))
-        if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__")
-        else None
-    )
+    if module.split(".")[0] not in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__"):
+        return None
+    return "\n".join(printable(without_secrets(line)) for line in str(error).splitlines())  # it may quote a stranger's file
 
 
 def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:

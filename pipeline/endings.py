@@ -55,6 +55,17 @@ def unwinding_on_signals() -> Iterator[None]:
             signal.signal(number, default)
 
 
+def open_standard_streams() -> None:
+    """Where one of them is closed, the next file that is opened would get its number, and with it whatever libraries print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # as the lowest free number
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def show_any_name() -> None:
     """Names of files may hold bytes that the terminal's encoding does not know. They are shown as escapes."""
     for stream in (sys.stdout, sys.stderr):

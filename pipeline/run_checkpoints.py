@@ -8,8 +8,10 @@ import functools
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +29,9 @@ from pipeline.config import TrainConfig, as_dict
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
+from pipeline.lease import Lease
+from pipeline.lease_files import is_used
+from pipeline.run_folder import data_paths
 from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
@@ -47,7 +52,9 @@ class Run(Protocol):
     classifier_optimizer: RowOptimizer
     ema: Ema | None
     agreement: Agreement
+    lease: Lease | None
     saver: Saver
+    steps_per_epoch: float
     consumed: int
     started_from: dict[str, Any] | None  # `Start.origin`
 
@@ -81,7 +88,8 @@ def order(run: Run) -> dict[str, Any]:
 
 
 def saver(run: Run) -> Saver:
-    return Saver(run.checkpoints, run.config.checkpoint, run.agreement)
+    owner = {} if run.lease is None else {"check_owner": run.lease.check}
+    return Saver(run.checkpoints, run.config.checkpoint, run.agreement, **owner)
 
 
 def save(run: Run, figures: dict[str, float] | None = None) -> None:
@@ -90,6 +98,10 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         **identity(run),
         **order(run),
         "consumed": run.consumed,
+        "epoch": run.step / run.steps_per_epoch,
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "owner": run.lease and run.lease.token,
         "skipped_steps": run.classifier.skipped_steps,
         "figures": figures or {},
         "world_size": run.place.world_size,
@@ -130,17 +142,21 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
+        checkpoint.supersede(run.checkpoints, -1, run.agreement)  # of those that lie elsewhere
+        if run.lease:
+            run.lease.follow()
     if run.ema:
         run.ema.restart(run.engine.module)
     return None, lines
 
 
 def _checkpoint_of(run: Run, resume: str) -> Checkpoint | None:
-    folder, source = run.config.run.folder, run.config.start.weights
+    folder = run.config.run.folder
     if resume != "none":
         return checkpoint.newest(run.checkpoints, run.agreement) if resume == "auto" else checkpoint.locate(resume, run.agreement)
-    if source and _is_within(source, folder):
-        raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
+    for source in [run.config.start.weights, *data_paths(run.config)]:
+        if source and _is_within(source, folder):
+            raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
     return None
 
 
@@ -175,7 +191,9 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
-    checkpoint.supersede(run.checkpoints, run.step, run.agreement)
+    checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
+    if checkpoint.is_in(run.checkpoints, saved.path):
+        run.saver.committed = run.step  # and need not be saved again
     return lines + _changed_fields(run, info)
 
 
@@ -296,7 +314,7 @@ def set_aside(folder: str, agreement: Agreement) -> None:
     symbolic link, that is done to the folder it leads to."""
     folder = os.path.realpath(folder) if os.path.islink(folder) else folder
     fault = None
-    if agreement.rank == 0 and os.path.isdir(folder) and os.listdir(folder):
+    if agreement.rank == 0 and os.path.isdir(folder) and is_used(folder):
         number = next(number for number in itertools.count(1) if not os.path.exists(f"{folder}.{number}"))
         try:
             os.rename(folder, f"{folder}.{number}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dali_loaders.sources import Source, fingerprint
+from dali_loaders.waiting import waiting
 
 # What a fingerprint (dali_loaders/sources/fingerprint.py) and a seed say about the order of images, beside what identities there are.
 ORDER = ("images", "labels", "image_order", "weights", "seed")
@@ -30,7 +31,8 @@ def open_on_all_ranks(path: str, open_set: Callable[[], Source]) -> tuple[Source
     views: list[Any] = [answer]
     if dist.is_initialized():
         views *= dist.get_world_size()
-        dist.all_gather_object(views, answer)
+        with waiting(f"all ranks to have opened {path}"):
+            dist.all_gather_object(views, answer)
     if fault is not None:
         raise fault
     for rank, (host, reason, _) in enumerate(views):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 
+from pipeline import run_folder
 from pipeline.config import TrainConfig
-from pipeline.distributed import FolderLock, join
+from pipeline.distributed import join
+from pipeline.lease import Lease
 from pipeline.resolve import resolve
 from pipeline.trainer import Trainer
 
@@ -22,14 +25,16 @@ def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
     name), a path starts from that checkpoint. Bad input raises ValueError with one sentence.
     """
     logging.basicConfig(format="%(message)s")
+    os.umask(os.umask(0o022) | 0o002)  # no file of a run can be written by everybody, whatever the user's mask admits
     place = join(config.engine.device, config.run.timeout)
-    lock = FolderLock(config.run.folder, place)
+    run_folder.check(config, place, resume)
+    lease = Lease(config.run.folder, place, config.checkpoint.folder)
     try:
-        trainer = Trainer(config, place, resume)
-        lock.follow()
+        trainer = Trainer(config, place, resume, lease)
+        run_folder.mark(config, place)
         try:
             return trainer.fit()
         finally:
             trainer.close()
     finally:
-        lock.release()
+        lease.release()

@@ -30,6 +30,7 @@ from pipeline.ema import Ema
 from pipeline.engine import average_buffers, build_engine, has_bfloat16
 from pipeline.engine.parameters import freeze
 from pipeline.evaluation.evaluator import Evaluator
+from pipeline.lease import Lease
 from pipeline.monitor import Monitor
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
@@ -39,8 +40,8 @@ class Trainer:
     """One rank of a run. `fit` trains from where the run stands to its end; the state of a run is (samples consumed, weights, momentum):
     order, augmentation and dropout are functions of the seed and the sample or step number."""
 
-    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto") -> None:
-        self.config, self.place = config, place
+    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto", lease: Lease | None = None) -> None:
+        self.config, self.place, self.lease = config, place, lease
         run = config.run
         self.agreement = Agreement(run.timeout)
         group = config.data.images_per_identity
@@ -87,7 +88,8 @@ class Trainer:
         self.started_from: dict[str, Any] | None = None
         self.saver = run_checkpoints.saver(self)
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
-        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=self.step + bool(resumed), every=run.log_every)
+        first = self.step + bool(resumed)
+        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=first, every=run.log_every, lease=lease)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "

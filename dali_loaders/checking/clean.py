@@ -24,11 +24,11 @@ def check_name(source: Source, out: str) -> None:
     packing.check_name(source, out)
 
 
-def write_clean(source: Source, found: Findings, copies: Sequence[np.ndarray], out: str) -> PackReport:
+def write_clean(source: Source, found: Findings, copies: Sequence[np.ndarray], out: str, timeout: float) -> PackReport:
     """Writes out (.rec) with what else `pack` writes, and OUT.left_out.txt: lines name<tab>reason. The report is of all images of `source`.
 
     copies: groups of images with the same bytes. Of those under one identity the first stays; of those under several none does, since
-    nobody knows whose it is. ValueError if nothing would be left."""
+    nobody knows whose it is. timeout: seconds that the read of an image may take. ValueError if nothing would be left."""
     reasons = {**found.unreadable, **found.damaged}
     remarks: dict[int, str] = {}  # what a reason does not say
     for group in copies:
@@ -45,7 +45,7 @@ def write_clean(source: Source, found: Findings, copies: Sequence[np.ndarray], o
     if is_left_out.all():
         raise ValueError(f"{source.path}: nothing would be left of its {len(source)} images, so {out} is not written.")
     part = SubsetSource(source, {"wrong": is_left_out})
-    packed = pack(part, out)
+    packed = pack(part, out, timeout=timeout)
     lines = [f"{printable(source.name(image))}\t{printable(reasons[image])}{remarks.get(image, '')}\n" for image in sorted(reasons)]
     if packed.left_out_list:  # what has become unreadable since it was looked at
         with open(packed.left_out_list, encoding="utf-8") as file:

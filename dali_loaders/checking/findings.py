@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ from dali_loaders.config import DataConfig
 from dali_loaders.decode import Decoder, UnreadableImagesError
 from dali_loaders.encoded import HeaderReader, Unreadable, groups, read_image
 from dali_loaders.progress import progress
+from dali_loaders.readers import Part, Readers
 from dali_loaders.sources import Source
+from dali_loaders.waiting import waiting
 
 _BATCH = 256
 _BYTES = 1 << 26  # of encoded images at a time, which bounds the memory for photos
@@ -41,8 +44,11 @@ def look(source: Source, config: DataConfig) -> Findings:
     threads = config.thread_count()
     decoder, headers = Decoder(config.image_size, _BATCH, threads, device, decoder=config.decoder), HeaderReader(_BATCH)
     found = Findings(np.zeros((len(source), 2), np.int32), np.zeros((len(source), 2), np.uint64), {}, {}, decoder.decodes_on)
-    with ThreadPoolExecutor(threads, "protoshard-check") as pool, progress("checking", len(source)) as done:
-        for start, encoded in _parts(source, pool, 4 * threads):
+    readers: Readers[bytes | Unreadable] = Readers(
+        lambda images: (read_image(source, image) for image in images), source.path, source.name, threads, config.timeout
+    )
+    with closing(readers), ThreadPoolExecutor(threads, "protoshard-check") as pool, progress("checking", len(source)) as done:
+        for start, encoded in _parts(source, readers, 4 * threads):
             sizes_b2, why = headers.sizes(encoded)
             good = np.array([at for at in range(len(encoded)) if at not in why], np.int64)
             for part in groups(sizes_b2[good]):
@@ -61,18 +67,19 @@ def look(source: Source, config: DataConfig) -> Findings:
     return found
 
 
-def _parts(source: Source, pool: ThreadPoolExecutor, most_ahead: int) -> Iterator[tuple[int, list[bytes | Unreadable]]]:
+def _parts(source: Source, readers: Readers[bytes | Unreadable], most_ahead: int) -> Iterator[tuple[int, list[bytes | Unreadable]]]:
     """The number of the first image, and consecutive ones: at most _BATCH, and little more than _BYTES, which also bounds what is read
     ahead of them: `most_ahead` images, and fewer where those before were large."""
-    reads: deque[Future[bytes | Unreadable]] = deque()
+    reads: deque[Part[bytes | Unreadable]] = deque()
     typical = float(_BYTES)  # bytes of an image; falls slowly, so that one large image among small ones does no harm for long
     part: list[bytes | Unreadable] = []
     start, held, asked = 0, 0, 0
     while start + len(part) < len(source):
         while asked < len(source) and len(reads) < max(1, min(most_ahead, _BYTES / typical)):
-            reads.append(pool.submit(read_image, source, asked))
+            reads.append(readers.submit([asked]))
             asked += 1
-        data = reads.popleft().result()
+        with waiting(lambda: f"data: {readers.doing()}"):
+            (data,) = readers.result(reads.popleft())
         part.append(data)
         size = 0 if isinstance(data, Unreadable) else len(data)
         typical = max(size, typical / 2, 1)

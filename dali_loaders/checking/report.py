@@ -13,7 +13,7 @@ from dali_loaders.account import Account
 from dali_loaders.checking.clean import check_name, write_clean
 from dali_loaders.checking.duplicates import copies
 from dali_loaders.checking.findings import Findings, look
-from dali_loaders.config import DataConfig
+from dali_loaders.config import TIMEOUT, DataConfig
 from dali_loaders.identities import identities_path
 from dali_loaders.names import printable
 from dali_loaders.packing import PackReport
@@ -106,12 +106,21 @@ class CheckReport:
         }
 
 
-def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "auto", fix: str = "", cache: str = "") -> CheckReport:
+def check(
+    path: str,
+    reader: str = "native",
+    threads: int = 0,
+    decoder: str = "auto",
+    fix: str = "",
+    cache: str = "",
+    timeout: float = TIMEOUT,
+) -> CheckReport:
     """Opens the data set and decodes every image fully, as a run with data.decoder = `decoder` on this machine would.
 
     fix: a .rec to write, with what can be trained on, and FIX.left_out.txt beside it with the rest (name<tab>reason). The report is of
-    the set as it was. ValueError as for open_source, and for a `fix` that cannot be written."""
-    config = DataConfig(reader=reader, threads=threads, decoder=decoder)
+    the set as it was. timeout: seconds that the read of an image may take. ValueError as for open_source, and for a `fix` that cannot be
+    written."""
+    config = DataConfig(reader=reader, threads=threads, decoder=decoder, timeout=timeout)
     source = open_source(path, reader, cache=cache)
     if fix:
         check_name(source, fix)
@@ -120,7 +129,7 @@ def check(path: str, reader: str = "native", threads: int = 0, decoder: str = "a
     groups = copies(found.digests_n2[readable], readable)
     report = _report(source, found, groups)
     if fix:
-        report = replace(report, clean=write_clean(source, found, groups, fix))
+        report = replace(report, clean=write_clean(source, found, groups, fix, timeout))
     return report
 
 

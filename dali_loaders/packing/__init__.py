@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from dali_loaders import renamed
+from dali_loaders.config import TIMEOUT
 from dali_loaders.packing.alignment import SIDE
 from dali_loaders.packing.course import Course, key, paths_of
 from dali_loaders.packing.images import Images
@@ -43,13 +44,16 @@ class PackConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number from {least} to {most}.")
 
 
-def pack(source: Source, out: str, config: PackConfig | None = None, *, workers: int = 0, resume: bool = False) -> PackReport:
+def pack(
+    source: Source, out: str, config: PackConfig | None = None, *, workers: int = 0, resume: bool = False, timeout: float = TIMEOUT
+) -> PackReport:
     """Writes `source` to OUT.rec, with .idx and .identities.txt, or for OUT.tar to shards OUT-000.tar, OUT-001.tar, ...
 
     The result does not depend on `workers`, the number of threads (0: as many as there are cores, up to 8). Images are packed identity by
     identity. What cannot be read is left out and listed in OUT.left_out.txt; identities of which nothing is left get no label.
     A pack that was killed is gone on with, if source and options are the same. `resume` leaves what is done for that also where the pack
-    ends with an error or an interruption; without, nothing stays then. ValueError where nothing can be packed or written."""
+    ends with an error or an interruption; without, nothing stays then. timeout: seconds that the read of an image may take. ValueError
+    where nothing can be packed or written."""
     config = config or PackConfig()
     is_shards = out.endswith(".tar")
     check_name(source, out)
@@ -69,10 +73,10 @@ def pack(source: Source, out: str, config: PackConfig | None = None, *, workers:
             writer = Shards(partial, out, course.packed, len(source), config.shard_size)
         else:
             writer = RecordFile(partial, out, course.packed)
-        course.run(writer, images, workers)
+        course.run(writer, images, workers, timeout)
         writer.finish(*course.identities)
         if config.verify:
-            _verify(partial, writer, source, images, course.kept(), workers)
+            _verify(partial, writer, source, images, course.kept(), workers, timeout)
         left_out = f"{os.path.splitext(out)[0]}.left_out.txt"
         if course.left_out:
             course.write_list(partial.path(LIST))
@@ -83,12 +87,14 @@ def pack(source: Source, out: str, config: PackConfig | None = None, *, workers:
     return PackReport(writer.opened_by, identities, course.account(), course.lost(), left_out if course.left_out else None, unused)
 
 
-def _verify(partial: Partial, writer: RecordFile | Shards, source: Source, images: Images, kept: np.ndarray, workers: int) -> None:
+def _verify(
+    partial: Partial, writer: RecordFile | Shards, source: Source, images: Images, kept: np.ndarray, workers: int, timeout: float
+) -> None:
     try:
         if isinstance(writer, Shards):
-            verify_shards([partial.path(name) for name in writer.names], source, images, kept, workers)
+            verify_shards([partial.path(name) for name in writer.names], source, images, kept, workers, timeout)
         else:
-            verify_records(partial, source, images, kept, workers)
+            verify_records(partial, source, images, kept, workers, timeout)
     except ValueError:
         partial.discard()
         raise

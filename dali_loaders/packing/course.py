@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
 
 import numpy as np
 
-from dali_loaders.account import Account, ReadError
+from dali_loaders.account import Account, ReadError, Unreadable
+from dali_loaders.config import TIMEOUT
 from dali_loaders.identities import checksum
 from dali_loaders.names import printable
+from dali_loaders.packing.images import Images
 from dali_loaders.packing.partial import Partial
 from dali_loaders.packing.reading import in_order
 from dali_loaders.packing.record_file import RecordFile
 from dali_loaders.packing.shards import Shards
 from dali_loaders.progress import progress
+from dali_loaders.readers import Readers
 from dali_loaders.sources import Source
 from dali_loaders.sources.patterns import expand, is_pattern
 from dali_loaders.sources.several import split_paths
+from dali_loaders.waiting import waiting
 
 _LEFT_OUT = "left_out.jsonl"  # in the folder of parts: lines [number of an image, reason]
 
@@ -51,10 +53,10 @@ class Course:
         done = self._order[: self.done]
         return done[~np.isin(done, list(self.left_out))] if self.left_out else done
 
-    def run(self, writer: RecordFile | Shards, images: Callable[[int], bytes], workers: int) -> None:
+    def run(self, writer: RecordFile | Shards, images: Images, workers: int, timeout: float) -> None:
         """Packs the rest. ValueError if in the end there is no image at all."""
         remaining = self._order[self.done :]
-        with progress("packing", len(self._order)) as shown, closing(in_order(images, remaining, workers)) as results:
+        with progress("packing", len(self._order)) as shown, closing(in_order(images, remaining, workers, timeout)) as results:
             shown.add(self.done)
             for index, data in zip(map(int, remaining), results, strict=True):
                 try:
@@ -112,8 +114,7 @@ def key(source: Source, options: dict[str, object], *files: str) -> dict[str, ob
     paths = paths_of(source)
     if any(map(os.path.isdir, paths)):
         paths = [source.name(index) for index in range(len(source))]
-    with ThreadPoolExecutor(8) as pool:  # a file system over a network answers several questions at once
-        states = list(pool.map(_state, [*paths, *files]))
+    states = _states([*paths, *files])
     digest = zlib.crc32(repr(states).encode(), digest)
     where = {"source": os.path.abspath(source.path), "images": len(source), "identities": checksum(source.identities)}
     return {"format": 1, **where, "files": os.urandom(8).hex() if None in states else digest, **options}
@@ -122,6 +123,17 @@ def key(source: Source, options: dict[str, object], *files: str) -> dict[str, ob
 def paths_of(source: Source) -> list[str]:
     """The files and folders that a set's path stands for."""
     return [path for part in split_paths(source.path) for path in (expand(part) if is_pattern(part) else [part])]
+
+
+def _states(paths: list[str]) -> list[tuple[int, int] | None]:
+    """By several threads, since a file system over a network answers several questions at once."""
+    readers: Readers[tuple[int, int] | None] = Readers(
+        lambda places: (_state(paths[place]) for place in places), paths[0], lambda place: printable(paths[place]), 8, TIMEOUT
+    )
+    with closing(readers), waiting(lambda: f"times of change: {readers.doing()}"):
+        parts = [readers.submit(range(start, min(start + 64, len(paths)))) for start in range(0, len(paths), 64)]
+        states = [state for part in parts for state in readers.result(part)]
+    return [None if isinstance(state, Unreadable) else state for state in states]
 
 
 def _state(path: str) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ class Images:
     def __init__(self, source: Source, side: int, quality: int, decodes: bool, landmarks: Landmarks | None, names: Sequence[str]) -> None:
         """side: in pixels, 0 for as it is. decodes: whether images that stay as they are must be readable too. names: by which `landmarks`
         knows the images; not used without."""
-        self._source, self._side, self._quality, self._decodes = source, side, quality, decodes
+        self.source, self._side, self._quality, self._decodes = source, side, quality, decodes
         self._landmarks, self._names = landmarks, names
         if side or decodes or landmarks is not None:  # else the bytes stay as they are, and OpenCV may be missing
             from dali_loaders.packing import pixels
@@ -26,7 +26,7 @@ class Images:
 
     def __call__(self, index: int) -> bytes:
         try:
-            data = patiently(lambda: self._source.read(index), self._source)
+            data = patiently(lambda: self.source.read(index), self.source)
         except OSError as error:
             raise ReadError.of(error) from error
         if not data:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dali_loaders.names import printable
 from dali_loaders.packing.alignment import is_mirrored
+from dali_loaders.regular import open_regular
 from dali_loaders.sources import Source
 
 _COLUMNS = 11
@@ -61,7 +62,7 @@ def read_landmarks(path: str, folder: str) -> Landmarks:
     for a face that was not found."""
     points: dict[str, np.ndarray] = {}
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="", opener=open_regular) as file:
             for line, row in enumerate(_rows(file), start=1):
                 if not any(map(str.strip, row)) or (line == 1 and _is_heading(row)):
                     continue

@@ -12,6 +12,8 @@ import time
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from dali_loaders.regular import open_regular
+
 SECONDS = 2.0  # between two entries of the journal, which is what a pack that is killed loses at most
 _JOURNAL = "journal.json"
 
@@ -36,7 +38,7 @@ class Partial:
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.folder)
-            self._lock = os.open(self.folder, os.O_RDONLY)
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._lock_folder()
             try:
                 self._take_over()
@@ -59,7 +61,7 @@ class Partial:
     def _take_over(self) -> None:
         """What an earlier process left is cut back to its last entry in the journal, or removed if it was to become something else."""
         try:
-            with open(os.path.join(self.folder, _JOURNAL), encoding="ascii") as file:
+            with open(os.path.join(self.folder, _JOURNAL), encoding="ascii", opener=open_regular) as file:
                 journal = json.load(file)
             usable = journal["key"] == self._key
             usable = usable and all(os.path.getsize(self.path(name)) >= size for name, size in journal["sizes"].items())

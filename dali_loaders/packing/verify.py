@@ -21,21 +21,21 @@ from dali_loaders.sources.recordio import RecordSource
 _Image = tuple[str, bytes]  # name of the identity, encoded image
 
 
-def verify_records(partial: Partial, source: Source, images: Images, kept: np.ndarray, workers: int) -> None:
+def verify_records(partial: Partial, source: Source, images: Images, kept: np.ndarray, workers: int, timeout: float) -> None:
     """kept: numbers of the source's images that were packed, in that order. ValueError where one comes back otherwise."""
     packed = RecordSource(partial.path(RECORDS))
     labels = packed.labels.tolist()
-    _compare(((packed.identities[label], packed.read(index)) for index, label in enumerate(labels)), source, images, kept, workers)
+    _compare(((packed.identities[label], packed.read(index)) for index, label in enumerate(labels)), source, images, kept, workers, timeout)
 
 
-def verify_shards(paths: list[str], source: Source, images: Images, kept: np.ndarray, workers: int) -> None:
+def verify_shards(paths: list[str], source: Source, images: Images, kept: np.ndarray, workers: int, timeout: float) -> None:
     """As `verify_records`."""
-    _compare((image for path in paths for image in _read_shard(path)), source, images, kept, workers)
+    _compare((image for path in paths for image in _read_shard(path)), source, images, kept, workers, timeout)
 
 
-def _compare(packed: Iterable[_Image], source: Source, images: Images, kept: np.ndarray, workers: int) -> None:
+def _compare(packed: Iterable[_Image], source: Source, images: Images, kept: np.ndarray, workers: int, timeout: float) -> None:
     back = iter(packed)
-    with progress("verifying", len(kept)) as shown, closing(in_order(images, kept, workers)) as results:
+    with progress("verifying", len(kept)) as shown, closing(in_order(images, kept, workers, timeout)) as results:
         for index, data in zip(map(int, kept), results, strict=True):
             wanted = source.identities[source.labels[index]], data
             if isinstance(data, ReadError) or next(back, None) != wanted:

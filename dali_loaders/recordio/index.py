@@ -17,6 +17,7 @@ import numpy as np
 from dali_loaders.account import ReadError
 from dali_loaders.recordio.headers import SHORT, Headers, read_headers
 from dali_loaders.recordio.records import FIRST, LAST, LENGTH_BITS, MAGIC, MIDDLE, WHOLE, RandomAccessFile, index_path, read_record
+from dali_loaders.regular import open_regular
 from dali_loaders.set_cache import alone_on_this_host
 
 _TEXT = 1 << 20  # bytes of an .idx that are parsed at a time: about 60,000 lines
@@ -161,7 +162,7 @@ def _cut(keys: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[np.ndarray, np
 
 def _parse(index: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     try:
-        with open(index, "rb") as file:
+        with open(index, "rb", opener=open_regular) as file:
             rest = b""
             while text := file.read(_TEXT):
                 lines, _, rest = (rest + text).rpartition(b"\n")

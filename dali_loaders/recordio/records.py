@@ -4,7 +4,6 @@ A record is one or more parts: magic, length with a 3-bit part flag, payload pad
 
 import contextlib
 import os
-import stat
 import struct
 import weakref
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from dali_loaders import renamed
 from dali_loaders.account import ChangedError, ReadError
+from dali_loaders.regular import open_regular
 
 MAGIC = 0xCED7230A
 LENGTH_BITS = 29
@@ -59,18 +59,6 @@ def index_path(path: str) -> str:
     return os.path.splitext(path)[0] + ".idx"
 
 
-def open_regular(path: str) -> int:
-    """Descriptor for reading. ValueError if it cannot be opened or is no regular file; a pipe would make whoever opens it wait."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ValueError(f"cannot open {path}: {error.strerror}; check the path and its permissions.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError(f"{path} is no regular file; give a file on a disk.")
-    return descriptor
-
-
 class RandomAccessFile:
     """A file read at absolute positions (pread): safe from many threads and after fork; reopens itself after pickling.
 
@@ -78,7 +66,10 @@ class RandomAccessFile:
 
     def __init__(self, path: str, seen: tuple[int, int] | None = None) -> None:
         self.path = path
-        self._descriptor = open_regular(path)
+        try:
+            self._descriptor = open_regular(path)
+        except OSError as error:
+            raise ValueError(f"cannot open {path}: {error.strerror}; check the path and its permissions.") from error
         weakref.finalize(self, os.close, self._descriptor)
         self._seen = seen or self._state()
         self.size = self._seen[0]

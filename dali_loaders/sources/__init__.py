@@ -22,6 +22,7 @@ from dali_loaders.sources.source import Part, Source, check_images_per_identity,
 from dali_loaders.sources.subset import SubsetSource, select
 from dali_loaders.sources.tar import TarSource
 from dali_loaders.sources.webdataset import open_tars
+from dali_loaders.waiting import waiting
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -50,7 +51,8 @@ def open_data(config: DataConfig) -> Source:
     """The training set of a configuration: its sets with their weights, and of them the images that its lists leave."""
     joined = config.identities == "joined"
     source = open_source(config.train, config.reader, cache=config.cache, weights=config.weights, joined=joined)
-    return select(source, config.subset, config.exclude)
+    with waiting("the lists of data.subset and data.exclude to be read"):
+        return select(source, config.subset, config.exclude)
 
 
 def open_source(path: str, reader: str = "native", *, cache: str = "", weights: Sequence[float] = (), joined: bool = False) -> Source:
@@ -74,7 +76,8 @@ def open_source(path: str, reader: str = "native", *, cache: str = "", weights: 
 
 def _opened(path: str, reader: str, cache: str) -> Source:
     try:
-        return _open(path, reader, cache)
+        with waiting(f"the data set {path} to be opened"):
+            return _open(path, reader, cache)
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename is not None else path
         raise ValueError(f"{where} cannot be read: {error.strerror or error}; check the path and its permissions.") from error

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
-from dali_loaders.account import Account, ReadError
+from dali_loaders.account import Account, ReadError, Unreadable
+from dali_loaders.config import TIMEOUT
 from dali_loaders.names import Names, printable, text
+from dali_loaders.readers import Readers
+from dali_loaders.regular import read_regular
 from dali_loaders.sources import by_name, meant
 from dali_loaders.sources.walk import FILE, FOLDER, NOWHERE, FileSystem, walk
 
 _LOOKING = 16  # threads that look at files whose names tell nothing; each waits for the disk or the network
+_AT_ONCE = 64  # such files
 
 
 class FolderSource:
@@ -37,7 +41,7 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         try:
-            return _read(os.path.join(self._root, self._names[index]))
+            return read_regular(os.path.join(self._root, self._names[index]))
         except FileNotFoundError as error:
             raise ReadError("vanished") from error
         except OSError as error:
@@ -79,20 +83,20 @@ class FolderSource:
     def _heads(self, names: list[bytes]) -> Iterable[bytes | str]:
         if not names:
             return []
-        with ThreadPoolExecutor(_LOOKING) as pool:
-            return list(pool.map(self._head, names))
+        looks = Readers(
+            lambda places: (self._head(names[place]) for place in places),
+            self.path,
+            lambda place: printable(os.path.join(self._root, names[place])),
+            _LOOKING,
+            TIMEOUT,
+        )
+        with closing(looks):
+            parts = [looks.submit(range(start, min(start + _AT_ONCE, len(names)))) for start in range(0, len(names), _AT_ONCE)]
+            heads = [head for part in parts for head in looks.result(part)]
+        return [head.reason if isinstance(head, Unreadable) else head for head in heads]
 
     def _head(self, name: bytes) -> bytes | str:
         try:
-            return _read(os.path.join(self._root, name), by_name.HEAD)
+            return read_regular(os.path.join(self._root, name), by_name.HEAD)
         except OSError as error:
             return str(ReadError.of(error))
-
-
-def _read(path: bytes, size: int = -1) -> bytes:
-    with open(path, "rb", buffering=0, opener=_open) as file:
-        return file.read(size)
-
-
-def _open(path: str | bytes, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that took a file's place would let a plain open wait for ever

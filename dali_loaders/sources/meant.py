@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 
+from dali_loaders.regular import open_regular
+
 _COMPRESSED = {  # by their first bytes
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
@@ -47,7 +49,7 @@ def _of_folder(path: str, names: list[str]) -> str:
 
 def _of_file(path: str) -> str:
     stem, ending = os.path.splitext(path)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         head = file.read(16)
     for magic, (form, command) in _COMPRESSED.items():
         if head.startswith(magic):

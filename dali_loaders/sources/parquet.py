@@ -15,7 +15,7 @@ import numpy as np
 
 from dali_loaders.account import Account, ReadError
 from dali_loaders.extras import extra
-from dali_loaders.recordio.records import open_regular
+from dali_loaders.regular import open_regular
 from dali_loaders.sources.parquet_columns import Columns, find_columns, read_labels
 from dali_loaders.sources.parquet_files import parquet_files, split_columns
 from dali_loaders.sources.parquet_footer import DamagedFooterError, Group, read_groups
@@ -101,7 +101,8 @@ class _File(NamedTuple):
     def open(self) -> pq.ParquetFile:
         if _stamp(self.path) != self.stamp:
             raise ReadError("the file has changed since it was opened")
-        return pq.ParquetFile(self.path, metadata=self.metadata, page_checksum_verification=True)
+        with _opened(self.path) as path:
+            return pq.ParquetFile(path, metadata=self.metadata, page_checksum_verification=True)
 
     def images(self, group: int, column: str) -> pa.ChunkedArray:
         """Column `bytes` or `path` of one row group, as a flat column."""
@@ -173,8 +174,7 @@ class _RowGroups:
 
 
 def _open(path: str, wanted: list[str]) -> _File:
-    os.close(open_regular(path))
-    with _sentence(path), pq.ParquetFile(path) as file:
+    with _sentence(path), _opened(path) as opened, pq.ParquetFile(opened) as file:
         stamp, metadata = _stamp(path), file.metadata
         columns = find_columns(path, file.schema_arrow, wanted)
         groups, needed = read_groups(path), (columns.bytes, columns.label)
@@ -218,6 +218,16 @@ def _null_images(file: _File) -> dict[str, np.ndarray]:
 def _stamp(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[str]:
+    """Another path of the very file, where no pipe can take its place: pyarrow would wait for its writer."""
+    descriptor = open_regular(path)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

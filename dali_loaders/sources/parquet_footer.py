@@ -6,6 +6,8 @@ from __future__ import annotations
 import struct
 from typing import Any, NamedTuple
 
+from dali_loaders.regular import open_regular
+
 _END = struct.Struct("<I4s")  # length of the footer, and "PAR1"
 
 
@@ -28,7 +30,7 @@ class Group(NamedTuple):
 
 def read_groups(path: str) -> list[Group]:
     """DamagedFooterError, which does not name the path, where the footer cannot be read."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _END.size))
         end = file.read()

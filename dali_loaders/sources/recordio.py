@@ -17,6 +17,7 @@ from dali_loaders.recordio.index import write_missing_index
 from dali_loaders.recordio.layout import KIND, MISSING, WHY, layout
 from dali_loaders.recordio.mxnet_reader import MXNetReader
 from dali_loaders.recordio.records import RandomAccessFile, index_path, read_record, unpack_record
+from dali_loaders.regular import open_regular
 from dali_loaders.set_cache import cached
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _compare_with_property(path: str, identities: int) -> None:
     if os.path.basename(path) != "train.rec" or not os.path.isfile(file_path):
         return
     try:
-        with open(file_path, encoding="ascii") as file:
+        with open(file_path, encoding="ascii", opener=open_regular) as file:
             announced = int(file.read(100).split(",")[0])
     except (OSError, ValueError):
         log.warning("%s cannot be read, and is not needed: expected 'identities,height,width'", file_path)

@@ -10,8 +10,10 @@ import threading
 
 from dali_loaders.account import Account, ReadError
 from dali_loaders.names import printable, text
+from dali_loaders.regular import open_regular
 from dali_loaders.remote import RemoteFile, cache_name, connect, described, lasting, retried, without_secrets, words
 from dali_loaders.sources.by_name import LAYOUT, aside, labels_of, named_like_an_image, no_images
+from dali_loaders.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ class RemoteFolderSource:
         self.account = Account()
         self._system.invalidate_cache()
         try:
-            listed = retried(lambda: self._system.find(root, detail=True))
+            with waiting(f"the list of files at {address}"):
+                listed = retried(lambda: self._system.find(root, detail=True))
         except Exception as error:  # packages of storages raise their own kinds
             raise ValueError(f"{address} cannot be listed ({words(error)}); check the address, the connection and credentials.") from error
         if not listed or root in listed:
@@ -54,7 +57,7 @@ class RemoteFolderSource:
         if self._cache:
             key = hashlib.sha256(str(file).encode(errors="surrogateescape")).hexdigest()  # of its size and version too
             kept = os.path.join(self._cache, key[:2], key[2:34])
-            with contextlib.suppress(OSError), open(kept, "rb", buffering=0) as copy:
+            with contextlib.suppress(OSError), open(kept, "rb", buffering=0, opener=open_regular) as copy:
                 data = copy.read()
                 if len(data) == file.size:
                     return data

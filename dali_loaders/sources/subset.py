@@ -10,6 +10,7 @@ import numpy as np
 
 from dali_loaders.account import EXAMPLES, Account, Unreadable
 from dali_loaders.names import printable
+from dali_loaders.regular import open_regular
 from dali_loaders.sources.fingerprint import order_checksum
 from dali_loaders.sources.source import Source, read_many
 
@@ -126,7 +127,7 @@ class _List:
     def _lines(self, option: str) -> Iterator[tuple[int, str]]:
         try:
             # utf-8-sig: editors of Windows put a mark at the beginning.
-            with open(self.path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            with open(self.path, encoding="utf-8-sig", errors="surrogateescape", opener=open_regular) as file:
                 for number, line in enumerate(file, start=1):
                     if text := line.rstrip("\n").partition("\t")[0]:
                         yield number, text

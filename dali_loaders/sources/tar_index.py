@@ -13,6 +13,7 @@ import numpy as np
 from dali_loaders.account import Account, Passed, ReadError
 from dali_loaders.names import Names, printable
 from dali_loaders.progress import progress
+from dali_loaders.regular import open_regular
 from dali_loaders.set_cache import cached
 from dali_loaders.sources import by_name, meant, samples
 from dali_loaders.sources.tar_headers import CutOffError, DamagedTarError, Member, members
@@ -52,7 +53,7 @@ def index_of(path: str) -> TarIndex:
 
 def _build(path: str) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=open_regular) as file:
             return _Builder(path, file.fileno()).arrays()
     except DamagedTarError as error:
         remedy = meant.guess(path)
@@ -137,7 +138,7 @@ def _shown(found: Iterable[Member], path: str) -> Iterator[Member]:
 def read_sparse(path: str, offset: int) -> bytes:
     """The data of the sparse member whose first header stands at `offset`. ReadError if it is damaged."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 member = tar.next()

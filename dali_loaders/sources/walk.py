@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from dali_loaders.names import printable
+from dali_loaders.waiting import waiting
+
 FILE = "file"
 FOLDER = "folder"
 NOWHERE = "symbolic link that leads nowhere"
@@ -82,7 +85,7 @@ class FileSystem:
     """The tree of real files and folders."""
 
     def entries(self, folder: bytes) -> list[Entry]:
-        with os.scandir(folder) as listing:
+        with waiting(lambda: f"the names in the folder {printable(folder)}"), os.scandir(folder) as listing:
             return [self._entry(entry) for entry in listing]
 
     def _entry(self, entry: os.DirEntry[bytes]) -> Entry:

@@ -15,7 +15,7 @@ class CheckpointConfig:
     keep_every: int = 0  # if positive, those whose step it divides are kept for ever
     best: str = ""  # a figure of an evaluation, such as evaluation/all_pairs/eer: the checkpoint with the best one is kept too
     asynchronous: bool = True  # the step waits for a copy in this rank's memory only; False: until all is written, without that memory
-    differences: Literal["refuse", "continue"] = "refuse"  # of batch, optimizer or frozen layers between a checkpoint and this run
+    differences: Literal["refuse", "continue"] = "refuse"  # of optimizer or frozen layers between a checkpoint and this run
 
     def __post_init__(self) -> None:
         if not 0 < self.every_epochs < 1e9:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,34 +81,49 @@ class Checked:
             self._next_block()
 
 
-def write(name: str, sink: Sink, parts: dict[str, Part]) -> Written:
-    """Writes and closes the file. NotFiniteError if a floating-point tensor holds NaN or infinity."""
-    header, entries = _layout(name, parts)
+@contextmanager
+def _checked(sink: Sink) -> Iterator[Checked]:
+    """Closed in the end; given up, without waiting for the disk, where anything fails."""
     file = Checked(sink)
     try:
+        yield file
+    except BaseException:
+        sink.discard()
+        raise
+    file.close()
+
+
+def write(name: str, sink: Sink, parts: dict[str, Part], tensor_of: Callable[[str], Tensor] | None = None) -> Written:
+    """Writes and closes the file. NotFiniteError if a floating-point tensor holds NaN or infinity.
+
+    tensor_of: gives the tensors one after the other; those of `parts` then need no memory, and may be on the meta device"""
+    with _checked(sink) as file:
+        header, entries = _layout(name, parts)
         file.write(header)
         for entry in entries:
-            for chunk in chunks(parts[entry.name].tensor):
+            for chunk in chunks(tensor_of(entry.name) if tensor_of else parts[entry.name].tensor):
                 if chunk.is_floating_point() and chunk.numel() and not torch.stack(chunk.aminmax()).isfinite().all():
                     raise NotFiniteError(f"{entry.name} is not finite")
                 file.write(bytes_of(chunk))
-    finally:
-        file.close()
     return Written(name, file.bytes, file.checksums, entries)
 
 
 def write_bytes(name: str, sink: Sink, content: bytes) -> Written:
-    file = Checked(sink)
-    try:
-        file.write(content)
-    finally:
-        file.close()
-    return Written(name, file.bytes, file.checksums, [])
+    return write_pieces(name, sink, [memoryview(content)], [])
+
+
+def write_pieces(name: str, sink: Sink, pieces: Iterable[memoryview], entries: list[Entry]) -> Written:
+    """Writes and closes a file of which the contents are known, such as that of another checkpoint."""
+    with _checked(sink) as file:
+        for piece in pieces:
+            file.write(piece)
+    return Written(name, file.bytes, file.checksums, entries)
 
 
 def bytes_of(flat: Tensor) -> memoryview:
     """The memory of a flat tensor on the CPU."""
-    return flat.view(torch.uint8).numpy().data
+    # Of a single element torch does not say that its stride is 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def size_of(parts: dict[str, Part]) -> int:
@@ -116,8 +132,10 @@ def size_of(parts: dict[str, Part]) -> int:
 
 
 def _layout(file: str, parts: dict[str, Part]) -> tuple[bytes, list[Entry]]:
-    """The header, and the parts in the order in which they follow: wide numbers first, so that all are aligned."""
-    order = sorted((name for name, part in parts.items() if part.tensor.numel()), key=lambda name: (-parts[name].tensor.itemsize, name))
+    """The header, and the parts in the order in which they follow: wide numbers first, so that all are aligned. A part without elements is
+    one only of a tensor that has none."""
+    names = (name for name, part in parts.items() if part.tensor.numel() or not math.prod(part.shape))
+    order = sorted(names, key=lambda name: (-parts[name].tensor.itemsize, name))
     header: dict[str, object] = {}
     offsets: dict[str, int] = {}
     end = 0

@@ -7,9 +7,9 @@ import io
 import json
 import math
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from pipeline import plain_pickle
 from pipeline.agreement import Agreement
-from pipeline.checkpoint.manifest import DamagedError, check_info
+from pipeline.checkpoint.manifest import MOST_BYTES, DamagedError, check_info, names_in
 from pipeline.checkpoint.stores import MANIFEST, LocalStore, Store
 
 PLAN = ".metadata"
 IDENTITIES = "identities.json"
-MOST_PLAN = 1 << 30  # bytes
+PIECE = 1 << 22  # bytes that are read at a time
+MOST_PLAN, MOST_NAMES = 1 << 30, 1 << 34  # bytes
 
 
 class _Record:
@@ -73,7 +74,7 @@ class FirstCheckpoint:
     """A `parts.Saved`, as reading.Checkpoint. Of a rank's file whole pieces are read: all that it wrote of a tensor."""
 
     def __init__(self, folder: str, name: str) -> None:
-        self.name, self.path = name, f"{folder}/{name}"
+        self.name, self.path, self.store = name, f"{folder}/{name}", LocalStore(folder)
         self.info = self._info()
         content = self._content(PLAN, MOST_PLAN)
         try:
@@ -81,9 +82,9 @@ class FirstCheckpoint:
         except ValueError as error:
             raise DamagedError(str(error)) from None
         try:
-            self.kinds, self.pieces = _understood(plan)
+            self.kinds, self.pieces = _understood(plan, {file: size for file, (size, _) in self.info["files"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedError(f"{self.path}/{PLAN} cannot be used: it is no plan of a checkpoint ({error})") from None
+            raise DamagedError(f"{self.path}/{PLAN} cannot be used: it is no plan of a checkpoint ({error!s:.200})") from None
 
     def _info(self) -> dict[str, Any]:
         file = f"{self.path}/{MANIFEST}"
@@ -91,30 +92,30 @@ class FirstCheckpoint:
             info = json.loads(self._content(MANIFEST, 1 << 28))
         except (ValueError, RecursionError) as error:
             raise DamagedError(f"{file} cannot be read ({error})") from None
-        if not isinstance(info, dict) or info.get("format") != 1 or not isinstance(info.get("step"), int):
+        if not isinstance(info, dict) or info.get("format") != 1:
             raise DamagedError(f"{file} is not of format 1, as the files beside it are")
-        files = info.get("files")
-        if not isinstance(files, dict) or not all(isinstance(entry, list) and len(entry) == 2 for entry in files.values()):
-            raise DamagedError(f"{file} names no files")
-        if any(os.path.basename(file) != file for file in files):
-            raise DamagedError(f"{file} names files outside its folder")
         try:
             check_info(info)
-        except ValueError as error:
-            raise DamagedError(f"{file} is not a manifest ({error})") from None
+            for name, (size, sum_) in info["files"].items():
+                if os.path.basename(name) != name or not isinstance(size, int) or not isinstance(sum_, int):
+                    raise ValueError(f"file {name!r:.60}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(f"{file} is not a manifest ({error!s:.200})") from None
         return info
 
     def _content(self, file: str, most: int) -> bytes:
-        store = LocalStore(os.path.dirname(self.path))
         try:
-            size = store.size(self.name, file)
+            size = self.store.size(self.name, file)
             if size > most:
                 raise OSError(f"it has {size} bytes")
-            content = bytearray(size)
-            store.read_into(self.name, file, 0, memoryview(content))
-            return bytes(content)
+            return self._bytes(file, 0, size)
         except (OSError, EOFError) as error:
             raise DamagedError(f"{self.path}/{file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+    def _bytes(self, file: str, offset: int, length: int) -> bytes:
+        content = bytearray(length)
+        self.store.read_into(self.name, file, offset, memoryview(content))
+        return bytes(content)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)
@@ -144,11 +145,14 @@ class FirstCheckpoint:
         if ordered is not out:
             out.copy_(ordered)
 
+    def piece(self, name: str, number: int) -> Tensor:
+        """Flat: the elements that one rank wrote of that tensor, as `pieces[name][number]` says which."""
+        _, count, file, offset, length = self.pieces[name][number]
+        return self._piece(name, file, offset, length, count)
+
     def _piece(self, name: str, file: str, offset: int, length: int, count: int) -> Tensor:
         try:
-            with open(f"{self.path}/{file}", "rb") as opened:
-                opened.seek(offset)
-                tensor = torch.load(io.BytesIO(opened.read(length)), map_location="cpu", weights_only=True)
+            tensor = torch.load(io.BytesIO(_stored(self._bytes(file, offset, length))), map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file raises nearly anything
             words = str(error).partition("\n")[0]
             raise DamagedError(f"{self.path}/{file} cannot be read ({words})") from None
@@ -159,18 +163,19 @@ class FirstCheckpoint:
     def identities(self) -> list[str] | None:
         if IDENTITIES not in self.info["files"]:
             return None
-        return json.loads(Path(self.path, IDENTITIES).read_bytes())
+        return names_in(self._content(IDENTITIES, MOST_NAMES), f"{self.path}/{IDENTITIES}", self.info.get("num_classes"))
 
     def has_its_sizes(self) -> bool:
         return self._wrong_size() is None
 
     def _wrong_size(self) -> str | None:
-        for file, (size, _) in self.info["files"].items():
-            full = f"{self.path}/{file}"
-            if not os.path.isfile(full):
-                return f"{file} is missing"
-            if os.path.getsize(full) != size:
-                return f"{file} has {os.path.getsize(full)} bytes instead of {size}"
+        for file, (known, _) in self.info["files"].items():
+            try:
+                size = self.store.size(self.name, file)
+            except OSError as error:
+                return f"{file} is missing" if isinstance(error, FileNotFoundError) else f"{file} cannot be read ({error})"
+            if size != known:
+                return f"{file} has {size} bytes instead of {known}"
         return None
 
     def fault(self, agreement: Agreement) -> str | None:
@@ -183,23 +188,35 @@ class FirstCheckpoint:
 
     def _wrong_content(self, files: list[str]) -> str | None:
         for file in files:
+            size, known = self.info["files"][file]
             checksum = 0
             try:
-                with open(f"{self.path}/{file}", "rb") as opened:
-                    while block := opened.read(1 << 22):
-                        checksum = zlib.crc32(block, checksum)
-            except OSError as error:
-                return f"{file} cannot be read ({error.strerror})"
-            if checksum != self.info["files"][file][1]:
+                for first in range(0, size, PIECE):
+                    checksum = zlib.crc32(self._bytes(file, first, min(PIECE, size - first)), checksum)
+            except (OSError, EOFError) as error:
+                return f"{file} cannot be read ({getattr(error, 'strerror', None) or error})"
+            if checksum != known:
                 return f"the contents of {file} have changed since it was written"
         return None
+
+
+def _stored(content: bytes) -> bytes:
+    """What `torch.save` wrote, if nothing in it is packed: torch.load would make any number of bytes of a few that are."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("packed contents")
+    return content
 
 
 Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]  # by name of a tensor
 Pieces = dict[str, list[tuple[int, int, str, int, int]]]  # first element, elements, file, offset, length
 
 
-def _understood(plan: Any) -> tuple[Kinds, Pieces]:
+def _understood(plan: Any, room: dict[str, int]) -> tuple[Kinds, Pieces]:
+    """Names, shapes and places of tensors. ValueError and others where a number is not what it is about to be used for.
+
+    room: bytes of the files that the manifest has"""
+    left = sum(room.values())
     kinds: Kinds = {}
     pieces: Pieces = {}
     starts: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
@@ -209,11 +226,14 @@ def _understood(plan: Any) -> tuple[Kinds, Pieces]:
         shape, dtype = record.fields["size"], record.fields["properties"].fields["dtype"]
         if not (isinstance(dtype, torch.dtype) and isinstance(name, str) and all(isinstance(n, int) and 0 <= n < 1 << 40 for n in shape)):
             raise ValueError(f"tensor {name!r:.40}")
+        left -= math.prod(shape) * dtype.itemsize
+        if left < 0 or math.prod(filter(None, shape)) > MOST_BYTES:
+            raise ValueError(f"tensor {name!r:.40}, larger than its files")
         kinds[name], pieces[name] = (shape, dtype), []
         for chunk in record.fields["chunks"]:
             offsets, sizes = chunk.fields["offsets"], chunk.fields["sizes"]
             if sizes[1:] != shape[1:] or any(offsets[1:]):
-                raise ValueError(f"{name} is not sharded by rows")
+                raise ValueError(f"{name!r:.40} is not sharded by rows")
             width = math.prod(shape[1:])
             starts[name, offsets] = (offsets[0] * width if offsets else 0, math.prod(sizes))
     for index, place in plan.fields["storage_data"].items():
@@ -221,12 +241,13 @@ def _understood(plan: Any) -> tuple[Kinds, Pieces]:
         if name not in kinds:
             continue
         file, offset, length = (place.fields[field] for field in ("relative_path", "offset", "length"))
-        if os.path.basename(file) != file or not (0 <= offset < 1 << 60 and 0 <= length < 1 << 60):
-            raise ValueError(f"file {file!r:.40}")
-        pieces[name].append((*starts[name, offsets or ()], file, offset, length))
+        start, count = starts[name, offsets or ()]
+        if min(offset, length) < 0 or offset + length > room[file] or count * kinds[name][1].itemsize > length:
+            raise ValueError(f"{name!r:.40} lies outside its file")
+        pieces[name].append((start, count, file, offset, length))
     for name, parts in pieces.items():
         parts.sort()
         ends = [0, *(start + count for start, count, *_ in parts)]
         if ends[:-1] != [start for start, *_ in parts] or ends[-1] != math.prod(kinds[name][0]):
-            raise ValueError(f"{name} is not whole")
+            raise ValueError(f"{name!r:.40} is not whole")
     return kinds, pieces

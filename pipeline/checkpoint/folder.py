@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import re
+from typing import Any
 
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.config import CheckpointConfig
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.reading import Checkpoint, open_in
-from pipeline.checkpoint.stores import MANIFEST, LocalStore, Store, store_of
+from pipeline.checkpoint.stores import MANIFEST, STEP, LocalStore, Store, store_of
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ LOWER_IS_BETTER = ("eer", "loss")  # last parts of the names of such figures
 def complete(folder: str | Store) -> list[str]:
     """Names of the checkpoints in it that were finished, oldest first; not verified."""
     store = store_of(folder) if isinstance(folder, str) else folder
-    names = [name for name in store.names() if re.fullmatch(r"step-\d{1,18}", name)]
+    names = filter(STEP.fullmatch, store.names())
     return sorted(names, key=lambda name: (step_of(name), name))
 
 
@@ -40,7 +41,7 @@ def newest(folder: str, agreement: Agreement | None = None) -> Checkpoint | None
         raise ValueError(names)
     for name in reversed(names):
         found = sound(store, name, agreement)
-        if isinstance(found, Checkpoint):
+        if not isinstance(found, str):
             return found
         if agreement.rank == 0:
             log.warning("checkpoint %s/%s cannot be used (%s): looking for the one before it", folder, name, found)
@@ -60,26 +61,25 @@ def _listed(store: Store) -> list[str] | str:
 
 
 def sound(store: Store, name: str, agreement: Agreement) -> Checkpoint | str:
-    """The checkpoint, opened and verified by all ranks together, or what is wrong with it. ValueError for another version's."""
-    opened: Checkpoint | None = None
-    fault: tuple[bool, str] | None = None
+    """The checkpoint, opened and verified by all ranks together, or what is wrong with it. ValueError for another version's, and where the
+    store gives no answer."""
+    fault = None
     try:
-        opened = open_in(store, name)
-        if re.fullmatch(r"step-\d+", name) and step_of(name) != opened.info["step"]:
-            fault = True, f"it is the checkpoint of step {opened.info['step']}"
-    except DamagedError as error:
-        fault = True, str(error)
+        opened = _opened(store, name)
     except ValueError as error:
-        fault = False, str(error)
-    is_damage, words = next(filter(None, agreement.gather(fault)), (True, None))
-    if not is_damage:
-        raise ValueError(words)
-    if words is None:
-        assert opened is not None
-        words = opened.fault(agreement)
-        if words is None:
-            return opened
-    return words
+        fault = error
+    faults = sorted(filter(None, agreement.gather(fault)), key=lambda fault: isinstance(fault, DamagedError))
+    if faults and not isinstance(faults[0], DamagedError):
+        raise faults[0]
+    words = str(faults[0]) if faults else opened.fault(agreement)
+    return opened if words is None else words.removeprefix(f"{store.path}/{name}/")
+
+
+def _opened(store: Store, name: str) -> Checkpoint:
+    opened = open_in(store, name)
+    if STEP.fullmatch(name) and step_of(name) != opened.info["step"]:
+        raise DamagedError(f"it is the checkpoint of step {opened.info['step']}")
+    return opened
 
 
 def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
@@ -88,7 +88,10 @@ def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
     agreement = agreement or Agreement()
     parent, _, name = path.rstrip("/").rpartition("/")
     store = store_of(parent or os.curdir)
-    if agreement.of_first(_has_manifest(store, name)):
+    is_one = agreement.of_first(_has_manifest(store, name))
+    if isinstance(is_one, str):
+        raise ValueError(is_one)
+    if is_one:
         found = sound(store, name, agreement)
         if isinstance(found, str):
             raise ValueError(f"checkpoint {path} cannot be used: {found}")
@@ -100,23 +103,24 @@ def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
     raise ValueError(f"there is no complete checkpoint at {path}: give a step-N folder, or the folder of a run that has written one")
 
 
-def _has_manifest(store: Store, name: str) -> bool:
+def _has_manifest(store: Store, name: str) -> bool | str:
     try:
         return bool(name) and store.exists(name, MANIFEST)
     except OSError as error:
-        raise ValueError(f"{store.path}/{name} cannot be read ({error.strerror or error})") from None
+        return f"{store.path}/{name} cannot be read ({error.strerror or error})"
 
 
-def supersede(folder: str, step: int, agreement: Agreement | None = None) -> None:
+def supersede(folder: str, step: int, agreement: Agreement | None = None, path: str = "") -> None:
     """Renames the checkpoints in FOLDER that are newer than `step`, from which a run goes on: they are damaged, or belong to a course that
-    was given up, and would be taken for the newest. Every rank calls it."""
+    was given up, and would be taken for the newest. So does one of that step that is not
+    the one at PATH. Every rank calls it."""
     agreement = agreement or Agreement()
     fault = None
     if agreement.rank == 0:
         store = store_of(folder)
         try:
             for name in complete(store):
-                if step_of(name) > step:
+                if step_of(name) > step or (step_of(name) == step and path and not is_in(folder, path)):
                     log.warning("keeping %s/%s as %s%s: the run goes on from step %d", folder, name, name, SUPERSEDED, step)
                     store.rename(name, _free_name(store, name + SUPERSEDED))
         except OSError as error:
@@ -126,31 +130,43 @@ def supersede(folder: str, step: int, agreement: Agreement | None = None) -> Non
         raise ValueError(fault)
 
 
+def is_in(folder: str, path: str) -> bool:
+    """Whether the checkpoint PATH is one of FOLDER, under the name that its step gives it."""
+    parent, _, name = path.rpartition("/")
+    if not STEP.fullmatch(name):
+        return False
+    return os.path.realpath(parent) == os.path.realpath(folder) if is_local(folder) else parent == folder.rstrip("/")
+
+
 def _free_name(store: Store, name: str) -> str:
     names = set(store.names())
     return next(new for new in (name, *(f"{name}.{number}" for number in range(2, 10**6))) if new not in names)
 
 
-def outdated(store: Store, config: CheckpointConfig) -> list[str]:
-    """Names of the checkpoints that the configuration does not keep. Only those count as kept that look sound (their manifest is, and their
-    files have their sizes), and only such are named: what is damaged is left for a person to look at."""
-    figures: dict[str, float | None] = {}
+def outdated(store: Store, config: CheckpointConfig, written: str) -> list[str]:
+    """Names of the checkpoints that the configuration does not keep, now that `written` is there. Only those count as kept that look sound
+    (their manifest is, and their files have their sizes), and only such are named: what is damaged is left for a person to look at."""
+    figures: dict[str, Any] = {}
     for name in complete(store):
         try:
-            opened = open_in(store, name)
+            opened = _opened(store, name)
             if opened.has_its_sizes():
-                figures[name] = opened.info.get("figures", {}).get(config.best)
+                figures[name] = (opened.info.get("figures") or {}).get(config.best)
         except ValueError:
             continue
+    if written not in figures:
+        return []  # somebody has been at it, and the others are needed
     names = list(figures)
-    kept = set(names[-config.keep :])
+    kept = {written, *names[-config.keep :], best_of(figures, config.best)}
     kept |= {name for name in names if config.keep_every and step_of(name) % config.keep_every == 0}
-    judged = {name: value for name, value in figures.items() if isinstance(value, int | float)}
-    if judged:
-        is_lower_better = config.best.rpartition("/")[2] in LOWER_IS_BETTER
-        # Of equal ones the oldest, which no later one then pushes out.
-        kept.add(min(judged, key=lambda name: (judged[name] if is_lower_better else -judged[name], step_of(name))))
     return [name for name in names if name not in kept]
+
+
+def best_of(figures: dict[str, Any], figure: str) -> str | None:
+    """The checkpoint that has the best of these values of a figure; of equal ones the oldest, which no later one then pushes out."""
+    judged = {name: value for name, value in figures.items() if isinstance(value, int | float) and -math.inf < value < math.inf}
+    sign = 1 if figure.rpartition("/")[2] in LOWER_IS_BETTER else -1
+    return min(judged, key=lambda name: (sign * judged[name], step_of(name)), default=None)
 
 
 def is_local(folder: str) -> bool:

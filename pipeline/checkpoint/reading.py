@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import checksum
 from pipeline.checkpoint.data_file import BLOCK, CHUNK, DTYPES, Entry, bytes_of
-from pipeline.checkpoint.manifest import DamagedError, Manifest, decode
-from pipeline.checkpoint.stores import MANIFEST, Store, store_of
+from pipeline.checkpoint.manifest import DamagedError, Manifest, decode, names_in
+from pipeline.checkpoint.stores import MANIFEST, Store, UnreachableError, store_of
 
 IDENTITIES = "identities.json"  # a list of the names, by row of the prototypes; a few bytes beside each row's kilobytes
-MOST_MANIFEST = 1 << 32  # bytes
+MOST_MANIFEST = 1 << 26  # bytes: enough for the checksums of 4 terabytes
 
 
 class Checkpoint:
@@ -36,12 +35,12 @@ class Checkpoint:
         try:
             size = self.store.size(self.name, MANIFEST)
             if size > MOST_MANIFEST:
-                raise DamagedError(f"{file} cannot be read: it has {size} bytes")
+                raise DamagedError(f"it has {size} bytes")
             content = bytearray(size)
             self.store.read_into(self.name, MANIFEST, 0, memoryview(content))
             return decode(bytes(content))
         except (OSError, EOFError) as error:
-            raise DamagedError(f"{file} cannot be read ({_reason(error)})") from None
+            raise unreadable(file, error) from None
         except DamagedError as error:
             raise DamagedError(f"{file} cannot be used: {error}") from None
         except ValueError as error:
@@ -120,53 +119,65 @@ class Checkpoint:
         try:
             self.store.read_into(self.name, file, block * BLOCK, out)
         except (OSError, EOFError) as error:
-            raise DamagedError(f"{self.path}/{file} cannot be read ({_reason(error)})") from None
+            raise unreadable(f"{self.path}/{file}", error) from None
         sums = self.manifest.files[file].checksums
         for number, first in enumerate(range(0, len(out), BLOCK), start=block):
             if checksum.of(out[first : first + BLOCK]) != sums[number]:
                 raise DamagedError(f"the contents of {self.path}/{file} have changed since it was written")
 
+    def contents(self, file: str) -> Iterator[memoryview]:
+        """All bytes of a file, checked; each piece overwrites the one before it."""
+        size = self.manifest.files[file].bytes
+        buffer = memoryview(bytearray(min(CHUNK, size)))
+        for first in range(0, size, CHUNK):
+            piece = buffer[: size - first]
+            self._read_blocks(file, first // BLOCK, piece)
+            yield piece
+
     def identities(self) -> list[str] | None:
         """Names of the classes, by row of the prototypes; None if it has none."""
         if IDENTITIES not in self.manifest.files:
             return None
+        self._check_size(IDENTITIES)
         content = bytearray(self.manifest.files[IDENTITIES].bytes)
         self._read(IDENTITIES, 0, memoryview(content))
-        return json.loads(bytes(content))
+        return names_in(bytes(content), f"{self.path}/{IDENTITIES}", self.info.get("num_classes"))
 
     def has_its_sizes(self) -> bool:
         """Whether all its files are there and as long as they should be: a first look, which reads none of them."""
-        return self._wrong_size() is None
+        return _raised(self._check_sizes) is None
 
     def fault(self, agreement: Agreement) -> str | None:
-        """What is wrong with it, or None: sizes of all files first, then each rank reads its share of the blocks. Every rank calls it."""
-        fault = agreement.of_first(self._wrong_size())
+        """What is wrong with it, or None: sizes of all files first, then each rank reads its share of the blocks. Every rank calls it.
+        ValueError where its store gives no answer."""
+        fault = agreement.of_first(_raised(self._check_sizes) if agreement.rank == 0 else None)
         if fault is None:
-            rank, ranks = agreement.rank, agreement.ranks
-            fault = next(filter(None, agreement.gather(self._wrong_block(rank, ranks))), None)
-        return fault
+            faults = agreement.gather(_raised(lambda: self._check_blocks(agreement.rank, agreement.ranks)))
+            fault = next(filter(None, faults), None)
+        if fault is not None and not isinstance(fault, DamagedError):
+            raise fault
+        return None if fault is None else str(fault)
 
-    def _wrong_size(self) -> str | None:
-        for file, known in self.manifest.files.items():
-            try:
-                size = self.store.size(self.name, file)
-            except OSError as error:
-                return f"{file} is missing" if isinstance(error, FileNotFoundError) else f"{file} cannot be read ({_reason(error)})"
-            if size != known.bytes:
-                return f"{file} has {size} bytes instead of {known.bytes}"
-        return None
+    def _check_sizes(self) -> None:
+        for file in self.manifest.files:
+            self._check_size(file)
 
-    def _wrong_block(self, rank: int, ranks: int) -> str | None:
-        buffer = memoryview(bytearray(CHUNK))
+    def _check_size(self, file: str) -> None:
+        try:
+            size = self.store.size(self.name, file)
+        except FileNotFoundError:
+            raise DamagedError(f"{file} is missing") from None
+        except OSError as error:
+            raise unreadable(file, error) from None
+        if size != self.manifest.files[file].bytes:
+            raise DamagedError(f"{file} has {size} bytes instead of {self.manifest.files[file].bytes}")
+
+    def _check_blocks(self, rank: int, ranks: int) -> None:
+        buffer = memoryview(bytearray(min(CHUNK, max((known.bytes for known in self.manifest.files.values()), default=0))))
         run = CHUNK // BLOCK
         pieces = [(file, block) for file, known in self.manifest.files.items() for block in range(0, len(known.checksums), run)]
         for file, block in pieces[rank * len(pieces) // ranks : (rank + 1) * len(pieces) // ranks]:
-            count = min(CHUNK, self.manifest.files[file].bytes - block * BLOCK)
-            try:
-                self._read_blocks(file, block, buffer[:count])
-            except DamagedError as error:
-                return str(error)
-        return None
+            self._read_blocks(file, block, buffer[: min(CHUNK, self.manifest.files[file].bytes - block * BLOCK)])
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -183,5 +194,15 @@ def open_in(store: Store, name: str) -> Checkpoint:
     return Checkpoint(store, name)
 
 
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def unreadable(file: str, error: OSError | EOFError) -> ValueError:
+    """DamagedError, unless the store gave no answer, which is no reason to go back to an older checkpoint."""
+    words = f"{file} cannot be read ({getattr(error, 'strerror', None) or str(error) or type(error).__name__})"
+    return ValueError(words) if isinstance(error, UnreachableError) else DamagedError(words)
+
+
+def _raised(check: Callable[[], None]) -> ValueError | None:
+    try:
+        check()
+    except ValueError as error:
+        return error
+    return None

@@ -44,7 +44,7 @@ class _Flight:
         def catch() -> None:
             try:
                 self.result = work()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self.result = OSError(_words(error))  # as any rank can send it
             except (NotFiniteError, OwnerError) as error:
                 self.result = error
@@ -69,9 +69,9 @@ class _Flight:
 class Saver:
     """Writes the checkpoints of a run, one at a time. Every rank has one and calls its methods in the same order.
 
-    check_owner  called by rank 0 before each commit; raises OwnerError if another run has taken the folder over
+    check_owner  called by rank 0 before it begins and commits; raises OwnerError if another run has taken the folder over
     trouble      why the last save failed, until one succeeds; None otherwise
-    committed    the step of the newest checkpoint that this has written
+    committed    the step of the run's newest checkpoint, where this has written it, or has been told
     stall        seconds that training has waited for saves"""
 
     def __init__(
@@ -92,17 +92,21 @@ class Saver:
 
     def start(self, step: int, state: dict[str, Part], info: dict[str, Any], identities: Sequence[str] | None = None) -> None:
         """Begins to save FOLDER/step-N. Returns when the tensors of `state` may change; if saves are not asynchronous, when all is done.
-        Waits for an earlier save that is still on its way.
+        Waits for an earlier save that is still on its way. Nothing happens if this step is saved already.
 
         state: by name, this rank's parts; names of replicated ones are the same on every rank
         info: what the manifest says beside them
         identities: names of the classes"""
         self.finish()
+        if self.committed == step:
+            return
         began = time.perf_counter()
         flight = _Flight(step, {"step": step, **info})
         fault = self.agreement.of_first(self._begin(flight))
+        if isinstance(fault, OwnerError):
+            raise fault
         if fault is not None:
-            self._fail(flight, fault)
+            self._fail(flight, _words(fault))
             return
         parts = self._mine(state)
         if self.config.asynchronous:
@@ -113,13 +117,16 @@ class Saver:
         if not self.config.asynchronous:
             self.finish()
 
-    def _begin(self, flight: _Flight) -> str | None:
+    def _begin(self, flight: _Flight) -> OwnerError | OSError | None:
         if self.agreement.rank != 0:
             return None
         try:
+            self.check_owner()  # what another run has begun would be removed as left over
             self.store.begin(flight.name)
+        except OwnerError as error:
+            return error
         except OSError as error:
-            return _words(error)
+            return OSError(_words(error))
         return None
 
     def _mine(self, state: dict[str, Part]) -> dict[str, Part]:
@@ -175,9 +182,9 @@ class Saver:
         self.check_owner()
         self.store.commit(flight.name)
         try:
-            for name in folder.outdated(self.store, self.config):
+            for name in folder.outdated(self.store, self.config, flight.name):
                 self.store.remove(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             log.warning("an old checkpoint in %s cannot be removed (%s)", self.path, _words(error))
 
     def _end(self, flight: _Flight, fault: Exception | None) -> None:
@@ -218,8 +225,8 @@ def save(path: str, step: int, state: dict[str, Part], info: dict[str, Any], kee
     return f"{path}/{NAME.format(step)}"
 
 
-def _words(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 __all__ = ["NotFiniteError", "OwnerError", "Saver", "save"]

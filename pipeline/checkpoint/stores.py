@@ -3,7 +3,9 @@ manifest. Both know folders of files by name, and nothing of what is in them."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,15 +15,23 @@ from dali_loaders.extras import extra
 
 MANIFEST = "protoshard.json"  # written last
 PARTIAL = ".partial"
-REPLACED = ".replaced"
+REMOVED = ".removed"  # being removed
+LEFT_OVER = re.compile(r"step-\d+\.(partial|removed)")  # nothing else is cleared away
+STEP = re.compile(r"step-\d{1,18}")  # the names of checkpoints
+
+
+class UnreachableError(OSError):
+    """A store that gives no answer, or a wrong one: which says nothing about what lies in it."""
 
 
 class Sink(Protocol):
-    """A file being written. On return of `close` it is on the disk, or in the store."""
+    """A file being written. On return of `close` it is on the disk, or in the store; after `discard` it is of no use."""
 
     def write(self, data: memoryview) -> None: ...
 
     def close(self) -> None: ...
+
+    def discard(self) -> None: ...
 
 
 class Store(Protocol):
@@ -31,6 +41,10 @@ class Store(Protocol):
 
     def names(self) -> list[str]:
         """Of the folders in it that are complete, in no order; none where it does not exist."""
+        ...
+
+    def unfinished(self) -> list[str]:
+        """Of the folders of saves that are under way or were broken off, and of removals, in no order."""
         ...
 
     def exists(self, name: str, file: str) -> bool: ...
@@ -44,7 +58,13 @@ class Store(Protocol):
         ...
 
     def begin(self, name: str) -> None:
-        """Makes room for a new checkpoint and removes what is left of saves that were broken off. One rank calls it, before the others."""
+        """Makes room for a new checkpoint and removes what is left of saves that were broken off. One rank calls it, before the others.
+        FileExistsError if there is anything of that name: nothing is ever written over."""
+        ...
+
+    def begin_beside(self, name: str) -> None:
+        """Makes room for a new checkpoint where a run may be saving others, and removes nothing. FileExistsError if one of that name is
+        there, or has begun."""
         ...
 
     def create(self, name: str, file: str) -> Sink:
@@ -52,7 +72,7 @@ class Store(Protocol):
         ...
 
     def commit(self, name: str) -> None:
-        """After the manifest: from now on the checkpoint is complete, also after a power loss. What had its name before is gone."""
+        """After the manifest: from now on the checkpoint is complete, also after a power loss."""
         ...
 
     def abandon(self, name: str) -> None:
@@ -66,19 +86,27 @@ class Store(Protocol):
 
 def store_of(path: str) -> Store:
     """ValueError for an address that fsspec, or the package it needs, cannot open."""
+    path = re.sub(r"^(file|local)://", "", path)
     return RemoteStore(path) if "://" in path else LocalStore(path)
 
 
 class LocalStore:
     def __init__(self, path: str) -> None:
         self.path = path
+        self.is_rooted = False  # whether the folders around it are on the disk
 
     def _at(self, *parts: str) -> str:
         return os.path.join(self.path, *parts)
 
     def names(self) -> list[str]:
         try:
-            return [name for name in os.listdir(self.path) if not name.endswith((PARTIAL, REPLACED))]
+            return [name for name in os.listdir(self.path) if not name.endswith((PARTIAL, REMOVED))]
+        except FileNotFoundError:
+            return []
+
+    def unfinished(self) -> list[str]:
+        try:
+            return list(filter(LEFT_OVER.fullmatch, os.listdir(self.path)))
         except FileNotFoundError:
             return []
 
@@ -100,36 +128,44 @@ class LocalStore:
         _open_regular(self._at(name, file), read)
 
     def begin(self, name: str) -> None:
-        os.makedirs(self.path, exist_ok=True)
-        for left in os.listdir(self.path):
-            if left.endswith((PARTIAL, REPLACED)):
-                shutil.rmtree(self._at(left))
-        os.mkdir(self._at(name + PARTIAL))
+        self._make_room(name)
+        for left in self.unfinished():
+            with suppress(OSError):  # in the way only if it has the new one's name, which mkdir then says
+                _delete(self._at(left))
+        os.mkdir(self._at(name + PARTIAL), mode=0o755)
+
+    def begin_beside(self, name: str) -> None:
+        self._make_room(name)
+        os.mkdir(self._at(name + PARTIAL), mode=0o755)
+
+    def _make_room(self, name: str) -> None:
+        os.makedirs(self.path, mode=0o755, exist_ok=True)
+        if not self.is_rooted:  # of a new run's folder no trace may be on the disk yet
+            _sync_parents(self.path)
+            self.is_rooted = True
+        if os.path.lexists(self._at(name)):
+            raise FileExistsError(errno.EEXIST, f"there is a {name} already")
 
     def create(self, name: str, file: str) -> Sink:
         return _LocalSink(self._at(name + PARTIAL, file))
 
     def commit(self, name: str) -> None:
         _sync_folder(self._at(name + PARTIAL))
-        if os.path.lexists(self._at(name)):  # one that was found damaged; never without one of the two
-            os.rename(self._at(name), self._at(name + REPLACED))
-        os.rename(self._at(name + PARTIAL), self._at(name))
+        os.rename(self._at(name + PARTIAL), self._at(name))  # fails if a folder of that name has come up that is not empty
         _sync_folder(self.path)
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._at(name + REPLACED))
 
     def abandon(self, name: str) -> None:
-        shutil.rmtree(self._at(name + PARTIAL), ignore_errors=True)
+        with suppress(OSError):
+            _delete(self._at(name + PARTIAL))
 
     def rename(self, name: str, new: str) -> None:
-        shutil.rmtree(self._at(new), ignore_errors=True)
         os.rename(self._at(name), self._at(new))
         _sync_folder(self.path)
 
     def remove(self, name: str) -> None:
         """First by its name, so that one that is half removed is never taken for a checkpoint."""
-        os.rename(self._at(name), self._at(name + REPLACED))
-        shutil.rmtree(self._at(name + REPLACED))
+        os.rename(self._at(name), self._at(name + REMOVED))
+        _delete(self._at(name + REMOVED))
 
 
 class _LocalSink:
@@ -145,6 +181,17 @@ class _LocalSink:
             os.fsync(self.descriptor)
         finally:
             os.close(self.descriptor)
+
+    def discard(self) -> None:
+        os.close(self.descriptor)
+
+
+def _delete(path: str) -> None:
+    """A folder with all that is in it; of a symbolic link the link alone."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
 
 
 def _open_regular(path: str, use: Any) -> Any:
@@ -164,49 +211,71 @@ def _is_regular(descriptor: int) -> bool:
 
 def _sync_folder(path: str) -> None:
     """A rename is on the disk once the folder around it is."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems of which folders cannot be synced
+            raise
     finally:
         os.close(descriptor)
 
 
+def _sync_parents(path: str) -> None:
+    """The folders around PATH, as far as they may be opened."""
+    folder = os.path.realpath(path)
+    while folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        with suppress(OSError):
+            _sync_folder(folder)
+
+
 class RemoteStore:
     """Stores have no renames that are atomic, so a checkpoint is complete once its manifest is there. Files are sent as they are written.
-    Whatever a library raises becomes an OSError."""
+    Whatever a library raises becomes an UnreachableError, but for what says that a file is not there: a store that gives no answer is
+    never taken for one that has lost what was in it."""
 
     def __init__(self, path: str) -> None:
         with extra("train"):
             from fsspec.core import url_to_fs
 
-        self.path = path.rstrip("/")
+        self.path = path if path.endswith("://") else path.rstrip("/")
         try:
             self.system, self.root = url_to_fs(self.path, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # ImportError names the package; others come from a library that connects at once
             raise ValueError(f"{path} cannot be opened ({error})") from None
 
     def _at(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
     def names(self) -> list[str]:
-        with _as_os_error(self.path):
-            try:
-                folders = self.system.ls(self.root, detail=False)
-            except FileNotFoundError:
-                return []
-            names = [folder.rstrip("/").rpartition("/")[2] for folder in folders]
-            return [name for name in names if self.system.exists(self._at(name, MANIFEST))]
+        return [name for name in self._folders() if self.exists(name, MANIFEST)]
+
+    def unfinished(self) -> list[str]:
+        return [name for name in filter(STEP.fullmatch, self._folders()) if not self.exists(name, MANIFEST)]
+
+    def _folders(self) -> list[str]:
+        try:
+            with _as_os_error(self.path):
+                entries = self.system.ls(self.root, detail=True)
+                return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+        except FileNotFoundError:
+            return []
 
     def exists(self, name: str, file: str) -> bool:
-        with _as_os_error(self.path):
-            return self.system.exists(self._at(name, file))
+        try:
+            with _as_os_error(self.path):
+                self.system.info(self._at(name, file))  # its `exists` answers no where there was no answer
+        except FileNotFoundError:
+            return False
+        return True
 
     def size(self, name: str, file: str) -> int:
         with _as_os_error(self.path):
             entry = self.system.info(self._at(name, file))
-            if entry["type"] != "file":
-                raise IsADirectoryError(f"{file} is not a file")
-            return entry["size"]
+        if entry["type"] != "file":
+            raise IsADirectoryError(f"{file} is not a file")
+        return entry["size"]
 
     def read_into(self, name: str, file: str, offset: int, out: memoryview) -> None:
         with _as_os_error(self.path):
@@ -218,13 +287,20 @@ class RemoteStore:
     def begin(self, name: str) -> None:
         with _as_os_error(self.path):
             self.system.makedirs(self.root, exist_ok=True)
-            try:
-                folders = [folder.rstrip("/").rpartition("/")[2] for folder in self.system.ls(self.root, detail=False)]
-            except FileNotFoundError:
-                folders = []
-            for left in folders:
-                if left == name or (left.startswith("step-") and not self.system.exists(self._at(left, MANIFEST))):
+        for left in filter(STEP.fullmatch, self._folders()):
+            if self.exists(left, MANIFEST):
+                if left == name:
+                    raise FileExistsError(errno.EEXIST, f"there is a {name} already")
+            else:
+                try:
                     self.remove(left)
+                except OSError:
+                    if left == name:
+                        raise
+
+    def begin_beside(self, name: str) -> None:
+        if name in self._folders():
+            raise FileExistsError(errno.EEXIST, f"there is a {name} already")
 
     def create(self, name: str, file: str) -> Sink:
         with _as_os_error(self.path):
@@ -243,9 +319,10 @@ class RemoteStore:
             self.system.mv(self._at(name), self._at(new), recursive=True)
 
     def remove(self, name: str) -> None:
-        with _as_os_error(self.path):
-            if self.system.exists(self._at(name, MANIFEST)):  # first, so that one that is half removed is never taken for a checkpoint
+        if self.exists(name, MANIFEST):  # first, so that one that is half removed is never taken for a checkpoint
+            with _as_os_error(self.path):
                 self.system.rm_file(self._at(name, MANIFEST))
+        with _as_os_error(self.path), suppress(FileNotFoundError):
             self.system.rm(self._at(name), recursive=True)
 
 
@@ -261,12 +338,17 @@ class _RemoteSink:
         with _as_os_error(self.path):
             self.file.close()
 
+    def discard(self) -> None:
+        with suppress(Exception):
+            self.file.close()
+
 
 @contextmanager
 def _as_os_error(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError):
         raise
     except Exception as error:  # of any library behind fsspec
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreachableError(f"{path}: {reason}") from error

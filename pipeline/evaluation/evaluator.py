@@ -84,7 +84,8 @@ class Evaluator:
         first = self.first.setdefault(name, {f"step {step}": report})
         figure = self.figures.roc_figure({**first, f"step {step}": report}, name)
         monitor.figure(step, f"{name}/roc", figure)
-        self.figures.save_png(figure, os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png"))
+        path = os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png")
+        monitor.try_to("the ROC figure", lambda: self.figures.write_png(figure, path))
 
 
 def _try(field: str, path: str, data: DataConfig) -> list[str]:

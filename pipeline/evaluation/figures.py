@@ -3,7 +3,9 @@ global state is touched."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +80,25 @@ def identities_figure(counts_C: np.ndarray, title: str) -> Figure:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Writes the figure at 200 dots per inch, making the folder. Raises ValueError when the path cannot be written."""
+    """What `write_png` does. Raises ValueError when the path cannot be written."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=200)
+        write_png(figure, path)
     except OSError as error:
         raise ValueError(f"{path}: the figure cannot be written ({error.strerror}); choose a path that can.") from error
+
+
+def write_png(figure: Figure, path: str | Path) -> None:
+    """Writes the figure at 200 dots per inch, making the folder. Raises OSError, and leaves no half of it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=200)
+    try:
+        Path(path).write_bytes(picture.getvalue())
+    except OSError:
+        with suppress(OSError):
+            if Path(path).is_file():
+                Path(path).unlink()
+        raise
 
 
 def _canvas(title: str) -> tuple[Figure, Axes]:

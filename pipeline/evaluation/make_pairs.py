@@ -13,6 +13,7 @@ from dali_loaders.packing.alignment import SIDE
 from dali_loaders.packing.images import Images
 from dali_loaders.packing.landmarks import read_landmarks, relative_names
 from dali_loaders.packing.reading import in_order, worker_count
+from dali_loaders.regular import read_regular
 from dali_loaders.sources import Source
 from pipeline.evaluation.bin_pairs import write_bin
 from pipeline.evaluation.pair_lists import balanced, find_images, read_list
@@ -100,8 +101,7 @@ class _Files:
         return len(self.files)
 
     def read(self, index: int) -> bytes:
-        with open(self.files[index], "rb") as file:
-            return file.read()
+        return read_regular(self.files[index])
 
     def name(self, index: int) -> str:
         return self.files[index]

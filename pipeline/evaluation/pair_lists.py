@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dali_loaders.names import printable
+from dali_loaders.regular import open_regular
 
 IMAGE_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")  # aligned copies of LFW have other ones than the originals
 _EXPECTED = "expected LFW's lines (name i j, or name i name j) or CALFW's and CPLFW's (image label, two lines a pair)"
@@ -27,7 +28,7 @@ class PairList:
 def read_list(path: str) -> PairList:
     """ValueError, with the line, for what is in neither form, and where a list does not hold as many pairs as its first line says."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=open_regular) as file:
             lines = [(number, line.split()) for number, line in enumerate(file, start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list of pairs ({getattr(error, 'strerror', None) or error}); {_EXPECTED}.") from error

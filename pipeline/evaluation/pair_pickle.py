@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from dali_loaders.regular import open_regular
+from dali_loaders.waiting import waiting
 from pipeline.plain_pickle import Refused, load
 
 PLAIN_DTYPES = ("b1", "i1", "u1", "i4", "i8")
@@ -18,7 +20,7 @@ EXPECTED = "a pickle of (list of encoded images, list of booleans) as InsightFac
 def load_pairs(path: str) -> tuple[list[bytes], list[bool]]:
     """Encoded images and pair labels of a `.bin` file. Raises ValueError when it is missing or holds anything else."""
     try:
-        with open(path, "rb") as file:
+        with waiting(f"the pair set {path} to be read"), open(path, "rb", opener=open_regular) as file:
             content = load(file, path, _TYPES, EXPECTED)
     except OSError as error:
         raise ValueError(f"{path}: the pair set cannot be opened ({error.strerror}); expected {EXPECTED}.") from error

@@ -15,7 +15,8 @@ class Console:
 
     def __init__(self, stream: TextIO, total_steps: int, first_step: int = 0, every: int = 50) -> None:
         self._stream = stream
-        self._terminal = stream.isatty()
+        self._terminal = not stream.closed and stream.isatty()
+        self._lost = 0  # lines that could not be written
         self._total = total_steps
         self._every = every
         self._next_step = first_step
@@ -64,5 +65,12 @@ class Console:
         return [f"{hours}h{minutes:02d}m left" if hours else f"{minutes}m{seconds % 60:02d}s left"]
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        """A terminal that was closed, a pipe without a reader or a log on a full disk does not end a run."""
+        try:
+            if self._lost:
+                self._stream.write(f"{self._lost} lines may be missing here, which could not be written\n")
+            self._stream.write(text)
+            self._stream.flush()
+            self._lost = 0
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self._lost += 1

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from dali_loaders import background, waiting
 from dali_loaders.background import Background
 
 
@@ -42,6 +43,67 @@ def test_exceptions_reach_the_consumer():
         next(items)
     with pytest.raises(StopIteration):
         next(items)
+
+
+@pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt(), GeneratorExit()])
+def test_whatever_else_ends_the_thread_is_an_error(end):
+    """Raised as it is, SystemExit would end a training as if it were done."""
+
+    def failing():
+        yield 1
+        raise end
+
+    items = Background(failing(), 2)
+    assert next(items) == 1
+    with pytest.raises(RuntimeError, match=rf"loading data was ended by {type(end).__name__}"):
+        next(items)
+
+
+def test_errors_of_python_itself_reach_the_consumer():
+    def failing():
+        yield 1
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(Background(failing(), 2))
+
+
+def test_a_thread_that_ends_without_a_word(monkeypatch):
+    monkeypatch.setattr(background, "_produce", lambda *_: None)
+    monkeypatch.setattr(background, "_LOOK", 0.05)
+    with pytest.raises(RuntimeError, match="the thread that loads data has ended without a word"):
+        next(Background(iter_of([1]), 2))
+
+
+def test_a_long_wait_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "FIRST", 0.2)
+    monkeypatch.setattr(waiting, "_watched_in", 0)  # a watching thread with that time
+    work = iter(["reading 1.jpg", "reading 2.jpg"])
+
+    def slow():
+        time.sleep(0.7)
+        yield 1
+
+    assert next(Background(slow(), 2, work=lambda: next(work))) == 1
+    assert [record.message for record in caplog.records] == [f"waiting 0 s for data: reading {number}.jpg" for number in (1, 2)]
+
+
+def test_work_that_hangs_is_left_behind(monkeypatch):
+    monkeypatch.setattr(background, "_GRACE", 0.2)
+    end = threading.Event()
+
+    def hanging():
+        end.wait(20)
+        yield 1
+
+    items = Background(hanging(), 2, work=lambda: "hanging")
+    assert items.doing() == "hanging"
+    begun = time.monotonic()
+    items.close()
+    assert time.monotonic() - begun < 5
+    with pytest.raises(StopIteration):
+        next(items)
+    end.set()
 
 
 def test_an_exception_at_the_end_reaches_the_consumer():

@@ -150,5 +150,5 @@ def test_pipes_are_refused_and_not_waited_for(shards, tmp_path, name):
         (tmp_path / pipe).unlink(missing_ok=True)
         os.mkfifo(tmp_path / pipe)
     path = name if name.endswith((".tar", ".parquet")) else "s.rec"
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is a named pipe, not a file"):
         open_source(f"{tmp_path}/{path}")

@@ -248,7 +248,7 @@ def test_a_full_disk(cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(fetching.os, "pwrite", full)
+        patched.setattr(fetching.os, "write", full)
         with pytest.raises(ValueError, match=r"the cache folder .* cannot be written: No space left on device; choose another data\.cache"):
             fetch("flaky://bucket/a.tar", cache)
     assert left(cache) == []

@@ -86,3 +86,16 @@ def test_one_percent_is_admitted():
     with pytest.raises(ValueError, match="101 unreadable images"):
         skipped.stop_above(101, 500)
     skipped.stop_above(500, 50_000)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/skipped.txt", "device", "pipe"])
+def test_a_list_that_cannot_be_written_ends_no_run(tmp_path, caplog, place):
+    """A full disk, say: the log has the name too."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "device").symlink_to("/dev/full")
+    os.mkfifo(tmp_path / "pipe")
+    skipped = Skipped(Named("abc"), str(tmp_path / place))
+    skipped.add(1, "cut off")
+    assert skipped.names == ["b"] and 1 in skipped
+    assert "skipping unreadable image b: cut off" in caplog.text and f"{tmp_path / place} cannot be written (" in caplog.text

@@ -236,7 +236,7 @@ def test_a_tar_that_changes_while_it_is_read(tmp_path):
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "set.tar")
-    with pytest.raises(ValueError, match=r"set\.tar is no regular file"):
+    with pytest.raises(ValueError, match=r"set\.tar: is a named pipe, not a file"):
         TarSource(str(tmp_path / "set.tar"))
 
 

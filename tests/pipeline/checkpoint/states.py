@@ -40,8 +40,9 @@ def fragment(rank, size, whole):
     return checkpoint.Part(whole[ends[rank] : ends[rank + 1]].clone(), (len(whole),), ends[rank])
 
 
-def state(step=1, rows=ROWS):
-    rank, size = place()
+def state(step=1, rows=ROWS, of=None):
+    """of: (rank, ranks), else as the process group says."""
+    rank, size = of or place()
     shard = ClassShard.of_rank(rows, rank, size)
     mine = matrix(rows)[shard.first : shard.first + shard.rows].clone()
     parts = {name: checkpoint.whole(tensor) for name, tensor in shared(step).items()}
@@ -73,13 +74,18 @@ def load(folder, rows=ROWS, step=1):
     return True
 
 
-def edit_manifest(path, change):
-    """change(values) alters what a manifest says, of which the checksum is then right again."""
+def edit_manifest(path, change, texts=None):
+    """change(values) alters what a manifest says, of which the checksum is then right again.
+
+    texts: what is written, by the string that stands for it, where that cannot be a value"""
     name = os.path.join(path, checkpoint.MANIFEST)
     with open(name) as file:
         values = json.load(file)
     change(values)
     del values["checksum"]
-    rest = json.dumps(values, indent=1).removeprefix("{\n").encode()
+    text = json.dumps(values, indent=1).removeprefix("{\n")
+    for word, instead in (texts or {}).items():
+        text = text.replace(f'"{word}"', instead)
+    rest = text.encode()
     with open(name, "wb") as file:
         file.write(b'{"checksum": "' + checksum.of(rest).encode() + b'",\n' + rest)

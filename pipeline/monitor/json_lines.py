@@ -1,0 +1,90 @@
+"""metrics.jsonl: one JSON object per line, in the order of steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.monitor.appending import Appending
+
+BLOCK = 1 << 16  # bytes
+
+
+class JsonLines:
+    """Appends {"step", "time" (seconds since 1970), name: value, ...} lines to `path`.
+
+    `begin` first drops lines of step `first_step` or later, and a last line that a killed run left half-written. NaN and infinities, which
+    JSON does not know, become null. OSError where a line is not written; the next one is tried anew.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        self._path, self._first_step = path, first_step
+        self._has_begun = False
+        self._file = Appending(path)
+
+    def begin(self) -> None:
+        if self._path.is_file():
+            _drop_from(self._path, self._first_step)
+        self._file.append(b"")
+        self._has_begun = True
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._has_begun:
+            self.begin()
+        record: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
+        record.update((name, float(value) if math.isfinite(value) else None) for name, value in values.items())
+        self._file.append(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def last_step(path: Path) -> float:
+    """The step of the last line; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return next((_step(line) for _, line in _backwards(file)), 0)
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Cuts the file behind its last whole line of an earlier step. That needs no room on the disk, and reads what is dropped only."""
+    if not path.stat().st_size:
+        return
+    with path.open("r+b") as file:
+        end = next((end for end, line in _backwards(file) if _step(line) < first_step), 0) if first_step > 0 else 0
+        file.truncate(end)
+
+
+def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The whole lines, from the last one on, each after the place where it ends. What follows the last line feed is none."""
+    start = file.seek(0, os.SEEK_END)
+    block = b""  # the file from `start` on
+    stop = 0  # in the block: behind the line feed of the line to come, once there is one
+    while True:
+        feed = block.rfind(b"\n", 0, max(0, stop - 1)) if stop else block.rfind(b"\n")
+        if feed < 0 and start > 0:
+            size = min(BLOCK, start)
+            start -= size
+            file.seek(start)
+            block, stop = file.read(size) + (block[:stop] if stop else block), stop + size if stop else 0
+            continue
+        if stop:
+            yield start + stop, block[feed + 1 : stop]
+        stop = feed + 1
+        if not stop:
+            return
+
+
+def _step(line: bytes) -> float:
+    """The step a line reports; infinity, so that it is dropped, where the line is not whole."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int | float) else math.inf
