@@ -21,7 +21,8 @@ from partial_fc.shards import ClassShard
 from pipeline import checkpoint
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import CheckpointConfig, Part, Saver
-from pipeline.distributed import join, run_local
+from pipeline.distributed import join
+from pipeline.local_ranks import run_local
 from pipeline.measuring import peak_memory
 
 STEP = 1

@@ -1,11 +1,14 @@
-"""A Ray job from submission to exit code: its log is followed, and it is stopped when the launcher is."""
+"""A Ray job from submission to exit code: its log is followed. When the launcher is interrupted, the run is asked to save and stop."""
 
 import asyncio
 import logging
 import secrets
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -16,6 +19,24 @@ CONNECT_SECONDS = 5
 SUBMIT_SECONDS = 60
 STOP_SECONDS = 15
 POLL_SECONDS = 1.0
+ASK_SECONDS = 60  # for a small job that writes a file
+OF_JOB = "PROTOSHARD_JOB"  # the variable in which a job finds its name
+
+
+@dataclass
+class Ending:
+    """How a job is asked to stop: by a file that rank 0 looks for at the end of each step."""
+
+    folder: str  # where relative paths start, on the cluster
+    file: str  # FOLDER/stop of the run
+    patience: float  # seconds
+
+
+@dataclass
+class Log:
+    """What of a job's log was printed."""
+
+    printed: int = 0  # characters
 
 
 def connect(address: str, patience: float = 0.0) -> JobSubmissionClient:
@@ -55,14 +76,18 @@ def reach(address: str) -> None:
         raise ValueError(f"No Ray cluster answers at {address} ({reason}); check the address, or leave it out to start one.") from None
 
 
-def run(client: JobSubmissionClient, entrypoint: str, env_vars: dict[str, str], check: Callable[[], None]) -> int:
+def run(client: JobSubmissionClient, entrypoint: str, env_vars: dict[str, str], check: Callable[[], None], ending: Ending) -> int:
     """Submits the command, prints its log until it ends and returns its exit code. `check` is called all along and may raise.
 
-    Whatever ends this call early (Ctrl-C, an error) stops the job."""
-    job_id = f"protoshard-{secrets.token_hex(4)}"
+    A first interruption asks the run to stop, which it does with exit code 75. Whatever ends this call early (a second one, an error) stops
+    the job."""
+    job_id, log = f"protoshard-{secrets.token_hex(4)}", Log()
     try:
-        submit(client, job_id, entrypoint, env_vars)
-        details = asyncio.run(follow(client, job_id, check))
+        submit(client, job_id, entrypoint, env_vars | {OF_JOB: job_id})
+        try:
+            details = asyncio.run(follow(client, job_id, check, log))
+        except KeyboardInterrupt as interruption:
+            details = end(client, job_id, check, log, ending, interruption)
     except BaseException:
         stop(client, job_id)
         raise
@@ -71,6 +96,33 @@ def run(client: JobSubmissionClient, entrypoint: str, env_vars: dict[str, str], 
     if details.driver_exit_code is None:  # it never ran, or lost its node
         print(f"Ray job {job_id} ended as {details.status}: {details.message}", flush=True)
     return details.driver_exit_code or 1
+
+
+def end(
+    client: JobSubmissionClient, job_id: str, check: Callable[[], None], log: Log, ending: Ending, interruption: BaseException
+) -> JobDetails:
+    """Follows a job that is asked to stop to its end. Raises `interruption` where it cannot be asked, or does not end in time."""
+    print("multinode.sh: asking the run to save and stop; a second signal ends it at once", file=sys.stderr, flush=True)
+    if not ask(client, job_id, ending):
+        raise interruption
+    try:
+        return asyncio.run(asyncio.wait_for(follow(client, job_id, check, log), ending.patience))
+    except TimeoutError:
+        raise interruption from None
+
+
+def ask(client: JobSubmissionClient, job_id: str, ending: Ending) -> bool:
+    """Writes the stop file, by a job, because the cluster sees the run's folder and this machine may not. False if that fails, as where the
+    run has not begun."""
+    command = f"cd {shlex.quote(ending.folder)} && echo {job_id} > {shlex.quote(ending.file)}"
+    deadline = time.monotonic() + ASK_SECONDS
+    try:
+        asking = client.submit_job(entrypoint=command)
+        while not (status := client.get_job_status(asking)).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    except (RuntimeError, OSError):
+        return False
+    return status == JobStatus.SUCCEEDED
 
 
 def submit(client: JobSubmissionClient, job_id: str, entrypoint: str, env_vars: dict[str, str]) -> None:
@@ -87,8 +139,8 @@ def submit(client: JobSubmissionClient, job_id: str, entrypoint: str, env_vars: 
         time.sleep(POLL_SECONDS)
 
 
-async def follow(client: JobSubmissionClient, job_id: str, check: Callable[[], None]) -> JobDetails:
-    printing = asyncio.create_task(print_log(client, job_id))
+async def follow(client: JobSubmissionClient, job_id: str, check: Callable[[], None], log: Log) -> JobDetails:
+    printing = asyncio.create_task(print_log(client, job_id, log))
     while True:
         details = await asyncio.to_thread(client.get_job_info, job_id)
         if details.status.is_terminal():
@@ -98,16 +150,15 @@ async def follow(client: JobSubmissionClient, job_id: str, check: Callable[[], N
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def print_log(client: JobSubmissionClient, job_id: str) -> None:
+async def print_log(client: JobSubmissionClient, job_id: str, log: Log) -> None:
     """Prints the log until the job ends. After a lost connection the server sends it again from the start; what was printed is skipped."""
-    printed = 0
     while True:
         received = 0
         try:
             async for text in client.tail_job_logs(job_id):
-                fresh = text[max(0, printed - received) :]
+                fresh = text[max(0, log.printed - received) :]
                 received += len(text)
-                printed = max(printed, received)
+                log.printed = max(log.printed, received)
                 print(fresh, end="", flush=True)
             return
         except (RuntimeError, aiohttp.ClientError):

@@ -2,17 +2,23 @@
 
 import argparse
 import importlib.util
+import math
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from dali_loaders.extras import missing
 from launch.hosts import Host, read_hosts
+from pipeline import stopping
 from pipeline.commands import Overrides
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig  # not here: importing it takes seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
@@ -33,22 +39,23 @@ JOB_SERVER_SECONDS = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: that of the job, 2 for bad input, 130 or 143 when interrupted."""
+    """The exit code: that of the job, which is 75 for one that saved and stopped on request; 2 for bad input; 130 or 143 if interrupted
+    otherwise."""
     options = parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+    for number in stopping.SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
+            signal.signal(number, Leaving())
     try:
-        check(options)
-        return launch(options)
+        return launch(options, check(options))
     except ValueError as error:
         print(f"multinode.sh: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"multinode.sh: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except Interrupted as interruption:
         print("multinode.sh: interrupted", file=sys.stderr)
-        return 130
+        return 128 + interruption.number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
-    """ValueError for what can be known to be wrong before anything is started."""
+def check(options: argparse.Namespace) -> "TrainConfig":
+    """The resolved recipe. ValueError for what can be known to be wrong before anything is started."""
     if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
         raise missing("ray", "train")
     if "start.weights=" in options.overrides:
@@ -89,14 +96,15 @@ def check(options: argparse.Namespace) -> None:
     chosen_variables(options.env)
     from pipeline.resolve import resolve
 
-    resolve(options.recipe, options.overrides)
+    return resolve(options.recipe, options.overrides)
 
 
-def launch(options: argparse.Namespace) -> int:
+def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
+    where = options.remote_dir or os.getcwd(), os.path.join(config.run.folder, stopping.FILE), 60 * config.run.timeout
     if options.address is not None:
         from launch import job
 
-        return job.run(job.connect(options.address), entrypoint(options), passed_on(options), check=lambda: None)
+        return job.run(job.connect(options.address), entrypoint(options), passed_on(options), lambda: None, job.Ending(*where))
     hosts = read_hosts(options.hosts) if options.hosts else [Host("localhost", "localhost", None, True)]
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
@@ -107,7 +115,7 @@ def launch(options: argparse.Namespace) -> int:
         from launch import job
 
         client = job.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
-        return job.run(client, entrypoint(options), passed_on(options), check=running.check)
+        return job.run(client, entrypoint(options), passed_on(options), running.check, job.Ending(*where))
 
 
 def entrypoint(options: argparse.Namespace) -> str:
@@ -166,8 +174,23 @@ def chosen_variables(settings: Sequence[str]) -> dict[str, str]:
     return variables
 
 
-def leave(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
+class Interrupted(KeyboardInterrupt):
+    """By a signal. A KeyboardInterrupt, because event loops pass no other on at once."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Leaving:
+    """A signal handler, which takes a signal that comes twice at once for one."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def __call__(self, number: int, frame: object) -> None:
+        before, self.last = self.last, time.monotonic()
+        if self.last - before > stopping.AGAIN:
+            raise Interrupted(number)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from launch.ray_worker import BadInputError, OnFailure, ProcessGroup, checkpoints, run_rank
+from launch.job import OF_JOB
+from launch.ray_worker import STOPPED, BadInputError, OnFailure, ProcessGroup, checkpoints, run_rank
+from pipeline import stopping
 
 NODE_WAITS = 10  # minutes that a start or restart waits for processors before the job gives up
 DEFAULT_RANKS_ON_CPU = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code of the job: 0 done, 1 failed, 2 bad input (one sentence, never retried)."""
+    """Exit code of the job: 0 done, 1 failed, 2 bad input (one sentence, never retried), 75 stopped on request, after a save."""
     options = parser().parse_args(arguments)
     try:
         figures = fit(options)
@@ -34,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingFailedError as error:
         print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
         return 1
+    if STOPPED in figures:
+        print(f"multinode.sh: {figures[STOPPED]}", flush=True)
+        return stopping.STOPPED
     print("finished" + "".join(f", {name} {value:.4g}" for name, value in figures.items()), flush=True)
     return 0
 
@@ -49,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fit(options: argparse.Namespace) -> dict[str, float]:
+def fit(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the recipe to its end and returns the last evaluation's figures."""
     if not os.path.isdir(options.folder):
         raise BadInputError(f"Folder {options.folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
@@ -58,6 +63,7 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
 
     try:
         config = resolve(options.recipe, options.overrides)
+        remove_stop_file(config.run.folder)
     except ValueError as error:
         raise BadInputError(str(error)) from None
     ray.init(logging_level=logging.WARNING)
@@ -93,6 +99,16 @@ def fit(options: argparse.Namespace) -> dict[str, float]:
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     return result.return_value or {}
+
+
+def remove_stop_file(folder: str) -> None:
+    """One from before this job, whose restarts must not remove one that asks this job."""
+    try:
+        with open(os.path.join(folder, stopping.FILE), encoding="utf-8", errors="replace") as file:
+            asks_this = file.read(100).strip() == os.environ.get(OF_JOB)
+    except OSError:
+        asks_this = False
+    stopping.Stop().watch(folder, rank=0, keep=asks_this)
 
 
 def storage_folder(run_folder: str) -> str:

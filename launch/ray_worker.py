@@ -13,6 +13,8 @@ from ray.train.v2.api.callback import UserCallback
 
 from launch.ray_node import MEETING_FOLDER
 
+STOPPED = "stopped"
+
 
 class BadInputError(RuntimeError):
     """A sentence for the user: bad input, the same on every attempt."""
@@ -60,23 +62,26 @@ def why_no_gpu() -> str | None:
     return sentence if fault else None
 
 
-def run_rank(settings: dict[str, Any]) -> dict[str, float]:
+def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
     """The train loop of one Ray worker; a restart runs it again, on all ranks.
 
     Settings: recipe and overrides (resolved here, because a loss that a recipe file defines cannot be sent), resume, folder (where
-    relative paths start), earlier (`checkpoints` when the job began)."""
+    relative paths start), earlier (`checkpoints` when the job began). Returns the last evaluation's figures, or {STOPPED: a sentence}."""
     folder = settings["folder"]
     if not os.path.isdir(folder):
         raise BadInputError(f"Folder {folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
     os.chdir(folder)
     from pipeline.distributed import describe
     from pipeline.resolve import resolve
+    from pipeline.stopping import Stopped
     from pipeline.train import train
 
     try:
         config = resolve(settings["recipe"], settings["overrides"])
         resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
-        return train(config, resume=resume)
+        return train(config, resume=resume, keep_stop=True)  # which the driver has removed, if it was there before
+    except Stopped as stopped:
+        return {STOPPED: str(stopped)}  # an exception would be a failure, after which Ray starts the ranks again
     except ValueError as error:
         sentence = describe(error)  # here, because the traceback, which tells whose error it is, does not pass through Ray
         if sentence is None:

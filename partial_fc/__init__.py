@@ -7,7 +7,7 @@ from partial_fc.classifier import PartialFC
 from partial_fc.columns import Columns, of_bank, of_classes, of_sampled, of_samples
 from partial_fc.config import ClassifierConfig
 from partial_fc.growing import copy_prototypes, grow, merge_identities
-from partial_fc.loop import GradScaler, clip_grad_norm_, keep_out_of_ddp
+from partial_fc.loop import GradScaler, clip_grad_norm_, found_non_finite, keep_out_of_ddp
 from partial_fc.maps import Map
 from partial_fc.optimizers import RowAdamW, RowSGD
 from partial_fc.pairs import pair_statistics
@@ -16,8 +16,8 @@ from partial_fc.statistics import LogSumExp, SoftplusSum, TopK
 
 __all__ = [
     "ClassifierConfig", "Columns", "GradScaler", "LogSumExp", "Map", "PartialFC", "RowAdamW", "RowSGD", "SoftplusSum", "Statistics", "TopK",
-    "clip_grad_norm_", "copy_prototypes", "grow", "keep_out_of_ddp", "losses", "merge_identities", "of_bank", "of_classes", "of_sampled",
-    "of_samples", "pair_statistics", "similarity_statistics",
+    "clip_grad_norm_", "copy_prototypes", "found_non_finite", "grow", "keep_out_of_ddp", "losses", "merge_identities", "of_bank",
+    "of_classes", "of_sampled", "of_samples", "pair_statistics", "similarity_statistics",
 ]  # fmt: skip
 
 try:

@@ -1,10 +1,16 @@
 """Checks of the classifier's input. Shapes are checked at once; values are checked on the device, from the gathered batch, so that every
 rank finds the same, and the host reads the result when the optimizer is about to use the step."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from partial_fc.device_policy import policy_of
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity, found on every rank alike."""
 
 
 def check_shapes(features_bD: Tensor, labels_b: Tensor, width: int) -> None:
@@ -72,6 +78,25 @@ class RanksCheck:
                 "uneven_batches=True, or leave out the last, incomplete batch (drop_last)"
             ), None
         return None, None
+
+
+class LossCheck:
+    """Check that a loss, equal on every rank, is a finite number: finite features may still overflow on the way to it."""
+
+    def __init__(self, loss: Tensor, step: int) -> None:
+        self.step = step
+        self.found = ToHost(loss.detach().reshape(1))
+        self.is_ready = self.found.is_ready
+
+    def faults(self) -> tuple[str | None, str | None]:
+        """(None, what is wrong). Waits for the device."""
+        (loss,) = self.found.read()
+        if math.isfinite(loss):
+            return None, None
+        return None, (
+            f"the loss of step {self.step} is {loss}, though its features are finite: lower the learning rate, or leave such steps out "
+            "with non_finite=skip"
+        )
 
 
 class BatchCheck:

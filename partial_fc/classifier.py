@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from partial_fc import bank, collectives, place, sampling
 from partial_fc.bank import Bank
-from partial_fc.batch_check import BatchCheck, RanksCheck, check_labels, check_shapes
+from partial_fc.batch_check import BatchCheck, LossCheck, NonFiniteError, RanksCheck, check_labels, check_shapes
 from partial_fc.buffer_pool import BufferPool
 from partial_fc.collectives import Group, SharedGroup
 from partial_fc.columns import Columns, of_classes, of_sampled
@@ -82,7 +82,8 @@ class PartialFC(nn.Module):
         self.shard = ClassShard.of_rank(num_classes, *self.made)
         for name in options.keys() - ClassifierConfig.__dataclass_fields__.keys():
             raise TypeError(f"PartialFC has no option {name!r}: {hint_at(name, ClassifierConfig.__dataclass_fields__)}")
-        self.config = ClassifierConfig(sample_rate=sample_rate, **options)
+        # Somebody's own loop may not ask `is_finite` before it moves the backbone, as the trainer does.
+        self.config = ClassifierConfig(sample_rate=sample_rate, **{"non_finite": "raise", **options})
         device = torch.get_default_device() if device is None else device
         self.width, self.seed, self.uneven_batches = width, seed, uneven_batches
         self.loss = loss = build(loss) if isinstance(loss, str) else loss
@@ -195,30 +196,42 @@ class PartialFC(nn.Module):
 
     def is_finite(self) -> bool:
         """Whether optimizers, including that of the backbone, may use this step; the same on every rank. Waits until the device has checked
-        the step's input, which it does before the first product: call it after `backward`, which keeps the device busy meanwhile. Raises
-        ValueError for a label that is not a class and, with non_finite="raise", for NaN or infinity in features; with "skip" these make the
-        step False. A step is bad if one of its micro-batches is bad. On CPU `forward` already raises."""
+        the step's features and its loss: call it after `backward`, which keeps the device busy meanwhile. Raises ValueError for a label
+        that is not a class and, with non_finite="raise", for NaN or infinity in features or loss; with "skip" these make the step False. A
+        step is bad if one of its micro-batches is bad. On CPU `forward` already raises."""
         checks, self.current.checks = self.current.checks, []
         for check in checks:
-            if not self._judge(check) and self.current.is_finite:
-                self.current.is_finite = False
-                self.skipped_steps += 1
+            if not self._judge(check):
+                self.leave_out()
         return self.current.is_finite
 
-    def _judge(self, check: BatchCheck | RanksCheck) -> bool:
+    def leave_out(self) -> None:
+        """Makes this step a bad one (`is_finite`), on every rank. ValueError if in_backward=True has used the gradient already."""
+        if self.current.is_finite:
+            self.current.is_finite = False
+            self.skipped_steps += 1
+        if self.companion is not None and self.companion.has_moved:
+            raise ValueError(
+                f"step {self.current.first} is to be left out, but in_backward=True has moved prototypes by it: go back to a "
+                "checkpoint, and set in_backward=False if it happens again"
+            )
+
+    def _judge(self, check: BatchCheck | LossCheck | RanksCheck) -> bool:
         labels, features = check.faults()
         if labels or (features and self.config.non_finite == "raise"):
             self.current.is_finite = False  # if the caller goes on
-            raise ValueError(labels or features)
+            raise ValueError(labels) if labels else NonFiniteError(features)
         return not features
 
-    def _check(self, features_BD: Tensor, labels_B: Tensor, counts: list[int]) -> None:
-        check = BatchCheck(features_BD, labels_B, self.shard.num_classes, counts, self.current.number, self.current.labels_B)
+    def _check(self, kind: type[BatchCheck] | type[LossCheck], *of: Any) -> None:
+        if kind is LossCheck and not torch.is_grad_enabled():
+            return
+        check = kind(*of)
         if not torch.is_grad_enabled():
             self._judge(check)  # no optimizer will
             return
         self.current.checks.append(check)
-        if check.is_ready or len(self.current.checks) >= MOST_CHECKS:
+        if check.is_ready or len(self.current.checks) >= 2 * MOST_CHECKS:  # of features and loss
             self.is_finite()
 
     def _check_shard(self) -> None:
@@ -271,8 +284,11 @@ class PartialFC(nn.Module):
         end in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         features_BD, labels_B, counts = self._gather(features_bD, labels_b, gather_dtype)
-        self._check(features_BD, labels_B, counts)
-        return self.loss(self.global_batch(features_BD, labels_B))
+        number = self.current.number
+        self._check(BatchCheck, features_BD, labels_B, self.shard.num_classes, counts, number, self.current.labels_B)
+        loss = self.loss(self.global_batch(features_BD, labels_B))
+        self._check(LossCheck, loss, number)
+        return loss
 
     def _gather(self, features_bD: Tensor, labels_b: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, list[int]]:
         """(features of all ranks, their labels, rows of each rank); features travel as `dtype`."""

@@ -21,7 +21,7 @@ class ClassifierConfig:
     substitution_rate: Probability = 0.0  # of replacing the prototype of a class by one of its features: see substitution.py
     substitution_source: Literal["batch", "bank"] = "batch"  # of features: the gathered batch, with gradient, or the last ones
     substitution_staleness: Steps = 200  # steps after which a feature of the bank is no longer used; VPL's
-    non_finite: Literal["raise", "skip"] = "raise"  # a step with NaN or infinity in its features ends the run or is left out
+    non_finite: Literal["raise", "skip"] = "skip"  # a step with NaN or infinity in features or loss is left out, or ends the run
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:

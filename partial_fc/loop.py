@@ -62,6 +62,20 @@ def clip_grad_norm_(backbone: nn.Module | Iterable[Tensor], classifier: PartialF
     return norm
 
 
+@torch.no_grad()
+def found_non_finite(gradients: Iterable[Tensor], classifier: PartialFC) -> Tensor:
+    """1.0 on every rank if one of these gradients, or one of the classifier's, is NaN or infinite on any rank, else 0.0: a float32 number
+    on the device, as fused optimizers of torch take it (`found_inf`). A norm may stand for the gradients it is of. 1 all-reduce of a
+    number."""
+    device = classifier.prototypes.device
+    own = [parameter.grad for parameter in classifier.learned.values() if parameter.grad is not None]
+    sizes = [_square([gradient], classifier.prototypes) for gradient in [*gradients, classifier.gradient_values(), *own]]
+    found = torch.stack(sizes).isfinite().all().logical_not().to(device, torch.float32)
+    if collectives.world_size(classifier.group) > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=classifier.group)
+    return found
+
+
 def _square(gradients: list[Tensor], like: Tensor) -> Tensor:
     """The square of their joint norm, in float32 or wider, on the device of `like`."""
     wide = torch.promote_types(like.dtype, torch.float32)
@@ -94,6 +108,10 @@ class GradScaler(torch.amp.GradScaler):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return {found.device: found}
 
+    def unscale_gradients_(self, gradients: Iterable[Tensor]) -> None:
+        """`unscale_` of gradients that an engine keeps for itself, such as DeepSpeed's, of which each rank may have another part."""
+        self.unscale_(_Holder(gradients))  # type: ignore[arg-type]
+
     def step(self, optimizer: torch.optim.Optimizer, *arguments: Any, **options: Any) -> float | None:
         if not self.is_enabled():
             return super().step(optimizer, *arguments, **options)
@@ -104,3 +122,14 @@ class GradScaler(torch.amp.GradScaler):
                 found.copy_(together)
         optimizer.is_judged_on_all_ranks = True  # type: ignore[attr-defined]
         return super().step(optimizer, *arguments, **options)
+
+
+class _Holder:
+    """What a GradScaler looks at in an optimizer."""
+
+    def __init__(self, gradients: Iterable[Tensor]) -> None:
+        parameters = []
+        for gradient in gradients:
+            parameters.append(gradient.detach())
+            parameters[-1].grad = gradient
+        self.param_groups = [{"params": parameters}]

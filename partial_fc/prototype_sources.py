@@ -48,6 +48,11 @@ class Consumer(Protocol):
 class Companion(Protocol):
     """The optimizer of a classifier's rows, which learns from the classifier what happens to them."""
 
+    @property
+    def has_moved(self) -> bool:
+        """Backward has moved rows, and the step has not ended yet."""
+        ...
+
     def before_use(self, rows_K: Tensor) -> None:
         """The rows of a new sample are about to be read."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from partial_fc.batch_check import BatchCheck, RanksCheck
+from partial_fc.batch_check import BatchCheck, LossCheck, RanksCheck
 from partial_fc.sampling import ClassSample
 
 MOST_CHECKS = 64  # kept unread if no optimizer asks for them, and batches kept for the bank
@@ -20,7 +20,7 @@ class Step:
     draws: int = 0  # samples so far; an optimizer allows only one
     is_begun: bool = False  # by `begin_step`: all micro-batches see one sample
     labels_B: Tensor | None = None  # what `begin_step` was given, of all ranks
-    checks: list[BatchCheck | RanksCheck] = field(default_factory=list)  # not read yet
+    checks: list[BatchCheck | LossCheck | RanksCheck] = field(default_factory=list)  # not read yet
     is_finite: bool = True  # according to the checks read so far
     brought: deque[tuple[Tensor, Tensor, int]] = field(default_factory=lambda: deque(maxlen=MOST_CHECKS))  # features, labels and number
 

@@ -6,12 +6,11 @@ import argparse
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import checkpoint_commands, data_commands, endings
+from pipeline import checkpoint_commands, data_commands, endings, stopping
 from pipeline.commands import Overrides, command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -38,8 +37,7 @@ def _run(arguments: list[str] | None) -> int:
             import_module("benchmarks.commands").add(commands)
         parser.parse_args(arguments, options)
         logging.basicConfig(format="%(message)s")
-        # Whoever stops a training counts on the checkpoints, and its ranks must not outlive it: the signal ends it at once.
-        with nullcontext() if options.command is _train else endings.unwinding_on_signals():
+        with stopping.heeded() if options.command is _train else endings.unwinding_on_signals():
             code = options.command(options) or 0
             endings.flush_output()
         return code
@@ -57,18 +55,23 @@ def _run(arguments: list[str] | None) -> int:
     except endings.Terminated as end:
         print(f"protoshard: terminated{options.when_broken_off}", file=sys.stderr)
         return end.code
+    except stopping.Stopped as stopped:
+        return stopping.end(stopped)
+    except endings.Lost as lost:
+        print(f"protoshard: {lost}{options.when_broken_off}", file=sys.stderr)
+        return endings.LOST
     finally:
         endings.flush_output()  # also after --help
 
 
 def _train(options: argparse.Namespace) -> None:
-    from pipeline.distributed import run_local
+    from pipeline.local_ranks import run_local
     from pipeline.resolve import resolve
     from pipeline.summary import summary
     from pipeline.train import train_recipe
 
     config = resolve(options.recipe, options.set)
-    run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume)
+    run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
         try:
             print(summary(config.run.folder), flush=True)
@@ -78,8 +81,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from pipeline.distributed import run_local
     from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
+    from pipeline.local_ranks import run_local
 
     settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
@@ -207,7 +210,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
     plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
     plan.add_argument("--engine", default="ddp", choices=("ddp", "deepspeed"), help="of the backbone (ddp)")
-    plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2), help="of deepspeed (1)")
+    plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2, 3), help="of deepspeed (1)")
+    plan.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the backbone's products (auto: bfloat16 where the hardware has it)",
+    )
     plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in a few seconds, or a preset (here)")
     plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

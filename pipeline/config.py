@@ -41,11 +41,14 @@ class RunConfig:
     epochs: float = 20.0
     ema: float = 0.0  # decay of a running average of the backbone's weights, evaluated beside them, such as 0.9999; 0: none
     margin_warmup: float = 0.0  # share of the run over which the loss's margins (fields ending so) grow from 0; helps small sets
+    most_skipped: int = 100  # steps in a row that are left out because something in them is not finite, before the run stops
+    spike: float = 0.0  # a loss above this many times the mean of the last 100 rolls back to the newest checkpoint, such as 3; 0: never
+    deterministic: bool = False  # the same command gives the same bits, also across interruptions; slower on GPUs
     log_every: int = 20  # steps between lines of metrics
     timeout: float = 60.0  # minutes that ranks wait for each other, at the start for the slowest storage, before the run fails
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("accumulation", 1), ("log_every", 1), ("seed", 0)):
+        for name, least in (("batch", 1), ("accumulation", 1), ("most_skipped", 1), ("log_every", 1), ("seed", 0)):
             if not least <= getattr(self, name) < 1 << 31:
                 raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least {least} and below 2**31")
         if self.batch % self.accumulation:
@@ -54,6 +57,8 @@ class RunConfig:
             raise ValueError(f"run.epochs is {self.epochs}, but must be positive and below 1e9")
         if not 0 < self.timeout < 1e6:
             raise ValueError(f"run.timeout is {self.timeout} minutes, but must be positive and below 1e6")
+        if self.spike != 0 and not 1 < self.spike < 1e9:
+            raise ValueError(f"run.spike is {self.spike}, but must be above 1 and below 1e9, or 0 to roll back never")
         if not 0 <= self.ema < 1:
             raise ValueError(f"run.ema is {self.ema}, but must be at least 0, which is none, and below 1")
         if not 0 <= self.margin_warmup <= 1:

@@ -1,27 +1,23 @@
-"""Where a process stands in the job: its rank, device and process group; and N local processes with one command."""
+"""Where a process stands in the job: its rank, device and process group."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
-import signal
-import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
 
 log = logging.getLogger(__name__)
-STORE = "PROTOSHARD_STORE"  # the variable in which run_local tells its processes where they meet
+STORE = "PROTOSHARD_STORE"  # the variable in which run_local (local_ranks.py) tells its processes where they meet
+NCCL_MINUTES = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,8 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
 
     device   "cuda": NCCL with one GPU per local rank, or a ValueError that says why not. "cpu": gloo, with an equal share of the cores per
              rank. "auto": GPUs if all local ranks can have one, else the CPU, with a warning where the machine has an NVIDIA GPU
-    minutes  that a collective of a new group may take before it fails"""
+    minutes  that a collective of a new group may take before it fails; with NCCL, which ends the process itself, some more, so that a rank
+             which waits that long can say for whom (watch.py)"""
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if dist.is_initialized():
         on_gpu = "nccl" in dist.get_backend()
@@ -69,6 +66,7 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
             where |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
         # With its device, NCCL connects here and not at the first collective, and a barrier need not guess.
         where["device_id"] = mine if on_gpu else None
+        minutes += NCCL_MINUTES if on_gpu else 0
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes), **where)
     return Place(dist.get_rank(), dist.get_world_size(), mine)
 
@@ -146,63 +144,3 @@ def describe(error: ValueError) -> str | None:
     if module.split(".")[0] not in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__"):
         return None
     return "\n".join(printable(without_secrets(line)) for line in str(error).splitlines())  # it may quote a stranger's file
-
-
-def run_local(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls `function(*arguments)`, which joins the others, in `ranks` new processes on this machine (1: in this one) and waits for them.
-
-    Bad input in any of them is raised here as ValueError with its sentence. Any other failure ends the others and this process.
-    """
-    if ranks < 1:
-        raise ValueError(f"--ranks is {ranks}, but at least 1 process is needed")
-    if ranks == 1:
-        function(*arguments)
-        return
-    with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
-        sentences = mp.get_context("spawn").SimpleQueue()
-        processes = mp.spawn(_local_rank, (ranks, f"file://{folder}/store", sentences, function, arguments), nprocs=ranks, join=False)
-        try:
-            while not processes.join():
-                pass
-        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            # A rank that only lost its peer may be noticed before the one that gives the reason.
-            if not sentences.empty():
-                raise ValueError(sentences.get()) from None
-            if isinstance(error, mp.ProcessRaisedException):
-                raise
-            if error.signal_name:
-                print(
-                    f"protoshard: rank {error.error_index} was ended by {error.signal_name} (out of memory?); the same command continues "
-                    "from the newest checkpoint",
-                    file=sys.stderr,
-                )
-            sys.exit(error.exit_code if error.exit_code > 0 else 1)
-        finally:  # an interruption of this process alone does not reach the ranks
-            for process in processes.processes:
-                process.terminate()
-            for process in processes.processes:
-                process.join()
-
-
-def _local_rank(rank: int, ranks: int, store: str, sentences: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # Ranks should end with the command itself. torch asks for SIGINT here, which a process started in the background ignores.
-    mp._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    number, count = str(rank), str(ranks)
-    os.environ.update({"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count, STORE: store})
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else has a part in this
-    logging.basicConfig(format="%(message)s")
-    try:
-        function(*arguments)
-    except ValueError as error:
-        sentence = describe(error)
-        if sentence is None:
-            raise
-        sentences.put(sentence)
-        os._exit(2)  # not through destroy_process_group: other ranks may wait in a collective, and the parent ends them
-    except KeyboardInterrupt:
-        os._exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads may outlive the group, and abort a process whose interpreter ends around them

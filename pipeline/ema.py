@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import Part, Saved, whole
-from pipeline.engine.module_state import average_buffers
+from pipeline.checkpoint import Part, Saved
+from pipeline.engine.module_state import averaged_buffers, load_module, module_parts
+
+OF_RANKS = "ema_buffers_of_ranks"
 
 
 class Ema:
@@ -40,13 +42,18 @@ class Ema:
 
     @contextmanager
     def in_place_of(self, weights: nn.Module) -> Iterator[None]:
-        """Within it the module computes with the averages; afterwards it has its own weights again, to the bit."""
-        self._exchange(weights)
+        """Within it the module computes with the averages; afterwards it has its own weights again, to the bit. Communicates 1
+        all-reduce."""
+        with self._exchanged(weights), averaged_buffers(weights):
+            yield
+
+    @contextmanager
+    def _exchanged(self, module: nn.Module) -> Iterator[None]:
+        self._exchange(module)
         try:
-            average_buffers(weights)
             yield
         finally:
-            self._exchange(weights)
+            self._exchange(module)
 
     @torch.no_grad()
     def _exchange(self, module: nn.Module) -> None:
@@ -56,12 +63,10 @@ class Ema:
             average.copy_(weights)
 
     def state(self, module: nn.Module) -> dict[str, Part]:
-        """What a checkpoint holds of it: ema.NAME of every weight and buffer, the same on every rank. Every rank must call it."""
-        with self.in_place_of(module):
-            pass
-        return {f"ema.{name}": whole(average) for name, average in self.averages.items()}
+        """What a checkpoint holds of it: ema.NAME of every weight and buffer, as `Engine.state` gives them, and `ema_buffers_of_ranks`.
+        Every rank must call it."""
+        return module_parts(module, "ema.", OF_RANKS, self.averages)
 
-    def load(self, saved: Saved) -> None:
+    def load(self, module: nn.Module, saved: Saved) -> None:
         """Takes over what `state` gave, on this or another number of ranks."""
-        for name, average in self.averages.items():
-            saved.fill(f"ema.{name}", average)
+        load_module(module, saved, "ema.", OF_RANKS, self.averages)

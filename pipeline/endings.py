@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
+LOST = 76  # the exit code where a rank of a job was lost
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit codes as a shell gives them to what a signal ended
 
 
@@ -22,6 +23,10 @@ class Terminated(BaseException):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+class Lost(BaseException):
+    """A process of a job died. Its text is the sentence for the user."""
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from dali_loaders.remote import connect, is_remote, retried, words
+from pipeline import heartbeat
 
 NAME = re.compile(r"lease-([1-9]\d*)\.json")
 LARGEST = 4096  # bytes that are read of a lease, which has 512
@@ -81,9 +82,11 @@ def files_at(address: str) -> Files:
 
 
 def is_used(folder: str) -> bool:
-    """Whether there is anything in a folder besides its lease and an empty folder for checkpoints."""
+    """Whether there is anything in a folder besides its lease, what ranks are doing, and an empty folder for checkpoints."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
+        if name == heartbeat.FOLDER:
+            continue
         if not NAME.fullmatch(name) and not (name == "checkpoints" and os.path.isdir(path) and not is_used(path)):
             return True
     return False

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,24 +21,31 @@ import torch
 import partial_fc
 from dali_loaders import Source
 from dali_loaders.names import printable
+from dali_loaders.remote import without_secrets
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
 from pipeline.config import TrainConfig, as_dict
+from pipeline.course import Course
 from pipeline.distributed import Place
 from pipeline.ema import Ema
 from pipeline.engine import Engine
+from pipeline.evaluation.evaluator import Evaluator
+from pipeline.evaluation.set_names import AVERAGED
 from pipeline.lease import Lease
 from pipeline.lease_files import is_used
 from pipeline.run_folder import data_paths
 from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
+log = logging.getLogger(__name__)
+
 LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
 FORCED = ("optimizer", "frozen", "images_per_identity")  # entries of `identity` that may change, if asked for
 MOST_CHANGES = 12  # fields that a line names
+TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
 
 
 class Run(Protocol):
@@ -51,11 +59,13 @@ class Run(Protocol):
     classifier: PartialFC
     classifier_optimizer: RowOptimizer
     ema: Ema | None
+    evaluator: Evaluator
     agreement: Agreement
     lease: Lease | None
     saver: Saver
+    course: Course
     steps_per_epoch: float
-    consumed: int
+    consumed: int  # samples
     started_from: dict[str, Any] | None  # `Start.origin`
 
     @property
@@ -88,12 +98,21 @@ def order(run: Run) -> dict[str, Any]:
 
 
 def saver(run: Run) -> Saver:
+    """ValueError for a figure, in checkpoint.best, that no evaluation of this run gives."""
+    best = run.config.checkpoint.best
+    sets = [name + end for name in run.evaluator.names.values() for end in ("", AVERAGED)[: 1 + bool(run.ema)]]
+    if best and not any(best.startswith(tuple(f"{name}/{figure}" for figure in TO_COMPARE)) for name in sets):
+        remedy = f"such as {sets[0]}/eer" if sets else "and there is none: name a set with evaluation.data or evaluation.pairs"
+        raise ValueError(f"checkpoint.best is {best!r}, but must be a figure of one of this run's evaluation sets, {remedy}")
     owner = {} if run.lease is None else {"check_owner": run.lease.check}
     return Saver(run.checkpoints, run.config.checkpoint, run.agreement, **owner)
 
 
 def save(run: Run, figures: dict[str, float] | None = None) -> None:
-    """Begins a checkpoint of this step, with the figures of an evaluation of it. Every rank calls it."""
+    """Begins a checkpoint of this step, with the figures of all sets if `figures` are those of an evaluation of it. Every rank calls it."""
+    best, newest = run.config.checkpoint.best, run.evaluator.newest if figures else {}
+    if newest and best and best not in newest and run.agreement.rank == 0:
+        log.warning("checkpoint.best is %r, which is none of the figures: they are %s", best, ", ".join(newest))
     info = {
         **identity(run),
         **order(run),
@@ -103,18 +122,24 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         "host": platform.node(),
         "owner": run.lease and run.lease.token,
         "skipped_steps": run.classifier.skipped_steps,
-        "figures": figures or {},
+        "figures": newest,
+        "course": run.course.state(),
         "world_size": run.place.world_size,
         "started_from": run.started_from,
         "code": code_version(),
         "config": as_dict(run.config),
     }
+    run.classifier_optimizer.flush()
     run.saver.start(run.step, state(run), info, run.source.identities)
 
 
+def reserve(run: Run) -> None:
+    """Gets the memory that saves will need. Every rank calls it, after a step: then all of the optimizers' state is there."""
+    run.saver.reserve(state(run))
+
+
 def state(run: Run) -> dict[str, Part]:
-    """This rank's parts of all tensors of a checkpoint."""
-    run.classifier_optimizer.flush()
+    """This rank's parts of all tensors of a checkpoint; rows that wait for missed steps (optimizer.unsampled=lazy) as they are."""
     parts = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
     if run.ema:
         parts |= run.ema.state(run.engine.module)
@@ -170,7 +195,8 @@ def _start(run: Run, source: Start) -> list[str]:
     config = run.config
     size = config.data.image_size
     network = f"backbone {config.backbone.name} of width {config.backbone.width} for images of {size} x {size}"
-    weights = source.backbone(run.engine.module, network)
+    with run.engine.for_evaluation() as module:
+        weights = source.backbone(module, network)
     run.engine.load(Held({f"backbone.{name}": tensor for name, tensor in weights.items()}))
     run.started_from = source.origin
     lines = [f"a new run with the {'averaged ' if config.start.ema else ''}backbone weights of {source.path}"]
@@ -183,29 +209,30 @@ def _start(run: Run, source: Start) -> list[str]:
 
 def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     path, info = saved.path, saved.info
-    if "consumed" not in info:
-        raise ValueError(f"checkpoint {path} does not say how far its run had come: begin a new run with its backbone, with --from")
+    if info.get("consumed") is None:
+        raise ValueError(f"checkpoint {path} is not that of a run: begin a new run with its weights, with --from instead of --resume")
     _check_start(run, path, info)
     lines = _check_identity(run, saved)
     lines += _check_order(run, path, info)
     lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
+    run.course.load(info.get("course", {}))
     checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
     if checkpoint.is_in(run.checkpoints, saved.path):
         run.saver.committed = run.step  # and need not be saved again
     return lines + _changed_fields(run, info)
 
 
-def roll_back(run: Run) -> str:
-    """Weights and optimizers as in the newest sound checkpoint, whose path is returned; the run's place in the data stays. Every rank calls
-    it. ValueError where there is none."""
+def roll_back(run: Run) -> str | None:
+    """Weights and optimizers as in the newest sound checkpoint, whose path is returned, or None where there is none; the run's place in the
+    data stays. Every rank calls it."""
     run.saver.finish()
     saved = checkpoint.newest(run.checkpoints, run.agreement)
-    if saved is None:
-        raise ValueError(f"there is no checkpoint in {run.checkpoints} to go back to")
-    _take_over(run, saved)
-    return saved.path
+    if saved is not None:
+        _take_over(run, saved)
+        run.course.roll_back(saved.info.get("course", {}))
+    return None if saved is None else saved.path
 
 
 def _take_over(run: Run, saved: Checkpoint) -> list[str]:
@@ -227,7 +254,7 @@ def _check_identity(run: Run, saved: Checkpoint) -> list[str]:
     changed = {key: ours for key, ours in identity(run).items() if info.get(key) not in (None, ours)}
     if changed.keys() & {"num_classes", "identities"}:
         changed.pop("num_classes" if "num_classes" not in changed or info["num_classes"] == changed["num_classes"] else "identities", None)
-    words = [f"{LABELS.get(key, key)} {info[key]}, but this run has {ours}" for key, ours in changed.items()]
+    words = [f"{LABELS.get(key, key)} {_shown(info[key])}, but this run has {_shown(ours)}" for key, ours in changed.items()]
     if changed.keys() & {"num_classes", "identities"}:
         words += _names_that_differ(run, saved)
     if not changed:
@@ -260,9 +287,15 @@ def _changed_fields(run: Run, info: dict[str, Any]) -> list[str]:
     changed = [name for name in now if name in before and before[name] != now[name] and name not in ("run.folder", "start.weights")]
     if not changed or "batch" not in info:
         return []
-    shown = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed[:MOST_CHANGES])
+    shown = ", ".join(f"{name}={_shown(now[name])} (was {_shown(before[name])})" for name in changed[:MOST_CHANGES])
     more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
     return [f"changed since the checkpoint: {shown}{more}"]
+
+
+def _shown(value: Any) -> str:
+    """A file may come from anyone: no characters that move a terminal's cursor, and no pages."""
+    text = printable(str(value))
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -293,8 +326,8 @@ def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
         if before:
             began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
         raise ValueError(
-            f"--from {start.weights}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its own with --set "
-            "run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
+            f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its "
+            "own with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
         )
 
 
@@ -305,7 +338,7 @@ def _load_ema(run: Run, saved: Saved) -> list[str]:
     run.ema.restart(run.engine.module)
     if not is_saved:
         return ["the checkpoint has no average of the weights: it starts with the weights as they are"]
-    run.ema.load(saved)
+    run.ema.load(run.engine.module, saved)
     return []
 
 

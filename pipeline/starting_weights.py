@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dali_loaders import open_source
 from dali_loaders.identities import checksum
+from dali_loaders.remote import without_secrets
 from partial_fc import PartialFC
 from partial_fc.growing import move_rows
 from partial_fc.shards import ClassShard
@@ -37,7 +38,7 @@ class StartConfig:
 
     def is_that_of(self, origin: dict[str, Any]) -> bool:
         """Whether a run with this `Start.origin` was asked for in the same way, though perhaps from another folder."""
-        is_same_source = self.weights == origin["given"] or os.path.realpath(self.weights) == origin["path"]
+        is_same_source = without_secrets(self.weights) == origin["given"] or os.path.realpath(self.weights) == origin["path"]
         return is_same_source and (self.classifier, self.ema) == (origin["classifier"], origin["ema"])
 
 
@@ -50,7 +51,7 @@ class Start:
     def __init__(self, config: StartConfig) -> None:
         self.config = config
         self.is_file = os.path.isfile(config.weights)
-        if not os.path.exists(config.weights):
+        if not os.path.exists(config.weights) and "://" not in config.weights:
             raise ValueError(f"--from (start.weights): {config.weights} does not exist: give a checkpoint, a run's folder or a weight file")
         if self.is_file and (config.classifier or config.ema):
             name = "classifier" if config.classifier else "ema"
@@ -59,8 +60,8 @@ class Start:
         self.path = config.weights if self.saved is None else self.saved.path
         self.info: dict[str, Any] = {} if self.saved is None else self.saved.info
         self.origin = {
-            "given": config.weights,
-            "path": os.path.realpath(config.weights),
+            "given": without_secrets(config.weights),
+            "path": os.path.realpath(without_secrets(config.weights)),
             "classifier": config.classifier,
             "ema": config.ema,
             "checkpoint": self.path,

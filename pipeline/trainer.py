@@ -1,6 +1,6 @@
 """The training loop: batches -> backbone engine -> classifier -> both optimizers. Checkpoints, metrics and evaluation hang off step
-boundaries. Between two lines of metrics the host waits for the device only to know that features were finite, while backward is under
-way, and with DeepSpeed at the end of each backward pass and three times for the gradient norm."""
+boundaries. Between two lines of metrics the host waits for the device only to know that features and loss were finite, while backward is
+under way, and gradients, while the backbone moves; with DeepSpeed at the end of each backward pass and four times in the step."""
 
 from __future__ import annotations
 
@@ -19,31 +19,40 @@ from torch import Tensor, nn
 from dali_loaders import TrainLoader, open_data
 from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
-from partial_fc import PartialFC, RowAdamW, RowSGD
+from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, checkpoint, classifier_state, run_checkpoints, training_step
+from pipeline import backbones, checkpoint, classifier_state, combinations, determinism, run_checkpoints, training_step
 from pipeline.agreement import Agreement
-from pipeline.checkpoint import NotFiniteError
+from pipeline.checkpoint import NotFiniteError, OwnerError
 from pipeline.config import TrainConfig, as_text
+from pipeline.course import Course
 from pipeline.distributed import Place
 from pipeline.ema import Ema
-from pipeline.engine import average_buffers, build_engine, has_bfloat16
+from pipeline.engine import build_engine, has_bfloat16
 from pipeline.engine.parameters import freeze
+from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.lease import Lease
 from pipeline.monitor import Monitor
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
+from pipeline.stopping import Asked, Stop, Stopped, unsaved
+from pipeline.watch import Watch
 
 
 class Trainer:
     """One rank of a run. `fit` trains from where the run stands to its end; the state of a run is (samples consumed, weights, momentum):
     order, augmentation and dropout are functions of the seed and the sample or step number."""
 
-    def __init__(self, config: TrainConfig, place: Place, resume: str = "auto", lease: Lease | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, place: Place, resume: str = "auto", lease: Lease | None = None, watch: Watch | None = None
+    ) -> None:
         self.config, self.place, self.lease = config, place, lease
+        combinations.check(config)
+        determinism.set_up(config.run.deterministic)
         run = config.run
-        self.agreement = Agreement(run.timeout)
+        self.watch = watch or Watch(run.folder, place, run.timeout, Stop())
+        self.stop, self.agreement = self.watch.stop, Agreement(run.timeout)
         group = config.data.images_per_identity
         if run.batch % (run.accumulation * place.world_size * group):
             groups = f" and data.images_per_identity = {group}" if group > 1 else ""
@@ -53,6 +62,7 @@ class Trainer:
             )
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
+        self.watch.at("opening the data")
         self.source, self.fingerprint = open_on_all_ranks(config.data.train, lambda: open_data(config.data))
         self.steps_per_epoch = build_order(self.source, group, run.seed).epoch_length / run.batch
         least = config.data.min_images
@@ -62,11 +72,12 @@ class Trainer:
         self.num_classes = len(self.source.identities)
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
+        self.watch.at("building the network")
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
         freeze(backbone, config.optimizer.frozen)
         check_something_moves(config.loss, backbone)
-        self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation)
+        self.engine = build_engine(config.engine, config.optimizer, backbone, place, run.accumulation, run.deterministic)
         width, options = config.backbone.width, asdict(config.classifier)
         options |= {"class_counts": torch.from_numpy(counts_C), "seed": run.seed, "device": place.device}
         self.classifier = PartialFC(self.num_classes, width, config.loss, **options)
@@ -79,7 +90,8 @@ class Trainer:
                 f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
                 f"statistics: use at least {2 * run.batch}"
             )
-        self.consumed, self.skipped_in_a_row = 0, 0  # samples, steps
+        self.consumed = 0  # samples
+        self.course = Course(GradScaler(place.device.type, enabled=config.engine.precision == "float16"))
         self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
         self.cosines = torch.zeros(1), torch.zeros(1)  # target and hardest non-target, of the last step that is logged
         self.rate = 0.0  # of the backbone, in the last step
@@ -87,7 +99,10 @@ class Trainer:
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
         self.saver = run_checkpoints.saver(self)
+        self.watch.at("reading a checkpoint")
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
+        self.began_at = self.step
+        self.watch.at("starting", self.step)
         first = self.step + bool(resumed)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=first, every=run.log_every, lease=lease)
         self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
@@ -114,14 +129,10 @@ class Trainer:
             dtype=torch.float16 if place.device.type == "cuda" and config.engine.autocasts(place.device) else torch.float32,
             skipped_path=os.path.join(run.folder, "skipped.txt"),
         )
+        self.watch.begin(self.monitor.say if place.is_first else None, getattr(self.loader, "doing", None))
 
     def _build_classifier_optimizer(self) -> RowOptimizer:
-        optimizer, accumulation = self.config.optimizer, self.config.run.accumulation
-        if optimizer.in_backward and accumulation > 1:
-            raise ValueError(
-                f"optimizer.in_backward moves prototypes in every backward pass, but run.accumulation = {accumulation} takes several for a "
-                "step: choose one of them"
-            )
+        optimizer = self.config.optimizer
         options: dict[str, Any] = {"unsampled": optimizer.unsampled, "in_backward": optimizer.in_backward}
         if optimizer.classifier == "adamw":
             return RowAdamW(self.classifier, self.classifier_lr, weight_decay=optimizer.weight_decay, **options)
@@ -133,12 +144,23 @@ class Trainer:
         return self.consumed // self.config.run.batch
 
     def fit(self) -> dict[str, float]:
-        """Trains to the end of the run and returns the last evaluation's figures."""
+        """Trains to the end of the run and returns the last evaluation's figures. Stopped: it was asked to stop, and has saved."""
+        self.stop.waits = True
+        try:
+            return self._fit()
+        except Asked as request:
+            raise self._stopped(str(request)) from None
+
+    def _fit(self) -> dict[str, float]:
         config = self.config
-        figures = self.evaluate() if self.step == 0 and config.evaluation.at_start else {}
+        self._heed(*self.agreement.highest(self.stop.asked()))
+        figures = self.evaluate() if self._owes_evaluation() else {}
         self._open_window()
         while self.step < self.total_steps:
+            self.watch.at("a training step", self.step)
             self.losses.append(self._train_step())
+            if self.step == self.began_at + 1:
+                run_checkpoints.reserve(self)
             if self.logs(self.step):
                 self._log()
             saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
@@ -157,11 +179,40 @@ class Trainer:
         return figures or self.evaluate()
 
     def _end_step(self) -> None:
-        """What all ranks do together between two steps."""
-        if self.saver.flight is not None:
-            with self._refusing_not_finite():
-                (busy,) = self.agreement.highest(self.saver.is_busy())
-                self.saver.go_on(busy)
+        """What all ranks do together between two steps. Asked, on all of them: to stop. 1 all-reduce of 24 bytes between hosts."""
+        is_lost = self.lease is not None and not self.lease.is_ours()
+        asked, busy, is_lost_anywhere = self.agreement.highest(self.stop.asked(), self.saver.is_busy(), int(is_lost))
+        if is_lost_anywhere:
+            raise OwnerError(f"{self.config.run.folder} was taken over by another run: this one ends, and writes no more")
+        with self._refusing_not_finite():
+            self.saver.go_on(busy)
+        if self.step < self.total_steps:
+            self._heed(asked)
+
+    def _heed(self, asked: int) -> None:
+        """asked: the highest `Stop.asked` of all ranks"""
+        if asked:
+            raise Asked(asked)
+
+    def _stopped(self, request: str) -> Stopped:
+        """Sees to it that there is a checkpoint of the present step."""
+        begun = self.saver.committed if self.saver.flight is None else self.saver.flight.step
+        if self.step > self.began_at and begun != self.step:
+            self.save()
+        self.finish_saving()
+        self.stop.obeyed()
+        if self.step == self.began_at:
+            return Stopped(unsaved(request))
+        path = f"{self.checkpoints}/step-{self.step:08d}"
+        return Stopped(f"stopped by {request} at step {self.step:,}, saved as {path}: the same command continues")
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the evaluation of the present step, of which there is a checkpoint, was broken off."""
+        config = self.config.evaluation
+        if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
+            return self.step == 0 and config.at_start
+        is_due = self._is_due(config.every_epochs * self.steps_per_epoch)
+        return is_due and not self.agreement.of_first(self.evaluator.is_done(self.step, averaged=self.ema is not None))
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
@@ -204,6 +255,7 @@ class Trainer:
             "wait_share": waited / self.place.world_size,
             "skipped_images": skipped,
             "skipped_steps": self.classifier.skipped_steps,
+            **self.course.figures(self.config.run.spike),
             "epoch": self.step / self.steps_per_epoch,
             **classifier_state.figures(self.classifier),
         }
@@ -212,14 +264,20 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Runs the configured evaluations over all ranks, also with averaged weights; returns the figures of the first, or nothing."""
-        module = self.engine.module
-        average_buffers(module)
+        breaks = Breaks(self._breaks_off, lambda: self._heed(*self.agreement.highest(self.stop.asked())))
+        breaks.agree()
+        self.watch.at("evaluation", self.step)
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
-            figures = self.evaluator.run(module, self.step, self.monitor)
+            with self.engine.for_evaluation() as module:
+                figures = self.evaluator.run(module, self.step, self.monitor, breaks=breaks)
             if self.ema:
-                with self.ema.in_place_of(module):
-                    self.evaluator.run(module, self.step, self.monitor, averaged=True)
+                with self.ema.in_place_of(self.engine.module):
+                    self.evaluator.run(self.engine.module, self.step, self.monitor, averaged=True, breaks=breaks)
         return figures
+
+    def _breaks_off(self) -> bool:
+        self.watch.at("evaluation")
+        return bool(self.stop.asked())
 
     @property
     def checkpoints(self) -> str:
@@ -237,16 +295,20 @@ class Trainer:
 
     def save(self, figures: dict[str, float] | None = None) -> None:
         """Begins a checkpoint of this step. Every rank calls it."""
+        self.watch.at("saving", self.step)
         with self._refusing_not_finite():
             run_checkpoints.save(self, figures)
 
     def finish_saving(self) -> None:
         """Waits for the save that is under way. ValueError if the newest state could not be saved."""
+        self.watch.at("saving")
         with self._refusing_not_finite():
             self.saver.finish()
         if self.saver.trouble is not None:
             raise ValueError(f"{self.saver.trouble}: see to it, and run the same command, which goes on from the newest checkpoint")
 
     def close(self) -> None:
+        self.watch.at("closing")
         self.loader.close()
+        self.watch.begin(None, None)
         self.monitor.close()

@@ -85,4 +85,5 @@ def engines(run: Run) -> Iterator[Row]:
 def _engine_step(engine: Engine, images_bCHW: Tensor) -> None:
     features_bD = engine.forward(images_bCHW, True)
     engine.backward(features_bD, torch.full_like(features_bD, 1e-3), True)
-    engine.step(0.01)
+    engine.clip()
+    engine.step(0.01, torch.zeros((), device=images_bCHW.device))

@@ -82,6 +82,11 @@ class RowOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether backward has moved rows, and `step` has not ended that step yet."""
+        return self._is_moving
+
     def _steps(self, parameter: Tensor) -> int:
         return int(self.state[parameter]["step"].numpy())  # it is on the CPU: nothing waits
 

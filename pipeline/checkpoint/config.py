@@ -13,7 +13,7 @@ class CheckpointConfig:
     every_steps: int = 0  # if positive, this instead of every_epochs
     keep: int = 3  # newest ones kept
     keep_every: int = 0  # if positive, those whose step it divides are kept for ever
-    best: str = ""  # a figure of an evaluation, such as evaluation/all_pairs/eer: the checkpoint with the best one is kept too
+    best: str = ""  # a figure of an evaluation as metrics name it, such as test/eer or lfw/accuracy: the best one's checkpoint is kept too
     asynchronous: bool = True  # the step waits for a copy in this rank's memory only; False: until all is written, without that memory
     differences: Literal["refuse", "continue"] = "refuse"  # of optimizer or frozen layers between a checkpoint and this run
 

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+from dali_loaders.remote import without_secrets
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.config import CheckpointConfig
 from pipeline.checkpoint.manifest import DamagedError
@@ -44,11 +45,11 @@ def newest(folder: str, agreement: Agreement | None = None) -> Checkpoint | None
         if not isinstance(found, str):
             return found
         if agreement.rank == 0:
-            log.warning("checkpoint %s/%s cannot be used (%s): looking for the one before it", folder, name, found)
+            log.warning("checkpoint %s/%s cannot be used (%s): looking for the one before it", store.path, name, found)
     if names:
         raise ValueError(
-            f"none of the {len(names)} checkpoints in {folder} can be used: bring back a copy of one, or begin anew with --resume none, "
-            "which keeps them"
+            f"none of the {len(names)} checkpoints in {store.path} can be used: bring back a copy of one, or begin anew with "
+            "--resume none, which keeps them"
         )
     return None
 
@@ -87,20 +88,20 @@ def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
     calls it."""
     agreement = agreement or Agreement()
     parent, _, name = path.rstrip("/").rpartition("/")
-    store = store_of(parent or os.curdir)
+    store, shown = store_of(parent or os.curdir), without_secrets(path)
     is_one = agreement.of_first(_has_manifest(store, name))
     if isinstance(is_one, str):
         raise ValueError(is_one)
     if is_one:
         found = sound(store, name, agreement)
         if isinstance(found, str):
-            raise ValueError(f"checkpoint {path} cannot be used: {found}")
+            raise ValueError(f"checkpoint {shown} cannot be used: {found}")
         return found
     for folder in (path, f"{path.rstrip('/')}/checkpoints"):
         newest_there = newest(folder, agreement)
         if newest_there is not None:
             return newest_there
-    raise ValueError(f"there is no complete checkpoint at {path}: give a step-N folder, or the folder of a run that has written one")
+    raise ValueError(f"there is no complete checkpoint at {shown}: give a step-N folder, or the folder of a run that has written one")
 
 
 def _has_manifest(store: Store, name: str) -> bool | str:
@@ -121,10 +122,10 @@ def supersede(folder: str, step: int, agreement: Agreement | None = None, path: 
         try:
             for name in complete(store):
                 if step_of(name) > step or (step_of(name) == step and path and not is_in(folder, path)):
-                    log.warning("keeping %s/%s as %s%s: the run goes on from step %d", folder, name, name, SUPERSEDED, step)
+                    log.warning("keeping %s/%s as %s%s: the run goes on from step %d", store.path, name, name, SUPERSEDED, step)
                     store.rename(name, _free_name(store, name + SUPERSEDED))
         except OSError as error:
-            fault = f"checkpoints in {folder} that are newer than step {step} cannot be renamed ({error.strerror or error})"
+            fault = f"checkpoints in {store.path} that are newer than step {step} cannot be renamed ({error.strerror or error})"
     fault = agreement.of_first(fault)
     if fault:
         raise ValueError(fault)
@@ -135,7 +136,7 @@ def is_in(folder: str, path: str) -> bool:
     parent, _, name = path.rpartition("/")
     if not STEP.fullmatch(name):
         return False
-    return os.path.realpath(parent) == os.path.realpath(folder) if is_local(folder) else parent == folder.rstrip("/")
+    return os.path.realpath(parent) == os.path.realpath(folder) if is_local(folder) else parent == store_of(folder).path
 
 
 def _free_name(store: Store, name: str) -> str:

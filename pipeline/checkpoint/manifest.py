@@ -22,7 +22,10 @@ DEEPEST = 16  # of what a saver says: a configuration has 4
 
 # What is used of a saver's words, by whoever finds it in a manifest.
 _NUMBERS = ("step", "consumed", "skipped_steps", "num_classes", "width", "world_size", "image_size", "batch", "images_per_identity")
-_TABLES = ("config", "figures", "code", "started_from")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("config", "figures", "code", "started_from"), dict),
+    **{"backbone": str, "optimizer": str, "frozen": list},
+}
 _STARTED_FROM = {"given", "path", "classifier", "ema"}
 
 
@@ -140,8 +143,8 @@ def check_info(info: dict[str, Any]) -> None:
     for name in _NUMBERS:
         if info.get(name) is not None:
             _number(info[name])
-    for name in _TABLES:
-        if not isinstance(info.get(name), dict | None):
+    for name, kind in _KINDS.items():
+        if info.get(name) is not None and not isinstance(info[name], kind):
             raise ValueError(name)
     if not all(isinstance(section, dict) for section in (info.get("config") or {}).values()):
         raise ValueError("config")

@@ -22,6 +22,7 @@ from pipeline.checkpoint.stores import MANIFEST, store_of
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 60.0  # seconds
 FILE = "rank-{:05d}.safetensors"
 
 
@@ -62,8 +63,12 @@ class _Flight:
         return self.thread is not None and self.thread.is_alive()
 
     def wait(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
+        """Until its work is done, with a word each minute: a store may give no answer for hours."""
+        while self.is_busy():
+            assert self.thread is not None
+            self.thread.join(PATIENCE)
+            if self.is_busy():
+                log.warning("still waiting until the checkpoint of step %d is written", self.step)
 
 
 class Saver:
@@ -185,7 +190,7 @@ class Saver:
             for name in folder.outdated(self.store, self.config, flight.name):
                 self.store.remove(name)
         except (OSError, ValueError) as error:
-            log.warning("an old checkpoint in %s cannot be removed (%s)", self.path, _words(error))
+            log.warning("an old checkpoint in %s cannot be removed (%s)", self.store.path, _words(error))
 
     def _end(self, flight: _Flight, fault: Exception | None) -> None:
         self.flight = None
@@ -201,7 +206,7 @@ class Saver:
         self._fail(flight, _words(fault))
 
     def _fail(self, flight: _Flight, reason: str) -> None:
-        self.trouble = f"step {flight.step} could not be saved to {self.path} ({reason}); earlier checkpoints are untouched"
+        self.trouble = f"step {flight.step} could not be saved to {self.store.path} ({reason}); earlier checkpoints are untouched"
         if self.agreement.rank == 0:
             log.warning("%s; the next save tries again", self.trouble)
 

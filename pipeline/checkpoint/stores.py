@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from dali_loaders.extras import extra
+from dali_loaders.remote import without_secrets
 
 MANIFEST = "protoshard.json"  # written last
 PARTIAL = ".partial"
@@ -37,7 +38,7 @@ class Sink(Protocol):
 class Store(Protocol):
     """A folder of checkpoints; each is a folder of files. OSError of all kinds comes out of everything."""
 
-    path: str
+    path: str  # without passwords
 
     def names(self) -> list[str]:
         """Of the folders in it that are complete, in no order; none where it does not exist."""
@@ -239,11 +240,12 @@ class RemoteStore:
         with extra("train"):
             from fsspec.core import url_to_fs
 
-        self.path = path if path.endswith("://") else path.rstrip("/")
+        path = path if path.endswith("://") else path.rstrip("/")
+        self.path = without_secrets(path)  # as it is called in messages
         try:
-            self.system, self.root = url_to_fs(self.path, use_listings_cache=False)
+            self.system, self.root = url_to_fs(path, use_listings_cache=False)
         except Exception as error:  # ImportError names the package; others come from a library that connects at once
-            raise ValueError(f"{path} cannot be opened ({error})") from None
+            raise ValueError(f"{self.path} cannot be opened ({without_secrets(str(error))})") from None
 
     def _at(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
@@ -351,4 +353,4 @@ def _as_os_error(path: str) -> Iterator[None]:
         raise
     except Exception as error:  # of any library behind fsspec
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreachableError(f"{path}: {reason}") from error
+        raise UnreachableError(f"{path}: {without_secrets(reason)}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,32 +14,66 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from pipeline.checkpoint import Part, Saved, whole
 from pipeline.distributed import Place
 from pipeline.engine.config import EngineConfig
-from pipeline.engine.module_state import average_buffers, weights_in
-from pipeline.engine.optimizer import build_optimizer, set_rate
+from pipeline.engine.module_state import OF_RANKS, averaged_buffers, fill, load_module, module_parts
+from pipeline.engine.optimizer import build_optimizer, make_state, set_rate
 from pipeline.schedule import OptimizerConfig
 
 
-class DDPEngine:
-    def __init__(self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place) -> None:
+class _Replicated:
+    """A backbone that every rank has all of."""
+
+    def __init__(self, config: EngineConfig, module: nn.Module, place: Place) -> None:
         # As images lie. DeepSpeed's flat copies of weights cannot, so there every convolution rearranges its own.
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.module = module
-        self.autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=config.autocasts(place.device))
-        self.parallel: nn.Module = module
+        self.module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dtype = config.autocasts(place.device)
+        self.autocast = torch.autocast(place.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[nn.Module]:
+        with averaged_buffers(self.module):
+            yield self.module
+
+    def state(self) -> dict[str, Part]:
+        return module_parts(self.module, "backbone.", OF_RANKS)
+
+    def load(self, saved: Saved) -> None:
+        load_module(self.module, saved, "backbone.", OF_RANKS)
+
+
+class DDPEngine(_Replicated):
+    def __init__(
+        self, config: EngineConfig, optimizer: OptimizerConfig, module: nn.Module, place: Place, deterministic: bool = False
+    ) -> None:
+        super().__init__(config, module, place)
+        self.parallel: nn.Module = self.module
         if place.world_size > 1:
             devices = [place.device] if place.device.type == "cuda" else None
             # torch 2.13 calls this argument forward_sync_buffers and warns; 2.11 knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # 1x1 kernels, channels last
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
             # Gradients become views of the buckets that travel: one copy in, none out, and no second memory.
-            parallel = nn.parallel.DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            parallel = nn.parallel.DistributedDataParallel(
+                self.module,
+                devices,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # After its first step DDP makes other buckets, in which 3 ranks or more add up in another order: a run that resumes would
+                # round that step otherwise. With this option it keeps those it has.
+                find_unused_parameters=deterministic,
+            )
             if config.compress:
                 # Under its own name DDP admits the hook with NCCL only.
                 parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
             self.parallel = parallel
-        self.optimizer = build_optimizer(optimizer, module)
-        self.clip = (not optimizer.clip_jointly and optimizer.clip) or float("inf")
+        self.optimizer = build_optimizer(optimizer, self.module)
+        for parameter in self._moving().values():
+            self.optimizer.state[parameter] = make_state(optimizer, parameter)
+        self.max_norm = (not optimizer.clip_jointly and optimizer.clip) or float("inf")
         self.norm = torch.zeros(())
+
+    def _moving(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     def _maybe_local(self, is_last: bool) -> Any:
         return nullcontext() if is_last or self.parallel is self.module else self.parallel.no_sync()  # type: ignore[operator]
@@ -51,9 +86,17 @@ class DDPEngine:
         with self._maybe_local(is_last):
             features_bD.backward(grad_bD)
 
-    def step(self, lr: float) -> None:
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+
+    def clip(self) -> list[Tensor]:
+        self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
+        return [self.norm]
+
+    def step(self, lr: float, left_out: Tensor) -> None:
         set_rate(self.optimizer, lr)
-        self.norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        if self.optimizer.defaults["fused"]:  # as on every CPU and GPU: these look at it on the device, as for a GradScaler
+            self.optimizer.found_inf, self.optimizer.grad_scale = left_out, None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -65,44 +108,41 @@ class DDPEngine:
         return float(self.norm)
 
     def state(self) -> dict[str, Part]:
-        average_buffers(self.module)
-        state = {f"backbone.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        for name, parameter in self.module.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"optimizer.{name}.{key}"] = value
-        return {name: whole(tensor) for name, tensor in state.items()}
+        parts = super().state()
+        for name, parameter in self._moving().items():
+            parts |= {f"optimizer.{name}.{key}": whole(value) for key, value in self.optimizer.state[parameter].items()}
+        return parts
 
+    @torch.no_grad()
     def load(self, saved: Saved) -> None:
-        state = {name: saved.whole(name) for name in saved if name.startswith(("backbone.", "optimizer."))}
-        self.module.load_state_dict(weights_in(state))
-        for name, parameter in self.module.named_parameters():
-            prefix = f"optimizer.{name}."
-            values = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            if values:
-                self.optimizer.state[parameter] = {key: _like(parameter, value) for key, value in values.items()}
+        super().load(saved)
+        for name, parameter in self._moving().items():
+            for key, value in self.optimizer.state[parameter].items():
+                if f"optimizer.{name}.{key}" in saved:  # else it did not move before: a ViT's mask token
+                    fill(saved, f"optimizer.{name}.{key}", value)
 
 
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy of an optimizer's state on the parameter's device, where fused optimizers have even the step, and with the parameter's
-    strides, which they take for granted."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.to(parameter, copy=True)
-
-
-class FrozenEngine:
+class FrozenEngine(_Replicated):
     """A backbone of which nothing moves: only the classifier is trained."""
 
     def __init__(self, config: EngineConfig, module: nn.Module, place: Place) -> None:
-        self.module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=config.autocasts(place.device))
+        super().__init__(config, module, place)
+        self.gradient = torch.zeros(0, device=place.device)  # of the last features, which nobody needs, but tells of others
 
     def forward(self, images_bCHW: Tensor, is_last: bool) -> Tensor:
         with torch.no_grad(), self.autocast:
             return self.module(images_bCHW).float()
 
     def backward(self, features_bD: Tensor, grad_bD: Tensor, is_last: bool) -> None:
-        pass
+        self.gradient = grad_bD
 
-    def step(self, lr: float) -> None:
+    def gradients(self) -> list[Tensor]:
+        return []
+
+    def clip(self) -> list[Tensor]:
+        return [self.gradient]
+
+    def step(self, lr: float, left_out: Tensor) -> None:
         pass
 
     def skip(self) -> None:
@@ -110,11 +150,3 @@ class FrozenEngine:
 
     def gradient_norm(self) -> float:
         return 0.0
-
-    def state(self) -> dict[str, Part]:
-        average_buffers(self.module)
-        return {f"backbone.{name}": whole(tensor) for name, tensor in self.module.state_dict().items()}
-
-    def load(self, saved: Saved) -> None:
-        state = {name: saved.whole(name) for name in saved if name.startswith(("backbone.", "optimizer."))}
-        self.module.load_state_dict(weights_in(state))

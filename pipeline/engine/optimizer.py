@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import backbones
 from pipeline.engine.parameters import matches
@@ -19,6 +19,15 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.O
     if config.name == "adamw":
         return torch.optim.AdamW(parts, lr=config.lr, fused=fused)
     return torch.optim.SGD(parts, lr=config.lr, momentum=config.momentum, fused=fused)
+
+
+def make_state(config: OptimizerConfig, parameter: Tensor) -> dict[str, Tensor]:
+    """State before the first step, which is then a step like any other: with a gradient that is not finite torch's fused SGD would leave
+    a momentum of its first step unwritten, and a checkpoint would hold what memory held."""
+    if config.name == "adamw":
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros}
+    return {"momentum_buffer": torch.zeros_like(parameter)} if config.momentum else {}
 
 
 def set_rate(optimizer: Any, lr: float) -> None:

@@ -36,17 +36,30 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
+    breaks: embed.Breaks | None = None,
 ) -> PairReport | BinReport:
     """All pairs of a folder, tar or RecordIO file, or the 10-fold protocol of a `.bin` file, which always adds the mirror image.
 
-    All ranks of `group` call it and get the same report. `as_dict()` of both reports has eer, tar_at_far, rank1, images, identities.
+    All ranks of `group` call it and get the same report, unless `breaks` breaks it off. `as_dict()` of both reports has eer, tar_at_far,
+    rank1, images, identities.
     Raises ValueError when `path` is no readable set or makes no genuine or no impostor pair.
     """
     if path.endswith(".bin"):
-        return evaluate_bin(model, path, data, batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group)
+        return evaluate_bin(
+            model, path, data, batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks
+        )
     source = open_set(path, data)
     embeddings_nD, labels_n = embed.embed(
-        model, source, data, batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group
+        model,
+        source,
+        data,
+        batch_size=batch_size,
+        flip=flip,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        group=group,
+        breaks=breaks,
     )
     report = all_pairs.all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path)
     return dataclasses.replace(report, unreadable=len(source) - len(labels_n))

@@ -17,7 +17,7 @@ from torch import Tensor
 from dali_loaders.account import Account
 from dali_loaders.config import DataConfig
 from pipeline.evaluation.all_pairs import equal_error_rate
-from pipeline.evaluation.embed import embed
+from pipeline.evaluation.embed import Breaks, embed
 from pipeline.evaluation.pair_pickle import load_pairs
 
 FOLDS = 10
@@ -112,6 +112,7 @@ def evaluate_bin(
     rank: int = 0,
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
+    breaks: Breaks | None = None,
 ) -> BinReport:
     """Embeds image + mirror image and scores the pairs; all ranks of `group` call it and get the same report.
 
@@ -120,7 +121,7 @@ def evaluate_bin(
     images, issame_P = read_bin(path)
     embedding_nD, index_n = embed(
         model, MemorySource(path, images), data,
-        batch_size=batch_size, flip=True, device=device, rank=rank, world_size=world_size, group=group,
+        batch_size=batch_size, flip=True, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks,
     )  # fmt: skip
     row = np.full(len(images), -1)
     row[index_n] = np.arange(len(index_n))

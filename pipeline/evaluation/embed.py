@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,14 @@ logger = logging.getLogger(__name__)
 NAMED = 5  # unreadable images that a message names; more are only counted
 
 
+@dataclass(frozen=True)
+class Breaks:
+    """How an evaluation is broken off."""
+
+    wanted: Callable[[], bool]  # asked before each batch of this rank
+    agree: Callable[[], None]  # called by all ranks once each has done its batches or broken off; raises on all, or on none
+
+
 def embed(
     model: Callable[[Tensor], Tensor],
     source: Source,
@@ -31,6 +40,7 @@ def embed(
     rank: int = 0,
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
+    breaks: Breaks | None = None,
 ) -> tuple[Tensor, np.ndarray]:
     """Embeddings float32 [n, D] of unit length and labels int64 [n] of the n readable images, in source order, on every rank.
 
@@ -50,6 +60,8 @@ def embed(
         model = model.module
     with torch.no_grad(), _eval_mode(model):
         for batch in evaluation_batches(source, data, share, batch_size, device, channels_last=True) if len(share) else ():
+            if breaks and breaks.wanted():
+                break
             if len(batch.images) == 0:
                 continue
             feature_bD = model(batch.images).float()
@@ -57,6 +69,8 @@ def embed(
                 feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
             features.append(normalize(feature_bD))
             indices.append(np.asarray(batch.indices, dtype=np.int64))
+    if breaks:
+        breaks.agree()
     embedding_nD = torch.cat(features) if features else torch.zeros(0, 0, device=device)
     index_n = torch.from_numpy(np.concatenate(indices) if indices else np.zeros(0, np.int64)).to(device)
     if world_size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dali_loaders.config import DataConfig
 from pipeline.distributed import Place
 from pipeline.evaluation import PairReport, evaluate, open_set
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
 from pipeline.monitor import Monitor
 from pipeline.same_data import open_on_all_ranks
@@ -50,9 +52,10 @@ class Evaluator:
         from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
+        self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
         self.first: dict[str, dict[str, PairReport]] = {}  # by name of the results: the first report, drawn beside the newest
 
-    def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False) -> dict[str, float]:
+    def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False, breaks: Breaks | None = None) -> dict[str, float]:
         """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are."""
         results = []
         for path, set_name in self.names.items():
@@ -65,17 +68,30 @@ class Evaluator:
                 device=self.place.device,
                 rank=self.place.rank,
                 world_size=self.place.world_size,
+                breaks=breaks,
             )
             name = set_name + AVERAGED * averaged
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
+            figures = {f"{name}/{key}": value for key, value in results[-1].items()}
+            self.newest |= figures
             if self.place.is_first:
-                figures = {f"{name}/{key}": value for key, value in results[-1].items()}
-                monitor.scalars(step, {**figures, f"evaluation/{name}/threshold": report.best_cosine})
+                monitor.scalars(step, {**figures, _threshold(name): report.best_cosine})
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
                 if isinstance(report, PairReport):
                     self._draw(name, report, step, monitor)
         return results[0] if results else {}
+
+    def is_done(self, step: int, averaged: bool = False) -> bool:
+        """Whether the metrics of `step` have the figures of every set, also with averaged weights."""
+        missing = {_threshold(name + AVERAGED * each) for name in self.names.values() for each in range(1 + averaged)}
+        try:
+            with open(os.path.join(self.folder, "metrics.jsonl"), encoding="utf-8") as file:
+                for row in map(json.loads, file):
+                    missing -= row.keys() if row["step"] == step else set()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return not missing
+        return not missing
 
     def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
         monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
@@ -93,6 +109,10 @@ def _try(field: str, path: str, data: DataConfig) -> list[str]:
         return open_on_all_ranks(path, lambda: open_set(path, data))[0].account.remarks(path)
     except ValueError as error:
         raise ValueError(f"evaluation.{field}: {error} Name another set, or none with --set evaluation.{field}=") from error
+
+
+def _threshold(name: str) -> str:
+    return f"evaluation/{name}/threshold"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

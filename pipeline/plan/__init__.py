@@ -203,7 +203,7 @@ def _backbone_text(job: Job, hardware: Hardware) -> str:
         return "the classifier alone"
     engine = "DDP" if job.engine == "ddp" else f"DeepSpeed ZeRO {job.zero_stage}"
     batches = f"{job.accumulation} x {job.local}" if job.accumulation > 1 else f"{job.local}"
-    precision = "bfloat16" if hardware.has_bfloat16 else "float32"
+    precision = ("bfloat16" if hardware.has_bfloat16 else "float32") if job.precision == "auto" else job.precision
     again = ", activations computed again" if job.checkpoint_activations else ""
     images = f"{batches} images a rank"
     return f"backbone {job.backbone} at {job.image_size} pixels, {images}, {precision}, {job.backbone_optimizer}, {engine}{again}"

@@ -49,7 +49,7 @@ PRESETS = {
             0.9e12,
             150e9,
             remark="A V100 runs only with builds for CUDA 12.6, as the pinned torch has no kernels for it (docs/dependencies.md), and in "
-            "float32: bfloat16 is emulated, and float16 not supported.",
+            "float32, or the backbone in float16 (--precision float16): bfloat16 is emulated.",
         ),
         Hardware("rtx4090", 24 * GIB, 82.6e12, 165e12, 1.008e12, 32e9),
     )

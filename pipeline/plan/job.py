@@ -31,7 +31,8 @@ class Job:
     image_size: int = 112
     backbone_optimizer: OptimizerName = "sgd"
     engine: Literal["ddp", "deepspeed"] = "ddp"
-    zero_stage: Literal[1, 2] = 1
+    zero_stage: Literal[1, 2, 3] = 1
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the backbone's products
 
     def __post_init__(self) -> None:
         for name in ("identities", "width", "batch", "ranks", "accumulation"):

@@ -7,12 +7,12 @@ from dali_loaders.config import DataConfig
 from partial_fc.device_policy import CPU, GPU
 from partial_fc.kernels.triton_kernel import PARTIAL_BYTES, ROUNDED, UNITS_BYTES, WEIGHTS_BYTES
 from partial_fc.sampling import capacity
-from pipeline.engine import BUCKET
+from pipeline.engine import BUCKET, LIVE
 from pipeline.plan.hardware import GIB, Hardware
 from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.network import Footprint, footprint
 
-BUCKET_BYTES = 4 * BUCKET
+BUCKET_BYTES, LIVE_BYTES = 4 * BUCKET, 4 * LIVE
 BATCHES = DataConfig().prefetch + 2  # of images: the one in use, those that are ready, and the next, which waits for its place
 
 
@@ -20,13 +20,18 @@ def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     """Tensors, by what they are for."""
     network = Footprint(0, 0, 0, 0)
     if job.has_backbone:
-        # bfloat16 as engine.precision=auto decides.
-        network = footprint(job.network, job.image_size, job.local, in_bfloat16=hardware.has_bfloat16)
+        network = footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware))
     lines = {**_backbone(job, hardware, network), **_classifier(job)}
     work = max(_tiles(job, hardware) + _vectors(job), network.backward)
     # When weights move and checkpoints are written, activations and tiles are gone.
     free = lines["activations"] + work
-    return {**lines, "work": work, "update, save": max(0, _update(job, hardware, network) - free, _save(job, network) - free)}
+    later = max(_update(job, hardware, network), _save(job), _evaluation(job, network))
+    return {**lines, "work": work, "update, save": max(0, later - free)}
+
+
+def in_half(job: Job, hardware: Hardware) -> bool:
+    """Whether the backbone computes in 2 bytes, as engine.precision decides."""
+    return hardware.has_bfloat16 if job.precision == "auto" else job.precision != "float32"
 
 
 def estimates(job: Job, hardware: Hardware) -> dict[str, int]:
@@ -50,6 +55,8 @@ def _backbone(job: Job, hardware: Hardware, network: Footprint) -> dict[str, int
         # One bucket fills while the other travels; gradients grow as activations go, but those of an earlier micro-batch are there.
         gradients = 2 * BUCKET_BYTES + (_averaged(job, network) if job.accumulation > 1 else 0)
         weights, state = weights + part, part * STATES[job.backbone_optimizer]  # the optimizer moves a copy of its part
+        if job.zero_stage == 3:  # or its part itself; the rest comes when it is needed
+            weights, gradients = part + min(network.weights, LIVE_BYTES), 2 * BUCKET_BYTES + part
     return {
         "backbone": weights + network.buffers,
         "its gradients": gradients,
@@ -65,12 +72,12 @@ def _part(job: Job, network: Footprint) -> int:
 
 
 def _averaged(job: Job, network: Footprint) -> int:
-    """Gradients that DeepSpeed keeps until the end of backward."""
-    return network.weights if job.zero_stage == 1 else _part(job, network)
+    """Gradients that DeepSpeed keeps until the end of backward, or flattens in the step."""
+    return network.weights if job.zero_stage == 1 else {2: 2, 3: 1}[job.zero_stage] * _part(job, network)
 
 
 def _images(job: Job, hardware: Hardware) -> int:
-    item = 2 if hardware.is_gpu and hardware.has_bfloat16 else 4  # the trainer asks for float16 where autocast rounds them anyway
+    item = 2 if hardware.is_gpu and in_half(job, hardware) else 4  # the trainer asks for float16 where autocast rounds them anyway
     return BATCHES * job.local * 3 * job.image_size**2 * item if job.has_backbone else 0
 
 
@@ -152,8 +159,13 @@ def _update(job: Job, hardware: Hardware, network: Footprint) -> int:
     return max(averaging, 0 if job.in_backward else _moving(job, hardware, _held(job)))
 
 
-def _save(job: Job, network: Footprint) -> int:
-    """Tensors go to the host one by one, and the check that they are finite takes no memory; DeepSpeed first puts together the optimizer's
-    state on every rank. The classifier's gradient is gone by then."""
-    whole = network.weights * STATES[job.backbone_optimizer] if job.engine == "deepspeed" else 0
+def _save(job: Job) -> int:
+    """Every rank gives its own parts, which go to the host one by one, and the check that they are finite takes no memory. The classifier's
+    gradient is gone by then."""
+    return -_classifier(job)["gradient"]
+
+
+def _evaluation(job: Job, network: Footprint) -> int:
+    """ZeRO 3 puts the weights together for it."""
+    whole = network.weights if job.engine == "deepspeed" and job.zero_stage == 3 else 0
     return whole - _classifier(job)["gradient"]

@@ -29,8 +29,8 @@ class Footprint(NamedTuple):
 
 
 @functools.cache
-def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, in_bfloat16: bool) -> Footprint:
-    """Of a backbone with `batch` images, trained under autocast if in_bfloat16."""
+def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, in_half: bool) -> Footprint:
+    """Of a backbone with `batch` images, trained under autocast, in bfloat16 or float16, if in_half."""
     with FakeTensorMode():
         network = backbones.build(replace(config, checkpoint_activations=False), image_size)
         # As the trainer's loader gives them, but for the precision, which autocast rounds.
@@ -42,7 +42,7 @@ def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, 
                     part.register_forward_pre_hook(saved.enter_block)
                     part.register_forward_hook(saved.leave_block)
         # A GPU's autocast casts the same operations; fake tensors of a GPU need a build of torch for it.
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16), torch.autograd.graph.saved_tensors_hooks(saved.note, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_half), torch.autograd.graph.saved_tensors_hooks(saved.note, lambda x: x):
             network(images)
         weights, buffers = (sum(tensor.nbytes for tensor in tensors) for tensors in (network.parameters(), network.buffers()))
         kept, peak = saved.kept(), saved.peak()

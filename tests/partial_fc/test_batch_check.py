@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from partial_fc import PartialFC, RowSGD, losses
+from partial_fc import ClassifierConfig, PartialFC, RowSGD, losses
 from partial_fc.classifier import MOST_CHECKS
 from partial_fc.device_policy import GPU, forced
 from tests.partial_fc.test_classifier import batch
@@ -224,3 +224,26 @@ def test_a_zero_vector_has_cosine_0_and_no_gradient(zero, rate):
         assert not grad_prototypes[target].any()
     cosines, _ = classifier.cosines(features.detach(), labels)
     assert float(cosines[2]) == 0
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("non_finite", ["raise", "skip"])
+def test_a_loss_that_is_not_finite_though_features_are(is_late, non_finite, monkeypatch):
+    classifier, optimizer = build(non_finite=non_finite)
+    before = classifier.prototypes.detach().clone()
+    loss_class = type(classifier.loss)
+    call = loss_class.__call__
+    monkeypatch.setattr(loss_class, "__call__", lambda self, batch: call(self, batch) * INF)
+    features, labels = batch(CLASSES, WIDTH, 4)
+    with knowing(is_late):
+        if non_finite == "raise":
+            with pytest.raises(ValueError, match=r"the loss of step 0 is inf, though its features are finite: .*non_finite=skip"):
+                step(classifier, optimizer, (features, labels))
+        else:
+            assert not step(classifier, optimizer, (features, labels)) and classifier.skipped_steps == 1
+    assert torch.equal(classifier.prototypes, before)
+
+
+def test_a_loop_of_ones_own_raises_unless_told_otherwise():
+    assert PartialFC(CLASSES, WIDTH, "cosface").config.non_finite == "raise"
+    assert ClassifierConfig().non_finite == "skip"  # of a run, whose trainer asks before it moves the backbone

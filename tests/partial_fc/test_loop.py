@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from partial_fc import GradScaler, PartialFC, RowSGD, clip_grad_norm_, losses
+from partial_fc import GradScaler, PartialFC, RowSGD, clip_grad_norm_, found_non_finite, losses
 from tests.partial_fc.test_classifier import batch
 
 CLASSES, INPUTS, WIDTH, SAMPLES = 201, 32, 64, 60  # uneven shards
@@ -198,3 +198,66 @@ def test_ddp_with_a_compiled_backbone_in_float16_stays_in_step(ranks, rate):
     assert scales[10] == scales[9] / 2 and scales[-1] > scales[10] and alone[-1][0] < 0.8 * alone[0][0]
     worst = max(abs(first[0] - right[0]) / max(1.0, right[0]) for right, first in zip(alone, both[0], strict=True))
     print(f"rate {rate}: losses of 50 steps on 1 and 2 ranks differ by {worst:.1e} at most")
+
+
+def found_in(where):
+    """Runs on every rank: whether something that is not finite is found, if it is only in the last rank's part."""
+    rank, size, part = mine()
+    classifier = PartialFC(CLASSES, WIDTH, losses.build("uce"), 0.3, seed=3)
+    network = backbone_of()
+    inputs, labels = batch(CLASSES, INPUTS, SAMPLES)
+    classifier(network(inputs[part]), labels[part]).backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    if rank == size - 1 and where is not None:
+        of = {"backbone": gradients[1], "prototypes": classifier.gradient_values(), "learned": next(iter(classifier.learned.values())).grad}
+        of[where].view(-1)[-1] = torch.nan
+    found = found_non_finite(gradients, classifier)
+    assert found.dtype == torch.float32 and found.ndim == 0
+    return found.item()
+
+
+@pytest.mark.parametrize("where", [None, "backbone", "prototypes", "learned"])
+def test_what_is_not_finite_on_one_rank_is_found_by_all(ranks, where):
+    right = float(where is not None)
+    assert found_in(where) == right and ranks(3).run(found_in, where) == [right] * 3
+
+
+def parts_unscaled():
+    """Runs on every rank: gradients of which each rank has another part, with an overflow in the last one's; and the next scale."""
+    rank, size, _ = mine()
+    scaler = GradScaler("cpu", init_scale=2.0**4, enabled=True)
+    scaler.scale(torch.ones(()))
+    parts = [torch.full((2, 3), 32.0), torch.full((rank + 1,), torch.inf if rank == size - 1 else 16.0)]
+    scaler.unscale_gradients_(parts)
+    scaler.update()
+    return [part.max().item() for part in parts], scaler.get_scale()
+
+
+def test_gradients_of_an_engine_are_unscaled_in_place_and_judged_on_all_ranks(ranks):
+    results = ranks(3).run(parts_unscaled)
+    assert results == [([2.0, 1.0], 8.0)] * 2 + [([2.0, torch.inf], 8.0)]
+
+
+def test_a_step_that_is_left_out_changes_nothing_and_is_counted():
+    classifier = PartialFC(CLASSES, WIDTH, "cosface", non_finite="skip")
+    optimizer = RowSGD(classifier, lr=0.1)
+    before = classifier.prototypes.detach().clone()
+    features, labels = batch(CLASSES, WIDTH, 6)
+    classifier(features, labels).backward()
+    classifier.leave_out()
+    assert not classifier.is_finite()
+    classifier.leave_out()  # once more counts once
+    optimizer.step()
+    optimizer.zero_grad()
+    assert classifier.skipped_steps == 1 and torch.equal(classifier.prototypes, before)
+    classifier(features, labels).backward()
+    optimizer.step()
+    assert classifier.is_finite() and classifier.skipped_steps == 1 and not torch.equal(classifier.prototypes, before)
+
+
+def test_prototypes_that_have_moved_cannot_be_left_out():
+    classifier = PartialFC(CLASSES, WIDTH, "cosface", non_finite="skip")
+    RowSGD(classifier, lr=0.1, in_backward=True)
+    classifier(*batch(CLASSES, WIDTH, 6)).backward()
+    with pytest.raises(ValueError, match="step 0 is to be left out, but in_backward=True has moved prototypes"):
+        classifier.leave_out()

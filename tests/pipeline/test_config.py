@@ -138,7 +138,7 @@ def test_a_python_file_is_a_recipe(tmp_path):
         ("dogs_small", "backbone.name=iresnet51", "no backbone named 'iresnet51': did you mean 'iresnet50'"),
         ("dogs_small", "data.image_size=100", "needs an image size divisible by 16, not 100"),
         ("dogs_small", "engine.name=fsdp", "must be deepspeed or ddp"),
-        ("dogs_small", "engine.zero_stage=3", "must be 1 or 2"),
+        ("dogs_small", "engine.zero_stage=4", "must be 1, 2 or 3"),
         ("dogs_small", "optimizer.schedule=step", "must be one of polynomial, cosine"),
         ("dogs_small", "checkpoint.keep=0", "checkpoint.keep is 0"),
     ],

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import distributed
-from pipeline.distributed import STORE, gpu_fault, join
+from pipeline.distributed import NCCL_MINUTES, STORE, gpu_fault, join
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_nccl_is_bound_to_the_device_and_waits_as_long_as_asked(monkeypatch):
     place = join("cuda", minutes=7)
     mine = torch.device("cuda", 3)
     assert place.device == mine and asked["device"] == mine  # chosen before the group is made
-    assert asked["backend"] == "nccl" and asked["device_id"] == mine and asked["timeout"] == timedelta(minutes=7)
+    assert asked["backend"] == "nccl" and asked["device_id"] == mine and asked["timeout"] == timedelta(minutes=7 + NCCL_MINUTES)
 
 
 def test_a_group_that_the_launcher_made_must_fit():

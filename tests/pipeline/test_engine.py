@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.backbones import BackboneConfig, build
-from pipeline.checkpoint import Held
+from pipeline.checkpoint.parts import Held
 from pipeline.distributed import join
-from pipeline.engine import BUCKET, EngineConfig, average_buffers, build_engine
+from pipeline.engine import BUCKET, EngineConfig, build_engine
+from pipeline.engine.module_state import averaged_buffers
 from pipeline.schedule import OptimizerConfig
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -34,10 +36,22 @@ def steps(config, count=2, optimizer=SGD, backbone="small"):
         features = engine.forward(mine, True)
         assert features.dtype is torch.float32
         engine.backward(features, torch.ones_like(features) * (1 + place.rank), True)
-        engine.step(0.1)
+        engine.clip()
+        engine.step(0.1, torch.zeros(()))
     dtypes = {getattr(p, "comm_dtype", p.dtype) for p in engine.module.parameters()}
-    state = {name: part.tensor.clone() for name, part in engine.state().items()}
-    return state, dtypes
+    return whole_state(engine), dtypes
+
+
+def whole_state(engine):
+    """What the parts of all ranks make together."""
+    mine = [(name, part.shape, part.start, part.tensor.detach().reshape(-1).clone()) for name, part in engine.state().items()]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    state = {}
+    for name, shape, start, tensor in itertools.chain.from_iterable(found):
+        flat = state.setdefault(name, torch.empty(shape, dtype=tensor.dtype)).view(-1)
+        flat[start : start + len(tensor)] = tensor
+    return state
 
 
 @pytest.mark.parametrize(("engine", "precision"), [("ddp", "float32"), ("deepspeed", "float32"), ("deepspeed", "bfloat16")])
@@ -85,24 +99,22 @@ def test_optimizer_state_lies_as_its_parameter(ranks):
 
 
 def state_goes_through_a_checkpoint():
-    place, fresh = join("cpu"), {}
+    place = join("cpu")
     for name in ("sgd", "adamw"):
         optimizer = replace(SGD, name=name)
         state, _ = steps(EngineConfig("ddp", precision="float32"), 1, optimizer, "iresnet18")
-        saved = {key: value.contiguous() for key, value in state.items()}
         engine = build_engine(EngineConfig("ddp", precision="float32"), optimizer, build(BackboneConfig("iresnet18", 8), 32), place, 1)
-        engine.load(Held(saved))
+        engine.load(Held(state))
         for parameter, values in engine.optimizer.state.items():
             for value in values.values():
                 assert value.ndim == 0 or value.stride() == parameter.stride()
-        fresh[name] = {key: part.tensor for key, part in engine.state().items()}
-        for key, value in fresh[name].items():
-            torch.testing.assert_close(value, saved[key], rtol=0, atol=0)
+        for key, value in whole_state(engine).items():
+            torch.testing.assert_close(value, state[key], rtol=0, atol=0)
 
 
 def test_averaging_buffers_is_one_collective(ranks):
-    for calls, is_right in ranks(2).run(averaged):
-        assert calls == 1 and is_right
+    for calls, is_right, is_back in ranks(2).run(averaged):
+        assert calls == 1 and is_right and is_back
 
 
 def averaged():
@@ -111,10 +123,16 @@ def averaged():
     for number, buffer in enumerate(module.buffers()):
         if buffer.is_floating_point():
             buffer.fill_(number + rank)
-    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
-        average_buffers(module)
-    values = [float(buffer.max()) for buffer in module.buffers() if buffer.is_floating_point()]
-    return reduce.call_count, values == [number + 0.5 for number, buffer in enumerate(module.buffers()) if buffer.is_floating_point()]
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce, averaged_buffers(module):
+        inside = floating(module)
+    return reduce.call_count, inside == [number + 0.5 for number in NUMBERS], floating(module) == [number + rank for number in NUMBERS]
+
+
+NUMBERS = (0, 1, 3, 4)  # of floating buffers
+
+
+def floating(module):
+    return [float(buffer.max()) for buffer in module.buffers() if buffer.is_floating_point()]
 
 
 def test_compiled_backbones_keep_the_names_of_weights(ranks):
@@ -192,7 +210,7 @@ def test_arguments_of_deepspeed_exist(device, monkeypatch):
 
     original = deepspeed.initialize
     monkeypatch.setattr(deepspeed, "initialize", initialize)
-    monkeypatch.setattr(EngineConfig, "autocasts", lambda *_: True)
+    monkeypatch.setattr(EngineConfig, "autocasts", lambda *_: torch.bfloat16)
     place = mock.Mock(device=torch.device(device), world_size=2)
     monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)
     join("cpu")
@@ -200,7 +218,8 @@ def test_arguments_of_deepspeed_exist(device, monkeypatch):
         build_engine(EngineConfig("deepspeed"), SGD, build(BackboneConfig("small"), 32), place, 1)
     assert asked["zero_optimization"]["overlap_comm"] is (device == "cuda")
     assert probed["deepspeed_shm_comm"] is (False if device == "cpu" else None)  # the extension is for CPUs
-    assert set(asked["zero_optimization"]) <= set(DeepSpeedZeroConfig.model_fields)
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(asked["zero_optimization"]) <= {*fields, *(field.alias for field in fields.values())}
     assert asked["zero_optimization"]["reduce_bucket_size"] == BUCKET
     modules = ("runtime.config", "runtime.constants", "runtime.zero.config", "utils.config")
     text = "".join(inspect.getsource(importlib.import_module(f"deepspeed.{name}")) for name in modules)
@@ -211,7 +230,7 @@ def test_arguments_of_deepspeed_exist(device, monkeypatch):
 def test_arguments_of_ddp_exist(monkeypatch):
     signature = inspect.signature(nn.parallel.DistributedDataParallel.__init__)
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda *a, **o: signature.bind(None, *a, **o) and nn.Identity())
-    monkeypatch.setattr(EngineConfig, "autocasts", lambda *_: False)
+    monkeypatch.setattr(EngineConfig, "autocasts", lambda *_: None)
     join("cpu")
     engine = build_engine(
         EngineConfig("ddp"), SGD, build(BackboneConfig("small"), 32), mock.Mock(device=torch.device("cpu"), world_size=2), 1

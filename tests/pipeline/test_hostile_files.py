@@ -22,12 +22,13 @@ from dali_loaders.remote import without_secrets
 from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.config import TrainConfig, as_dict, as_text, from_dict
-from pipeline.distributed import describe, join, run_local
+from pipeline.distributed import describe, join
 from pipeline.evaluation.pair_lists import PairList, find_images
 from pipeline.evaluation.set_names import file_name
 from pipeline.interop.insightface import import_config
 from pipeline.interop.recipe_file import recipe_source
 from pipeline.interop.weights import fit, read_weights
+from pipeline.local_ranks import run_local
 from pipeline.resolve import resolve
 
 fsspec = pytest.importorskip("fsspec")
@@ -206,7 +207,7 @@ WRONG = [
     *({"consumed": value} for value in ("x", -5, 10**30, 1.5, [1])),
     *({"config": value} for value in ("x", [1], 5, {"data": 5})),
     *({"started_from": value} for value in ("x", {"given": "x"})),
-    {"num_classes": "many"}, {"figures": "x"}, {"skipped_steps": True},
+    {"num_classes": "many"}, {"backbone": ["x"]}, {"optimizer": 5}, {"frozen": "all"}, {"figures": "x"}, {"skipped_steps": True},
 ]  # fmt: skip
 
 

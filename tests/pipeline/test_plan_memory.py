@@ -14,8 +14,8 @@ from torch.distributed._tools import mem_tracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from partial_fc import PartialFC, RowAdamW, RowSGD, device_policy, losses
-from partial_fc.batch_check import BatchCheck, RanksCheck
+from partial_fc import PartialFC, RowAdamW, RowSGD, device_policy, found_non_finite, losses
+from partial_fc.batch_check import BatchCheck, LossCheck, RanksCheck
 from partial_fc.kernels import chunked, triton_kernel
 from partial_fc.optimizers import RowOptimizer, sgd
 from pipeline import backbones
@@ -37,7 +37,7 @@ def on_fake_gpus(monkeypatch):
             dist.destroy_process_group()
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
-    for check in (BatchCheck, RanksCheck):
+    for check in (BatchCheck, LossCheck, RanksCheck):
         monkeypatch.setattr(check, "faults", lambda check: (None, None))  # reads values
     monkeypatch.setattr(RowOptimizer, "_steps", lambda optimizer, parameter: 0)  # too
     monkeypatch.setattr(mem_tracker, "get_untyped_storages", with_sparse(mem_tracker.get_untyped_storages))
@@ -92,11 +92,10 @@ class Step:
             network.to = lambda **format: network  # which fake weights cannot change; convolutions take that of the images
             place = Place(0, 1, torch.device("cpu"))  # of one rank: torch's DDP itself knows no fake tensors
             self.engine = DDPEngine(EngineConfig("ddp", precision="bfloat16"), OptimizerConfig(), network, place)
-            for group in self.engine.optimizer.param_groups:
+            for group in [self.engine.optimizer.defaults, *self.engine.optimizer.param_groups]:
                 group.update(fused=False, foreach=False)  # the fused one has no fake form
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-                self.engine.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             self.images = images_of(job, torch.float16)
             self.held += [network, self.engine.optimizer, *self.images, *(parameter.grad for parameter in network.parameters())]
 
@@ -115,7 +114,7 @@ class Step:
                 self.classifier(leaf_bD, self.labels).backward()
             if self.job.has_backbone:
                 self.engine.backward(features_bD, leaf_bD.grad, True)
-                self.engine.step(0.1)
+                self.engine.step(0.1, found_non_finite(self.engine.clip(), self.classifier))
             self.row_optimizer.step()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
@@ -175,16 +174,16 @@ def peak_of_deepspeed(job: Job) -> int:
         EngineConfig("deepspeed", zero_stage=job.zero_stage, precision="bfloat16"), OptimizerConfig(), network, place, 1
     )
     images = images_of(job, torch.float32)
-    zero = engine.engine.optimizer
 
     def step() -> None:
         features_bD = engine.forward(images[0], True)
         engine.backward(features_bD, torch.randn_like(features_bD), True)
-        engine.step(0.1)
+        engine.clip()
+        engine.step(0.1, torch.zeros(()))
 
     def peak() -> int:
         tracker = MemTracker()
-        tracker.track_external(network, zero.optimizer, *zero.single_partition_of_fp32_groups, *images)
+        tracker.track_external(network, engine.zero.optimizer, *engine._flats(), *images)
         with tracker:
             step()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
@@ -193,7 +192,7 @@ def peak_of_deepspeed(job: Job) -> int:
     return min(peak() for _ in range(3))  # cycles of references sometimes keep tensors of the step before
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_buffers_of_deepspeed_are_counted(ranks, stage):
     """All that it takes, and not much more: plan adds up what is never there at once."""
     job = Job(2, batch=32, ranks=2, backbone="iresnet18", image_size=32, engine="deepspeed", zero_stage=stage)

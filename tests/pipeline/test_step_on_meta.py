@@ -16,7 +16,8 @@ from dali_loaders import Batch
 from partial_fc import PartialFC, batch_check, collectives
 from partial_fc.classifier import ClassifierConfig
 from partial_fc.optimizers import adamw, sgd
-from pipeline import trainer
+from pipeline import trainer, training_step
+from pipeline.agreement import Agreement
 from pipeline.distributed import Place
 from tests.partial_fc.test_no_host_read import unfused
 from tests.pipeline.runs import configuration, faces
@@ -59,6 +60,26 @@ class NoNumbers:
         return [(0, rank) for rank in range(RANKS)]
 
 
+class Zero:
+    """The gradient is finite."""
+
+    def __init__(self, _):
+        pass
+
+    def read(self):
+        return [0.0]
+
+
+class Alone:
+    """Ranks whose hosts tell each other nothing."""
+
+    is_alone, rank, ranks, group = True, 0, 1, None
+    highest, gather, of_first = Agreement.highest, Agreement.gather, Agreement.of_first
+
+    def __init__(self, *_):
+        pass
+
+
 @pytest.fixture
 def fake_ranks(monkeypatch):
     """32 ranks, of which this process is number 3; and stand-ins for what has no form on the meta device: see test_no_host_read."""
@@ -70,6 +91,8 @@ def fake_ranks(monkeypatch):
         monkeypatch.setattr(module, name, unfused(getattr(module, name)))
     monkeypatch.setattr(PartialFC, "_check", lambda *_: None)
     monkeypatch.setattr(batch_check, "ToHost", NoNumbers)
+    monkeypatch.setattr(training_step, "ToHost", Zero)
+    monkeypatch.setattr(trainer, "Agreement", Alone)
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module, *_, **__: module)  # its gradients are torch's affair
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))  # refuses the device
     yield
@@ -107,6 +130,9 @@ def collectives_of_a_step(seen, tmp_path, monkeypatch, accumulation=1, in_backwa
     return seen
 
 
+DECIDED = ("all_reduce", FLOATS)  # whether the gradient is finite: of one number, once a step
+
+
 def forward_and_backward(float_bytes=FLOATS):
     """PartialFC.forward: 1 all-gather of 2 N numbers, 1 of B D floats, 1 of B labels, CosFace's all-reduce of 2 B floats; backward 1
     reduce-scatter."""
@@ -121,16 +147,22 @@ def forward_and_backward(float_bytes=FLOATS):
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_all_classes(step_of, in_backward):
-    assert step_of(in_backward=in_backward) == forward_and_backward()
+    assert step_of(in_backward=in_backward) == [*forward_and_backward(), DECIDED]
 
 
 def test_sampled_classes_with_micro_batches(step_of):
     found = step_of(accumulation=2, sample_rate=0.5)
-    assert found == [TOLD, ("all_gather", 2 * SAMPLES * 8), *forward_and_backward(), *forward_and_backward()]  # begin_step gathers labels
+    assert found == [
+        TOLD,
+        ("all_gather", 2 * SAMPLES * 8),
+        *forward_and_backward(),
+        *forward_and_backward(),
+        DECIDED,
+    ]  # begin_step gathers labels
 
 
 def test_features_that_travel_in_bfloat16(step_of):
-    assert step_of(gather_dtype="bfloat16") == forward_and_backward(float_bytes=2)
+    assert step_of(gather_dtype="bfloat16") == [*forward_and_backward(float_bytes=2), DECIDED]
 
 
 def test_hard_negatives(step_of):
@@ -139,8 +171,8 @@ def test_hard_negatives(step_of):
     found = step_of(sample_rate=0.5, hard_negatives=k)
     nearest = [("all_reduce", SAMPLES * WIDTH * FLOATS), ("all_gather", (3 * k + 1) * RANKS * SAMPLES * FLOATS)]
     gathered, rest = forward_and_backward()[:3], forward_and_backward()[3:]
-    assert found == [*gathered, *nearest, *rest]
+    assert found == [*gathered, *nearest, *rest, DECIDED]
 
 
 def test_substitution_communicates_nothing_more(step_of):
-    assert step_of(substitution_rate=0.5) == forward_and_backward()
+    assert step_of(substitution_rate=0.5) == [*forward_and_backward(), DECIDED]

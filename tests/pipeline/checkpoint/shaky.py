@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
@@ -23,7 +25,7 @@ class Shaky(LocalFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return LocalFileSystem._strip_protocol(path.replace("shaky://", "file://"))
+        return LocalFileSystem._strip_protocol(re.sub(r"^shaky://([^/]*@[^/]*)?", "file://", str(path)))
 
 
 def _through(name):

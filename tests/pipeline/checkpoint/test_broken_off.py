@@ -10,11 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from pipeline import checkpoint
+from pipeline.checkpoint import saving
 from tests.pipeline.checkpoint.breaking import KilledError, breaking, broken, full, watched
 from tests.pipeline.checkpoint.states import shared, state
 from tests.pipeline.checkpoint.threads import on_threads
@@ -222,6 +224,18 @@ def test_a_read_only_folder(tmp_path):
     for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory"), ("/proc/nothing", "")):
         for saver in save(folder, 1):
             assert saver.trouble.startswith(f"step 1 could not be saved to {folder} (") and reason in saver.trouble
+
+
+def test_a_disk_that_gives_no_answer_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(saving, "PATIENCE", 0.05)
+    answers = threading.Event()
+    saver = checkpoint.Saver(str(tmp_path), checkpoint.CheckpointConfig())
+    with watched(lambda name, _: name != "fsync" or threading.current_thread() is threading.main_thread() or answers.wait(20)):
+        saver.start(1, state(1), {})
+        threading.Timer(0.5, answers.set).start()
+        with caplog.at_level(logging.WARNING):
+            saver.finish()
+    assert "still waiting until the checkpoint of step 1 is written" in caplog.text and is_sound(tmp_path, 1)
 
 
 def test_what_is_in_the_way_is_not_written_over(tmp_path):

@@ -158,6 +158,31 @@ def test_how_often_a_store_is_asked(address):
     assert calls_of(lambda: checkpoint.newest(address)) <= 20
 
 
+def test_passwords_are_not_shown(folder, caplog):
+    folder.mkdir(parents=True)
+    address = f"shaky://user:secret@host{folder}"
+    savers = [save_on_threads(address, step)[0] for step in (1, 2, 2)]
+    assert "already" in savers[-1].trouble
+    said = [savers[-1].trouble]
+    assert checkpoint.newest(address).path == f"shaky://***@host{folder}/step-00000002"
+    (folder / "step-00000002" / "rank-00000.safetensors").unlink()
+    with caplog.at_level("WARNING"):
+        saved = checkpoint.newest(address)
+    checkpoint.supersede(address, 1, path=saved.path)
+    assert os.path.exists(folder / "step-00000001") and checkpoint.is_in(address, saved.path)
+    (folder / "step-00000001" / "rank-00000.safetensors").unlink()
+    for path in (address, f"{address}/step-00000001", f"{address}/nothing"):
+        with pytest.raises(ValueError) as raised:
+            checkpoint.locate(path)
+        said.append(str(raised.value))
+    with mock.patch.object(Shaky, "fails", staticmethod(lambda method, path: True)), pytest.raises(ValueError) as raised:
+        checkpoint.newest(address)
+    said += [str(raised.value), caplog.text, saved.path]
+    with pytest.raises(ValueError) as raised:
+        checkpoint.newest("nowhere://user:secret@host/x?signature=secret")
+    assert "secret" not in "".join([*said, str(raised.value)]) and all("***" in text for text in said)
+
+
 def test_one_that_is_there_is_not_written_over(address):
     save_on_threads(address, 1)
     (saver,) = save_on_threads(address, 1, ranks=1)

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import TrainConfig
+from pipeline.stopping import Stop, Stopped
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
+def train(config: TrainConfig, resume: str = "auto", keep_stop: bool = False) -> dict[str, float]:
+    stop = Stop()
+    stop.watch(config.run.folder, dist.get_rank(), keep_stop)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     folder = Path(config.run.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,4 +41,9 @@ def train(config: TrainConfig, resume: str = "auto") -> dict[str, float]:
             print(f"step {step} total {total.item():g}", flush=True)
             if (step + 1) % 5 == 0:
                 (folder / "checkpoints" / f"step-{step + 1:08d}").mkdir(parents=True)
+        asked = torch.tensor(stop.asked())
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            stop.obeyed()
+            raise Stopped(f"stopped at step {step + 1}")
     return {"total": total.item()}
