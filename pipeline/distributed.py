@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
 
 log = logging.getLogger(__name__)
@@ -140,8 +141,6 @@ def describe(error: ValueError) -> str | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return (
-        without_secrets(str(error))
-        if module.split(".")[0] in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__")
-        else None
-    )
+    if module.split(".")[0] not in ("pipeline", "partial_fc", "dali_loaders", "launch", "benchmarks", "__main__"):
+        return None
+    return "\n".join(printable(without_secrets(line)) for line in str(error).splitlines())  # it may quote a stranger's file

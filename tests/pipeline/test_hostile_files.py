@@ -22,7 +22,7 @@ from dali_loaders.remote import without_secrets
 from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.config import TrainConfig, as_dict, as_text, from_dict
-from pipeline.distributed import join
+from pipeline.distributed import describe, join
 from pipeline.evaluation.pair_lists import PairList, find_images
 from pipeline.evaluation.set_names import file_name
 from pipeline.interop.insightface import import_config
@@ -218,6 +218,17 @@ def test_what_a_checkpoint_says_is_of_the_kinds_that_runs_say(wrong, here, caplo
     with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* can be used"):
         checkpoint.locate(str(here))
     assert "protoshard.json cannot be used: it is not a manifest" in caplog.text
+
+
+def test_sentences_send_nothing_to_the_terminal():
+    with pytest.raises(ValueError, match="unknown") as caught:
+        resolve("\x1b[2J")
+    assert describe(caught.value) == str(caught.value)
+    try:
+        from_dict({"run": {"\x1b]0;title\x07": 1}})
+    except ValueError as error:
+        error.args = (f"{error.args[0]} \x1b[2J \r\nsecond line s3://a:SECRET@b",)
+        assert describe(error) is not None and describe(error).endswith(" \\x1b[2J \nsecond line s3://***@b")
 
 
 def test_a_checkpoint_that_says_nothing_is_not_evaluated(here, capsys):
