@@ -203,6 +203,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="of the prototypes (sgd)")
     plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products with prototypes (bfloat16)")
     plan.add_argument("--storage-dtype", default="float32", choices=("float32", "bfloat16"), help="of the prototypes (float32)")
+    plan.add_argument("--synchronous", dest="asynchronous", action="store_false", help="saves keep no copy of what they write")
     plan.add_argument("--in-backward", action="store_true", help="prototypes are updated during backward: no gradient of all of them")
     plan.add_argument("--bank", action="store_true", help="with a bank of last features, for substitution_source=bank and losses that ask")
     plan.add_argument("--backbone", default="iresnet50", metavar="NAME", help="or none, for the classifier alone (iresnet50)")

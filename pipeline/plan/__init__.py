@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pipeline import backbones
 from pipeline.plan.hardware import GIB, PRESETS, Hardware, find_hardware
 from pipeline.plan.job import BYTES, STATES, Job
-from pipeline.plan.memory import estimates, memory
+from pipeline.plan.memory import estimates, memory, on_host
 
 __all__ = [
     "BYTES",
@@ -44,6 +44,7 @@ class Plan:
     hardware: Hardware
     memory: dict[str, int]  # bytes of one rank's tensors
     estimates: dict[str, int]  # and of what is no tensor
+    on_host: dict[str, int]  # for a rank on a GPU, in the memory of its machine
     seconds: dict[str, float]  # least time of each part of the hardware, for the classifier
     alternatives: tuple[Alternative, ...]  # where it does not fit
 
@@ -64,7 +65,7 @@ class Plan:
 def plan(job: Job, hardware: Hardware) -> Plan:
     fits = _total(job, hardware) <= _usable(hardware)
     tried = () if fits else alternatives(job, hardware)
-    return Plan(job, hardware, memory(job, hardware), estimates(job, hardware), seconds(job, hardware), tried)
+    return Plan(job, hardware, memory(job, hardware), estimates(job, hardware), on_host(job, hardware), seconds(job, hardware), tried)
 
 
 def _usable(hardware: Hardware) -> int:
@@ -102,6 +103,7 @@ FIELDS = {
     "rate": "classifier.sample_rate",
     "accumulation": "run.accumulation",
     "batch": "run.batch",
+    "asynchronous": "checkpoint.asynchronous",
     "checkpoint_activations": "backbone.checkpoint_activations",
 }
 
@@ -115,6 +117,8 @@ def alternatives(job: Job, hardware: Hardware) -> tuple[Alternative, ...]:
         changes.append({"storage_dtype": "bfloat16"})
     if len(changes) == 2:
         changes.append({**changes[0], **changes[1]})
+    if job.asynchronous and not hardware.is_gpu:
+        changes.append({"asynchronous": False})
     if job.rate > 0.1 and not job.in_backward:
         changes.append({"rate": 0.1})
     if job.has_backbone and not job.checkpoint_activations and "checkpoint_activations" in backbones.options(job.backbone):
@@ -128,6 +132,7 @@ def alternatives(job: Job, hardware: Hardware) -> tuple[Alternative, ...]:
 
 def _alternative(job: Job, hardware: Hardware, change: dict[str, object]) -> Alternative:
     options = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in change.items())
+    options = options.replace("--asynchronous False", "--synchronous")
     ranks = f"--ranks {change['ranks']}" if "ranks" in change else ""
     fields = " ".join(f"{FIELDS[name]}={str(value).lower()}" for name, value in change.items() if name in FIELDS)
     total = _total(replace(job, **change), hardware)  # type: ignore[arg-type]
@@ -180,6 +185,7 @@ def as_text(plan: Plan) -> str:
         *(f"  {name:14}{size / GIB:9.3f}" for name, size in plan.memory.items() if size),
         *(f"  {name:14}{size / GIB:9.3f}  a rough estimate, not measured on a GPU" for name, size in plan.estimates.items() if size),
         f"  {'total':14}{plan.total / GIB:9.3f} of {usable / GIB:.1f} usable ({USABLE:.0%} of {hardware.memory / GIB:.1f})",
+        *(f"memory of its machine for each rank, GiB: {name} {size / GIB:.3f}" for name, size in plan.on_host.items()),
         "time that the classifier takes of a step, at least, ms",
         *(f"  {name:14}{1e3 * value:9.3f}" for name, value in plan.seconds.items()),
         f"  {'step':14}{1e3 * plan.seconds[plan.bound_by]:9.3f} bound by {plan.bound_by}",

@@ -33,6 +33,7 @@ class Job:
     engine: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: Literal[1, 2, 3] = 1
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the backbone's products
+    asynchronous: bool = True  # checkpoints are written from a copy in the memory of the host
 
     def __post_init__(self) -> None:
         for name in ("identities", "width", "batch", "ranks", "accumulation"):

@@ -13,12 +13,13 @@ from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.network import Footprint, footprint
 
 BUCKET_BYTES, LIVE_BYTES = 4 * BUCKET, 4 * LIVE
+NOTHING = Footprint(0, 0, 0, 0)
 BATCHES = DataConfig().prefetch + 2  # of images: the one in use, those that are ready, and the next, which waits for its place
 
 
 def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     """Tensors, by what they are for."""
-    network = Footprint(0, 0, 0, 0)
+    network = NOTHING
     if job.has_backbone:
         network = footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware))
     lines = {**_backbone(job, hardware, network), **_classifier(job)}
@@ -26,7 +27,23 @@ def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     # When weights move and checkpoints are written, activations and tiles are gone.
     free = lines["activations"] + work
     later = max(_update(job, hardware, network), _save(job), _evaluation(job, network))
-    return {**lines, "work": work, "update, save": max(0, later - free)}
+    lines |= {"work": work, "update, save": max(0, later - free)}
+    return lines if hardware.is_gpu else {**lines, "copy for saves": copy_for_saves(job, network)}
+
+
+def copy_for_saves(job: Job, network: Footprint) -> int:
+    """What an asynchronous save keeps in the memory of the host: the rank's rows, and its share of the backbone and its optimizer."""
+    if not job.asynchronous:
+        return 0
+    rows = _classifier(job)
+    shared = network.buffers + network.weights * (1 + STATES[job.backbone_optimizer])
+    return rows["prototypes"] + rows["optimizer"] + rows["bank"] + -(-shared // job.ranks)
+
+
+def on_host(job: Job, hardware: Hardware) -> dict[str, int]:
+    """Memory of the host, for each rank whose tensors are on a GPU."""
+    network = footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware)) if job.has_backbone else NOTHING
+    return {"copy for saves": copy_for_saves(job, network)} if hardware.is_gpu and job.asynchronous else {}
 
 
 def in_half(job: Job, hardware: Hardware) -> bool:

@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 
 from partial_fc import PartialFC, losses
 from partial_fc.optimizers import RowAdamW, RowSGD
+from pipeline import backbones
+from pipeline.backbones import BackboneConfig
+from pipeline.checkpoint import CheckpointConfig, Saver
+from pipeline.classifier_state import state_of
 from pipeline.cli import main
-from pipeline.plan import BYTES, GIB, PRESETS, Job, estimates, find_hardware, memory, plan, seconds
+from pipeline.distributed import join
+from pipeline.engine import EngineConfig, build_engine
+from pipeline.plan import BYTES, GIB, PRESETS, Job, estimates, find_hardware, memory, on_host, plan, seconds
 from pipeline.resolve import resolve
+from pipeline.schedule import OptimizerConfig
 
 H100 = PRESETS["h100-80gb"]
 JOBS = st.builds(
@@ -223,3 +230,24 @@ def test_activations_that_are_computed_again(capsys):
     assert main([*arguments, "--batch", "8192", "--checkpoint-activations"]) == 0
     out = capsys.readouterr().out
     assert "activations computed again" in out and "It fits" in out
+
+
+def copied_bytes(optimizer):
+    """Runs on every rank: what an asynchronous save keeps."""
+    config = OptimizerConfig(name=optimizer, classifier=optimizer)
+    module = backbones.build(BackboneConfig("iresnet18", width=64), 112)
+    engine = build_engine(EngineConfig("ddp", precision="float32"), config, module, join("cpu"), 1)
+    classifier = PartialFC(50_000, 64, "cosface")
+    rows = {"sgd": RowSGD, "adamw": RowAdamW}[optimizer](classifier, lr=0.1)
+    saver = Saver("nowhere", CheckpointConfig())
+    saver.reserve({**engine.state(), **state_of(classifier, rows)})
+    return len(saver.copy.buffer)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_copy_for_saves_is_what_a_rank_writes(ranks, optimizer):
+    job = Job(50_000, 64, batch=8, ranks=2, backbone="iresnet18", optimizer=optimizer, backbone_optimizer=optimizer)
+    planned = memory(job, replace(H100, is_gpu=False))["copy for saves"]
+    assert planned == pytest.approx(max(ranks(2).run(copied_bytes, optimizer)), rel=0.03)
+    assert memory(replace(job, asynchronous=False), replace(H100, is_gpu=False))["copy for saves"] == 0
+    assert "copy for saves" not in memory(job, H100) and on_host(job, H100)["copy for saves"] == planned
