@@ -167,7 +167,10 @@ def _rank(
     try:
         with signals():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            function(*arguments)
+            try:
+                function(*arguments)
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from here on none changes how this rank ends
     except Stopped as stopped:
         words.put(("stopped", str(stopped)))
         code = STOPPED
