@@ -22,7 +22,7 @@ class Agreement:
         self.is_alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.rank, self.ranks = (0, 1) if self.is_alone else (dist.get_rank(), dist.get_world_size())
         # On a CPU the group of the training serves: its collectives come in the same order on every rank anyway.
-        needs_own = not self.is_alone and dist.get_backend() != "gloo"
+        needs_own = not self.is_alone and dist.get_backend() not in ("gloo", "mpi", "fake")
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)) if needs_own else None
 
     def highest(self, *values: int) -> list[int]:
