@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import secrets
+import shutil
 import threading
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint import OwnerError
 from pipeline.distributed import Place
-from pipeline.lease_files import FolderFiles, files_at, lock, unlock
+from pipeline.lease_files import FolderFiles, files_at, is_used, lock, unlock
 from pipeline.lease_hold import Hold, refusal
 
 BEAT = 10.0  # seconds
@@ -43,6 +44,7 @@ class Lease:
         self._writing = f"run.folder={folder}"  # for messages
         self._name: int | None = None
         self._lost: OwnerError | None = None
+        self._made = False  # the folder
         self._renewed = _now()
         self._ended = threading.Event()
         self._take()
@@ -76,10 +78,18 @@ class Lease:
 
     def release(self) -> None:
         self._ended.set()
+        if self._holds and self._made and self._lost is None:
+            with suppress(OSError):
+                self._remove_unused()
         self._leave()
         if self._name is not None:
             unlock(self._name)
             self._name = None
+
+    def _remove_unused(self) -> None:
+        """A run that is refused at its start leaves no folder. Before the lease is left: nobody else has anything in there."""
+        if not is_used(self.folder):
+            shutil.rmtree(self.folder)
 
     def _take(self) -> None:
         told: list[Any] = [None, self.token]
@@ -99,6 +109,7 @@ class Lease:
             raise ValueError(fault)
 
     def _take_all(self) -> None:
+        self._made = self._made or not os.path.isdir(self.folder)
         os.makedirs(self.folder, exist_ok=True)
         if self._name is None:
             self._lock_name()

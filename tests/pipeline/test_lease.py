@@ -131,8 +131,10 @@ def test_a_new_folder_is_not_set_aside(run):
 
 def test_a_link_to_a_folder_that_does_not_exist_yet(run):
     run.rmdir()
-    Lease("link", PLACE).release()
+    lease = Lease("link", PLACE)
     assert run.is_dir()
+    lease.release()
+    assert not run.exists()  # nothing was done there
 
 
 def test_a_folder_that_cannot_be_made(run):
