@@ -74,7 +74,7 @@ def recipe() -> TrainConfig:
     return TrainConfig(
         run=RunConfig(batch=BATCH, epochs=STEPS * BATCH / IMAGES, log_every=1, seed=5, folder=os.environ["RUN"]),
         data=DataConfig(train=data, image_size=32, threads=1),
-        backbone=BackboneConfig("small_nobn", width=16),
+        backbone=BackboneConfig("small", width=16),
         loss=losses.build("cosface", scale=16.0, margin=0.2),
         optimizer=OptimizerConfig(lr=0.05),
         engine=EngineConfig("ddp", precision="float32"),

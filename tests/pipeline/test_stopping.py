@@ -15,7 +15,7 @@ import torch
 
 from dali_loaders.faces import FacesConfig, write_faces
 from pipeline import stopping
-from pipeline.checkpoint import open_checkpoint
+from pipeline.checkpoint import complete, open_checkpoint
 from pipeline.stopping import Asked, Repeats, Stop, Stopped, heeded
 from tests.pipeline.moments import STEPS, TORCHRUN, run
 
@@ -46,7 +46,7 @@ def assert_same_run(folder, undisturbed):
 
 
 def newest(folder):
-    return max((name for name in os.listdir(folder / "checkpoints") if name.startswith("step-")), default=None)
+    return max(complete(str(folder / "checkpoints")), default=None)
 
 
 STOPS = {  # a moment: what is said, and the step that was saved
