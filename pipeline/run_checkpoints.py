@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import logging
 import os
 import platform
@@ -20,11 +19,9 @@ import torch
 
 import partial_fc
 from dali_loaders import Source
-from dali_loaders.names import printable
-from dali_loaders.remote import without_secrets
 from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
-from pipeline import checkpoint, classifier_state
+from pipeline import checkpoint, classifier_state, same_run
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
 from pipeline.config import TrainConfig, as_dict
@@ -37,14 +34,10 @@ from pipeline.evaluation.set_names import AVERAGED
 from pipeline.lease import Lease
 from pipeline.lease_files import is_used
 from pipeline.run_folder import data_paths
-from pipeline.same_data import ORDER, differences
 from pipeline.starting_weights import Start
 
 log = logging.getLogger(__name__)
 
-LABELS = {"identities": "identity names with the checksum"}  # what sentences call an entry of the checkpoint
-FORCED = ("optimizer", "frozen", "images_per_identity")  # entries of `identity` that may change, if asked for
-MOST_CHANGES = 12  # fields that a line names
 TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
 
 
@@ -75,28 +68,6 @@ class Run(Protocol):
     def checkpoints(self) -> str: ...
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """What a checkpoint and the run that goes on from it must agree on."""
-    config = run.config
-    return {
-        "num_classes": run.fingerprint["num_classes"],
-        "identities": run.fingerprint["identities"],
-        "width": config.backbone.width,
-        "backbone": config.backbone.name,
-        "image_size": config.data.image_size,
-        "optimizer": config.optimizer.name,
-        "frozen": sorted(config.optimizer.frozen),
-        "batch": config.run.batch,
-        "images_per_identity": config.data.images_per_identity,
-    }
-
-
-def order(run: Run) -> dict[str, Any]:
-    """What decides which image stands at which place of the stream, beside what is in `identity`."""
-    values = {**run.fingerprint, "seed": run.config.run.seed}
-    return {key: values[key] for key in ORDER}
-
-
 def saver(run: Run) -> Saver:
     """ValueError for a figure, in checkpoint.best, that no evaluation of this run gives."""
     best = run.config.checkpoint.best
@@ -114,8 +85,8 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
     if newest and best and best not in newest and run.agreement.rank == 0:
         log.warning("checkpoint.best is %r, which is none of the figures: they are %s", best, ", ".join(newest))
     info = {
-        **identity(run),
-        **order(run),
+        **same_run.identity(run),
+        **same_run.order(run),
         "consumed": run.consumed,
         "epoch": run.step / run.steps_per_epoch,
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -211,9 +182,9 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     path, info = saved.path, saved.info
     if info.get("consumed") is None:
         raise ValueError(f"checkpoint {path} is not that of a run: begin a new run with its weights, with --from instead of --resume")
-    _check_start(run, path, info)
-    lines = _check_identity(run, saved)
-    lines += _check_order(run, path, info)
+    same_run.check_start(run, path, info)
+    lines = same_run.check_identity(run, saved)
+    lines += same_run.check_order(run, path, info)
     lines += _take_over(run, saved)
     run.consumed, run.started_from = info["consumed"], info.get("started_from")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
@@ -221,7 +192,7 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
     if checkpoint.is_in(run.checkpoints, saved.path):
         run.saver.committed = run.step  # and need not be saved again
-    return lines + _changed_fields(run, info)
+    return lines + same_run.changed_fields(run, info)
 
 
 def roll_back(run: Run) -> str | None:
@@ -244,91 +215,6 @@ def _take_over(run: Run, saved: Checkpoint) -> list[str]:
     lines += classifier_state.load(saved, saved.info, run.classifier, run.classifier_optimizer)
     run.engine.load(tensors)
     return lines + _load_ema(run, saved)
-
-
-def _check_identity(run: Run, saved: Checkpoint) -> list[str]:
-    info = saved.info
-    if "batch" in info:  # written by a run, not imported
-        info = {"images_per_identity": 1, "frozen": [], **info}  # what earlier versions did
-    # An imported checkpoint may lack a classifier, and so its class count, or an optimizer.
-    changed = {key: ours for key, ours in identity(run).items() if info.get(key) not in (None, ours)}
-    if changed.keys() & {"num_classes", "identities"}:
-        changed.pop("num_classes" if "num_classes" not in changed or info["num_classes"] == changed["num_classes"] else "identities", None)
-    words = [f"{LABELS.get(key, key)} {_shown(info[key])}, but this run has {_shown(ours)}" for key, ours in changed.items()]
-    if changed.keys() & {"num_classes", "identities"}:
-        words += _names_that_differ(run, saved)
-    if not changed:
-        return []
-    if changed.keys() <= set(FORCED) and run.config.checkpoint.differences == "continue":
-        return [f"checkpoint {saved.path} has {line}" for line in words]
-    remedy = (
-        "go on with the recipe and data it was trained with, or begin a new run with its backbone, with --from instead of --resume and a "
-        "run.folder of its own"
-    )
-    if changed.keys() <= set(FORCED):
-        remedy += "; to go on in spite of it, --set checkpoint.differences=continue"
-    raise ValueError(f"checkpoint {saved.path} has {'; '.join(words)}: {remedy}")
-
-
-def _names_that_differ(run: Run, saved: Checkpoint) -> list[str]:
-    theirs, ours = saved.identities(), run.source.identities
-    if theirs is None:
-        return []
-    lines = []
-    for what, names in (("are not among this run's", set(theirs) - set(ours)), ("are new", set(ours) - set(theirs))):
-        if names:
-            lines.append(f"{len(names)} of the identities {what}, such as '{printable(min(names))}'")
-    return lines or ["the same names of identities stand in another order"]
-
-
-def _changed_fields(run: Run, info: dict[str, Any]) -> list[str]:
-    """Nothing about a run changes without a word: options that are others than when the checkpoint was written."""
-    before, now = _flat(info.get("config", {})), _flat(json.loads(json.dumps(as_dict(run.config))))
-    changed = [name for name in now if name in before and before[name] != now[name] and name not in ("run.folder", "start.weights")]
-    if not changed or "batch" not in info:
-        return []
-    shown = ", ".join(f"{name}={_shown(now[name])} (was {_shown(before[name])})" for name in changed[:MOST_CHANGES])
-    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
-    return [f"changed since the checkpoint: {shown}{more}"]
-
-
-def _shown(value: Any) -> str:
-    """A file may come from anyone: no characters that move a terminal's cursor, and no pages."""
-    text = printable(str(value))
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _check_order(run: Run, path: str, info: dict[str, Any]) -> list[str]:
-    """Images that stand elsewhere than before would come twice in an epoch, or not at all. Earlier versions did not write down where."""
-    changed = ", ".join(differences(order(run), info))
-    if not changed:
-        return []
-    if run.config.data.changed == "refuse":
-        raise ValueError(
-            f"the data has changed since checkpoint {path}: {changed}. Go on with the data as it was, or admit the change with --set "
-            "data.changed=continue: from here on images come in a new order, in the epoch under way some twice or not at all"
-        )
-    return [f"the data has changed since the checkpoint ({changed}): a new order, in this epoch some images come twice or not at all"]
-
-
-def _check_start(run: Run, path: str, info: dict[str, Any]) -> None:
-    """A restart of a run goes on from its own checkpoints, with the same --from or without it; with another, they belong to another run."""
-    start, before = run.config.start, info.get("started_from")
-    if start.weights and (before is None or not start.is_that_of(before)):
-        began = "did not begin with another one's weights"
-        if before:
-            began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
-        raise ValueError(
-            f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its "
-            "own with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"
-        )
 
 
 def _load_ema(run: Run, saved: Saved) -> list[str]:

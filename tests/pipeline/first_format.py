@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from pipeline import checkpoint, run_checkpoints
+from pipeline import checkpoint, run_checkpoints, same_run
 from pipeline.config import as_dict
 
 
@@ -56,8 +56,8 @@ def barrier():
 def save(run, figures=None):
     """In place of run_checkpoints.save, for a whole run."""
     info = {
-        **run_checkpoints.identity(run),
-        **run_checkpoints.order(run),
+        **same_run.identity(run),
+        **same_run.order(run),
         "consumed": run.consumed,
         "skipped_steps": run.classifier.skipped_steps,
         "world_size": run.place.world_size,

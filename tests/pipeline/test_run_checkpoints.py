@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from pipeline import checkpoint, run_checkpoints
+from pipeline import checkpoint, run_checkpoints, same_run
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.checkpoint.stores import _LocalSink
 from pipeline.config import as_dict
@@ -40,18 +40,18 @@ def a_run(data="x.tar", names=NAMES, **changes):
 
 
 def a_checkpoint(run, **changes):
-    info = {**run_checkpoints.identity(run), "config": as_dict(run.config), "consumed": 24, "step": 1, **changes}
+    info = {**same_run.identity(run), "config": as_dict(run.config), "consumed": 24, "step": 1, **changes}
     return SimpleNamespace(path="out/run/step-1", info=json.loads(json.dumps(info)), identities=lambda: run.source.identities)
 
 
 def test_nothing_to_say_where_nothing_differs():
-    assert run_checkpoints._check_identity(a_run(), a_checkpoint(a_run())) == []
+    assert same_run.check_identity(a_run(), a_checkpoint(a_run())) == []
 
 
 def test_differences_are_listed_together():
     theirs = a_run(optimizer={"name": "adamw", "frozen": ("input",)}, run={"batch": 48})
     with pytest.raises(ValueError) as raised:
-        run_checkpoints._check_identity(a_run(), a_checkpoint(theirs))
+        same_run.check_identity(a_run(), a_checkpoint(theirs))
     words = str(raised.value)
     assert words.startswith(
         "checkpoint out/run/step-1 has optimizer adamw, but this run has sgd; frozen ['input'], but this run has []; "
@@ -64,13 +64,11 @@ def test_differences_are_listed_together():
 def test_some_may_be_forced():
     theirs, ours = a_run(optimizer={"name": "adamw"}), a_run()
     with pytest.raises(ValueError, match=r"to go on in spite of it, --set checkpoint\.differences=continue"):
-        run_checkpoints._check_identity(ours, a_checkpoint(theirs))
+        same_run.check_identity(ours, a_checkpoint(theirs))
     ours.config = replace(ours.config, checkpoint=CheckpointConfig(differences="continue"))
-    assert run_checkpoints._check_identity(ours, a_checkpoint(theirs)) == [
-        "checkpoint out/run/step-1 has optimizer adamw, but this run has sgd"
-    ]
+    assert same_run.check_identity(ours, a_checkpoint(theirs)) == ["checkpoint out/run/step-1 has optimizer adamw, but this run has sgd"]
     with pytest.raises(ValueError, match="has batch 48, but this run has 24"):  # this one may not
-        run_checkpoints._check_identity(ours, a_checkpoint(a_run(run={"batch": 48})))
+        same_run.check_identity(ours, a_checkpoint(a_run(run={"batch": 48})))
 
 
 @pytest.mark.parametrize(
@@ -85,18 +83,18 @@ def test_some_may_be_forced():
 )
 def test_identities_are_compared_by_name(names, words):
     with pytest.raises(ValueError) as raised:
-        run_checkpoints._check_identity(a_run(), a_checkpoint(a_run(names=names)))
+        same_run.check_identity(a_run(), a_checkpoint(a_run(names=names)))
     assert words in str(raised.value) and str(raised.value).isprintable()
 
 
 def test_what_a_stranger_wrote_is_shown_without_moving_the_cursor():
     stranger = a_checkpoint(a_run(), backbone="\x1b[31m" + "x" * 10**5)
     with pytest.raises(ValueError) as raised:
-        run_checkpoints._check_identity(a_run(), stranger)
+        same_run.check_identity(a_run(), stranger)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 700
     stranger = a_checkpoint(a_run())
     stranger.info["config"]["run"]["batch"] = "\x1b[31m" + "x" * 10**5
-    (line,) = run_checkpoints._changed_fields(a_run(), stranger.info)
+    (line,) = same_run.changed_fields(a_run(), stranger.info)
     assert line.isprintable() and len(line) < 700
 
 
@@ -230,12 +228,10 @@ def test_a_figure_that_the_evaluation_does_not_give_is_said(caplog):
     run = mock.MagicMock(evaluator=SimpleNamespace(newest={"a/eer": 0.1}), saver=saver, agreement=SimpleNamespace(rank=0))
     run.config.checkpoint.best = "a/eerie"
     with (
-        mock.patch.multiple(
-            run_checkpoints, identity=mock.DEFAULT, order=mock.DEFAULT, state=mock.DEFAULT, as_dict=mock.DEFAULT
-        ) as patched,
+        mock.patch.multiple(run_checkpoints, state=mock.DEFAULT, as_dict=mock.DEFAULT),
+        mock.patch.multiple(same_run, identity=lambda run: {}, order=lambda run: {}),
         caplog.at_level(logging.WARNING),
     ):
-        patched["identity"].return_value = patched["order"].return_value = {}
         run_checkpoints.save(run, {"eer": 0.1})
     assert "checkpoint.best is 'a/eerie', which is none of the figures: they are a/eer" in caplog.text
     assert saver.start.call_args.args[2]["figures"] == {"a/eer": 0.1}
