@@ -261,14 +261,16 @@ def test_a_disk_that_gets_full_in_the_middle_and_is_so_at_the_restart(tmp_path):
         from tests.pipeline.runs import configuration, faces
         data = faces(".")
         step = Trainer._train_step
+        def fill():
+            with open("small/fill", "ab", 0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
         def filling(self):
             if self.step == 2:
-                with open("small/fill", "wb", 0) as file:
-                    try:
-                        while True:
-                            file.write(bytes(4096))
-                    except OSError:
-                        pass
+                fill()
             return step(self)
         Trainer._train_step = filling
         os.makedirs("small/run")
@@ -277,6 +279,7 @@ def test_a_disk_that_gets_full_in_the_middle_and_is_so_at_the_restart(tmp_path):
         config = configuration(data, "small/run", steps=4, save_every=2, evaluation=EvaluationConfig(data=data))
         train(config)
         print(sorted(os.listdir("large"))[1:])
+        fill()  # what ranks wrote while they ran is gone by now
         try:
             train(config)
         except ValueError as error:
