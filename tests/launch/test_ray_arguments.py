@@ -117,12 +117,14 @@ def test_job_client_has_what_is_called(capsys):
     client.get_job_info.return_value = SimpleNamespace(status=JobStatus.SUCCEEDED)
     client.get_job_status.return_value = JobStatus.STOPPED
     variables = multinode.passed_on(multinode.parser().parse_args(["stub"]))
-    assert job.run(client, "true", variables, check=lambda: None) == 0
+    ending = job.Ending("run", "stop", 1.0)
+    assert job.run(client, "true", variables, check=lambda: None, ending=ending) == 0
     job.stop(client, "protoshard-1")
     assert capsys.readouterr().out == "step 1\n"
     bind(JobSubmissionClient, "http://127.0.0.1:8265")
     RuntimeEnv(**client.submit_job.call_args.kwargs["runtime_env"])
     assert client.submit_job.call_args.kwargs.keys() <= inspect.signature(JobSubmissionClient.submit_job).parameters.keys()
+    assert job.ask(client, "protoshard-1", ending) is False  # a stopped job has not asked
 
 
 def test_overridden_methods_have_the_parameters_of_ray():
