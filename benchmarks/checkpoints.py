@@ -5,6 +5,7 @@ and synced, or into memory); and how long a step waits for a save that is writte
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -24,8 +25,6 @@ from pipeline.checkpoint import CheckpointConfig, Part, Saver
 from pipeline.distributed import join
 from pipeline.local_ranks import run_local
 from pipeline.measuring import peak_memory
-
-STEP = 1
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,6 +78,10 @@ def together(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def newest(folder: str) -> str:
+    return os.path.join(folder, checkpoint.complete(folder)[-1])
+
+
 def copy_to_disk(source: str, target: str) -> None:
     """By the system's own means, until it is on the disk."""
     with open(source, "rb") as read, open(target, "wb") as write:
@@ -101,10 +104,11 @@ def saving(options: argparse.Namespace, folder: str, out: str) -> None:
     saver = Saver(folder, CheckpointConfig(keep=1, asynchronous=not options.synchronous), Agreement())
     saver.reserve(state)
     copies, saves, stalls = [], [], []
+    steps = itertools.count(1)
 
     def save() -> None:
         start = time.perf_counter()
-        saver.start(STEP, state, {"consumed": 0})
+        saver.start(next(steps), state, {"consumed": 0})
         stalls.append(time.perf_counter() - start)
         saver.finish()
         if saver.trouble:
@@ -112,9 +116,9 @@ def saving(options: argparse.Namespace, folder: str, out: str) -> None:
 
     memory = peak_memory(save, place.device)[0]  # of the first one, which is not timed
     stalls.clear()
-    mine = os.path.join(folder, f"step-{STEP:08d}", f"rank-{place.rank:05d}.safetensors")
     for _ in range(options.rounds):
-        copies.append(together(lambda: copy_to_disk(mine, os.path.join(options.folder, f"copy-{place.rank}"))))
+        mine = os.path.join(newest(folder), f"rank-{place.rank:05d}.safetensors")
+        copies.append(together(lambda: copy_to_disk(mine, os.path.join(options.folder, f"copy-{place.rank}"))))  # noqa: B023
         saves.append(together(save))
     report(out, "save", options.ranks, state, saves, copies, memory, stalls)
 
@@ -123,7 +127,7 @@ def loading(options: argparse.Namespace, folder: str, out: str) -> None:
     place = join("cpu")
     agreement = Agreement()
     state = matrices(options)
-    saved = checkpoint.open_checkpoint(os.path.join(folder, f"step-{STEP:08d}"))
+    saved = checkpoint.open_checkpoint(newest(folder))
     files = sorted(os.path.join(saved.path, name) for name in os.listdir(saved.path) if name.endswith(".safetensors"))
     copies, checks, loads = [], [], []
     buffer = memoryview(bytearray(os.path.getsize(files[0])))
