@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="that save (2)")
     parser.add_argument("--onto", type=int, default=3, metavar="N", help="that load (3)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the median counts (3)")
+    parser.add_argument(
+        "--gradient-seconds", type=float, default=0.5, metavar="S", help="for which the next step computes before it moves weights (0.5)"
+    )
     parser.add_argument("--synchronous", action="store_true", help="without the copy in host memory")
     parser.add_argument("--csv", metavar="FILE", help="append the figures to it")
     return parser
@@ -66,7 +70,8 @@ def matrices(options: argparse.Namespace) -> dict[str, Part]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     drawn = torch.randn(min(shard.rows, 1024), options.width, generator=generator)
     names = ("prototypes", "prototypes.momentum_buffer")
-    return {name: checkpoint.rows(drawn.repeat(-(-shard.rows // 1024), 1)[: shard.rows], shard.first, options.classes) for name in names}
+    rows = {name: drawn.repeat(-(-shard.rows // 1024), 1)[: shard.rows] for name in names}
+    return {name: replace(checkpoint.rows(mine, shard.first, options.classes), settled=True) for name, mine in rows.items()}
 
 
 def together(work: Callable[[], Any]) -> float:
@@ -107,9 +112,16 @@ def saving(options: argparse.Namespace, folder: str, out: str) -> None:
     steps = itertools.count(1)
 
     def save() -> None:
+        """As training does it: the next step computes its gradients, and then wants to move the weights."""
         start = time.perf_counter()
         saver.start(next(steps), state, {"consumed": 0})
-        stalls.append(time.perf_counter() - start)
+        begun = time.perf_counter()
+        left, right = torch.ones(256, 512), torch.ones(512, 512)
+        while time.perf_counter() - begun < options.gradient_seconds:
+            left @ right
+        computed = time.perf_counter()
+        saver.fence()
+        stalls.append(begun - start + time.perf_counter() - computed)
         saver.finish()
         if saver.trouble:
             raise ValueError(saver.trouble)

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from pipeline.starting_weights import Start
 
 log = logging.getLogger(__name__)
 
+MOVED = ("prototypes", "learned.", "optimizer.")  # beginnings of the names of what only an optimizer's step changes
 TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
 
 
@@ -114,7 +116,8 @@ def state(run: Run) -> dict[str, Part]:
     parts = {**run.engine.state(), **classifier_state.state_of(run.classifier, run.classifier_optimizer)}
     if run.ema:
         parts |= run.ema.state(run.engine.module)
-    return parts
+    moved = {f"backbone.{name}" for name, _ in run.engine.module.named_parameters()}
+    return {name: replace(part, settled=name in moved or name.startswith(MOVED)) for name, part in parts.items()}
 
 
 @functools.cache

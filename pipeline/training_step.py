@@ -50,6 +50,8 @@ def take(run: Run) -> Tensor | None:
     run.rate = optimizer.lr * factor
     for group in run.classifier_optimizer.param_groups:  # before backward, which may move prototypes
         group["lr"] = run.classifier_lr * factor
+    if optimizer.in_backward or run.classifier_optimizer.is_lazy:  # then prototypes move before the step
+        run.saver.fence()
     batches: Iterable[Batch] = itertools.islice(run.loader, settings.accumulation)
     if settings.accumulation > 1 and run.config.classifier.sample_rate < 1:
         batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
@@ -72,6 +74,7 @@ def take(run: Run) -> Tensor | None:
             run.course.scaler.scale(loss).backward()
             assert leaf_bD.grad is not None
             run.engine.backward(features_bD, leaf_bD.grad, is_last)
+        run.saver.fence()
         fault = _step(run, total)
     except NonFiniteError as error:  # found on all ranks alike
         raise NonFiniteError(f"{error}; {_name_images(run, run.step + 1, indices)}") from error

@@ -17,12 +17,14 @@ class Part:
     """This rank's elements [start, start + tensor.numel()) of a tensor of `shape`, counted in row-major order: some rows of a matrix, a
     fragment of a flat optimizer state, or all of it.
 
-    replicated: every rank has all of it, so that any one of them may write it"""
+    replicated: every rank has all of it, so that any one of them may write it
+    settled: stays as it is until an optimizer moves it, so that it may be copied while the next step computes its gradients"""
 
     tensor: Tensor
     shape: tuple[int, ...]
     start: int = 0
     replicated: bool = False
+    settled: bool = False
 
     def __post_init__(self) -> None:
         assert self.start >= 0 and self.start + self.tensor.numel() <= math.prod(self.shape), (self.start, self.tensor.shape, self.shape)

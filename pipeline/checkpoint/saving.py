@@ -38,6 +38,8 @@ class _Flight:
         self.thread: threading.Thread | None = None
         self.result: Any = None
         self.is_committing = False
+        self.copied = threading.Event()
+        self.copied.set()
 
     def run(self, work: Callable[[], Any], beside: bool) -> None:
         self.result = None
@@ -96,8 +98,9 @@ class Saver:
             self.copy.reserve(self._mine(state))
 
     def start(self, step: int, state: dict[str, Part], info: dict[str, Any], identities: Sequence[str] | None = None) -> None:
-        """Begins to save FOLDER/step-N. Returns when the tensors of `state` may change; if saves are not asynchronous, when all is done.
-        Waits for an earlier save that is still on its way. Nothing happens if this step is saved already.
+        """Begins to save FOLDER/step-N. Returns when the tensors of `state` may change, and those that are settled once `fence` has
+        returned; if saves are not asynchronous, when all is done. Waits for an earlier save that is still on its way. Nothing happens if
+        this step is saved already.
 
         state: by name, this rank's parts; names of replicated ones are the same on every rank
         info: what the manifest says beside them
@@ -114,10 +117,13 @@ class Saver:
             self._fail(flight, _words(fault))
             return
         parts = self._mine(state)
-        if self.config.asynchronous:
-            parts = self.copy.of(parts)
         self.flight = flight
-        flight.run(lambda: self._write(flight, parts, identities), beside=self.config.asynchronous)
+        if self.config.asynchronous:
+            copies, rest = self.copy.of(parts)
+            flight.copied.clear()
+            flight.run(lambda: self._write(flight, copies, identities, rest), beside=True)
+        else:
+            flight.run(lambda: self._write(flight, parts, identities), beside=False)
         self.stall += time.perf_counter() - began
         if not self.config.asynchronous:
             self.finish()
@@ -146,7 +152,24 @@ class Saver:
                 mine[name] = state[name]
         return mine
 
-    def _write(self, flight: _Flight, parts: dict[str, Part], identities: Sequence[str] | None) -> list[Written]:
+    def fence(self) -> None:
+        """Returns when tensors that were settled may change. Called before each step of an optimizer."""
+        if self.flight is not None and not self.flight.copied.is_set():
+            began = time.perf_counter()
+            self.flight.copied.wait()
+            self.stall += time.perf_counter() - began
+
+    def _write(
+        self,
+        flight: _Flight,
+        parts: dict[str, Part],
+        identities: Sequence[str] | None,
+        copy: Callable[[], None] = lambda: None,
+    ) -> list[Written]:
+        try:
+            copy()
+        finally:
+            flight.copied.set()
         file = FILE.format(self.agreement.rank)
         written = [data_file.write(file, self.store.create(flight.name, file), parts)]
         if identities is not None and self.agreement.rank == 0:
