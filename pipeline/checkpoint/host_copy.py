@@ -52,9 +52,8 @@ class HostCopy:
         device = next((tensor.device for _, tensor in later + now if tensor.is_cuda), None)
         if device is None:
             return copies, partial(_copy, later)
-        computed = torch.cuda.current_stream(device).record_event()
-        computed.synchronize()
-        return copies, partial(_copy_beside, later, device, computed)
+        torch.cuda.current_stream(device).synchronize()  # copies are there, and whatever moved the settled ones is done
+        return copies, partial(_copy_beside, later, device)
 
     def _make(self, parts: dict[str, Part]) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)  # first the old one goes
@@ -66,10 +65,9 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
         slot.copy_(tensor, non_blocking=True)
 
 
-def _copy_beside(pairs: list[tuple[Tensor, Tensor]], device: torch.device, computed: torch.cuda.Event) -> None:
+def _copy_beside(pairs: list[tuple[Tensor, Tensor]], device: torch.device) -> None:
     """On a stream of its own, beside the kernels of the next step."""
     stream = torch.cuda.Stream(device)
-    stream.wait_event(computed)
     with torch.cuda.stream(stream):
         _copy(pairs)
     stream.synchronize()

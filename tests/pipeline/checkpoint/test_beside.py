@@ -55,7 +55,7 @@ def slowly(config):
 
     def late(self, parts):
         copies, rest = of(self, parts)
-        return copies, lambda: (time.sleep(0.05), rest())
+        return copies, lambda: (time.sleep(0.3), rest())
 
     with mock.patch.object(HostCopy, "of", late):
         return train_losses(config)
