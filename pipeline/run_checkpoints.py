@@ -39,7 +39,7 @@ from pipeline.starting_weights import Start
 
 log = logging.getLogger(__name__)
 
-MOVED = ("prototypes", "learned.", "optimizer.")  # beginnings of the names of what only an optimizer's step changes
+MOVED = ("prototypes", "optimizer.")  # beginnings of the names of what only an optimizer's step changes; a loss may set what it learns
 TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
 
 
