@@ -44,6 +44,10 @@ def load(saved: Saved, info: dict[str, Any], classifier: PartialFC, optimizer: R
     common = {name for name, part in ours.items() if name in saved and saved.shape(name) == part.shape}
     if "prototypes" in saved and "prototypes" not in common:
         raise ValueError(f"it holds prototypes {list(saved.shape('prototypes'))}, but this run has {list(ours['prototypes'].shape)}")
+    for name, parameter in classifier.named_parameters():
+        # All or nothing: AdamW takes steps of up to 6 times its rate with moments that start anew under a count that goes on.
+        state = {f"{name}.{key}" for key in optimizer.state[parameter]}
+        common -= set() if state - {f"{name}.step"} <= common else state
     for name in common:
         saved.fill(name, ours[name].tensor, ours[name].start)
     anew = [name for name in ours if name not in common]

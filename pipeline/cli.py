@@ -193,6 +193,10 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="imported", metavar="FOLDER", help="of the new run, empty or not there yet (imported)")
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--identities", type=int, required=True, metavar="N", help="classes of the whole job")
     plan.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
@@ -210,6 +214,8 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--checkpoint-activations", action="store_true", help="backward computes the inside of the backbone's blocks again")
     plan.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
     plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
+    plan.add_argument("--frozen", type=_parts, default=(), metavar="PART,...", help="of the backbone, as optimizer.frozen (none)")
+    plan.add_argument("--ema", action="store_true", help="with an average of the backbone's weights (run.ema)")
     plan.add_argument("--engine", default="ddp", choices=("ddp", "deepspeed"), help="of the backbone (ddp)")
     plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2, 3), help="of deepspeed (1)")
     plan.add_argument(

@@ -35,6 +35,7 @@ class Course:
             "skipped_in_a_row": self.skipped_in_a_row,
             "rollbacks": self.rollbacks,
             "losses": list(self.losses),
+            "has_moved": self.has_moved,
         }
 
     def roll_back(self, state: dict[str, Any]) -> None:
@@ -47,4 +48,4 @@ class Course:
         if self.scaler.is_enabled() and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self.skipped_in_a_row, self.rollbacks = state.get("skipped_in_a_row", 0), state.get("rollbacks", 0)
-        self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
+        self.losses, self.has_moved = deque(state.get("losses", ()), maxlen=WINDOW), state.get("has_moved", True)

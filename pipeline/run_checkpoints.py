@@ -39,7 +39,7 @@ from pipeline.starting_weights import Start
 
 log = logging.getLogger(__name__)
 
-MOVED = ("prototypes", "learned.", "optimizer.")  # beginnings of the names of what only an optimizer's step changes
+MOVED = ("prototypes", "optimizer.")  # beginnings of the names of what only an optimizer's step changes; a loss may set what it learns
 TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
 
 
@@ -210,11 +210,13 @@ def roll_back(run: Run) -> str | None:
 
 
 def _take_over(run: Run, saved: Checkpoint) -> list[str]:
-    lines = []
-    tensors: Saved = saved
-    if saved.info.get("optimizer") not in (None, run.config.optimizer.name):
-        tensors = Without(saved, "optimizer.")
-        lines.append("the state of the backbone's optimizer starts anew, because it is of another kind")
+    optimizer, because = run.config.optimizer, None
+    if saved.info.get("optimizer") not in (None, optimizer.name):
+        because = "because it is of another kind"
+    elif optimizer.name == "adamw" and run.config.engine.name == "deepspeed" and set(saved.info.get("frozen", ())) != set(optimizer.frozen):
+        because = "because other weights are frozen, and DeepSpeed counts AdamW's steps for all together"  # see classifier_state.load
+    tensors: Saved = Without(saved, "optimizer.") if because else saved
+    lines = [f"the state of the backbone's optimizer starts anew, {because}"] if because else []
     lines += classifier_state.load(saved, saved.info, run.classifier, run.classifier_optimizer)
     run.engine.load(tensors)
     return lines + _load_ema(run, saved)

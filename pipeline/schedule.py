@@ -40,9 +40,11 @@ class OptimizerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
-        for name in ("lr", "classifier_lr", "weight_decay", "warmup_epochs", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but must not be negative")
+        for name in ("lr", "classifier_lr", "weight_decay", "warmup_epochs", "clip", "power"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but must be finite and not negative")
+        if not all(0 <= epoch < math.inf for epoch in self.step_epochs):
+            raise ValueError(f"optimizer.step_epochs is {self.step_epochs}, but must hold epochs, finite and not negative")
         if (self.schedule == "steps") != bool(self.step_epochs):
             raise ValueError(
                 f"optimizer.step_epochs is {self.step_epochs}, but optimizer.schedule is {self.schedule}: steps need epochs, alone"

@@ -212,4 +212,5 @@ def _backbone_text(job: Job, hardware: Hardware) -> str:
     precision = ("bfloat16" if hardware.has_bfloat16 else "float32") if job.precision == "auto" else job.precision
     again = ", activations computed again" if job.checkpoint_activations else ""
     images = f"{batches} images a rank"
-    return f"backbone {job.backbone} at {job.image_size} pixels, {images}, {precision}, {job.backbone_optimizer}, {engine}{again}"
+    rest = again + (f", frozen: {', '.join(job.frozen)}" if job.frozen else "") + (", with an average" if job.ema else "")
+    return f"backbone {job.backbone} at {job.image_size} pixels, {images}, {precision}, {job.backbone_optimizer}, {engine}{rest}"

@@ -30,6 +30,8 @@ class Job:
     checkpoint_activations: bool = False  # of its blocks
     image_size: int = 112
     backbone_optimizer: OptimizerName = "sgd"
+    frozen: tuple[str, ...] = ()  # parts of the backbone that do not move
+    ema: bool = False  # an average of the backbone's weights beside them
     engine: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: Literal[1, 2, 3] = 1
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the backbone's products
@@ -43,6 +45,8 @@ class Job:
             raise ValueError(f"--rate is {self.rate}, but must be above 0 and at most 1")
         if self.in_backward and self.accumulation > 1:
             raise ValueError("--in-backward moves prototypes in every backward pass, of which --accumulation takes several: choose one")
+        if self.ema and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("--ema averages whole weights, which --zero-stage 3 shards over ranks: choose one of them")
         if self.has_backbone:
             backbones.check(self.network, self.image_size)
             parts = self.ranks * self.accumulation

@@ -13,17 +13,15 @@ from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.network import Footprint, footprint
 
 BUCKET_BYTES, LIVE_BYTES = 4 * BUCKET, 4 * LIVE
-NOTHING = Footprint(0, 0, 0, 0)
+NOTHING = Footprint(0, 0, 0, 0, 0, 0)
 BATCHES = DataConfig().prefetch + 2  # of images: the one in use, those that are ready, and the next, which waits for its place
 
 
 def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     """Tensors, by what they are for."""
-    network = NOTHING
-    if job.has_backbone:
-        network = footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware))
+    network = _network(job, hardware)
     lines = {**_backbone(job, hardware, network), **_classifier(job)}
-    work = max(_tiles(job, hardware) + _vectors(job), network.backward)
+    work = max(_tiles(job, hardware) + _vectors(job), network.work)
     # When weights move and checkpoints are written, activations and tiles are gone.
     free = lines["activations"] + work
     later = max(_update(job, hardware, network), _save(job), _evaluation(job, network))
@@ -32,18 +30,25 @@ def memory(job: Job, hardware: Hardware) -> dict[str, int]:
 
 
 def copy_for_saves(job: Job, network: Footprint) -> int:
-    """What an asynchronous save keeps in the memory of the host: the rank's rows, and its share of the backbone and its optimizer."""
+    """What an asynchronous save keeps in the memory of the host: the rank's rows, and its share of the backbone, of its average and its
+    optimizer, but no less than one whole tensor."""
     if not job.asynchronous:
         return 0
     rows = _classifier(job)
-    shared = network.buffers + network.weights * (1 + STATES[job.backbone_optimizer])
-    return rows["prototypes"] + rows["optimizer"] + rows["bank"] + -(-shared // job.ranks)
+    shared = network.buffers + network.weights + _average(job, network) + network.moving * STATES[job.backbone_optimizer]
+    return rows["prototypes"] + rows["optimizer"] + rows["bank"] + max(-(-shared // job.ranks), network.largest)
 
 
 def on_host(job: Job, hardware: Hardware) -> dict[str, int]:
     """Memory of the host, for each rank whose tensors are on a GPU."""
-    network = footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware)) if job.has_backbone else NOTHING
+    network = _network(job, hardware)
     return {"copy for saves": copy_for_saves(job, network)} if hardware.is_gpu and job.asynchronous else {}
+
+
+def _network(job: Job, hardware: Hardware) -> Footprint:
+    if not job.has_backbone:
+        return NOTHING
+    return footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware), frozen=job.frozen)
 
 
 def in_half(job: Job, hardware: Hardware) -> bool:
@@ -65,32 +70,42 @@ def estimates(job: Job, hardware: Hardware) -> dict[str, int]:
 
 
 def _backbone(job: Job, hardware: Hardware, network: Footprint) -> dict[str, int]:
-    weights = gradients = network.weights  # gradients are views of DDP's buckets
-    state = weights * STATES[job.backbone_optimizer]
-    if job.engine == "deepspeed":
+    weights, gradients = network.weights, network.moving  # gradients are views of DDP's buckets
+    state = gradients * STATES[job.backbone_optimizer]
+    if _has_deepspeed(job, network):
         part = _part(job, network)
         # One bucket fills while the other travels; gradients grow as activations go, but those of an earlier micro-batch are there.
         gradients = 2 * BUCKET_BYTES + (_averaged(job, network) if job.accumulation > 1 else 0)
         weights, state = weights + part, part * STATES[job.backbone_optimizer]  # the optimizer moves a copy of its part
         if job.zero_stage == 3:  # or its part itself; the rest comes when it is needed
-            weights, gradients = part + min(network.weights, LIVE_BYTES), 2 * BUCKET_BYTES + part
+            weights, gradients = -(-network.weights // job.ranks) + min(network.weights, LIVE_BYTES), 2 * BUCKET_BYTES + part
     return {
         "backbone": weights + network.buffers,
         "its gradients": gradients,
         "its optimizer": state,
+        "its average": _average(job, network),
         "activations": network.activations,
         "images": _images(job, hardware),
     }
 
 
+def _has_deepspeed(job: Job, network: Footprint) -> bool:
+    """A backbone of which nothing moves has no engine."""
+    return job.engine == "deepspeed" and network.moving > 0
+
+
+def _average(job: Job, network: Footprint) -> int:
+    return network.weights + network.buffers if job.ema else 0
+
+
 def _part(job: Job, network: Footprint) -> int:
-    """What DeepSpeed gives each rank of the weights and their gradients."""
-    return -(-network.weights // job.ranks)
+    """What DeepSpeed gives each rank of the weights that move, and of their gradients."""
+    return -(-network.moving // job.ranks)
 
 
 def _averaged(job: Job, network: Footprint) -> int:
     """Gradients that DeepSpeed keeps until the end of backward, or flattens in the step."""
-    return network.weights if job.zero_stage == 1 else {2: 2, 3: 1}[job.zero_stage] * _part(job, network)
+    return network.moving if job.zero_stage == 1 else {2: 2, 3: 1}[job.zero_stage] * _part(job, network)
 
 
 def _images(job: Job, hardware: Hardware) -> int:
@@ -172,7 +187,7 @@ def _moving(job: Job, hardware: Hardware, rows: int) -> int:
 
 def _update(job: Job, hardware: Hardware, network: Footprint) -> int:
     """Fused optimizers move weights in place. DeepSpeed sends a copy of its bucket when all gradients are there."""
-    averaging = BUCKET_BYTES + _averaged(job, network) if job.has_backbone and job.engine == "deepspeed" else 0
+    averaging = BUCKET_BYTES + _averaged(job, network) if _has_deepspeed(job, network) else 0
     return max(averaging, 0 if job.in_backward else _moving(job, hardware, _held(job)))
 
 
@@ -183,6 +198,6 @@ def _save(job: Job) -> int:
 
 
 def _evaluation(job: Job, network: Footprint) -> int:
-    """ZeRO 3 puts the weights together for it."""
-    whole = network.weights if job.engine == "deepspeed" and job.zero_stage == 3 else 0
+    """ZeRO 3 puts the weights together for it, and an average takes the place of the weights, which are kept aside."""
+    whole = network.weights if _has_deepspeed(job, network) and job.zero_stage == 3 else _average(job, network)
     return whole - _classifier(job)["gradient"]

@@ -15,27 +15,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import backbones
 from pipeline.backbones.recompute import Block
+from pipeline.engine.parameters import freeze
 
-IN_FLIGHT = 3  # gradients as large as an activation: the one that comes in, the one that goes out, and that of a shortcut
+IN_FLIGHT = 3  # tensors as large as an activation, or as its gradient: the one that comes in, the one that goes out, and a shortcut's
 
 
 class Footprint(NamedTuple):
     """Bytes."""
 
-    weights: int  # in float32; as much again are gradients, and each number of the optimizer's state
+    weights: int  # in float32
+    moving: int  # of these, what is not frozen: as much again are gradients, and each number of the optimizer's state
     buffers: int
+    largest: int  # of the weights' tensors
     activations: int  # what forward leaves to backward, casts of the weights included
-    backward: int  # what backward takes beyond them at its peak
+    work: int  # what forward and backward take beyond them at their peak
 
 
 @functools.cache
-def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, in_half: bool) -> Footprint:
-    """Of a backbone with `batch` images, trained under autocast, in bfloat16 or float16, if in_half."""
+def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, in_half: bool, frozen: tuple[str, ...] = ()) -> Footprint:
+    """Of a backbone with `batch` images, trained under autocast, in bfloat16 or float16, if in_half. frozen: as optimizer.frozen"""
     with FakeTensorMode():
         network = backbones.build(replace(config, checkpoint_activations=False), image_size)
+        freeze(network, frozen)
         # As the trainer's loader gives them, but for the precision, which autocast rounds.
         images = torch.empty(batch, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
         saved = _Saved(itertools.chain(network.parameters(), network.buffers(), [images]))
+        for part in network.modules():
+            if not list(part.children()):
+                part.register_forward_hook(saved.leave_layer)
         if config.checkpoint_activations:
             for part in network.modules():
                 if isinstance(part, Block):
@@ -44,9 +51,11 @@ def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, 
         # A GPU's autocast casts the same operations; fake tensors of a GPU need a build of torch for it.
         with torch.autocast("cpu", torch.bfloat16, enabled=in_half), torch.autograd.graph.saved_tensors_hooks(saved.note, lambda x: x):
             network(images)
-        weights, buffers = (sum(tensor.nbytes for tensor in tensors) for tensors in (network.parameters(), network.buffers()))
-        kept, peak = saved.kept(), saved.peak()
-    return Footprint(weights, buffers, kept, peak - kept)
+        weights = [weight.nbytes for weight in network.parameters()]
+        moving = sum(weight.nbytes for weight in network.parameters() if weight.requires_grad)
+        buffers = sum(buffer.nbytes for buffer in network.buffers())
+        kept, peak = saved.kept(), max(saved.peak(), saved.forward)
+    return Footprint(sum(weights), moving, buffers, max(weights), kept, peak - kept)
 
 
 class _Saved:
@@ -58,6 +67,7 @@ class _Saved:
         self.held: list[torch.UntypedStorage] = []  # so that no address comes twice
         self.sizes: list[int | list[int]] = []  # a list: of a block's inside
         self.inside: list[int] | None = None
+        self.forward = 0  # its peak
 
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -74,6 +84,9 @@ class _Saved:
 
     def leave_block(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.inside = None
+
+    def leave_layer(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.forward = max(self.forward, self.kept() + sum(self.inside or ()) + IN_FLIGHT * output.nbytes)
 
     def kept(self) -> int:
         return sum(size for size in self.sizes if isinstance(size, int))

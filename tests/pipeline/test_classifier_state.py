@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partial_fc import PartialFC, RowSGD, losses
+from partial_fc import PartialFC, RowAdamW, RowSGD, losses
 from partial_fc.global_batch import GlobalBatch
 from partial_fc.losses import Loss, register, softplus
 from pipeline import checkpoint, classifier_state
@@ -160,6 +160,17 @@ def test_another_loss_takes_over_what_fits(tmp_path):
         "the checkpoint's learned.offset, learned.offset.momentum_buffer, learned.offset.step, learned.shift, "
         "learned.shift.momentum_buffer, learned.shift.step, tracked_hardness: left out, because this run has no counterpart",
     ]
+
+
+def test_the_state_of_another_kind_of_optimizer_starts_anew_with_its_count(tmp_path):
+    save(str(tmp_path), "cosface")
+    classifier = PartialFC(CLASSES, WIDTH, losses.build("cosface"))
+    optimizer = RowAdamW(classifier, lr=0.1)
+    saved = checkpoint.locate(str(tmp_path))
+    assert saved.whole("prototypes.step") > 0
+    line, *_ = classifier_state.load(saved, saved.info, classifier, optimizer)
+    assert line == "the checkpoint has no prototypes.step, prototypes.exp_avg, prototypes.exp_avg_sq: started anew"
+    assert optimizer.state[classifier.prototypes]["step"] == 0
 
 
 def remarks(config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,10 @@ def test_all_others_go_together():
         (lambda: EngineConfig(precision="float8"), r"engine\.precision is 'float8', but must be auto, float32, bfloat16 or float16"),
         (lambda: RunConfig(spike=0.5), r"run\.spike is 0\.5, but must be above 1"),
         (lambda: RunConfig(most_skipped=0), r"run\.most_skipped is 0, but must be at least 1"),
+        (lambda: OptimizerConfig(lr=math.nan), r"optimizer\.lr is nan, but must be finite and not negative"),
+        (lambda: OptimizerConfig(warmup_epochs=math.inf), r"optimizer\.warmup_epochs is inf, but must be finite"),
+        (lambda: OptimizerConfig(power=-1.0), r"optimizer\.power is -1\.0, but must be finite and not negative"),
+        (lambda: OptimizerConfig(schedule="steps", step_epochs=(math.nan,)), r"optimizer\.step_epochs is \(nan,\), but must hold epochs"),
     ],
 )
 def test_of_one_section(make, sentence):

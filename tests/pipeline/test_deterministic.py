@@ -104,7 +104,7 @@ def test_a_course_goes_through_a_checkpoint():
     before = Course(GradScaler("cpu", init_scale=8.0, growth_interval=2))
     before.scaler.scale(torch.ones(()))
     before.losses.extend(map(float, range(30)))
-    before.skipped_in_a_row, before.rollbacks = 2, 1
+    before.skipped_in_a_row, before.rollbacks, before.has_moved = 2, 1, False
     after = Course(GradScaler("cpu"))
     after.load(before.state())
     assert after.state() == before.state() and after.scaler.get_scale() == 8.0 and after.usual_loss == 14.5

@@ -203,20 +203,27 @@ def test_a_spike_rolls_back_and_goes_on_past_the_batch(ranks, data, engine, zero
         made = config_of(data, tmp_path / name, engine, zero_stage, run={"epochs": 34 * 24 / 78, "spike": 3.0}, save_every=every)
         return replace(made, optimizer=replace(made.optimizer, clip=0.1))
 
-    at = (5, 24, 25, 28)  # of these the first comes before there are enough losses, the third before anything has moved again
+    at = (
+        5,
+        24,
+        25,
+        28,
+        29,
+        30,
+    )  # the first comes before there are enough losses, the third and the last two before anything has moved again
     results = ranks(2).run(spiking, config("whole"), at)
     lines, state, course = results[0]
     newest = str(tmp_path / "whole" / "checkpoints" / "step-00000020")
-    assert [line.split(":")[0] for line in lines] == ["step 25", "step 26", "step 29"]
+    assert [line.split(":")[0] for line in lines] == ["step 25", "step 26", "step 29", "step 30", "step 31"]
     assert lines[0].endswith(f"left out, and went on with the weights of {newest}") and lines[1].endswith("left out")
     assert newest in lines[2] and results[1][0] == lines
     assert course["rollbacks"] == 2
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["rollbacks"] for row in rows if "loss" in row][23:30] == [0, 1, 1, 1, 1, 2, 2]
-    assert rows[-1]["skipped_steps"] == 3
+    assert [row["rollbacks"] for row in rows if "loss" in row][23:31] == [0, 1, 1, 1, 1, 2, 2, 2]
+    assert rows[-1]["skipped_steps"] == 5
 
-    # A run that is broken off and goes on does the same.
-    ranks(2).run(train_until_spiking, config("broken"), at, 27)
+    # A run that is broken off and goes on does the same, also from a checkpoint that was saved right after a roll-back.
+    ranks(2).run(train_until_spiking, config("broken"), at, 30)
     again = ranks(2).run(spiking, config("broken"), at)[0]
     assert again[2] == course
     for name, tensor in state.items():

@@ -18,7 +18,9 @@ from pipeline.checkpoint import CheckpointConfig, Saver
 from pipeline.classifier_state import state_of
 from pipeline.cli import main
 from pipeline.distributed import join
+from pipeline.ema import Ema
 from pipeline.engine import EngineConfig, build_engine
+from pipeline.engine.parameters import freeze
 from pipeline.plan import BYTES, GIB, PRESETS, Job, estimates, find_hardware, memory, on_host, plan, seconds
 from pipeline.resolve import resolve
 from pipeline.schedule import OptimizerConfig
@@ -211,6 +213,8 @@ def test_this_machine_is_measured():
         (["--identities", "9", "--image-size", "100"], "needs an image size divisible by 16"),
         (["--identities", "9", "--batch", "100", "--ranks", "8"], "use a multiple of 8 from 16 on"),
         (["--identities", "9", "--in-backward", "--accumulation", "2"], "choose one"),
+        (["--identities", "9", "--engine", "deepspeed", "--zero-stage", "3", "--ema"], "--ema averages whole weights"),
+        (["--identities", "9", "--frozen", "conv1,body"], "'body' names no parameter of the backbone"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, words, capsys):
@@ -232,22 +236,58 @@ def test_activations_that_are_computed_again(capsys):
     assert "activations computed again" in out and "It fits" in out
 
 
-def copied_bytes(optimizer):
-    """Runs on every rank: what an asynchronous save keeps."""
+def copied_bytes(optimizer, engine, zero_stage, frozen, averages):
+    """Runs on every rank: (bytes that an asynchronous save keeps, those of the optimizer's state, those of the average)."""
     config = OptimizerConfig(name=optimizer, classifier=optimizer)
     module = backbones.build(BackboneConfig("iresnet18", width=64), 112)
-    engine = build_engine(EngineConfig("ddp", precision="float32"), config, module, join("cpu"), 1)
+    freeze(module, frozen)
+    engine = build_engine(EngineConfig(engine, zero_stage=zero_stage, precision="float32"), config, module, join("cpu"), 1)
     classifier = PartialFC(50_000, 64, "cosface")
     rows = {"sgd": RowSGD, "adamw": RowAdamW}[optimizer](classifier, lr=0.1)
+    state, ema = {**engine.state(), **state_of(classifier, rows)}, Ema(0.9)
+    if averages:
+        ema.restart(module)
+        state |= ema.state(module)
     saver = Saver("nowhere", CheckpointConfig())
-    saver.reserve({**engine.state(), **state_of(classifier, rows)})
-    return len(saver.copy.buffer)
+    saver.reserve(state)
+    own = bytes_of(*(part.tensor for name, part in state.items() if name.startswith("optimizer.") and not name.endswith(".step")))
+    return len(saver.copy.buffer), own, bytes_of(*ema.averages.values())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_copy_for_saves_is_what_a_rank_writes(ranks, optimizer):
-    job = Job(50_000, 64, batch=8, ranks=2, backbone="iresnet18", optimizer=optimizer, backbone_optimizer=optimizer)
-    planned = memory(job, replace(H100, is_gpu=False))["copy for saves"]
-    assert planned == pytest.approx(max(ranks(2).run(copied_bytes, optimizer)), rel=0.03)
+@pytest.mark.parametrize(
+    ("optimizer", "engine", "zero_stage", "frozen", "averages"),
+    [
+        ("sgd", "ddp", 1, (), False),
+        ("adamw", "ddp", 1, (), True),
+        ("adamw", "ddp", 1, ("layer*", "conv1"), True),
+        ("sgd", "ddp", 1, ("*",), False),
+        ("sgd", "deepspeed", 1, ("layer*", "conv1"), True),
+        ("adamw", "deepspeed", 3, ("layer3",), False),
+    ],
+)
+def test_the_copy_for_saves_is_what_a_rank_writes(ranks, optimizer, engine, zero_stage, frozen, averages):
+    options = {"engine": engine, "zero_stage": zero_stage, "frozen": frozen, "ema": averages}
+    job = Job(50_000, 64, batch=8, ranks=2, backbone="iresnet18", optimizer=optimizer, backbone_optimizer=optimizer, **options)
+    lines = memory(job, replace(H100, is_gpu=False))
+    planned = lines["copy for saves"]
+    copies, states, averages = zip(*ranks(2).run(copied_bytes, optimizer, engine, zero_stage, frozen, averages), strict=True)
+    assert planned == pytest.approx(max(copies), rel=0.03)
+    assert lines["its optimizer"] == pytest.approx(max(states), rel=1e-3) and lines["its average"] == averages[0]
     assert memory(replace(job, asynchronous=False), replace(H100, is_gpu=False))["copy for saves"] == 0
     assert "copy for saves" not in memory(job, H100) and on_host(job, H100)["copy for saves"] == planned
+
+
+def test_one_rank_writes_the_largest_tensor():
+    """Which on many ranks is more than each one's share."""
+    job = Job(1000, 512, batch=256, ranks=128, backbone="iresnet50")
+    weight = 25088 * 512 * 4
+    assert on_host(job, H100)["copy for saves"] == pytest.approx(weight + 2 * 8 * 512 * 4, rel=1e-6)
+
+
+def test_what_is_frozen_keeps_nothing_for_backward():
+    job = Job(1000, 64, batch=32, ranks=2, backbone="iresnet18")
+    whole, head, nothing = (memory(replace(job, frozen=frozen), H100) for frozen in ((), ("layer*", "conv1", "bn1", "prelu"), ("*",)))
+    assert 0 < head["its gradients"] < 0.5 * whole["its gradients"] and 0 < head["activations"] < 0.1 * whole["activations"]
+    assert nothing["its gradients"] == nothing["its optimizer"] == nothing["activations"] == 0
+    outputs = 64 * 112 * 112 * 2 * job.local  # of the first layers, in bfloat16
+    assert nothing["backbone"] == whole["backbone"] and nothing["work"] >= 3 * outputs

@@ -49,6 +49,23 @@ def test_next_20_losses(ranks, data, expected, size, engine, name, tmp_path):
     np.testing.assert_allclose(losses[SAVED:], expected[name][SAVED:], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("engine", "counts"), [(0, {SAVED, 0}), (1, {0})], ids=["ddp", "zero 1"])
+def test_weights_that_were_frozen_have_no_moments_for_the_steps_before(ranks, data, engine, counts, tmp_path):
+    config = config_of(data, tmp_path, engine, "adamw")
+    ranks(1).run(train_until, replace(config, optimizer=replace(config.optimizer, frozen=("stem",))), SAVED)
+    config = replace(config, checkpoint=replace(config.checkpoint, differences="continue"))
+    assert set(ranks(1).run(counts_at_the_start, config)[0]) == counts
+
+
+def counts_at_the_start(config):
+    """Runs on every rank: the steps that AdamW has made, by weight."""
+    trainer = Trainer(config, join())
+    try:
+        return [int(part.tensor) for name, part in trainer.engine.state().items() if name.endswith(".step")]
+    finally:
+        trainer.close()
+
+
 def backbone_at_the_start(config):
     """Runs on every rank."""
     trainer = Trainer(config, join())

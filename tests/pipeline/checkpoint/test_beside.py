@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from partial_fc import losses
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointConfig, Saver
 from pipeline.checkpoint.host_copy import HostCopy
@@ -69,15 +70,20 @@ def slowly(config):
         ("ddp", {"optimizer": {"in_backward": True, "name": "adamw"}}),
         ("deepspeed", {"optimizer": {"name": "adamw"}, "engine_options": {"zero_stage": 2}}),
         ("deepspeed", {"engine_options": {"zero_stage": 3}}),
+        ("ddp", {"loss": {"name": "sum", "parts": ({"name": "cosface"}, {"name": "uss", "source": "bank", "start": 2})}}),
     ],
-    ids=["ddp", "lazy", "in backward", "zero 2", "zero 3"],
+    ids=["ddp", "lazy", "in backward", "zero 2", "zero 3", "a loss that sets what it learns in its third step"],
 )
 def test_checkpoints_are_those_of_synchronous_saves(ranks, tmp_path_factory, tmp_path, engine, options):
     data = faces(str(tmp_path_factory.getbasetemp()))
 
     def config(folder, asynchronous):
-        made = configuration(data, str(tmp_path / folder), STEPS, engine, backbone="small", save_every=1, **options)
-        return replace(made, checkpoint=replace(made.checkpoint, asynchronous=asynchronous))
+        changes = {"loss": None, **options}
+        loss = changes.pop("loss")
+        made = configuration(data, str(tmp_path / folder), STEPS, engine, backbone="small", save_every=1, **changes)
+        return replace(
+            made, loss=losses.build(**loss) if loss else made.loss, checkpoint=replace(made.checkpoint, asynchronous=asynchronous)
+        )
 
     ranks(2).run(slowly, config("beside", True))
     ranks(2).run(train_losses, config("at once", False))
