@@ -85,13 +85,18 @@ def _names_that_differ(run: Run, saved: Checkpoint) -> list[str]:
 
 def changed_fields(run: Run, info: dict[str, Any]) -> list[str]:
     """Nothing about a run changes without a word: options that are others than when the checkpoint was written."""
-    before, now = _flat(info.get("config", {})), _flat(json.loads(json.dumps(as_dict(run.config))))
-    changed = [name for name in now if name in before and before[name] != now[name] and name not in ("run.folder", "start.weights")]
-    if not changed or "batch" not in info:
+    fields = changed(run, info)
+    if not fields or "batch" not in info:
         return []
-    shown = ", ".join(f"{name}={_shown(now[name])} (was {_shown(before[name])})" for name in changed[:MOST_CHANGES])
-    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    shown = ", ".join(f"{name}={_shown(now)} (was {_shown(before)})" for name, (before, now) in list(fields.items())[:MOST_CHANGES])
+    more = f" and {len(fields) - MOST_CHANGES} more" if len(fields) > MOST_CHANGES else ""
     return [f"changed since the checkpoint: {shown}{more}"]
+
+
+def changed(run: Run, info: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By section.field, what an option was when the checkpoint was written, and is."""
+    before, now = _flat(info.get("config", {})), _flat(json.loads(json.dumps(as_dict(run.config))))
+    return {name: (before[name], now[name]) for name in now if name != "start.weights" and before.get(name, now[name]) != now[name]}
 
 
 def _shown(value: Any) -> str:

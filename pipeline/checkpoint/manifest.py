@@ -24,7 +24,7 @@ DEEPEST = 16  # of what a saver says: a configuration has 4
 _NUMBERS = ("step", "consumed", "skipped_steps", "num_classes", "width", "world_size", "image_size", "batch", "images_per_identity")
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("config", "figures", "code", "started_from"), dict),
-    **{"backbone": str, "optimizer": str, "frozen": list},
+    **{"backbone": str, "optimizer": str, "frozen": list, "branch": str},
 }
 _STARTED_FROM = {"given", "path", "classifier", "ema"}
 

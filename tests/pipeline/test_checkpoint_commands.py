@@ -16,6 +16,7 @@ import fsspec
 import pytest
 import torch
 
+from dali_loaders import remote
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointConfig, Saver, comparing, copying, looking
 from pipeline.checkpoint.stores import LocalStore, RemoteStore
@@ -208,11 +209,37 @@ def test_one_that_cannot_be_judged_is_not_called_damaged(tmp_path, capsys, memor
 
     with monkeypatch.context() as patch:
         patch.setattr(type(fsspec.filesystem("memory")), "cat_file", failing)
+        patch.setattr(remote, "_FIRST_WAIT", 0.0)
         code, out, _ = run(capsys, "verify", memory)
     assert code == 2 and "cannot be verified: " in out and "no answer" in out and "damaged" not in out
     edit_manifest(Path(save(str(tmp_path), 1)), lambda values: values.update(format=3))
     code, out, _ = run(capsys, "verify", tmp_path)
     assert code == 2 and "it is of format 3" in out
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere(tmp_path, capsys):
+    """Its folder says where; but an address is only named, for a stranger may have written it."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    about = tmp_path / "run" / "run.json"
+    about.write_text(json.dumps({"checkpoint.folder": str(tmp_path / "elsewhere")}))
+    code, _, error = run(capsys, "list", tmp_path / "run")
+    assert code == 2 and f"its run saves to {tmp_path}/elsewhere: give that" in error
+    save(str(tmp_path / "elsewhere"), 3)
+    for words in (["list"], ["verify"], ["show"]):
+        code, out, _ = run(capsys, *words, tmp_path / "run")
+        assert code == 0 and "step-00000003" in out
+    assert checkpoint.locate(str(tmp_path / "run")).info["step"] == 3
+    for said in ("memory://elsewhere", "memory://user:secret@else\x1bwhere", ["x"], {"a": 1}):
+        about.write_text(json.dumps({"checkpoint.folder": said}))
+        code, _, error = run(capsys, "list", tmp_path / "run")
+        assert code == 2 and error.count("\n") == 1 and error[:-1].isprintable() and "secret" not in error
+        assert ("its run saves to memory://" in error) == isinstance(said, str)
+    for content in (b"\xff", b"[" * 10**5, b"[]", b"", b"{" + b" " * (1 << 21) + b"}"):
+        about.write_bytes(content)
+        assert run(capsys, "list", tmp_path / "run")[0] == 2
+    about.unlink()
+    os.mkfifo(about)
+    assert run(capsys, "list", tmp_path / "run")[0] == 2
 
 
 @pytest.mark.parametrize("is_remote", [False, True])

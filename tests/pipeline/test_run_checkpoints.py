@@ -22,7 +22,7 @@ from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.starting_weights import StartConfig
 from tests.pipeline.checkpoint.breaking import full
 from tests.pipeline.checkpoint.states import edit_manifest
-from tests.pipeline.runs import configuration, faces, train_losses
+from tests.pipeline.runs import configuration, faces, train_losses, train_until
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,29 @@ def test_a_run_whose_checkpoints_lie_behind_an_address(ranks, data, tmp_path):
     (found,) = ranks(1).run(train_in_memory, config)
     steps = ["step-00000002", "step-00000004"]
     assert found == (steps[:1], steps, 2, 4, "memory://runs/this/step-00000004")
+
+
+def test_the_same_command_with_a_path_goes_on_after_a_stop(ranks, data, tmp_path):
+    config = run_of(data, tmp_path / "run", checkpoint={"folder": f"file://{tmp_path}/run/checkpoints"})
+    path = f"{tmp_path}/run/checkpoints/step-00000002"
+    longer = replace(config, run=replace(config.run, epochs=2 * config.run.epochs))
+
+    def there():
+        return sorted(name for name in os.listdir(f"{tmp_path}/run/checkpoints") if name.startswith("step-"))
+
+    ranks(1).run(train_losses, config)
+    assert there() == ["step-00000002", "step-00000004"]
+    ranks(1).run(train_until, longer, 5, path)
+    back = ["step-00000002", "step-00000004", "step-00000004.superseded"]
+    assert there() == back
+    ranks(1).run(train_until, longer, 7, path)  # the same command
+    assert there() == [*back, "step-00000006"]
+    ranks(1).run(train_until, longer, 8)  # without the path, in between
+    ranks(1).run(train_losses, longer, path)
+    assert there() == [*back, "step-00000006", "step-00000008"]
+    ranks(1).run(train_until, replace(longer, optimizer=replace(longer.optimizer, lr=0.04)), 3, path)  # another command
+    aside = [f"step-0000000{step}" for step in ("4.superseded", "4.superseded.2", "6.superseded", "8.superseded")]
+    assert there() == ["step-00000002", *aside]
 
 
 def test_a_folder_that_cannot_be_written(ranks, data, tmp_path):
