@@ -131,7 +131,8 @@ def check_start(run: Run, path: str, info: dict[str, Any]) -> None:
     if start.weights and (before is None or not start.is_that_of(before)):
         began = "did not begin with another one's weights"
         if before:
-            began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
+            given, classifier, ema = (_shown(before[name]) for name in ("given", "classifier", "ema"))
+            began = f"began with {given} (classifier={classifier}, ema={ema})"
         raise ValueError(
             f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its "
             "own with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"

@@ -232,7 +232,7 @@ def _retention(store: Store, whole: list[Row]) -> CheckpointConfig | None:
         said = open_in(store, whole[-1].name).info["config"]["checkpoint"]
         numbers = {name: int(said.get(name, 0)) for name in ("keep", "keep_every")}
         return CheckpointConfig(keep=numbers["keep"], keep_every=numbers["keep_every"], best=str(said.get("best", "")))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -113,7 +114,8 @@ def test_list_takes_a_first_look_at_the_files(tmp_path, capsys):
 def test_what_a_checkpoint_says_is_not_believed(tmp_path, capsys):
     """Its retention, figures and texts may be anything; what a run could not go on from is damaged."""
     strange = {"figures": {"a\x1b[31m/eer": float("nan")}, "when": 7, "host": "h\x07\ud800", "epoch": ["\x9b"], "code": {"x": [1]}}
-    for step, said in enumerate((None, {"checkpoint": {"keep": "x", "keep_every": -1, "best": []}}), start=1):
+    huge = {"checkpoint": {"keep": math.inf}}
+    for step, said in enumerate((None, {"checkpoint": {"keep": "x", "keep_every": -1, "best": []}}, huge), start=1):
         save_with(tmp_path, step, **{**strange, "config": said})
     for command in ("list", "show", "verify"):
         for flags in ([], ["--config"] if command == "show" else []):
@@ -127,6 +129,7 @@ def test_what_a_checkpoint_says_is_not_believed(tmp_path, capsys):
         {"config": []},
         {"config": {"checkpoint": 3}},
         {"world_size": "many"},
+        *({"course": course} for course in ([], 5, {"losses": 5}, {"losses": ["1"]}, {"rollbacks": -1}, {"scaler": [1]})),
         {"started_from": json.loads("[" * 900 + "]" * 900)},
     ):
         path = save_with(tmp_path / "more", 3, **said)

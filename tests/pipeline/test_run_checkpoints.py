@@ -92,6 +92,12 @@ def test_what_a_stranger_wrote_is_shown_without_moving_the_cursor():
     with pytest.raises(ValueError) as raised:
         same_run.check_identity(a_run(), stranger)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 700
+    stranger = a_checkpoint(a_run(), started_from={"given": "\x1b[2J" + "x" * 10**5, "path": "x", "classifier": "\r", "ema": "\n"})
+    ours = a_run()
+    ours.config = replace(ours.config, start=StartConfig("y"))
+    with pytest.raises(ValueError) as raised:
+        same_run.check_start(ours, stranger.path, stranger.info)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 700
     stranger = a_checkpoint(a_run())
     stranger.info["config"]["run"]["batch"] = "\x1b[31m" + "x" * 10**5
     (line,) = same_run.changed_fields(a_run(), stranger.info)
