@@ -74,7 +74,7 @@ def _train(options: argparse.Namespace) -> None:
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
         try:
-            print(summary(config.run.folder), flush=True)
+            print(summary(config.run.folder, config.checkpoint.folder), flush=True)
         except OSError as error:  # the run is complete, whoever hears of it
             if endings.without_output(error) is None:
                 raise

@@ -46,6 +46,6 @@ class Course:
     def load(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave. An earlier version gave nothing, and a run in another precision no scale."""
         if self.scaler.is_enabled() and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **state["scaler"]})
         self.skipped_in_a_row, self.rollbacks = state.get("skipped_in_a_row", 0), state.get("rollbacks", 0)
         self.losses, self.has_moved = deque(state.get("losses", ()), maxlen=WINDOW), state.get("has_moved", True)

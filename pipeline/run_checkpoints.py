@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import logging
 import os
 import platform
@@ -24,7 +25,7 @@ from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state, same_run
 from pipeline.agreement import Agreement
-from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without
+from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without, checksum
 from pipeline.config import TrainConfig, as_dict
 from pipeline.course import Course
 from pipeline.distributed import Place
@@ -62,6 +63,7 @@ class Run(Protocol):
     steps_per_epoch: float
     consumed: int  # samples
     started_from: dict[str, Any] | None  # `Start.origin`
+    branch: str | None  # of which checkpoint, by `_fingerprint`, --resume PATH made this run another one's, or went back in it
 
     @property
     def step(self) -> int: ...
@@ -97,6 +99,7 @@ def save(run: Run, figures: dict[str, float] | None = None) -> None:
         "skipped_steps": run.classifier.skipped_steps,
         "figures": newest,
         "course": run.course.state(),
+        "branch": run.branch,
         "world_size": run.place.world_size,
         "started_from": run.started_from,
         "code": code_version(),
@@ -137,7 +140,15 @@ def begin(run: Run, resume: str) -> tuple[str | None, list[str]]:
     was not taken over. Every rank calls it."""
     saved = _checkpoint_of(run, resume)
     if saved is not None:
-        return saved.path, _go_on(run, saved)
+        after = None if resume == "auto" else _after(run, saved)
+        if after is not None:
+            line = (
+                f"--resume {saved.path} began this run, so it goes on; to go back once more, change an option or choose another run.folder"
+            )
+            return after.path, [line, *_go_on(run, after)]
+        lines = _go_on(run, saved)
+        run.branch = run.branch if resume == "auto" else _fingerprint(saved)
+        return saved.path, lines
     lines = _start(run, Start(run.config.start)) if run.config.start.weights else []
     if resume == "none":
         set_aside(run.config.run.folder, run.agreement)  # once nothing can be refused any more
@@ -157,6 +168,21 @@ def _checkpoint_of(run: Run, resume: str) -> Checkpoint | None:
         if source and _is_within(source, folder):
             raise ValueError(f"--resume none would rename {folder}, where {source} lies: choose another folder with --set run.folder=PATH")
     return None
+
+
+def _after(run: Run, saved: Checkpoint) -> Checkpoint | None:
+    """The run's newest checkpoint, if it began at `saved` with the same configuration: the same command, given again, goes on."""
+    try:
+        newest = checkpoint.newest(run.checkpoints, run.agreement)
+    except ValueError:  # all are damaged, and put aside
+        return None
+    same = newest is not None and newest.info.get("branch") == _fingerprint(saved) and not same_run.changed(run, newest.info)
+    return newest if same else None
+
+
+def _fingerprint(saved: Checkpoint) -> str:
+    """Of all that a checkpoint says: also of when and by which run it was written."""
+    return checksum.of(json.dumps(saved.info, sort_keys=True).encode())
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -189,11 +215,10 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     lines = same_run.check_identity(run, saved)
     lines += same_run.check_order(run, path, info)
     lines += _take_over(run, saved)
-    run.consumed, run.started_from = info["consumed"], info.get("started_from")
+    run.consumed, run.started_from, run.branch = info["consumed"], info.get("started_from"), info.get("branch")
     run.classifier.skipped_steps = info.get("skipped_steps", 0)
     run.course.load(info.get("course", {}))
-    checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved.path)
-    if checkpoint.is_in(run.checkpoints, saved.path):
+    if checkpoint.supersede(run.checkpoints, run.step, run.agreement, saved):
         run.saver.committed = run.step  # and need not be saved again
     return lines + same_run.changed_fields(run, info)
 

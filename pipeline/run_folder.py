@@ -15,16 +15,16 @@ from typing import Any
 import torch.distributed as dist
 
 from dali_loaders.names import printable
-from dali_loaders.remote import is_remote
+from dali_loaders.remote import is_remote, without_secrets
 from dali_loaders.sources.patterns import braces, is_pattern
 from dali_loaders.sources.several import split_paths
 from pipeline.checkpoint import MANIFEST
+from pipeline.checkpoint.folder import ABOUT
 from pipeline.config import TrainConfig
 from pipeline.distributed import Place
 from pipeline.lease_files import NAME, is_used
 from pipeline.monitor.json_lines import last_step
 
-ABOUT = "run.json"  # what the run in a folder is
 HARMLESS = ("logs", "lost+found")  # folders beside which a run may begin, as text files are
 
 
@@ -43,11 +43,13 @@ def check(config: TrainConfig, place: Place, resume: str) -> None:
 
 def mark(config: TrainConfig, place: Place) -> None:
     """Writes down what the run in this folder is. On a full disk that is left out."""
-    path = os.path.join(config.run.folder, ABOUT)
-    if not place.is_first or _read(path) == _about(config):
+    path, given = os.path.join(config.run.folder, ABOUT), config.checkpoint.folder
+    elsewhere = without_secrets(given if not given or is_remote(given) else os.path.abspath(given))
+    about = {**_about(config), "checkpoint.folder": elsewhere}
+    if not place.is_first or _read(path) == about:
         return
     with suppress(OSError), open(path, "w") as file:
-        json.dump(_about(config), file, indent=1)
+        json.dump(about, file, indent=1)
 
 
 def data_paths(config: TrainConfig) -> list[str]:
@@ -78,8 +80,8 @@ def _fault(config: TrainConfig, resume: str) -> str | None:
         )
     before, ours = _read(os.path.join(folder, ABOUT)), _about(config)
     has_begun = last_step(Path(folder, "metrics.jsonl")) > 0 and not is_remote(checkpoints) and not _in(checkpoints)
-    if resume == "auto" and before and before != ours and has_begun:
-        differences = [f"{key}={printable(str(before.get(key)))}, here {value}" for key, value in ours.items() if before.get(key) != value]
+    differences = [f"{key}={printable(str(before.get(key)))}, here {value}" for key, value in ours.items() if before.get(key) != value]
+    if resume == "auto" and before and differences and has_begun:
         return (
             f"run.folder={given} belongs to another run, which has no checkpoint yet ({'; '.join(differences)}): choose another folder, or "
             "keep that run aside with --resume none"

@@ -85,13 +85,18 @@ def _names_that_differ(run: Run, saved: Checkpoint) -> list[str]:
 
 def changed_fields(run: Run, info: dict[str, Any]) -> list[str]:
     """Nothing about a run changes without a word: options that are others than when the checkpoint was written."""
-    before, now = _flat(info.get("config", {})), _flat(json.loads(json.dumps(as_dict(run.config))))
-    changed = [name for name in now if name in before and before[name] != now[name] and name not in ("run.folder", "start.weights")]
-    if not changed or "batch" not in info:
+    fields = changed(run, info)
+    if not fields or "batch" not in info:
         return []
-    shown = ", ".join(f"{name}={_shown(now[name])} (was {_shown(before[name])})" for name in changed[:MOST_CHANGES])
-    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
+    shown = ", ".join(f"{name}={_shown(now)} (was {_shown(before)})" for name, (before, now) in list(fields.items())[:MOST_CHANGES])
+    more = f" and {len(fields) - MOST_CHANGES} more" if len(fields) > MOST_CHANGES else ""
     return [f"changed since the checkpoint: {shown}{more}"]
+
+
+def changed(run: Run, info: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By section.field, what an option was when the checkpoint was written, and is."""
+    before, now = _flat(info.get("config", {})), _flat(json.loads(json.dumps(as_dict(run.config))))
+    return {name: (before[name], now[name]) for name in now if name != "start.weights" and before.get(name, now[name]) != now[name]}
 
 
 def _shown(value: Any) -> str:
@@ -126,7 +131,8 @@ def check_start(run: Run, path: str, info: dict[str, Any]) -> None:
     if start.weights and (before is None or not start.is_that_of(before)):
         began = "did not begin with another one's weights"
         if before:
-            began = f"began with {before['given']} (classifier={before['classifier']}, ema={before['ema']})"
+            given, classifier, ema = (_shown(before[name]) for name in ("given", "classifier", "ema"))
+            began = f"began with {given} (classifier={classifier}, ema={ema})"
         raise ValueError(
             f"--from {without_secrets(start.weights)}: the run of checkpoint {path} {began}. To begin a new run, give it a folder of its "
             "own with --set run.folder=PATH, or keep the one there aside with --resume none; to go on with that run, leave out --from"

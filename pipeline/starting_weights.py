@@ -86,9 +86,10 @@ class Start:
         saved = self.saved
         if saved is None or "prototypes" not in saved:
             raise ValueError(f"start.classifier: {self.path} holds no prototypes: leave it out to take the backbone alone")
-        num_classes, width = saved.shape("prototypes")
-        if width != classifier.width:
-            raise ValueError(f"start.classifier: prototypes of {self.path} have width {width}, but this run has {classifier.width}")
+        num_classes, *width = saved.shape("prototypes") or (0,)
+        if width != [classifier.width]:
+            shown = " x ".join(map(str, width)) or "none"
+            raise ValueError(f"start.classifier: prototypes of {self.path} have width {shown}, but this run has {classifier.width}")
         names = self._identities(saved, num_classes)
         label_of = {name: label for label, name in enumerate(identities)}
         new_labels = np.array([label_of.get(name, -1) for name in names], np.int64)
@@ -100,8 +101,8 @@ class Start:
             )
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         old = ClassShard.of_rank(num_classes, rank, ranks)
-        old_SD = torch.empty(old.rows, width, dtype=saved.dtype("prototypes"), device=classifier.prototypes.device)
-        saved.fill("prototypes", old_SD, old.first * width)
+        old_SD = torch.empty(old.rows, classifier.width, dtype=saved.dtype("prototypes"), device=classifier.prototypes.device)
+        saved.fill("prototypes", old_SD, old.first * classifier.width)
         move_rows(old_SD, old, classifier.prototypes.data, classifier.shard, new_labels, classifier.group)
         # A .rec without names beside it calls identities by their labels.
         are_numbers = all(name == str(label) for label, name in enumerate(identities))
@@ -112,9 +113,9 @@ class Start:
         """From the checkpoint or, where an earlier version wrote it, from the set that it was trained on."""
         names = saved.identities()
         data = self.info.get("config", {}).get("data", {})
-        if names is None and data.get("train"):
+        if names is None and isinstance(data.get("train"), str):
             with contextlib.suppress(ValueError, OSError):  # gone or damaged
-                names = open_source(data["train"], data.get("reader", "native")).identities
+                names = open_source(data["train"], str(data.get("reader", "native"))).identities
         if names is None or len(names) != num_classes or self.info.get("identities") not in (None, checksum(names)):
             raise ValueError(
                 f"start.classifier: {self.path} does not name its identities, and the set that it was trained on, "

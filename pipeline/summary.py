@@ -14,8 +14,9 @@ from pipeline import checkpoint
 SHOWN = {"eer": "EER", "tar_at_far/1e-2": "TAR@FAR=1e-2", "rank1": "rank-1", "accuracy": "accuracy"}
 
 
-def summary(folder: str) -> str:
-    """A short text from FOLDER/metrics.jsonl and the checkpoints beside it, of which any may be missing: the disk may have been full."""
+def summary(folder: str, checkpoints: str = "") -> str:
+    """A short text from FOLDER/metrics.jsonl and the checkpoints (beside it if not elsewhere), of which any may be missing: the disk may
+    have been full."""
     speeds, rows = _read(os.path.join(folder, "metrics.jsonl"))
     lines = [""]
     for name in dict.fromkeys(key.removesuffix("/eer") for row in rows for key in row if key.endswith("/eer")):
@@ -29,8 +30,9 @@ def summary(folder: str) -> str:
                 lines.append(f"{name + ' ' + title:28}{before}{values[-1][1]:.4f} at step {values[-1][0]}")
     if speeds:
         lines.append(f"{'images/s':28}{median(speeds):.0f} (median)")
-    checkpoints = os.path.join(folder, "checkpoints")
-    lines += [f"{'checkpoint':28}{os.path.join(checkpoints, name)}" for name in checkpoint.complete(checkpoints)[-1:]]
+    store = checkpoint.store_of(checkpoints or os.path.join(folder, "checkpoints"))
+    with suppress(OSError):  # a store that gives no answer
+        lines += [f"{'checkpoint':28}{store.path}/{name}" for name in checkpoint.complete(store)[-1:]]
     figures = sorted(name for name in _names(folder) if name.startswith("roc-"))  # their names end with the step
     newest = max((_step(name) for name in figures), default="")
     lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in figures if _step(name) == newest]

@@ -98,6 +98,7 @@ class Trainer:
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
         self.started_from: dict[str, Any] | None = None
+        self.branch: str | None = None
         self.saver = run_checkpoints.saver(self)
         self.watch.at("reading a checkpoint")
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)

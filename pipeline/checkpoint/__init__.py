@@ -1,7 +1,7 @@
 """Checkpoints that know neither the engine nor the number of ranks: written beside the training, verified, complete or not there at all."""
 
 from pipeline.checkpoint.config import CheckpointConfig
-from pipeline.checkpoint.folder import complete, is_in, locate, newest, supersede
+from pipeline.checkpoint.folder import complete, locate, newest, supersede
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.parts import Held, Part, Saved, Without, rows, whole
 from pipeline.checkpoint.reading import Checkpoint, open_checkpoint
@@ -21,7 +21,6 @@ __all__ = [
     "Saver",
     "Without",
     "complete",
-    "is_in",
     "locate",
     "newest",
     "open_checkpoint",

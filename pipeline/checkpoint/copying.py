@@ -12,13 +12,13 @@ from torch import Tensor
 from pipeline.checkpoint import comparing, data_file, manifest
 from pipeline.checkpoint.data_file import Written
 from pipeline.checkpoint.first_format import FirstCheckpoint
-from pipeline.checkpoint.folder import NAME, step_of
-from pipeline.checkpoint.looking import FOLDER, fault_of, size_of, split, words
+from pipeline.checkpoint.folder import FOLDER, NAME, step_of
+from pipeline.checkpoint.looking import fault_of, size_of, words
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.parts import Part
 from pipeline.checkpoint.reading import IDENTITIES, Checkpoint, open_in
 from pipeline.checkpoint.saving import FILE
-from pipeline.checkpoint.stores import MANIFEST, PARTIAL, STEP, LocalStore, Store, store_of
+from pipeline.checkpoint.stores import MANIFEST, PARTIAL, STEP, LocalStore, Store, split, store_of
 
 Done = Callable[[int], None]  # is told of bytes
 

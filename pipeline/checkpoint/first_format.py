@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import plain_pickle
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.manifest import MOST_BYTES, DamagedError, check_info, names_in
+from pipeline.checkpoint.parts import Saved
 from pipeline.checkpoint.stores import MANIFEST, LocalStore, Store
 
 PLAN = ".metadata"
@@ -70,8 +71,8 @@ def is_of_it(store: Store, name: str) -> bool:
     return isinstance(store, LocalStore) and store.exists(name, PLAN)
 
 
-class FirstCheckpoint:
-    """A `parts.Saved`, as reading.Checkpoint. Of a rank's file whole pieces are read: all that it wrote of a tensor."""
+class FirstCheckpoint(Saved):
+    """As reading.Checkpoint. Of a rank's file whole pieces are read: all that it wrote of a tensor."""
 
     def __init__(self, folder: str, name: str) -> None:
         self.name, self.path, self.store = name, f"{folder}/{name}", LocalStore(folder)
@@ -128,11 +129,6 @@ class FirstCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return self.kinds[name][1]
-
-    def whole(self, name: str) -> Tensor:
-        out = torch.empty(self.shape(name), dtype=self.dtype(name))
-        self.fill(name, out)
-        return out
 
     def fill(self, name: str, out: Tensor, start: int = 0) -> None:
         out, stop = out.detach(), start + out.numel()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+from contextlib import suppress
 from typing import Any
 
+from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.config import CheckpointConfig
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.reading import Checkpoint, open_in
-from pipeline.checkpoint.stores import MANIFEST, STEP, LocalStore, Store, store_of
+from pipeline.checkpoint.stores import MANIFEST, STEP, LocalStore, Store, split, store_of
 
 log = logging.getLogger(__name__)
 
 NAME = "step-{:08d}"
 SUPERSEDED = ".superseded"
+FOLDER, ABOUT = "checkpoints", "run.json"  # in a run's folder: its checkpoints, and what it is
+MOST_ABOUT = 1 << 20  # bytes that are read of a run.json, which has 500
 LOWER_IS_BETTER = ("eer", "loss")  # last parts of the names of such figures
 
 
@@ -87,8 +92,8 @@ def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
     """The checkpoint that a user's PATH means: a checkpoint, or the newest sound one in a folder of them or in a run's folder. Every rank
     calls it."""
     agreement = agreement or Agreement()
-    parent, _, name = path.rstrip("/").rpartition("/")
-    store, shown = store_of(parent or os.curdir), without_secrets(path)
+    parent, name = split(path)
+    store, shown = store_of(parent), without_secrets(path)
     is_one = agreement.of_first(_has_manifest(store, name))
     if isinstance(is_one, str):
         raise ValueError(is_one)
@@ -97,11 +102,36 @@ def locate(path: str, agreement: Agreement | None = None) -> Checkpoint:
         if isinstance(found, str):
             raise ValueError(f"checkpoint {shown} cannot be used: {found}")
         return found
-    for folder in (path, f"{path.rstrip('/')}/checkpoints"):
+    for folder in places(path):
         newest_there = newest(folder, agreement)
         if newest_there is not None:
             return newest_there
-    raise ValueError(f"there is no complete checkpoint at {shown}: give a step-N folder, or the folder of a run that has written one")
+    raise ValueError(nothing_at(path))
+
+
+def places(path: str) -> list[str]:
+    """Where the checkpoints may lie that a user means by a folder: there, where the run of that folder has said, or in FOLDER."""
+    elsewhere = _elsewhere(path)
+    # What a run's folder says may come from anyone: an address is not asked because of it.
+    return [path, *([elsewhere] if elsewhere and "://" not in elsewhere else []), f"{path.rstrip('/')}/{FOLDER}"]
+
+
+def _elsewhere(path: str) -> str:
+    about = os.path.join(path, ABOUT)
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
+        if os.path.isfile(about) and os.path.getsize(about) < MOST_ABOUT:
+            with open(about) as file:
+                said = json.load(file).get("checkpoint.folder")
+            return said if isinstance(said, str) else ""
+    return ""
+
+
+def nothing_at(path: str) -> str:
+    if "://" not in path and not os.path.lexists(path):
+        return f"{path} does not exist"
+    elsewhere = without_secrets(printable(_elsewhere(path)))
+    rest = f"its run saves to {elsewhere}: give that" if elsewhere else "give a step-N folder, a folder of them, or a run's folder"
+    return f"there is no complete checkpoint at {without_secrets(path)}: {rest}"
 
 
 def _has_manifest(store: Store, name: str) -> bool | str:
@@ -111,32 +141,37 @@ def _has_manifest(store: Store, name: str) -> bool | str:
         return f"{store.path}/{name} cannot be read ({error.strerror or error})"
 
 
-def supersede(folder: str, step: int, agreement: Agreement | None = None, path: str = "") -> None:
+def supersede(folder: str, step: int, agreement: Agreement | None = None, saved: Checkpoint | None = None) -> bool:
     """Renames the checkpoints in FOLDER that are newer than `step`, from which a run goes on: they are damaged, or belong to a course that
-    was given up, and would be taken for the newest. So does one of that step that is not
-    the one at PATH. Every rank calls it."""
+    was given up, and would be taken for the newest. So does one of that step, if the run goes on from `saved`, which is another. Returns
+    whether `saved` is one of FOLDER itself. Every rank calls it."""
     agreement = agreement or Agreement()
-    fault = None
-    if agreement.rank == 0:
-        store = store_of(folder)
-        try:
-            for name in complete(store):
-                if step_of(name) > step or (step_of(name) == step and path and not is_in(folder, path)):
-                    log.warning("keeping %s/%s as %s%s: the run goes on from step %d", store.path, name, name, SUPERSEDED, step)
-                    store.rename(name, _free_name(store, name + SUPERSEDED))
-        except OSError as error:
-            fault = f"checkpoints in {store.path} that are newer than step {step} cannot be renamed ({error.strerror or error})"
-    fault = agreement.of_first(fault)
+    is_in, fault = agreement.of_first(_superseded(store_of(folder), step, saved) if agreement.rank == 0 else (False, ""))
     if fault:
         raise ValueError(fault)
+    return is_in
 
 
-def is_in(folder: str, path: str) -> bool:
-    """Whether the checkpoint PATH is one of FOLDER, under the name that its step gives it."""
-    parent, _, name = path.rpartition("/")
-    if not STEP.fullmatch(name):
-        return False
-    return os.path.realpath(parent) == os.path.realpath(folder) if is_local(folder) else parent == store_of(folder).path
+def _superseded(store: Store, step: int, saved: Checkpoint | None) -> tuple[bool, str]:
+    is_in = False
+    try:
+        for name in complete(store):
+            is_it = saved is not None and step_of(name) == step and _is_it(store, name, saved)
+            is_in = is_in or is_it
+            if step_of(name) > step or (step_of(name) == step and saved is not None and not is_it):
+                log.warning("keeping %s/%s as %s%s: the run goes on from step %d", store.path, name, name, SUPERSEDED, step)
+                store.rename(name, _free_name(store, name + SUPERSEDED))
+    except OSError as error:
+        return is_in, f"checkpoints in {store.path} that are newer than step {step} cannot be renamed ({error.strerror or error})"
+    return is_in, ""
+
+
+def _is_it(store: Store, name: str, saved: Checkpoint) -> bool:
+    """Whether a checkpoint is `saved`, by whatever spelling of its folder: a symbolic link, another mount."""
+    if isinstance(store, LocalStore) and isinstance(saved.store, LocalStore):
+        path = f"{store.path}/{name}"
+        return os.path.exists(path) and os.path.samefile(path, saved.path)
+    return (store.path, name) == (saved.store.path, saved.name)
 
 
 def _free_name(store: Store, name: str) -> str:
@@ -168,7 +203,3 @@ def best_of(figures: dict[str, Any], figure: str) -> str | None:
     judged = {name: value for name, value in figures.items() if isinstance(value, int | float) and -math.inf < value < math.inf}
     sign = 1 if figure.rpartition("/")[2] in LOWER_IS_BETTER else -1
     return min(judged, key=lambda name: (sign * judged[name], step_of(name)), default=None)
-
-
-def is_local(folder: str) -> bool:
-    return isinstance(store_of(folder), LocalStore)

@@ -16,14 +16,13 @@ from dali_loaders.progress import progress
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.config import CheckpointConfig
 from pipeline.checkpoint.first_format import FirstCheckpoint
-from pipeline.checkpoint.folder import SUPERSEDED, best_of, complete, step_of
+from pipeline.checkpoint.folder import SUPERSEDED, best_of, complete, nothing_at, places, step_of
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.reading import Checkpoint, open_in
-from pipeline.checkpoint.stores import MANIFEST, REMOVED, STEP, Store, store_of
+from pipeline.checkpoint.stores import MANIFEST, REMOVED, STEP, Store, split, store_of
 
 SHARE = 1 << 27  # bytes that a thread verifies before the line of progress moves
 THREADS = min(4, os.cpu_count() or 1)  # of verifying: xxh3 keeps up with a disk of 10 GB/s on each
-FOLDER = "checkpoints"  # in a run's folder
 
 
 @dataclass
@@ -42,15 +41,9 @@ class Row:
     fault: str | None = None
 
 
-def split(path: str) -> tuple[str, str]:
-    """The folder that a path lies in, and its name there, "" for the root of a store."""
-    folder, _, name = path.rstrip("/").rpartition("/")
-    return (path, "") if folder.endswith(":/") or path.endswith("://") else (folder or ("/" if path.startswith("/") else os.curdir), name)
-
-
 def folder_of(path: str) -> Store | None:
-    """The folder of checkpoints that PATH is, or that lies in the run's folder PATH; None if there is none."""
-    for folder in (path, f"{path.rstrip('/')}/{FOLDER}"):
+    """The folder of checkpoints that PATH is, or that of the run with the folder PATH; None if there is none."""
+    for folder in places(path):
         store = store_of(folder)
         if complete(store) or store.unfinished() or any(SUPERSEDED in name for name in store.names()):
             return store
@@ -91,15 +84,6 @@ def _is_checkpoint(store: Store, name: str) -> bool:
     """Also one that has lost its manifest."""
     is_named_so = re.fullmatch(rf"step-\d{{1,18}}({re.escape(SUPERSEDED)}(\.\d+)?)?", name) is not None
     return store.exists(name, MANIFEST) or (is_named_so and name in store.names())
-
-
-def nothing_at(path: str) -> str:
-    if "://" not in path and not os.path.lexists(path):
-        return f"{path} does not exist"
-    return (
-        f"there is no complete checkpoint at {path}: give a step-N folder, a folder of them, or a run's folder (with checkpoint.folder "
-        "elsewhere they are there)"
-    )
 
 
 def size_of(saved: Checkpoint) -> int:
@@ -248,7 +232,7 @@ def _retention(store: Store, whole: list[Row]) -> CheckpointConfig | None:
         said = open_in(store, whole[-1].name).info["config"]["checkpoint"]
         numbers = {name: int(said.get(name, 0)) for name in ("keep", "keep_every")}
         return CheckpointConfig(keep=numbers["keep"], keep_every=numbers["keep_every"], best=str(said.get("best", "")))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         return None
 
 

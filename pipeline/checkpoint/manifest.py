@@ -23,8 +23,8 @@ DEEPEST = 16  # of what a saver says: a configuration has 4
 # What is used of a saver's words, by whoever finds it in a manifest.
 _NUMBERS = ("step", "consumed", "skipped_steps", "num_classes", "width", "world_size", "image_size", "batch", "images_per_identity")
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("config", "figures", "code", "started_from"), dict),
-    **{"backbone": str, "optimizer": str, "frozen": list},
+    **dict.fromkeys(("config", "figures", "code", "started_from", "course"), dict),
+    **{"backbone": str, "optimizer": str, "frozen": list, "branch": str},
 }
 _STARTED_FROM = {"given", "path", "classifier", "ema"}
 
@@ -150,6 +150,11 @@ def check_info(info: dict[str, Any]) -> None:
         raise ValueError("config")
     if info.get("started_from") is not None and not info["started_from"].keys() >= _STARTED_FROM:
         raise ValueError("started_from")
+    course = info.get("course") or {}
+    for name in ("skipped_in_a_row", "rollbacks"):
+        _number(course.get(name, 0))
+    if not all(isinstance(number, int | float) for number in (*course.get("losses", ()), *(course.get("scaler") or {}).values())):
+        raise ValueError("course")
     if not _is_shallow(info, DEEPEST):
         raise ValueError("tables in tables in tables")
 

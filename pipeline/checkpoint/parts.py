@@ -42,7 +42,8 @@ def rows(local_SD: Tensor, first: int, count: int) -> Part:
 
 
 class Saved(Protocol):
-    """Tensors to be read by name: a checkpoint (`reading.Checkpoint`), or tensors in memory (`Held`)."""
+    """Tensors to be read by name: a checkpoint (`reading.Checkpoint`, of format 1 `first_format.FirstCheckpoint`), or tensors in memory
+    (`Held`)."""
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -58,7 +59,9 @@ class Saved(Protocol):
 
     def whole(self, name: str) -> Tensor:
         """All of it, in its own dtype and on the CPU."""
-        ...
+        out = torch.empty(self.shape(name), dtype=self.dtype(name))
+        self.fill(name, out)
+        return out
 
 
 class Without:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -14,14 +13,15 @@ from pipeline.agreement import Agreement
 from pipeline.checkpoint import checksum
 from pipeline.checkpoint.data_file import BLOCK, CHUNK, DTYPES, Entry, bytes_of
 from pipeline.checkpoint.manifest import DamagedError, Manifest, decode, names_in
-from pipeline.checkpoint.stores import MANIFEST, Store, UnreachableError, store_of
+from pipeline.checkpoint.parts import Saved
+from pipeline.checkpoint.stores import MANIFEST, Store, UnreachableError, split, store_of
 
 IDENTITIES = "identities.json"  # a list of the names, by row of the prototypes; a few bytes beside each row's kilobytes
 MOST_MANIFEST = 1 << 26  # bytes: enough for the checksums of 4 terabytes
 
 
-class Checkpoint:
-    """A `parts.Saved` of the format that this version writes. DamagedError when opened or read, if it is not what was written: each block
+class Checkpoint(Saved):
+    """One of the format that this version writes. DamagedError when opened or read, if it is not what was written: each block
     that is read is held against its checksum."""
 
     def __init__(self, store: Store, name: str) -> None:
@@ -62,11 +62,6 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.manifest.tensors[name][0].dtype]
-
-    def whole(self, name: str) -> Tensor:
-        out = torch.empty(self.shape(name), dtype=self.dtype(name))
-        self.fill(name, out)
-        return out
 
     def fill(self, name: str, out: Tensor, start: int = 0) -> None:
         out, stop = out.detach(), start + out.numel()
@@ -182,8 +177,8 @@ class Checkpoint:
 
 def open_checkpoint(path: str) -> Checkpoint:
     """The checkpoint that is the folder PATH. DamagedError or ValueError, with a sentence, if it cannot be used."""
-    folder, _, name = path.rstrip("/").rpartition("/")
-    return open_in(store_of(folder or os.curdir), name)
+    folder, name = split(path)
+    return open_in(store_of(folder), name)
 
 
 def open_in(store: Store, name: str) -> Checkpoint:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from dali_loaders.extras import extra
-from dali_loaders.remote import without_secrets
+from dali_loaders.remote import lasting, retried, without_secrets, words
 from pipeline.checkpoint.store import MANIFEST, STEP, Sink, UnreachableError
+
+T = TypeVar("T")
 
 
 class RemoteStore:
     """Stores have no renames that are atomic, so a checkpoint is complete once its manifest is there. Files are sent as they are written.
-    Whatever a library raises becomes an UnreachableError, but for what says that a file is not there: a store that gives no answer is
-    never taken for one that has lost what was in it."""
+    A read that fails is tried again (`retried`). Whatever a library raises in the end becomes an UnreachableError, but for what says that a
+    file is not there: a store that gives no answer is never taken for one that has lost what was in it."""
 
     def __init__(self, path: str) -> None:
         with extra("train"):
@@ -28,6 +30,10 @@ class RemoteStore:
         except Exception as error:  # ImportError names the package; others come from a library that connects at once
             raise ValueError(f"{self.path} cannot be opened ({without_secrets(str(error))})") from None
 
+    def _asked(self, action: Callable[[], T]) -> T:
+        with _as_os_error(self.path):
+            return retried(action)
+
     def _at(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
@@ -39,33 +45,31 @@ class RemoteStore:
 
     def _folders(self) -> list[str]:
         try:
-            with _as_os_error(self.path):
-                entries = self.system.ls(self.root, detail=True)
-                return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+            entries = self._asked(lambda: self.system.ls(self.root, detail=True))
         except FileNotFoundError:
             return []
+        return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
     def exists(self, name: str, file: str) -> bool:
         try:
-            with _as_os_error(self.path):
-                self.system.info(self._at(name, file))  # its `exists` answers no where there was no answer
+            self._asked(lambda: self.system.info(self._at(name, file)))  # its `exists` answers no where there was no answer
         except FileNotFoundError:
             return False
         return True
 
     def size(self, name: str, file: str) -> int:
-        with _as_os_error(self.path):
-            entry = self.system.info(self._at(name, file))
+        entry = self._asked(lambda: self.system.info(self._at(name, file)))
         if entry["type"] != "file":
             raise IsADirectoryError(f"{file} is not a file")
         return entry["size"]
 
     def read_into(self, name: str, file: str, offset: int, out: memoryview) -> None:
-        with _as_os_error(self.path):
-            data = self.system.cat_file(self._at(name, file), start=offset, end=offset + len(out)) if len(out) else b""
-            if len(data) != len(out):
-                raise EOFError(f"{file} ends early")
-            out[:] = data
+        if not len(out):
+            return
+        data = self._asked(lambda: self.system.cat_file(self._at(name, file), start=offset, end=offset + len(out)))
+        if len(data) != len(out):
+            raise EOFError(f"{file} ends early")
+        out[:] = data
 
     def begin(self, name: str) -> None:
         with _as_os_error(self.path):
@@ -130,8 +134,7 @@ class _RemoteSink:
 def _as_os_error(path: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError):
-        raise
     except Exception as error:  # of any library behind fsspec
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreachableError(f"{path}: {without_secrets(reason)}") from error
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and lasting(error):
+            raise
+        raise UnreachableError(f"{path}: {words(error)}") from error

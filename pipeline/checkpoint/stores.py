@@ -13,13 +13,24 @@ from typing import Any
 from pipeline.checkpoint.remote_store import RemoteStore
 from pipeline.checkpoint.store import LEFT_OVER, MANIFEST, PARTIAL, REMOVED, STEP, Sink, Store, UnreachableError
 
-__all__ = ["MANIFEST", "STEP", "LocalStore", "Sink", "Store", "UnreachableError", "store_of"]
+__all__ = ["MANIFEST", "STEP", "LocalStore", "Sink", "Store", "UnreachableError", "split", "store_of"]
 
 
 def store_of(path: str) -> Store:
     """ValueError for an address that fsspec, or the package it needs, cannot open."""
-    path = re.sub(r"^(file|local)://", "", path)
+    path = _local(path)
     return RemoteStore(path) if "://" in path else LocalStore(path)
+
+
+def split(path: str) -> tuple[str, str]:
+    """The folder that a path lies in, and its name there, "" for the root of a store."""
+    path = _local(path)
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return (path, "") if folder.endswith(":/") or path.endswith("://") else (folder or ("/" if path.startswith("/") else os.curdir), name)
+
+
+def _local(path: str) -> str:
+    return re.sub(r"^(file|local)://", "", path)
 
 
 class LocalStore:

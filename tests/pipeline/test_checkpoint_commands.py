@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -16,6 +17,7 @@ import fsspec
 import pytest
 import torch
 
+from dali_loaders import remote
 from pipeline import checkpoint
 from pipeline.checkpoint import CheckpointConfig, Saver, comparing, copying, looking
 from pipeline.checkpoint.stores import LocalStore, RemoteStore
@@ -112,7 +114,8 @@ def test_list_takes_a_first_look_at_the_files(tmp_path, capsys):
 def test_what_a_checkpoint_says_is_not_believed(tmp_path, capsys):
     """Its retention, figures and texts may be anything; what a run could not go on from is damaged."""
     strange = {"figures": {"a\x1b[31m/eer": float("nan")}, "when": 7, "host": "h\x07\ud800", "epoch": ["\x9b"], "code": {"x": [1]}}
-    for step, said in enumerate((None, {"checkpoint": {"keep": "x", "keep_every": -1, "best": []}}), start=1):
+    huge = {"checkpoint": {"keep": math.inf}}
+    for step, said in enumerate((None, {"checkpoint": {"keep": "x", "keep_every": -1, "best": []}}, huge), start=1):
         save_with(tmp_path, step, **{**strange, "config": said})
     for command in ("list", "show", "verify"):
         for flags in ([], ["--config"] if command == "show" else []):
@@ -126,6 +129,7 @@ def test_what_a_checkpoint_says_is_not_believed(tmp_path, capsys):
         {"config": []},
         {"config": {"checkpoint": 3}},
         {"world_size": "many"},
+        *({"course": course} for course in ([], 5, {"losses": 5}, {"losses": ["1"]}, {"rollbacks": -1}, {"scaler": [1]})),
         {"started_from": json.loads("[" * 900 + "]" * 900)},
     ):
         path = save_with(tmp_path / "more", 3, **said)
@@ -208,11 +212,37 @@ def test_one_that_cannot_be_judged_is_not_called_damaged(tmp_path, capsys, memor
 
     with monkeypatch.context() as patch:
         patch.setattr(type(fsspec.filesystem("memory")), "cat_file", failing)
+        patch.setattr(remote, "_FIRST_WAIT", 0.0)
         code, out, _ = run(capsys, "verify", memory)
     assert code == 2 and "cannot be verified: " in out and "no answer" in out and "damaged" not in out
     edit_manifest(Path(save(str(tmp_path), 1)), lambda values: values.update(format=3))
     code, out, _ = run(capsys, "verify", tmp_path)
     assert code == 2 and "it is of format 3" in out
+
+
+def test_a_run_whose_checkpoints_lie_elsewhere(tmp_path, capsys):
+    """Its folder says where; but an address is only named, for a stranger may have written it."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    about = tmp_path / "run" / "run.json"
+    about.write_text(json.dumps({"checkpoint.folder": str(tmp_path / "elsewhere")}))
+    code, _, error = run(capsys, "list", tmp_path / "run")
+    assert code == 2 and f"its run saves to {tmp_path}/elsewhere: give that" in error
+    save(str(tmp_path / "elsewhere"), 3)
+    for words in (["list"], ["verify"], ["show"]):
+        code, out, _ = run(capsys, *words, tmp_path / "run")
+        assert code == 0 and "step-00000003" in out
+    assert checkpoint.locate(str(tmp_path / "run")).info["step"] == 3
+    for said in ("memory://elsewhere", "memory://user:secret@else\x1bwhere", ["x"], {"a": 1}):
+        about.write_text(json.dumps({"checkpoint.folder": said}))
+        code, _, error = run(capsys, "list", tmp_path / "run")
+        assert code == 2 and error.count("\n") == 1 and error[:-1].isprintable() and "secret" not in error
+        assert ("its run saves to memory://" in error) == isinstance(said, str)
+    for content in (b"\xff", b"[" * 10**5, b"[]", b"", b"{" + b" " * (1 << 21) + b"}"):
+        about.write_bytes(content)
+        assert run(capsys, "list", tmp_path / "run")[0] == 2
+    about.unlink()
+    os.mkfifo(about)
+    assert run(capsys, "list", tmp_path / "run")[0] == 2
 
 
 @pytest.mark.parametrize("is_remote", [False, True])

@@ -51,7 +51,7 @@ def test_a_set_with_faults_has_an_exit_code_of_its_own(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nowhere"], "there is no complete checkpoint at nowhere"),
+        (["--model", "nowhere"], "nowhere does not exist"),
         (["--near", "2"], "2 is no cosine from 0 to below 1"),
         (["--fix", "clean.tar"], "give it a name that ends in .rec"),
     ],

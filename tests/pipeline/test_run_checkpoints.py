@@ -22,7 +22,7 @@ from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.starting_weights import StartConfig
 from tests.pipeline.checkpoint.breaking import full
 from tests.pipeline.checkpoint.states import edit_manifest
-from tests.pipeline.runs import configuration, faces, train_losses
+from tests.pipeline.runs import configuration, faces, train_losses, train_until
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,12 @@ def test_what_a_stranger_wrote_is_shown_without_moving_the_cursor():
     stranger = a_checkpoint(a_run(), backbone="\x1b[31m" + "x" * 10**5)
     with pytest.raises(ValueError) as raised:
         same_run.check_identity(a_run(), stranger)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 700
+    stranger = a_checkpoint(a_run(), started_from={"given": "\x1b[2J" + "x" * 10**5, "path": "x", "classifier": "\r", "ema": "\n"})
+    ours = a_run()
+    ours.config = replace(ours.config, start=StartConfig("y"))
+    with pytest.raises(ValueError) as raised:
+        same_run.check_start(ours, stranger.path, stranger.info)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 700
     stranger = a_checkpoint(a_run())
     stranger.info["config"]["run"]["batch"] = "\x1b[31m" + "x" * 10**5
@@ -172,6 +178,29 @@ def test_a_run_whose_checkpoints_lie_behind_an_address(ranks, data, tmp_path):
     (found,) = ranks(1).run(train_in_memory, config)
     steps = ["step-00000002", "step-00000004"]
     assert found == (steps[:1], steps, 2, 4, "memory://runs/this/step-00000004")
+
+
+def test_the_same_command_with_a_path_goes_on_after_a_stop(ranks, data, tmp_path):
+    config = run_of(data, tmp_path / "run", checkpoint={"folder": f"file://{tmp_path}/run/checkpoints"})
+    path = f"{tmp_path}/run/checkpoints/step-00000002"
+    longer = replace(config, run=replace(config.run, epochs=2 * config.run.epochs))
+
+    def there():
+        return sorted(name for name in os.listdir(f"{tmp_path}/run/checkpoints") if name.startswith("step-"))
+
+    ranks(1).run(train_losses, config)
+    assert there() == ["step-00000002", "step-00000004"]
+    ranks(1).run(train_until, longer, 5, path)
+    back = ["step-00000002", "step-00000004", "step-00000004.superseded"]
+    assert there() == back
+    ranks(1).run(train_until, longer, 7, path)  # the same command
+    assert there() == [*back, "step-00000006"]
+    ranks(1).run(train_until, longer, 8)  # without the path, in between
+    ranks(1).run(train_losses, longer, path)
+    assert there() == [*back, "step-00000006", "step-00000008"]
+    ranks(1).run(train_until, replace(longer, optimizer=replace(longer.optimizer, lr=0.04)), 3, path)  # another command
+    aside = [f"step-0000000{step}" for step in ("4.superseded", "4.superseded.2", "6.superseded", "8.superseded")]
+    assert there() == ["step-00000002", *aside]
 
 
 def test_a_folder_that_cannot_be_written(ranks, data, tmp_path):

@@ -152,7 +152,7 @@ class Course(RuleBasedStateMachine):
             found = None
         if found:
             self.step = found.info["step"]
-            checkpoint.supersede(self.folder, self.step, path=found.path)
+            checkpoint.supersede(self.folder, self.step, saved=found)
             assert max(map(int, (name[5:] for name in checkpoint.complete(self.folder)))) == self.step
         else:
             self.step = 0
@@ -174,7 +174,7 @@ class Course(RuleBasedStateMachine):
         everything = sorted(filter(None, map(self.is_as_written, os.listdir(self.folder))))
         found = checkpoint.locate(f"{self.folder}/{name}")
         self.step = found.info["step"]
-        checkpoint.supersede(self.folder, self.step, path=found.path)
+        checkpoint.supersede(self.folder, self.step, saved=found)
         self.course += 1
         assert everything == sorted(filter(None, map(self.is_as_written, os.listdir(self.folder))))
         assert all(step <= self.step for step, _ in self.sound().values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import re
 import shutil
 from unittest import mock
@@ -13,11 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dali_loaders import remote
 from pipeline import checkpoint
 from tests.pipeline.checkpoint.shaky import Shaky
 from tests.pipeline.checkpoint.states import load, save
 from tests.pipeline.checkpoint.test_broken_off import is_sound
 from tests.pipeline.checkpoint.test_broken_off import save as save_on_threads
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pauses():
+    with mock.patch.object(remote, "_FIRST_WAIT", 0.0):
+        yield
 
 
 @pytest.fixture
@@ -126,19 +134,76 @@ def test_a_store_that_fails_every_second_call(address):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.randoms(use_true_random=False), share=st.sampled_from([0.02, 0.1, 0.3]))
+@given(seed=st.integers(0, 10**9), share=st.sampled_from([0.1, 0.3, 0.6]))
 def test_no_answer_is_not_an_answer(tmp_path_factory, seed, share):
     """A run that starts while its store fails never begins anew, nor goes back to an older checkpoint: it says so and ends."""
+    numbers = random.Random(seed)
     folder = tmp_path_factory.mktemp("store")
     address = f"shaky://{folder}"
     save_on_threads(address, 1), save_on_threads(address, 2)
-    with mock.patch.object(Shaky, "fails", staticmethod(lambda method, path: seed.random() < share)):
+    with mock.patch.object(Shaky, "fails", staticmethod(lambda method, path: numbers.random() < share)):
         for find in (checkpoint.newest, checkpoint.locate):
             try:
                 assert find(address).info["step"] == 2
             except ValueError as error:
                 assert re.search(r"cannot be (read|listed) \(.*the service is not available\)", str(error)), error
     shutil.rmtree(folder)
+
+
+def test_a_read_that_fails_now_and_then_is_tried_again(address):
+    save_on_threads(address, 1), save_on_threads(address, 2)
+    asked = set()
+
+    def fails(method, path):
+        """Each for the first time."""
+        is_new = isinstance(path, str) and (method, path) not in asked
+        asked.add((method, str(path)))
+        return is_new
+
+    with mock.patch.object(Shaky, "fails", staticmethod(fails)):
+        saved = checkpoint.newest(address)
+        assert saved.info["step"] == 2 and saved.whole("backbone.weight")[0] == 2
+        assert checkpoint.locate(f"{address}/step-00000001").info["step"] == 1
+    assert len(asked) > 5
+
+
+def test_a_server_that_is_not_reached_is_not_one_that_lacks_the_file(address):
+    """As fsspec says it of HTTP."""
+    save_on_threads(address, 1)
+
+    def unreached(method, path):
+        if str(path).endswith("safetensors"):
+            raise FileNotFoundError(path) from ConnectionError("no route to host")
+
+    with mock.patch.object(Shaky, "fails", staticmethod(unreached)), pytest.raises(ValueError, match="no route to host") as raised:
+        checkpoint.newest(address)
+    assert not isinstance(raised.value, checkpoint.DamagedError) and "can be used" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scheme", ["file://", "local://", ""])
+def test_a_checkpoint_from_which_a_run_goes_on_keeps_its_name(folder, scheme):
+    address = f"{scheme}{folder}"
+    for step in (1, 2, 3):
+        save_on_threads(address, step, keep=3)
+    os.symlink("step-00000002", folder / "latest")
+    os.symlink(folder, folder.parent / "link")
+    assert checkpoint.supersede(address, 3, saved=checkpoint.newest(address))
+    for path in (f"{folder}/step-00000002", f"file://{folder}/latest", f"{folder.parent}/link/step-00000002/"):
+        assert checkpoint.supersede(address, 2, saved=checkpoint.locate(path))
+        assert checkpoint.complete(address) == ["step-00000001", "step-00000002"]
+    aside = checkpoint.locate(f"{folder}/step-00000003.superseded")
+    assert not checkpoint.supersede(address, 3, saved=aside)
+
+
+def test_a_checkpoint_in_the_root(monkeypatch, tmp_path):
+    """A folder of that name where the command runs is not taken for it."""
+    save_on_threads(str(tmp_path), 1)
+    monkeypatch.chdir(tmp_path)
+    for path in ("/step-00000001", "file:///step-00000001", "shaky://step-00000001", "memory://step-00000001"):
+        with pytest.raises(ValueError, match=r"does not exist|no complete checkpoint at|cannot be read"):
+            checkpoint.locate(path)
+    with pytest.raises(ValueError, match="No such file"):
+        checkpoint.open_checkpoint("/step-00000001")
 
 
 def test_only_what_a_save_has_left_is_cleared_away(address, folder):
@@ -168,8 +233,8 @@ def test_passwords_are_not_shown(folder, caplog):
     (folder / "step-00000002" / "rank-00000.safetensors").unlink()
     with caplog.at_level("WARNING"):
         saved = checkpoint.newest(address)
-    checkpoint.supersede(address, 1, path=saved.path)
-    assert os.path.exists(folder / "step-00000001") and checkpoint.is_in(address, saved.path)
+    is_in = checkpoint.supersede(address, 1, saved=saved)
+    assert os.path.exists(folder / "step-00000001") and is_in
     (folder / "step-00000001" / "rank-00000.safetensors").unlink()
     for path in (address, f"{address}/step-00000001", f"{address}/nothing"):
         with pytest.raises(ValueError) as raised:
