@@ -47,18 +47,18 @@ def _run(arguments: list[str] | None) -> int:
         sentence = describe(error)
         if sentence is None:
             raise
-        print(f"protoshard: {sentence}", file=sys.stderr)
+        endings.say(sentence)
         return 2
     except KeyboardInterrupt:
-        print(f"protoshard: interrupted{options.when_broken_off}", file=sys.stderr)
+        endings.say(f"interrupted{options.when_broken_off}")
         return endings.INTERRUPTED
     except endings.Terminated as end:
-        print(f"protoshard: terminated{options.when_broken_off}", file=sys.stderr)
+        endings.say(f"terminated{options.when_broken_off}")
         return end.code
     except stopping.Stopped as stopped:
         return stopping.end(stopped)
     except endings.Lost as lost:
-        print(f"protoshard: {lost}{options.when_broken_off}", file=sys.stderr)
+        endings.say(f"{lost}{options.when_broken_off}")
         return endings.LOST
     finally:
         endings.flush_output()  # also after --help

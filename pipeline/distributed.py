@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,13 +63,27 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
     if not dist.is_initialized():
         where: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            where = {"init_method": os.environ.get(STORE, "env://")}
-            where |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+            where = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+            if STORE in os.environ:
+                where["store"] = _meet(os.environ[STORE], where["world_size"], 60 * minutes)
         # With its device, NCCL connects here and not at the first collective, and a barrier need not guess.
         where["device_id"] = mine if on_gpu else None
         minutes += NCCL_MINUTES if on_gpu else 0
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes), **where)
     return Place(dist.get_rank(), dist.get_world_size(), mine)
+
+
+def _meet(path: str, ranks: int, seconds: float) -> dist.Store:
+    """A store in the file `path`, once all ranks have come to it. They wait here and not inside torch, where no signal would reach them."""
+    store = dist.FileStore(path, ranks)
+    deadline = time.monotonic() + seconds
+    come = store.add("come", 1)
+    while come < ranks:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"{come} of {ranks} have come")
+        time.sleep(0.05)
+        come = store.add("come", 0)
+    return store
 
 
 def _computes_on_gpu(device: str, local_ranks: int) -> bool:

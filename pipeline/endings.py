@@ -34,13 +34,13 @@ def unwinding_on_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP raise Terminated inside, SIGINT KeyboardInterrupt, unless they are ignored (nohup) or someone else handles them.
 
     The same comes out where a library that was being imported makes another error of it."""
-    came: list[BaseException] = []
+    came: dict[int, BaseException] = {}
 
     def unwind(number: int, _: FrameType | None) -> None:
-        if number != signal.SIGINT:
-            signal.signal(number, signal.SIG_IGN)  # a second one should not break off the unwinding
-        came.append(KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number))
-        raise came[-1]
+        if number != signal.SIGINT and number in came:
+            return  # a second one should not break off the unwinding
+        came[number] = KeyboardInterrupt() if number == signal.SIGINT else Terminated(128 + number)
+        raise came[number]
 
     defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     ours = {number: default for number, default in defaults.items() if signal.getsignal(number) is default}
@@ -53,11 +53,12 @@ def unwinding_on_signals() -> Iterator[None]:
         yield
     except Exception as error:
         if came:
-            raise came[0] from error
+            raise next(iter(came.values())) from error
         raise
     finally:
         for number, default in ours.items():
-            signal.signal(number, default)
+            if signal.getsignal(number) is unwind:
+                signal.signal(number, default)
 
 
 def open_standard_streams() -> None:
@@ -89,13 +90,27 @@ def without_output(error: OSError) -> int | None:
     """The exit code where an error means that nobody reads the output, or that there is no room for it. None where it means another thing.
 
     What is left in the buffers then goes nowhere, so that the interpreter has nothing to complain of at its end."""
+    is_broken = _discard_unheard()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        say(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+        return 2
+    return BROKEN_PIPE if is_broken and isinstance(error, BrokenPipeError) else None
+
+
+def say(sentence: str) -> None:
+    """Why the program ends, on standard error. Where nobody can hear it, the exit code alone says so."""
+    try:
+        print(f"protoshard: {sentence}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_unheard()
+
+
+def _discard_unheard() -> bool:
+    """Whether there is an output that cannot be written; what it is given from now on goes nowhere."""
     broken = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_broken(stream)]
     for stream in broken:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"protoshard: {error.strerror}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
-        return 2
-    return BROKEN_PIPE if broken and isinstance(error, BrokenPipeError) else None
+    return bool(broken)
 
 
 def _is_broken(stream: TextIO) -> bool:

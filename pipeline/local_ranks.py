@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -43,10 +43,11 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any, signals
         function(*arguments)
         return
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
-        resource_tracker.ensure_running()  # which would unblock signals
+        with _blocked():  # or what a closed terminal sends to all would end it; later on it would unblock signals
+            resource_tracker.ensure_running()
         context = mp.get_context("spawn")
         words = context.SimpleQueue()
-        settings = ranks, f"file://{folder}/store", words, signals, function, arguments
+        settings = ranks, f"{folder}/store", words, signals, function, arguments
         processes: list[BaseProcess] = [context.Process(target=_rank, args=(rank, *settings)) for rank in range(ranks)]
         with _passed_on(processes) as passed:
             try:
@@ -96,12 +97,18 @@ def _passed_on(processes: list[BaseProcess]) -> Iterator[_Passed]:
 
 def _start(processes: list[BaseProcess]) -> None:
     """Signals wait until a rank can handle them: a new process inherits what is blocked."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
+    with _blocked():
         for process in processes:
             process.start()
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(processes: list[BaseProcess], passed: _Passed) -> list[BaseProcess]:
@@ -114,6 +121,9 @@ def _wait(processes: list[BaseProcess], passed: _Passed) -> list[BaseProcess]:
             for process in running:
                 process.kill()
             return running
+        for process in running:
+            if process.sentinel in ended:
+                process.join()  # a process that ends closes its sentinel before it has an exit code
         codes = [process.exitcode for process in processes if process.exitcode]
         if codes and deadline is None:
             deadline = time.monotonic() + PATIENCE.get(codes[0], 10.0)
@@ -170,7 +180,8 @@ def _rank(
             try:
                 function(*arguments)
             finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # from here on none changes how this rank ends
+                for each in SIGNALS:
+                    signal.signal(each, signal.SIG_IGN)  # from here on none changes how this rank ends
     except Stopped as stopped:
         words.put(("stopped", str(stopped)))
         code = STOPPED
@@ -181,19 +192,24 @@ def _rank(
     except ValueError as error:
         sentence = describe(error)
         if sentence is None:
-            traceback.print_exc()
+            _print_traceback()
         else:
             words.put(("bad input", sentence))
         code = 1 if sentence is None else 2
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
-        traceback.print_exc()
+        _print_traceback()
         code = 1
     if code == 0 and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        endings.flush_output()
     # gloo's threads may outlive the group, and abort a process whose interpreter ends around them. After a failure others may still wait in
     # a collective, which leaving the group would do too.
     os._exit(code)
+
+
+def _print_traceback() -> None:
+    with suppress(OSError):  # nobody may be left to read it
+        traceback.print_exc()

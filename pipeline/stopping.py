@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+from pipeline import endings
 
 STOPPED = 75  # exit code
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
@@ -59,7 +60,9 @@ class Stop:
         """A signal handler."""
         if self._repeats.is_second(number):
             name = signal.Signals(number).name
-            os.write(2, f"\nprotoshard: broken off by a second {name}; the same command continues from the newest checkpoint\n".encode())
+            said = f"\nprotoshard: broken off by a second {name}; the same command continues from the newest checkpoint\n"
+            with suppress(OSError):
+                os.write(2, said.encode())
             os._exit(128 + number)
         if self._number:
             return
@@ -123,11 +126,15 @@ def heeded() -> Iterator[Stop]:
     finally:
         _current = None
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == stop.receive:
+                signal.signal(number, handler)
 
 
 def end(stopped: Stopped) -> int:
-    """Says so, once for the whole job, and gives the exit code."""
+    """Says so, once for the whole job, and gives the exit code of this process, which no signal changes any more."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"protoshard: {stopped}", file=sys.stderr, flush=True)
+        endings.say(str(stopped))
     return STOPPED

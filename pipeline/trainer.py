@@ -254,6 +254,7 @@ class Trainer:
             "gradient_norm": self.engine.gradient_norm() if self.joint_norm is None else float(self.joint_norm),
             "images_per_second": len(self.losses) * self.config.run.batch / seconds,
             "wait_share": waited / self.place.world_size,
+            "save_stall": self.saver.stall,
             "skipped_images": skipped,
             "skipped_steps": self.classifier.skipped_steps,
             **self.course.figures(self.config.run.spike),

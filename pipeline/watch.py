@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipeline import heartbeat
 from pipeline.distributed import Place
-from pipeline.endings import LOST
+from pipeline.endings import LOST, flush_output
 from pipeline.heartbeat import DATA, Beat, Peers, of_error, of_thread, place_in_code, shown
 from pipeline.stopping import STOPPED, Stop, Stopped
 
@@ -227,8 +227,8 @@ class Watch:
 def give_up(say: Callable[[str], None], sentence: str, code: int = LOST) -> NoReturn:
     if sentence:
         say(f"protoshard: {sentence}: the same command continues from the newest checkpoint")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        flush_output()
     os._exit(code)  # the main thread may be in a collective that never ends
 
 
@@ -254,4 +254,5 @@ def failed_collective(error: BaseException | None) -> bool:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody may be left to read it
+        print(message, file=sys.stderr, flush=True)

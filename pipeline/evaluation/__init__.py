@@ -61,5 +61,5 @@ def evaluate(
         group=group,
         breaks=breaks,
     )
-    report = all_pairs.all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path)
+    report = all_pairs.all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path, breaks=breaks)
     return dataclasses.replace(report, unreadable=len(source) - len(labels_n))

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pipeline.evaluation.embed import Breaks
+
 # Bins are centred on multiples of 2 / STEPS = 1.9e-6: wide against float32 rounding (1e-7), and the ties that occur in practice
 # (cosines -1, 0 and 1 of equal, dead or orthogonal embeddings) lie in the middle of a bin, so that rounding does not split them.
 STEPS = 2**20
@@ -68,11 +70,13 @@ def all_pairs(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     name: str = "the evaluation set",
+    breaks: Breaks | None = None,
 ) -> PairReport:
     """Compares every image i with every image j > i by cosine; rows need not have unit length.
 
     embeddings float [N, D] on any device, labels int64 [N]. With world_size > 1 every rank of `group` passes all N rows, counts
-    every world_size-th row block, and two all-reduces (16 MiB of counts, 8 N bytes) give all ranks the same report.
+    every world_size-th row block, between which `breaks` may break off, and two all-reduces (16 MiB of counts, 8 N bytes) give all ranks
+    the same report.
     Pairs whose cosines share a bin of 1.9e-6 count as ties. Raises ValueError, naming `name`, on values that are not finite
     and on sets without a genuine or without an impostor pair.
     """
@@ -85,7 +89,9 @@ def all_pairs(
     if bad:
         raise ValueError(f"{name}: the embeddings of {bad} of {len(labels_N)} images are not finite; the model has diverged.")
 
-    counts_2K, best_2N = _count_pairs(embeddings_ND, labels_N, rank, world_size)
+    counts_2K, best_2N = _count_pairs(embeddings_ND, labels_N, rank, world_size, breaks)
+    if breaks:
+        breaks.agree()
     if world_size > 1:
         dist.all_reduce(counts_2K, group=group)
         dist.all_reduce(best_2N, op=dist.ReduceOp.MAX, group=group)
@@ -123,7 +129,9 @@ def equal_error_rate(far_P: np.ndarray, tar_P: np.ndarray) -> tuple[float, int]:
     return float(far_P[at - 1] + share * (far_P[at] - far_P[at - 1])), at
 
 
-def _count_pairs(embeddings_ND: Tensor, labels_N: np.ndarray, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+def _count_pairs(
+    embeddings_ND: Tensor, labels_N: np.ndarray, rank: int, world_size: int, breaks: Breaks | None = None
+) -> tuple[Tensor, Tensor]:
     """Counts int64 [2, STEPS + 2] of genuine and impostor scores by bin, and each image's best genuine and impostor bin, int32 [2, N].
 
     Bin k >= 1 holds the cosines that round to (k - 1) * 2 / STEPS - 1; bin 0 collects matrix entries that are no pair of the kind.
@@ -142,6 +150,8 @@ def _count_pairs(embeddings_ND: Tensor, labels_N: np.ndarray, rank: int, world_s
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for start in range(rank * rows, N, world_size * rows):
+                if breaks and breaks.wanted():
+                    break
                 stop = min(start + rows, N)
                 end = int(torch.searchsorted(label_N, label_N[stop - 1], right=True))
                 bin_RM = ((STEPS / 2 * unit_ND[start:stop]) @ unit_ND[start:].T).add_(STEPS / 2 + 1.5).int().clamp_(1, STEPS + 1)

@@ -25,8 +25,8 @@ NAMED = 5  # unreadable images that a message names; more are only counted
 class Breaks:
     """How an evaluation is broken off."""
 
-    wanted: Callable[[], bool]  # asked before each batch of this rank
-    agree: Callable[[], None]  # called by all ranks once each has done its batches or broken off; raises on all, or on none
+    wanted: Callable[[], bool]  # asked before each batch of this rank, and each block of pairs
+    agree: Callable[[], None]  # called by all ranks once each has done its batches, or its pairs, or broken off; raises on all, or on none
 
 
 def embed(

@@ -39,7 +39,7 @@ def _do(deed: str) -> None:
         time.sleep(1e6)
     else:
         name, _, whom = deed.partition("-")
-        os.kill(os.getppid() if whom == "parent" else os.getpid(), getattr(signal, name))
+        os.kill({"parent": os.getppid(), "group": 0}.get(whom, os.getpid()), getattr(signal, name))
 
 
 def _hook(owner: object, name: str, place: str) -> None:
@@ -61,13 +61,14 @@ def _hook(owner: object, name: str, place: str) -> None:
 
 
 def recipe() -> TrainConfig:
-    from pipeline import trainer
+    from pipeline import train, trainer
     from pipeline.evaluation import embed
 
     if "RANK" in os.environ or os.environ.get("ALONE"):
         _hook(trainer.Trainer, "_train_step", "step")
         _hook(trainer.run_checkpoints, "save", "save")
         _hook(embed, "normalize", "evaluation")
+        _hook(train, "join", "joining")
         _hook(trainer, "open_data", "opening")
         _hook(TarSource, "read_many", "batch")
     data = os.path.join(os.path.dirname(os.environ["RUN"]), "faces.tar")
@@ -87,7 +88,9 @@ PROTOSHARD = (sys.executable, "-m", "pipeline.cli")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli")
 
 
-def run(folder: Path, moments: str = "", *arguments: str, command: Sequence[str] = PROTOSHARD, **variables: str) -> tuple[int, str]:
+def run(
+    folder: Path, moments: str = "", *arguments: str, command: Sequence[str] = PROTOSHARD, start_new_session: bool = False, **variables: str
+) -> tuple[int, str]:
     """Exit code and output of a run in `folder`, whose parent has faces.tar; on 2 ranks unless `arguments` say otherwise."""
     ranks = () if command == TORCHRUN else ("--ranks", "2")
     job = subprocess.Popen(
@@ -96,6 +99,7 @@ def run(folder: Path, moments: str = "", *arguments: str, command: Sequence[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
         # A test in the background of a shell inherits "ignore Ctrl-C", and would pass that on.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

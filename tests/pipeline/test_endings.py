@@ -92,6 +92,12 @@ def test_a_full_disk_behind_the_output():
     assert job.returncode == 2
 
 
+@pytest.mark.parametrize("recipe", ["faces_small", "no_such_recipe"])
+def test_a_full_disk_behind_output_and_errors(recipe):
+    with open("/dev/full", "wb") as full:
+        assert subprocess.call([sys.executable, "-m", "pipeline.cli", "config", recipe], stdout=full, stderr=full) == 2
+
+
 def test_names_that_the_terminal_cannot_show(faces, capfd):
     """Of the set, and of an identity, which is named because it has one image."""
     path = faces.rename(os.fsdecode(os.fsencode(faces) + b"\xc4"))

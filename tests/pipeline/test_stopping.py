@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 
@@ -17,7 +18,8 @@ from dali_loaders.faces import FacesConfig, write_faces
 from pipeline import stopping
 from pipeline.checkpoint import complete, open_checkpoint
 from pipeline.stopping import Asked, Repeats, Stop, Stopped, heeded
-from tests.pipeline.moments import STEPS, TORCHRUN, run
+from tests.pipeline import moments
+from tests.pipeline.moments import PROTOSHARD, STEPS, TORCHRUN, run
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,36 @@ def test_a_second_ctrl_c_ends_it_without_a_save(folder):
     assert code == 130 and "Traceback" not in output, output
     assert "protoshard: interrupted; --resume auto, the default, continues from the newest checkpoint\n" in output
     assert newest(folder / "twice") is None and time.monotonic() - before < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_nothing_that_comes_later_changes_the_exit_code(folder, ranks, tmp_path):
+    """A closing terminal or a scheduler sends a signal to all processes of a job, over and over; its log is on a full disk."""
+    command = [*PROTOSHARD, "train", moments.__file__, "--ranks", ranks]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RUN": str(folder / f"later-{ranks}"), "ALONE": ranks, "MOMENTS": "step 2 0 touch"}
+    with open("/dev/full", "w") as full:
+        job = subprocess.Popen(command, env=env, stdout=full, stderr=full, start_new_session=True)
+    while not os.path.exists(env["RUN"] + ".deed") and job.poll() is None:
+        time.sleep(0.05)
+    while job.poll() is None:
+        os.killpg(job.pid, signal.SIGUSR1)
+        time.sleep(0.05)
+    assert job.returncode == 75 and newest(folder / f"later-{ranks}") == "step-00000003"
+
+
+@pytest.mark.slow
+def test_what_a_closing_terminal_sends_to_all_leaves_one_sentence(folder):
+    code, output = run(folder / "terminal", "step 2 0 SIGHUP-group", start_new_session=True)
+    assert code == 75 and output.count("\n") == output.count("loss") + output.count("images of") + output.count("stopped by"), output
+
+
+@pytest.mark.slow
+def test_a_rank_alone_is_asked_while_another_one_starts(folder):
+    began = time.monotonic()
+    code, output = run(folder / "meeting", "joining 1 1 SIGTERM")
+    assert code == 75 and "stopped by SIGTERM on rank 1 with nothing to save" in output, output
+    assert time.monotonic() - began < 50  # and not after a minute of patience
 
 
 @pytest.mark.slow

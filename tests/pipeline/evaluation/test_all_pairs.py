@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.evaluation import all_pairs as module
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport, all_pairs
+from pipeline.evaluation.embed import Breaks
 
 
 def exact(embeddings: torch.Tensor, labels: np.ndarray) -> dict:
@@ -162,3 +163,16 @@ def test_embeddings_that_are_not_finite_end_in_a_sentence():
     embeddings[4, 2] = torch.nan
     with pytest.raises(ValueError, match="embeddings of 1 of 9 images are not finite"):
         all_pairs(embeddings, labels)
+
+
+def test_comparing_is_broken_off_between_two_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 8)
+    blocks = []
+
+    def stop():
+        raise InterruptedError
+
+    breaks = Breaks(lambda: blocks.append(1) or len(blocks) == 3, stop)
+    with pytest.raises(InterruptedError):
+        all_pairs(torch.eye(8), np.arange(8) // 2, breaks=breaks)
+    assert len(blocks) == 3
