@@ -25,7 +25,7 @@ from partial_fc import PartialFC
 from partial_fc.optimizers import RowOptimizer
 from pipeline import checkpoint, classifier_state, same_run
 from pipeline.agreement import Agreement
-from pipeline.checkpoint import Checkpoint, Held, Part, Saved, Saver, Without, checksum
+from pipeline.checkpoint import Checkpoint, Held, NotFiniteError, Part, Saved, Saver, Without, checksum
 from pipeline.config import TrainConfig, as_dict
 from pipeline.course import Course
 from pipeline.distributed import Place
@@ -223,6 +223,17 @@ def _go_on(run: Run, saved: Checkpoint) -> list[str]:
     return lines + same_run.changed_fields(run, info)
 
 
+def newest(run: Run) -> str:
+    """For a sentence at the end of a run: the newest sound checkpoint, once what is being saved is there too. Every rank calls it."""
+    with contextlib.suppress(NotFiniteError):
+        run.saver.finish()
+    try:
+        found = checkpoint.newest(run.checkpoints, run.agreement)
+    except ValueError as error:
+        return str(error)
+    return "there is no checkpoint yet" if found is None else f"the newest good checkpoint is {found.path}"
+
+
 def roll_back(run: Run) -> str | None:
     """Weights and optimizers as in the newest sound checkpoint, whose path is returned, or None where there is none; the run's place in the
     data stays. Every rank calls it."""
@@ -238,13 +249,19 @@ def _take_over(run: Run, saved: Checkpoint) -> list[str]:
     optimizer, because = run.config.optimizer, None
     if saved.info.get("optimizer") not in (None, optimizer.name):
         because = "because it is of another kind"
-    elif optimizer.name == "adamw" and run.config.engine.name == "deepspeed" and set(saved.info.get("frozen", ())) != set(optimizer.frozen):
-        because = "because other weights are frozen, and DeepSpeed counts AdamW's steps for all together"  # see classifier_state.load
+    elif optimizer.name == "adamw" and run.config.engine.name == "deepspeed" and not _have_moved_alike(saved, optimizer.frozen):
+        because = "because some weights have moved less often than others, which DeepSpeed does not count"  # see classifier_state.load
     tensors: Saved = Without(saved, "optimizer.") if because else saved
     lines = [f"the state of the backbone's optimizer starts anew, {because}"] if because else []
     lines += classifier_state.load(saved, saved.info, run.classifier, run.classifier_optimizer)
     run.engine.load(tensors)
     return lines + _load_ema(run, saved)
+
+
+def _have_moved_alike(saved: Checkpoint, frozen: tuple[str, ...]) -> bool:
+    """Whether AdamW has made the same number of steps with all weights of the backbone that move from here on."""
+    counts = {float(saved.whole(name)) for name in saved if name.startswith("optimizer.") and name.endswith(".step")}
+    return set(saved.info.get("frozen", ())) == set(frozen) and len(counts) < 2
 
 
 def _load_ema(run: Run, saved: Saved) -> list[str]:

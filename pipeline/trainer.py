@@ -21,7 +21,7 @@ from dali_loaders.order import build_order
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, checkpoint, classifier_state, combinations, determinism, run_checkpoints, training_step
+from pipeline import backbones, classifier_state, combinations, determinism, run_checkpoints, training_step
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import NotFiniteError, OwnerError
 from pipeline.config import TrainConfig, as_text
@@ -290,10 +290,8 @@ class Trainer:
         try:
             yield
         except NotFiniteError as error:
-            newest = checkpoint.newest(self.checkpoints, self.agreement)
-            raise ValueError(
-                f"{error}: lower optimizer.lr or lengthen optimizer.warmup_epochs; the newest good checkpoint is {newest and newest.path}"
-            ) from None
+            remedy = "lower optimizer.lr or lengthen optimizer.warmup_epochs"
+            raise ValueError(f"{error}: {remedy}; {run_checkpoints.newest(self)}") from None
 
     def save(self, figures: dict[str, float] | None = None) -> None:
         """Begins a checkpoint of this step. Every rank calls it."""

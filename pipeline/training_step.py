@@ -15,7 +15,7 @@ from dali_loaders import Batch, TrainLoader
 from dali_loaders.names import printable
 from partial_fc import clip_grad_norm_, found_non_finite
 from partial_fc.batch_check import NonFiniteError, ToHost
-from pipeline import checkpoint, classifier_state, run_checkpoints
+from pipeline import classifier_state, run_checkpoints
 from pipeline.monitor import Monitor
 from pipeline.schedule import rate_factor
 
@@ -136,10 +136,9 @@ def _remember(run: Run, fault: str | None, total: Tensor, indices: list[np.ndarr
     if fault == SPIKE:
         _roll_back(run, float(total))
     if course.skipped_in_a_row >= settings.most_skipped:
-        newest = checkpoint.newest(run.checkpoints, run.agreement)
         raise ValueError(
             f"{course.skipped_in_a_row} steps in a row, up to step {run.step}, were left out, the last because {fault}: lower optimizer.lr "
-            f"or lengthen optimizer.warmup_epochs; the newest checkpoint is {newest and newest.path}; "
+            f"or lengthen optimizer.warmup_epochs; {run_checkpoints.newest(run)}; "
             f"{_name_images(run, run.step, indices)}"
         )
 

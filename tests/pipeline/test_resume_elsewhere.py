@@ -57,6 +57,14 @@ def test_weights_that_were_frozen_have_no_moments_for_the_steps_before(ranks, da
     assert set(ranks(1).run(counts_at_the_start, config)[0]) == counts
 
 
+def test_weights_that_have_moved_less_often_than_others_are_not_counted_together(ranks, data, tmp_path):
+    config = config_of(data, tmp_path, 0, "adamw")
+    ranks(1).run(train_until, replace(config, optimizer=replace(config.optimizer, frozen=("stem",))), SAVED)
+    ranks(1).run(train_until, replace(config, checkpoint=replace(config.checkpoint, differences="continue")), 2 * SAVED)
+    assert set(ranks(1).run(counts_at_the_start, config)[0]) == {SAVED, 2 * SAVED}
+    assert set(ranks(1).run(counts_at_the_start, config_of(data, tmp_path, 1, "adamw"))[0]) == {0}
+
+
 def counts_at_the_start(config):
     """Runs on every rank: the steps that AdamW has made, by weight."""
     trainer = Trainer(config, join())

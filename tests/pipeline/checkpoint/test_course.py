@@ -61,7 +61,7 @@ class Course(RuleBasedStateMachine):
         def write(agreement):
             saver = checkpoint.Saver(self.folder, config, agreement)
             parts = state(self.step + 1000 * self.course, of=(agreement.rank, agreement.ranks))
-            saver.start(self.step, parts, {"consumed": self.step, "course": self.course}, ["a", "b"])
+            saver.start(self.step, parts, {"consumed": self.step, "attempt": self.course}, ["a", "b"])
             return saver.trouble
 
         return on_threads(ranks, write)[0]
@@ -186,8 +186,8 @@ class Course(RuleBasedStateMachine):
         sound = self.sound()
         if sound:
             found = checkpoint.newest(self.folder)
-            assert found.name == max(sound) and (found.info["step"], found.info["course"]) == sound[found.name]
-            assert found.whole("backbone.weight")[0] == found.info["step"] + 1000 * found.info["course"]
+            assert found.name == max(sound) and (found.info["step"], found.info["attempt"]) == sound[found.name]
+            assert found.whole("backbone.weight")[0] == found.info["step"] + 1000 * found.info["attempt"]
 
 
 def play(examples, steps):
