@@ -210,7 +210,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["run.folder={folder}/new", "run.epochs=1e300"], ["run.epochs is 1e+300"]),
         (["optimizer.name=adamw"], ["has optimizer sgd, but this run has adamw"]),
         (["data.image_size=48"], ["has image_size 32, but this run has 48"]),
-        (["--resume={folder}/nowhere"], ["no complete checkpoint", "nowhere"]),
+        (["--resume={folder}/nowhere"], ["nowhere does not exist"]),
         (["run.folder={folder}/new", "data.train={folder}/missing"], ["missing", "not exist"]),
         (["run.folder={folder}/new", "data.train={folder}/empty"], ["empty"]),
         (["run.folder={folder}/new", "data.train="], ["data.train is empty"]),
@@ -312,7 +312,7 @@ def test_more_ranks_than_classes(trained):
     ("arguments", "word"),
     [
         (["eval", "{folder}/run", "--data", "{folder}/missing.tar"], "missing.tar"),
-        (["eval", "{folder}/nothing", "--data", "{folder}/faces.tar"], "no complete checkpoint"),
+        (["eval", "{folder}/nothing", "--data", "{folder}/faces.tar"], "nothing does not exist"),
         (["data", "check", "{folder}/missing.rec"], "missing.rec"),
         (["data", "pack", "{folder}/missing", "{folder}/x.rec"], "missing"),
         (["data", "faces", "{folder}/x.tar", "--identities", "0"], "identities"),

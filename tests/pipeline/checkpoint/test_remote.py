@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from unittest import mock
 
 import fsspec
@@ -78,8 +79,9 @@ def test_a_local_folder_as_an_address(tmp_path):
 
 
 @pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
-def test_a_package_that_is_missing_is_named(protocol, package):
-    with mock.patch.dict("sys.modules", {package: None}), pytest.raises(ValueError, match=package):
+def test_a_package_that_is_missing_is_named(protocol, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=package):
         checkpoint.newest(f"{protocol}://bucket/run")
     with pytest.raises(ValueError, match=r"nowhere://x cannot be opened \(Protocol not known: nowhere"):
         checkpoint.store_of("nowhere://x")
