@@ -166,7 +166,7 @@ def _diff(options: argparse.Namespace) -> int:
     with progress("bytes compared", looking.tensor_bytes(first)) as done:
         contents = comparing.contents(first, second, done.add)
     names = comparing.identities(first, second)
-    equal = not (info.keys() - comparing.OF_THE_MOMENT or config or kinds or contents or names)
+    equal = not (info.keys() - comparing.OF_THE_MOMENT or config.keys() - comparing.PLACES or kinds or contents or names)
     if options.json:
         found = {"equal": equal, "info": info, "config": config, "tensors": kinds, "contents": contents, "identities": names}
         _print_json({"first": first.path, "second": second.path, **found})
@@ -187,7 +187,8 @@ def _print_contents(contents: dict[str, float], all_of_them: bool) -> None:
     for name in contents:
         by_group.setdefault(_group(name), []).append(name)
     for group, names in by_group.items():
-        largest = max(names, key=lambda name: math.inf if math.isnan(contents[name]) else contents[name])
+        # A count of steps says nothing about how far the others are apart.
+        largest = max(names, key=lambda name: (not name.endswith(".step"), math.inf if math.isnan(contents[name]) else contents[name]))
         count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
         print(f"{group}: the contents of {count} differ, most in {printable(largest)}, by {contents[largest]:.3g}")
         for name in names if all_of_them else []:

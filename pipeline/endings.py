@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
-LOST = 76  # the exit code where a rank of a job was lost
+REFUSED, LOST = 2, 76  # exit codes: bad input, and a rank of a job that was lost
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit codes as a shell gives them to what a signal ended
 
 
@@ -93,7 +93,7 @@ def without_output(error: OSError) -> int | None:
     is_broken = _discard_unheard()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         say(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
-        return 2
+        return REFUSED
     return BROKEN_PIPE if is_broken and isinstance(error, BrokenPipeError) else None
 
 

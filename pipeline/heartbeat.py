@@ -31,15 +31,19 @@ class Beat:
     count: int  # of beats so far
     host: str
     pid: int
-    step: int  # steps that are done
+    step: int  # steps that are done; -1 before that is known
     doing: str
     is_waiting: bool  # for other ranks, in a collective
     asked: int = 0  # to stop (Stop.asked)
-    end: str = ""  # "error", "stopped", "hung" or "lost" once it ends; the reason is in `doing`
+    end: str = ""  # "refused" (bad input), "error", "stopped", "hung" or "lost" once it ends; the reason is in `doing`
 
     @property
     def name(self) -> str:
         return f"rank {self.rank} on {self.host}"
+
+    @property
+    def when(self) -> str:
+        return f"after step {self.step:,}" if self.step >= 0 else "at the start"
 
 
 def path_of(folder: str, rank: int) -> str:
@@ -174,6 +178,14 @@ def record_collectives(folder: str) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", os.path.join(os.path.abspath(folder), FOLDER, "nccl-rank-"))
+
+
+def remove_old(folder: str, ranks: int) -> None:
+    """Files of an earlier start of the run that had more ranks."""
+    with suppress(OSError):
+        for name in os.listdir(os.path.join(folder, FOLDER)):
+            if name.startswith("rank-") and name > os.path.basename(path_of(folder, ranks - 1)):
+                os.unlink(os.path.join(folder, FOLDER, name))
 
 
 def write_collectives(folder: str, rank: int) -> None:

@@ -173,7 +173,13 @@ def _rank(
     if "lo" in dict(map(reversed, socket.if_nameindex())):  # type: ignore[arg-type]
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else on the network needs to reach these processes
     logging.basicConfig(format="%(message)s")
-    code = 0
+    command, code = os.getppid(), 0
+
+    def tell(kind: str, text: str) -> None:
+        words.put((kind, text))
+        if os.getppid() != command and rank == 0:  # it was killed
+            endings.say(text)
+
     try:
         with signals():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -183,7 +189,7 @@ def _rank(
                 for each in SIGNALS:
                     signal.signal(each, signal.SIG_IGN)  # from here on none changes how this rank ends
     except Stopped as stopped:
-        words.put(("stopped", str(stopped)))
+        tell("stopped", str(stopped))
         code = STOPPED
     except endings.Terminated as end:
         code = end.code
@@ -194,8 +200,8 @@ def _rank(
         if sentence is None:
             _print_traceback()
         else:
-            words.put(("bad input", sentence))
-        code = 1 if sentence is None else 2
+            tell("bad input", sentence)
+        code = 1 if sentence is None else endings.REFUSED
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -18,15 +18,15 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from pipeline import heartbeat
-from pipeline.distributed import Place
-from pipeline.endings import LOST, flush_output
+from pipeline.distributed import STORE, Place, describe
+from pipeline.endings import LOST, REFUSED, flush_output
 from pipeline.heartbeat import DATA, Beat, Peers, of_error, of_thread, place_in_code, shown
 from pipeline.stopping import STOPPED, Stop, Stopped
 
 SPEAK_SECONDS = 60.0  # in one place, before a line says so
 LOOK_SECONDS = 3.0  # in one place, before a rank reads the files of the others
 LEAVE_SECONDS = 5.0  # in one place, before a rank ends because another one did
-ENDS = {"error": "ended", "hung": "stood still", "lost": "gave up"}  # what is said of a rank that has ended so
+ENDS = {"refused": "ended", "error": "ended", "hung": "stood still", "lost": "gave up"}  # what is said of a rank that has ended so
 _FAILED = re.compile(r"gloo/|NCCL|Connection (closed|reset) by peer|Broken pipe")
 _TIMED_OUT = re.compile("[Tt]imed out|[Tt]imeout")
 
@@ -49,7 +49,7 @@ class Watch:
         self.begin(None, None)
         self._folder, self._place, self._timeout = folder, place, 60 * minutes
         self._main, self._host = threading.get_ident(), socket.gethostname()
-        self._at = ("starting", 0)  # replaced, so that its identity tells whether the rank goes on
+        self._at = ("starting", -1)  # replaced, so that its identity tells whether the rank goes on
         self._seen = self._at
         self._stood, self._longest, self._last = 0.0, 0.0, time.monotonic()
         self._speaks_after = SPEAK_SECONDS
@@ -67,6 +67,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._peers = Peers(self._folder, self._run, self._place.rank, self._place.world_size)
+        if self._place.is_first:
+            heartbeat.remove_old(self._folder, self._place.world_size)
         self._write(self._beat())
         self._thread = threading.Thread(target=self._watch, name="protoshard-watch", daemon=True)
         self._thread.start()
@@ -86,7 +88,10 @@ class Watch:
             self._leave("stopped", str(error))
         if isinstance(error, Exception) and self._place.world_size > 1 and failed_collective(error):
             self._lose(stood_too_long=bool(_TIMED_OUT.search(str(error))), error=error)
-        if not isinstance(error, Stopped):
+        sentence = describe(error) if isinstance(error, ValueError) else None
+        if sentence is not None:
+            self._leave("refused", sentence)
+        elif not isinstance(error, Stopped):
             lines = str(error).strip().splitlines()
             self._leave("error", type(error).__name__ + (f": {lines[0]}" if lines else ""))
 
@@ -147,7 +152,7 @@ class Watch:
 
     def _speak(self, mine: Beat) -> None:
         """One line for all that wait on this host."""
-        after = f"{shown(self._stood)} after step {mine.step:,}"
+        after = f"{shown(self._stood)} {mine.when}"
         cause = self._certain() or (self._busy() if mine.is_waiting else None)
         if cause is None:
             self._say(f"{after} {mine.name} is still in {mine.doing}")
@@ -161,14 +166,17 @@ class Watch:
 
     def _certain(self) -> Cause | None:
         """Ranks that have ended or are silent, and not because they lost another one."""
-        return self._of_ended("error") or self._of_ended("stopped") or self._of_ended("hung") or self._of_silent()
+        return (
+            self._of_ended("refused") or self._of_ended("error") or self._of_ended("stopped") or self._of_ended("hung") or self._of_silent()
+        )
 
     def _of_ended(self, end: str) -> Cause | None:
         ended = self._peers.ended(end)
         if not ended:
             return None
-        sentence = ended[0].doing if end == "stopped" else f"{ended[0].name} {ENDS[end]} after step {ended[0].step:,}: {ended[0].doing}"
-        return Cause([beat.rank for beat in ended], sentence, STOPPED if end == "stopped" else LOST)
+        first = ended[0]
+        sentence = first.doing if end == "stopped" else f"{first.name} {ENDS[end]} {first.when}: {first.doing}"
+        return Cause([beat.rank for beat in ended], sentence, {"stopped": STOPPED, "refused": REFUSED}.get(end, LOST))
 
     def _of_silent(self) -> Cause | None:
         silent = self._peers.silent(3 * self._pause)
@@ -178,12 +186,12 @@ class Watch:
         if last is None:
             return Cause(silent, f"rank {silent[0]} has given no sign of life")
         fault = "has died" if last.rank in self._peers.dead else f"gives no sign of life for {shown(self._peers.silent_for(last.rank))}"
-        return Cause(silent, f"{last.name} {fault}; last seen after step {last.step:,} in {last.doing}")
+        return Cause(silent, f"{last.name} {fault}; last seen {last.when} in {last.doing}")
 
     def _busy(self) -> Cause | None:
         """Ranks that wait for no other one."""
         busy = [beat for beat in self._peers.beats.values() if not beat.is_waiting and not beat.end]
-        return Cause([beat.rank for beat in busy], "{0.name} is after step {0.step:,} in {0.doing}".format(busy[0])) if busy else None
+        return Cause([beat.rank for beat in busy], "{0.name} is {0.when} in {0.doing}".format(busy[0])) if busy else None
 
     def _lose(self, stood_too_long: bool, error: Exception | None = None) -> None:
         """Ends the process once it is clear which rank was lost. Returns where none was: a collective may fail for another reason."""
@@ -197,7 +205,7 @@ class Watch:
         limit = f" for {shown(self._stood)} (run.timeout)" if stood_too_long else ""
         if cause is None and stood_too_long and not mine.is_waiting:
             self._leave("hung", mine.doing)
-            give_up(self._say, f"{mine.name} stood still{limit} after step {mine.step:,} in {mine.doing}")
+            give_up(self._say, f"{mine.name} stood still{limit} {mine.when} in {mine.doing}")
         cause = cause or (self._busy() if stood_too_long else None) or self._of_ended("lost")
         if cause is None and not stood_too_long:
             self._ending.release()
@@ -219,14 +227,16 @@ class Watch:
             self._peers.look()
             self._count += 1
             self._write(replace(mine, count=self._count, is_waiting=mine.is_waiting or has_failed))
-            if self._peers.ended("error", "stopped", "hung") or self._peers.dead:
+            if self._peers.ended("refused", "error", "stopped", "hung") or self._peers.dead:
                 return
             time.sleep(self._pause / 4)
 
 
 def give_up(say: Callable[[str], None], sentence: str, code: int = LOST) -> NoReturn:
-    if sentence:
+    if code == LOST and sentence:
         say(f"protoshard: {sentence}: the same command continues from the newest checkpoint")
+    elif sentence and STORE not in os.environ:  # whose parent process says what was refused
+        say(f"protoshard: {sentence}")
     with suppress(OSError):
         flush_output()
     os._exit(code)  # the main thread may be in a collective that never ends

@@ -14,7 +14,8 @@ from pipeline.checkpoint.reading import Checkpoint
 
 ELEMENTS = 1 << 22  # compared at a time: 32 MiB in each of two float64 copies
 OF_THE_FILES = ("format", "files")  # entries of `info` that say how a checkpoint lies there, not what it is
-OF_THE_MOMENT = ("when", "host")  # these differ between two runs that are equal to the bit
+OF_THE_MOMENT = ("when", "host", "owner")  # these differ between two runs that are equal to the bit, and so does where they are
+PLACES = ("run.folder", "checkpoint.folder")
 Pair = tuple[Any, Any]
 
 

@@ -161,10 +161,7 @@ class FirstCheckpoint(Saved):
             return None
         return names_in(self._content(IDENTITIES, MOST_NAMES), f"{self.path}/{IDENTITIES}", self.info.get("num_classes"))
 
-    def has_its_sizes(self) -> bool:
-        return self._wrong_size() is None
-
-    def _wrong_size(self) -> str | None:
+    def wrong_size(self) -> str | None:
         for file, (known, _) in self.info["files"].items():
             try:
                 size = self.store.size(self.name, file)
@@ -176,7 +173,7 @@ class FirstCheckpoint(Saved):
 
     def fault(self, agreement: Agreement) -> str | None:
         """What is wrong with it, or None. Every rank reads its share of the files once, and calls it."""
-        fault = agreement.of_first(self._wrong_size())
+        fault = agreement.of_first(self.wrong_size())
         if fault is None:
             mine = sorted(self.info["files"])[agreement.rank :: agreement.ranks]
             fault = next(filter(None, agreement.gather(self._wrong_content(mine))), None)

@@ -186,7 +186,7 @@ def outdated(store: Store, config: CheckpointConfig, written: str) -> list[str]:
     for name in complete(store):
         try:
             opened = _opened(store, name)
-            if opened.has_its_sizes():
+            if opened.wrong_size() is None:
                 figures[name] = (opened.info.get("figures") or {}).get(config.best)
         except ValueError:
             continue

@@ -172,9 +172,12 @@ def wrong_name(saved: Checkpoint) -> str | None:
 
 
 def listed(path: str) -> list[Row]:
-    """All that is in a folder of checkpoints, or in that of the run's folder PATH, oldest first. Only manifests are read, and sizes of
-    files asked for. ValueError if nothing is there."""
+    """All that is in a folder of checkpoints, or in that of the run's folder PATH, oldest first; if PATH is a checkpoint, that one. Only
+    manifests are read, and sizes of files asked for. ValueError if nothing is there."""
     try:
+        folder, name = split(path)
+        if name and _is_checkpoint(store_of(folder), name):
+            return [row for row in _rows(store_of(folder)) if row.name == name] or [_row(store_of(folder), name)]
         store = folder_of(path)
         if store is not None:
             return _rows(store)
@@ -214,7 +217,7 @@ def _row(store: Store, name: str) -> Row:
         row.when = info["when"] if isinstance(info.get("when"), str) else None
         row.ranks = info["world_size"] if isinstance(info.get("world_size"), int) else None
         row.figures = info["figures"] if isinstance(info.get("figures"), dict) else {}
-        row.fault = wrong_name(saved) or (None if saved.has_its_sizes() else "files are missing or have other sizes")
+        row.fault = wrong_name(saved) or saved.wrong_size()
     except DamagedError as error:
         row.fault = str(error)
     except ValueError as error:

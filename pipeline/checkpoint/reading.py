@@ -138,9 +138,10 @@ class Checkpoint(Saved):
         self._read(IDENTITIES, 0, memoryview(content))
         return names_in(bytes(content), f"{self.path}/{IDENTITIES}", self.info.get("num_classes"))
 
-    def has_its_sizes(self) -> bool:
-        """Whether all its files are there and as long as they should be: a first look, which reads none of them."""
-        return _raised(self._check_sizes) is None
+    def wrong_size(self) -> str | None:
+        """Which of its files is not there or not as long as it should be, or None: a first look, which reads none of them."""
+        fault = _raised(self._check_sizes)
+        return None if fault is None else str(fault)
 
     def fault(self, agreement: Agreement) -> str | None:
         """What is wrong with it, or None: sizes of all files first, then each rank reads its share of the blocks. Every rank calls it.

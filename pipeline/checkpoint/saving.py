@@ -231,7 +231,7 @@ class Saver:
     def _fail(self, flight: _Flight, reason: str) -> None:
         self.trouble = f"step {flight.step} could not be saved to {self.store.path} ({reason}); earlier checkpoints are untouched"
         if self.agreement.rank == 0:
-            log.warning("%s; the next save tries again", self.trouble)
+            log.warning("%s; the next save, if there is one, tries again", self.trouble)
 
     def finish(self) -> None:
         """Waits until no save is on its way. Raises as `go_on`."""

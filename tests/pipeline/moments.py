@@ -28,6 +28,8 @@ def _do(deed: str) -> None:
     Path(os.environ["RUN"] + ".deed").touch()  # when it was
     if deed == "raise":
         raise ArithmeticError("a deed of the test")
+    if deed == "refuse":
+        EvaluationConfig(batch_size=0)
     if deed == "hang":
         time.sleep(1e6)
     elif deed == "touch":

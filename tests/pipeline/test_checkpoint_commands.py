@@ -95,6 +95,8 @@ def test_list_shows_what_is_no_checkpoint_too(tmp_path, capsys, memory, is_remot
     ]
     _, out, _ = run(capsys, "list", folder)
     assert "being written, or left of a save broken off" in out
+    for row in found["checkpoints"][1:3]:
+        assert run_json(capsys, "list", f"{folder}/{row['name']}")[1]["checkpoints"] == [row]
 
 
 def test_list_takes_a_first_look_at_the_files(tmp_path, capsys):
@@ -106,7 +108,7 @@ def test_list_takes_a_first_look_at_the_files(tmp_path, capsys):
     os.rename(tmp_path / "step-00000004", tmp_path / "step-00000006")
     _, found = run_json(capsys, "list", tmp_path)
     states = {row["name"][-1]: (row["state"], row["fault"]) for row in found["checkpoints"]}
-    assert states["1"] == ("damaged", "files are missing or have other sizes") and states["2"][0] == "damaged"
+    assert states["1"] == ("damaged", "rank-00000.safetensors has 10 bytes instead of 849") and states["2"][0] == "damaged"
     assert states["3"][0] == "unknown" and "it is of format 7" in states["3"][1]
     assert states["6"] == ("damaged", "it is the checkpoint of step 4") and states["5"] == ("complete", None)
 
@@ -298,9 +300,15 @@ def test_show_reads_no_contents(tmp_path, capsys):
 
 
 def test_diff_of_equal_ones(tmp_path, capsys):
-    first, second = save_with(tmp_path / "a", 1, when="now", host="here"), save_with(tmp_path / "b", 1, when="then", host="there")
+    def save_in(folder, **moment):
+        config = {"run": {"folder": folder, "seed": 1}, "checkpoint": {"folder": folder + "/c"}}
+        return save_with(tmp_path / folder, 1, **{**moment, "config": config})
+
+    first, second = save_in("a", when="now", host="here", owner="x"), save_in("b", when="then", host="there", owner="y")
     code, out, _ = run(capsys, "diff", first, second)
-    assert code == 0 and out == "when: now | then\nhost: here | there\nequal\n"  # two runs that are equal to the bit
+    moment = "when: now | then\nhost: here | there\nowner: x | y\n"
+    places = "config.run.folder: a | b\nconfig.checkpoint.folder: a/c | b/c\n"
+    assert code == 0 and out == f"{moment}{places}equal\n"  # two runs that are equal to the bit
 
 
 def test_diff_names_all_that_differs(tmp_path, capsys, monkeypatch):

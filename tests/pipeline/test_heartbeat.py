@@ -46,11 +46,12 @@ LOST = {  # a moment: the exit code, seconds until all is over, and what is said
     ),
     "step 3 1 hang": (76, TIMEOUT, rf"{ONE} [^;]*after step 3 in a training step, _fit"),
     "step 3 1 raise": (1, 0, rf"{ONE} ended after step 3: ArithmeticError: a deed of the test{WAITED}in a training step, \w+ of"),
+    "step 3 1 refuse": (2, 0, r"^protoshard: evaluation.batch_size is 0, but must be at least 1$"),
     "batch 8 1 hang": (76, TIMEOUT, rf"{ONE} [^;]*after step \d+ in a training step, waiting for data"),
     "evaluation 2 1 SIGKILL": (76, 0, rf"{ONE} has died; last seen after step .*\n.*was ended by SIGKILL \(out of memory\?\)"),
-    "opening 1 1 SIGKILL": (76, 0, rf"{ONE} has died; last seen after step 0 in{WAITED}in opening the data, all_gather_object"),
+    "opening 1 1 SIGKILL": (76, 0, rf"{ONE} has died; last seen at the start in{WAITED}in opening the data, all_gather_object"),
 }
-SMALL = ("step 3 1 SIGSTOP", "step 3 1 raise", "batch 8 1 hang")
+SMALL = ("step 3 1 SIGSTOP", "step 3 1 raise", "step 3 1 refuse", "batch 8 1 hang")
 
 
 @pytest.mark.slow
@@ -61,8 +62,8 @@ def test_the_others_name_the_rank_that_was_lost(folder, moment):
     seconds = time.time() - os.stat(f"{place}.deed").st_mtime
     expected, patience, sentence = LOST[moment]
     print(f"{seconds:.1f} s", output)
-    assert code == expected and re.search(sentence, output), output
-    assert output.count("Traceback") == ("raise" in moment)
+    assert code == expected and re.search(sentence, output, re.MULTILINE), output
+    assert output.count("Traceback") == ("raise" in moment) and output.count("batch_size") == ("refuse" in moment)
     assert seconds < patience + 10
     if code == 76:  # what the first rank that lives has called last
         living = "collectives-00000.json"
@@ -199,7 +200,7 @@ def test_a_long_wait_is_told_with_the_rank_that_is_waited_for(watching, monkeypa
     monkeypatch.setattr(watch, "place_in_code", lambda frames: ("all_reduce of highest", True))
     for count in range(130):
         look(1, beat(1, count), beat(2, count, is_waiting=False, doing="waiting for data: /x"))
-    wait = "after step 0 rank 0 still waits in starting, all_reduce of highest: rank 2 on elsewhere is after step 7 in waiting for data: /x"
+    wait = "at the start rank 0 still waits in starting, all_reduce of highest: rank 2 on elsewhere is after step 7 in waiting for data: /x"
     assert lines == [f"61 s {wait}", f"2 min {wait}"]
 
 
