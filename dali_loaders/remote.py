@@ -27,8 +27,11 @@ _LASTING = (
 # What tells one version of an object from the next, by the names that file systems give it.
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "last_modified", "modified", "mtime", "updated")
 
-# Of an address: scheme, user and password, place, query. A "?" without "=" is a pattern's.
-_SECRETS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#\s@'\"]*@)?([^?\s'\"]*)(\?[^\s?'\",]*=[^\s'\",]*)?")
+# Of an address: scheme (or what requests puts before a place without one), user and password, place, query. A password may hold what
+# should stand after it ("/", "@"): then the address is wrong, and an error quotes it. A "?" without "=" is a pattern's.
+_SCHEME, _WORD = r"[A-Za-z][A-Za-z0-9+.-]*://", r"(?:(?!,[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"])*"
+_USER = r"(?:[^/?#\s'\"]*|[^/?#:\s'\"]*:(?!\d+(?:[/?#,]|$))(?:(?!://)[^\s'\"])*)@"
+_SECRETS = re.compile(rf"({_SCHEME}|\burl: (?=/))({_USER})?({_WORD}?)([?#][^\s?#'\"=]*={_WORD})?(?=[\s'\"]|$|,{_SCHEME})")
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     endings.open_standard_streams()
     endings.show_any_name()
+    sys.excepthook = endings.print_traceback
     try:
         return _run(arguments)
     except OSError as error:

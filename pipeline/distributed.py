@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import secrets
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,6 +67,8 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
             where = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
             if STORE in os.environ:
                 where["store"] = _meet(os.environ[STORE], where["world_size"], 60 * minutes)
+            elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                where["store"] = _meet_again(**where, seconds=60 * minutes)
         # With its device, NCCL connects here and not at the first collective, and a barrier need not guess.
         where["device_id"] = mine if on_gpu else None
         minutes += NCCL_MINUTES if on_gpu else 0
@@ -84,6 +87,30 @@ def _meet(path: str, ranks: int, seconds: float) -> dist.Store:
         time.sleep(0.05)
         come = store.add("come", 0)
     return store
+
+
+def _meet_again(rank: int, world_size: int, seconds: float) -> dist.Store:
+    """A part of torchrun's store which no other start of the ranks has written to. torchrun keeps one store over its restarts, in which
+    ranks would find the addresses of those before them. Rank 0 answers each rank by a name that is new with every start, until all have
+    heard it; counts of restarts would not do, because each machine has its own."""
+    limit = timedelta(seconds=seconds)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+    name, deadline = secrets.token_hex(8), time.monotonic() + seconds
+    store.set(f"come/{rank}", name)
+    missing = set(range(1, world_size)) if rank == 0 else {0}
+    while missing:
+        for other in sorted(missing):
+            if rank == 0 and store.check([f"come/{other}"]):
+                store.set(f"answer/{store.get(f'come/{other}').decode()}", name)
+            if store.check([f"heard/{name}/{other}" if rank == 0 else f"answer/{name}"]):
+                missing.discard(other)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {', '.join(map(str, sorted(missing)))} have not come")
+        time.sleep(0.05)
+    if rank > 0:
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+    return dist.PrefixStore(name, store)
 
 
 def _computes_on_gpu(device: str, local_ranks: int) -> bool:

@@ -8,10 +8,13 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TextIO
+
+from dali_loaders.remote import without_secrets
 
 REFUSED, LOST = 2, 76  # exit codes: bad input, and a rank of a job that was lost
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit codes as a shell gives them to what a signal ended
@@ -77,6 +80,11 @@ def show_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # no stream, or one that a test put there
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As the interpreter does, but without the secrets of an address that a library quotes."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 def flush_output() -> None:

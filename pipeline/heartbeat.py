@@ -16,6 +16,8 @@ from types import FrameType
 
 import torch
 
+from dali_loaders.remote import without_secrets
+
 FOLDER = "ranks"
 BYTES = 1024  # of a file, which is written over in place, which a full disk does not prevent
 DATA = "waiting for data"
@@ -53,6 +55,7 @@ def path_of(folder: str, rank: int) -> str:
 def write(folder: str, beat: Beat) -> None:
     """The file is opened anew each time: the folder may have been renamed, and closing is what makes NFS show it to other hosts."""
     path = path_of(folder, beat.rank)
+    beat = replace(beat, doing=without_secrets(beat.doing))
     text = json.dumps(asdict(beat))
     while len(text) >= BYTES:  # a long path, or one of many characters that JSON writes as escapes
         beat = replace(beat, doing=beat.doing[: len(beat.doing) * 2 // 3], host=beat.host[:64])

@@ -10,7 +10,6 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import connection, resource_tracker
@@ -218,4 +217,4 @@ def _rank(
 
 def _print_traceback() -> None:
     with suppress(OSError):  # nobody may be left to read it
-        traceback.print_exc()
+        endings.print_traceback(*sys.exc_info())

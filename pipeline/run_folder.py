@@ -18,6 +18,7 @@ from dali_loaders.names import printable
 from dali_loaders.remote import is_remote, without_secrets
 from dali_loaders.sources.patterns import braces, is_pattern
 from dali_loaders.sources.several import split_paths
+from pipeline import heartbeat
 from pipeline.checkpoint import MANIFEST
 from pipeline.checkpoint.folder import ABOUT
 from pipeline.config import TrainConfig
@@ -25,7 +26,8 @@ from pipeline.distributed import Place
 from pipeline.lease_files import NAME, is_used
 from pipeline.monitor.json_lines import last_step
 
-HARMLESS = ("logs", "lost+found")  # folders beside which a run may begin, as text files are
+# Folders beside which a run may begin, as text files are. A start that failed may leave what its ranks were doing.
+HARMLESS = ("logs", "lost+found", heartbeat.FOLDER)
 
 
 def check(config: TrainConfig, place: Place, resume: str) -> None:
@@ -92,7 +94,7 @@ def _fault(config: TrainConfig, resume: str) -> str | None:
 def _about(config: TrainConfig) -> dict[str, Any]:
     """What two starts of one run have in common before its first checkpoint, which says it in more detail."""
     return {
-        "data.train": config.data.train,
+        "data.train": without_secrets(config.data.train),
         "data.image_size": config.data.image_size,
         "backbone.name": config.backbone.name,
         "backbone.width": config.backbone.width,

@@ -7,9 +7,11 @@ import json
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dali_loaders.remote import without_secrets
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import data_file, folder, manifest
 from pipeline.checkpoint.config import CheckpointConfig
@@ -51,9 +53,11 @@ class _Flight:
                 self.result = OSError(_words(error))  # as any rank can send it
             except (NotFiniteError, OwnerError) as error:
                 self.result = error
-            except Exception as error:
-                log.exception("a save failed")
-                self.result = RuntimeError(f"{type(error).__name__}: {error}")
+            except BaseException as error:
+                log.warning("a save failed\n%s", without_secrets(traceback.format_exc()))
+                self.result = RuntimeError(without_secrets(f"{type(error).__name__}: {error}"))
+            finally:
+                self.copied.set()  # nobody waits for a thread that has ended
 
         if beside:
             self.thread = threading.Thread(target=catch, name="protoshard-save", daemon=True)

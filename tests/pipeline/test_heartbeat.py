@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dali_loaders.faces import FacesConfig, write_faces
+from dali_loaders.remote import without_secrets
 from pipeline import heartbeat, watch
 from pipeline.distributed import Place
 from pipeline.heartbeat import BYTES, Beat, Peers, of_error, of_thread, place_in_code
@@ -81,6 +83,17 @@ def test_torchrun(folder):
     )
 
 
+def test_torchrun_starts_the_ranks_again(folder):
+    again = ("-m", "torch.distributed.run", "--max-restarts", "1", *TORCHRUN[3:])
+    code, output = run(folder / "again", "step 7 1 SIGKILL", "--resume", "auto", command=(TORCHRUN[0], *again))
+    assert code == 1 and output.count("resumed from") == 1, output  # and dies there once more
+
+
+def test_a_heartbeat_holds_no_secrets(tmp_path):
+    heartbeat.write(str(tmp_path), beat(doing="ValueError: s3://me:SECRET@host/a.tar?sig=SECRET is no folder"))
+    assert b"SECRET" not in Path(heartbeat.path_of(str(tmp_path), 1)).read_bytes()
+
+
 def beat(rank=1, count=1, **changes):
     values = {
         "run": "r",
@@ -101,7 +114,7 @@ def test_whatever_a_rank_does_fits_its_file(tmp_path_factory, doing, host):
     heartbeat.write(folder, beat(doing=doing + "\udcff", host=host))
     assert os.path.getsize(heartbeat.path_of(folder, 1)) == BYTES
     read = heartbeat.read(folder, 1, "r")
-    assert read is not None and (doing + "\udcff").startswith(read.doing) and host.startswith(read.host)
+    assert read is not None and without_secrets(doing + "\udcff").startswith(read.doing) and host.startswith(read.host)
 
 
 @pytest.mark.parametrize(

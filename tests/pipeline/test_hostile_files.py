@@ -310,6 +310,15 @@ def test_addresses_show_no_secrets(here, capsys, monkeypatch):
         "s3://KEY:SECRET@b/a-{0..9}.tar, https://h/a.tar?X-Amz-Signature=SECRET&x=1; https://TOKEN@h/b-?.tar /local?a=b"
     )
     assert shown == "s3://***@b/a-{0..9}.tar, https://h/a.tar?*** https://***@h/b-?.tar /local?a=b"
+    for address in (
+        "s3://k:x@SECRET@b/a",
+        "s3://k:x/SECRET@b/a",
+        "https://h/b-?.tar?x=1,sig=SECRET",
+        "url: /a?sig=SECRET (",
+        "s3://b/a#t=SECRET",
+    ):
+        assert "SECRET" not in without_secrets(address), address
+    assert without_secrets("s3://k:s@b/a,s3://b/c@2x http://h:80/p@2") == "s3://***@b/a,s3://b/c@2x http://h:80/p@2"
     config = resolve("faces_small", ["data.train=https://me:SECRET@127.0.0.1:9/a.tar?sig=SECRET", "evaluation.data=s3://k:SECRET@b/c.tar"])
     assert "SECRET" not in json.dumps(as_dict(config)) + as_text(config) and "https://***@127.0.0.1:9/a.tar?***" in as_text(config)
     monkeypatch.setattr("dali_loaders.remote.time.sleep", lambda seconds: None)

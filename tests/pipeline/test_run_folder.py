@@ -16,6 +16,7 @@ from pipeline.cli import main
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.distributed import Place, join
 from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.resolve import resolve
 from tests.pipeline.runs import configuration, faces, train_until
 
 PLACE = Place(0, 1, torch.device("cpu"))
@@ -126,3 +127,12 @@ def test_a_bad_folder_ends_the_command_in_a_sentence(folder, capsys):
     data = faces(str(folder))
     assert main(["train", "faces_small", "--set", f"data.train={data}", f"run.folder={folder}"]) == 2
     assert capsys.readouterr().err.startswith(f"protoshard: run.folder={folder} holds no run, but other things (faces.tar)")
+
+
+def test_the_same_command_begins_where_a_start_failed_and_no_secret_is_left(folder):
+    (folder / "run" / "ranks").mkdir(parents=True)
+    (folder / "run" / "ranks" / "rank-00001").touch()
+    config = resolve("faces_small", [f"run.folder={folder}/run", "data.train=s3://me:SECRET@b/a.tar?sig=SECRET"])
+    run_folder.check(config, PLACE, "auto")
+    run_folder.mark(config, PLACE)
+    assert "SECRET" not in (folder / "run" / "run.json").read_text()
