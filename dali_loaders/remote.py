@@ -29,7 +29,7 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModi
 
 # Of an address: scheme (or what requests puts before a place without one), user and password, place, query. A password may hold what
 # should stand after it ("/", "@"): then the address is wrong, and an error quotes it. A "?" without "=" is a pattern's.
-_SCHEME, _WORD = r"[A-Za-z][A-Za-z0-9+.-]*://", r"(?:(?!,[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"])*"
+_SCHEME, _WORD = r"[A-Za-z][A-Za-z0-9+.-]{0,30}://", r"(?:(?!,[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s'\"])*"
 _USER = r"(?:[^/?#\s'\"]*|[^/?#:\s'\"]*:(?!\d+(?:[/?#,]|$))(?:(?!://)[^\s'\"])*)@"
 _SECRETS = re.compile(rf"({_SCHEME}|\burl: (?=/))({_USER})?({_WORD}?)([?#][^\s?#'\"=]*={_WORD})?(?=[\s'\"]|$|,{_SCHEME})")
 
