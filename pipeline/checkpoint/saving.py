@@ -44,7 +44,7 @@ class _Flight:
         self.copied.set()
 
     def run(self, work: Callable[[], Any], beside: bool) -> None:
-        self.result = None
+        self.result = RuntimeError("the thread that saves has ended without a word")
 
         def catch() -> None:
             try:
@@ -53,7 +53,7 @@ class _Flight:
                 self.result = OSError(_words(error))  # as any rank can send it
             except (NotFiniteError, OwnerError) as error:
                 self.result = error
-            except BaseException as error:
+            except Exception as error:
                 log.warning("a save failed\n%s", without_secrets(traceback.format_exc()))
                 self.result = RuntimeError(without_secrets(f"{type(error).__name__}: {error}"))
             finally:

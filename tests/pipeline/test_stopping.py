@@ -56,6 +56,7 @@ STOPS = {  # a moment: what is said, and the step that was saved
     "evaluation 2 0 SIGUSR1": ("SIGUSR1 on rank 0", 3),
     "save 1 0 SIGTERM-parent": (r"SIGTERM on rank \d", 5),
     "step 6 0 touch": ("the file stop", 7),
+    "step 8 0 SIGKILL-parent": (r"SIGTERM on rank \d", 9),  # that its parent has died
 }
 
 
@@ -63,7 +64,7 @@ STOPS = {  # a moment: what is said, and the step that was saved
 def test_a_run_stopped_again_and_again_is_that_which_was_not(folder, undisturbed):
     for moment, (request, step) in STOPS.items():
         code, output = run(folder / "stopped", moment)
-        assert code == 75, output
+        assert code == (-signal.SIGKILL if "SIGKILL" in moment else 75), output
         place = re.escape(str(folder / "stopped" / "checkpoints" / f"step-{step:08d}"))
         said = f"protoshard: stopped by {request} (at step {step}, saved as {place}|with nothing to save): the same command continues\n"
         assert re.search(said, output), output

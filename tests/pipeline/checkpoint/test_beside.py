@@ -94,3 +94,13 @@ def test_checkpoints_are_those_of_synchronous_saves(ranks, tmp_path_factory, tmp
         assert set(one) == set(other)
         for name in one:
             assert torch.equal(one.whole(name), other.whole(name)), (step, name)
+
+
+def test_a_thread_that_ends_in_its_own_way_is_neither_waited_for_nor_believed(tmp_path):
+    saver = Saver(str(tmp_path), CheckpointConfig())
+    with mock.patch.object(Saver, "_write", side_effect=SystemExit):
+        saver.start(1, {"weights": checkpoint.whole(torch.ones(3))}, {})
+        saver.fence()
+        with pytest.raises(RuntimeError, match="has ended without a word"):
+            saver.finish()
+    assert not checkpoint.complete(str(tmp_path))
