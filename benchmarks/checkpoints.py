@@ -142,7 +142,7 @@ def loading(options: argparse.Namespace, folder: str, out: str) -> None:
     saved = checkpoint.open_checkpoint(newest(folder))
     files = sorted(os.path.join(saved.path, name) for name in os.listdir(saved.path) if name.endswith(".safetensors"))
     copies, checks, loads = [], [], []
-    buffer = memoryview(bytearray(os.path.getsize(files[0])))
+    buffer = memoryview(bytearray(min(os.path.getsize(files[0]), 1 << 30)))  # beside the state there may be no room for a file
 
     def verify() -> None:
         fault = saved.fault(agreement)

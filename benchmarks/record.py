@@ -36,13 +36,18 @@ def commit() -> str:
     return head + ("+" if changed.strip() else "")
 
 
+def _program() -> str:
+    folder, name = os.path.split(sys.argv[0])
+    return f"python -m benchmarks.{name.removesuffix('.py')}" if os.path.basename(folder) == "benchmarks" else "protoshard"
+
+
 def origin() -> dict[str, str]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "hardware": hardware(),
         "torch": torch.__version__,
-        "command": " ".join(["protoshard", *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
     }
 
 
