@@ -133,7 +133,7 @@ def test_another_set_is_evaluated_and_said_to_be(data, pairs, undisturbed, tmp_p
     second = replace(first, evaluation=replace(first.evaluation, data=other))
     before = lines(tmp_path / "run")
     figures = train(second)
-    assert f"this run is complete: nothing is left to train, and evaluating {other}, of which it has no figures yet" in capsys.readouterr().err
+    assert f"nothing is left to train, and evaluating {other}, of which it has no figures yet" in capsys.readouterr().err
     (line,) = lines(tmp_path / "run")[len(before) :]
     assert line["faces/images"] == 30 and line["faces/eer"] == figures["eer"]
     after = files(tmp_path / "run")
