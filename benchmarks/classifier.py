@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -73,6 +74,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     if setting.allocator == "keeping":
         os.environ["GLIBC_TUNABLES"] = KEEPING  # read when a process starts
     try:
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # which tells of each rank that it ends after a failure
         results = mp.get_context("spawn").SimpleQueue()
         with tempfile.TemporaryDirectory(prefix="protoshard-bench-") as folder:
             mp.spawn(_rank, (setting, os.path.join(folder, "store"), results), nprocs=setting.ranks)

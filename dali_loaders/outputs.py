@@ -8,8 +8,10 @@ import tempfile
 from contextlib import suppress
 
 # Endings of files. A folder of such a name would be taken for one.
-OF_FILES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".rec", ".idx", ".parquet", ".bin", ".npy", ".npz")
-OF_FILES += (".csv", ".txt", ".json", ".yaml", ".py", ".pt", ".pth", ".ckpt", ".safetensors", ".onnx", ".png", ".jpg", ".jpeg", ".pdf")
+OF_FILES = {
+    ".7z", ".bin", ".bz2", ".ckpt", ".csv", ".gz", ".idx", ".jpeg", ".jpg", ".json", ".npy", ".npz", ".onnx", ".parquet", ".pdf", ".png",
+    ".pt", ".pth", ".py", ".rar", ".rec", ".safetensors", ".tar", ".tgz", ".txt", ".xz", ".yaml", ".zip", ".zst",
+}  # fmt: skip
 
 
 def check_file(path: str, what: str, *endings: str, makes_folder: bool = False) -> None:
@@ -27,7 +29,7 @@ def check_file(path: str, what: str, *endings: str, makes_folder: bool = False) 
 
 def check_folder(path: str, what: str) -> None:
     """ValueError for a folder to come whose name is that of a file. One that is there, or ends in "/", is meant."""
-    if path.lower().endswith(OF_FILES) and not os.path.isdir(path):
+    if os.path.splitext(path)[1].lower() in OF_FILES and not os.path.isdir(path):
         raise ValueError(f"{what} is a folder, but {path} is the name of a file: choose another, or write {path}/ if you mean it.")
 
 

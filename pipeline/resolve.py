@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from dali_loaders.names import printable
+from dali_loaders.outputs import check_folder
+from dali_loaders.remote import is_remote
 from partial_fc import losses
 from partial_fc.fields import hint_at
 from pipeline import backbones
@@ -24,6 +26,9 @@ def resolve(recipe: str, overrides: Sequence[str] | None = None) -> TrainConfig:
     config = override(_call(recipe, _find_recipe(recipe)), overrides or ())
     backbones.check(config.backbone, config.data.image_size)
     losses.name_of(config.loss)  # a recipe's own loss may lack one
+    for field, folder in (("run.folder", config.run.folder), ("checkpoint.folder", config.checkpoint.folder)):
+        if not is_remote(folder):
+            check_folder(folder, field)
     if not config.run.folder:
         name = os.path.splitext(os.path.basename(recipe))[0]
         config = replace(config, run=replace(config.run, folder=os.path.join("runs", name)))

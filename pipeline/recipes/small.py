@@ -71,6 +71,7 @@ def photos() -> TrainConfig:
 
     Your own images: FOLDER holds a folder for each identity, OTHERS the same of identities that are not in FOLDER (without it nothing is
     measured). Faces should be cut out and upright. On a CPU a small network on 64 x 64 pixels, on a GPU iresnet18 on 112 x 112 (not run).
+    Of dogs/train.tar, on dogs/test.tar (150 other identities): EER 0.13, rank-1 0.74, after 6 minutes on 2 shared cores.
     """
     on_gpu = torch.cuda.is_available()
     return TrainConfig(
