@@ -7,6 +7,8 @@ import stat
 import tempfile
 from contextlib import suppress
 
+from dali_loaders.names import quoted
+
 # Endings of files. A folder of such a name would be taken for one.
 OF_FILES = {
     ".7z", ".bin", ".bz2", ".ckpt", ".csv", ".gz", ".idx", ".jpeg", ".jpg", ".json", ".npy", ".npz", ".onnx", ".parquet", ".pdf", ".png",
@@ -21,16 +23,18 @@ def check_file(path: str, what: str, *endings: str, makes_folder: bool = False) 
     if not path:
         raise ValueError(f"{what} has no name: give it one{_such_as(endings)}.")
     if endings and not path.lower().endswith(endings):
-        raise ValueError(f"{what} would be named {path}; give it a name that ends in {' or '.join(endings)}.")
+        raise ValueError(f"{what} would be named {quoted(path)}; give it a name that ends in {' or '.join(endings)}.")
     reason = _reason(path, makes_folder)
     if reason:
-        raise ValueError(f"{what} cannot be written to {path} ({reason}): choose another place.")
+        raise ValueError(f"{what} cannot be written to {quoted(path)} ({reason}): choose another place.")
 
 
 def check_folder(path: str, what: str) -> None:
     """ValueError for a folder to come whose name is that of a file. One that is there, or ends in "/", is meant."""
     if os.path.splitext(path)[1].lower() in OF_FILES and not os.path.isdir(path):
-        raise ValueError(f"{what} is a folder, but {path} is the name of a file: choose another, or write {path}/ if you mean it.")
+        raise ValueError(
+            f"{what} is a folder, but {quoted(path)} is the name of a file: choose another, or write {quoted(path + '/')} if you mean it."
+        )
 
 
 def _such_as(endings: tuple[str, ...]) -> str:
@@ -51,8 +55,8 @@ def _reason(path: str, makes_folder: bool) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except FileNotFoundError:
-        return f"there is no folder {folder}"
+        return "no file can be made there" if os.path.isdir(folder) else f"there is no folder {quoted(folder)}"
     except NotADirectoryError:
-        return f"{folder} is no folder"
+        return f"{quoted(folder)} is no folder"
     except OSError as error:
         return error.strerror or str(error)

@@ -29,6 +29,8 @@ class Parser(argparse.ArgumentParser):
             message = f"{message[: number.start()]}{number[1]} is no number"
         elif message.startswith("the following arguments are required"):
             message += f"; see {self.prog} --help"
+        elif message.startswith("unrecognized arguments"):
+            message += f"; see {self.prog} COMMAND --help"
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -110,6 +112,6 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action=Overrides,
         default=[],
-        metavar="section.field=value",
-        help="override fields; may be repeated, and the last --set of a field counts (protoshard config RECIPE --explain: all of them)",
+        metavar="FIELD=VALUE",
+        help="override fields, as run.epochs=10 (protoshard config RECIPE --explain: all); the last of a field counts",
     )

@@ -33,7 +33,7 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
 def _split(override: str) -> tuple[str, str]:
     """(path of the field, text of its value)."""
     path, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not path.strip():
         raise ValueError(f"--set takes section.field=value, but got {override!r}")
     path = path.strip()
     if path in RENAMED:
@@ -127,7 +127,10 @@ def whole_number(text: str) -> int:
 
 def _parse_tuple(path: str, text: str, kind: Any) -> tuple[Any, ...]:
     if kind in (str, int, float, bool):
-        return tuple(parse(path, item.strip(), kind) for item in text.split(",") if item.strip())
+        items = [item.strip() for item in text.removesuffix(",").split(",")] if text else []
+        if not all(items):
+            raise ValueError(f"--set {path}={text}: there is nothing between two of its commas")
+        return tuple(parse(path, item, kind) for item in items)
     try:
         value = ast.literal_eval(text or "()")
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

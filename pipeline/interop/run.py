@@ -53,6 +53,7 @@ def import_weights(path: str, out: str, colors: str | None) -> str:
 
     colors: "rgb" or "bgr", what the network takes; None where CVLface's configuration beside the file is to say it.
     """
+    check_folder(out, "--out")
     found = read_weights(path)
     backbone, image_size, prefix = network_of(found, path)
     others = [name for name in found if not name.startswith(prefix)]

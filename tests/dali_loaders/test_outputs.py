@@ -23,6 +23,7 @@ def test_what_can_be_written_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("path", "makes_folder", "words"),
     [
+        ("{folder}/a b/c.png", False, "written to '{folder}/a b/c.png' (there is no folder '{folder}/a b')"),
         ("", True, "the figure has no name: give it one that ends in .png."),
         ("a.svg", True, "would be named a.svg; give it a name that ends in .png."),
         ("{folder}/there.png", True, "there.png (it is a folder): choose another place."),
@@ -30,7 +31,7 @@ def test_what_can_be_written_leaves_nothing(tmp_path):
         ("{folder}/none/a.png", False, "there is no folder {folder}/none"),
         ("{folder}/file/a.png", True, "{folder}/file"),
         ("{folder}/file/deeper/a.png", True, "{folder}/file"),
-        ("/proc/a.png", True, "cannot be written to /proc/a.png"),
+        ("/proc/a.png", True, "cannot be written to /proc/a.png (no file can be made there)"),
         ("/proc/none/a.png", True, "cannot be written to /proc/none/a.png"),
         ("{folder}/" + "a" * 300 + ".png", True, "File name too long"),
     ],

@@ -117,6 +117,8 @@ def test_a_python_file_is_a_recipe(tmp_path):
         ("dogs_small", "batch=1", "'batch' is unknown: did you mean run.batch"),
         ("dogs_small", "run.epoch=1", "'epoch' is unknown: did you mean run.epochs"),
         ("dogs_small", "loss=gce loss.alfa=1", "'alfa' is unknown: did you mean loss.alpha"),
+        ("dogs_small", "=1", "takes section.field=value, but got '=1'"),
+        ("dogs_small", "data.weights=1,,2", "data.weights=1,,2: there is nothing between two of its commas"),
         ("dogs_small", "run.batch=1e3.5", "run.batch=1e3.5: expected a whole number"),
         ("dogs_small", "run.batch=1.5e0", "run.batch=1.5e0: expected a whole number"),
         ("dogs_small", "run.batch=1e999", "run.batch=1e999: expected a whole number"),
