@@ -43,7 +43,8 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any, signals
         function(*arguments)
         return
     if ranks > cores():
-        log.warning("--ranks %d on a machine that gives this command %d cores: ranks wait for each other's turns", ranks, cores())
+        plural = "s" * (cores() > 1)
+        log.warning("--ranks %d, but this command may use %d core%s: ranks take turns on them", ranks, cores(), plural)
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         with _blocked():  # or what a closed terminal sends to all would end it; later on it would unblock signals
             resource_tracker.ensure_running()

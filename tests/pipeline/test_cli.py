@@ -142,7 +142,7 @@ def test_the_roc_curve_of_a_pair_set(trained, capsys, tmp_path):
 def test_more_ranks_than_cores_are_spoken_of(monkeypatch, caplog):
     monkeypatch.setattr("pipeline.local_ranks.cores", lambda: 1)
     run_local(2, time.sleep, 0)
-    assert caplog.messages == ["--ranks 2 on a machine that gives this command 1 cores: ranks wait for each other's turns"]
+    assert caplog.messages == ["--ranks 2, but this command may use 1 core: ranks take turns on them"]
 
 
 def test_pack_check_and_train_on_the_packed_set(trained, capsys):
