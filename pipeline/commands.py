@@ -11,8 +11,6 @@ from decimal import Decimal
 from importlib import metadata
 from typing import Any, NoReturn
 
-from partial_fc.fields import hint_at
-
 Command = Callable[[argparse.Namespace], int | None]  # the exit code; None is 0
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
@@ -23,6 +21,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice:
+            from partial_fc.fields import hint_at  # which imports torch
+
             known = [name.strip("' ") for name in choice[2].split(",")]
             message = f"{message[: choice.start()]}{choice[1]!r} is unknown: {hint_at(choice[1], known)}"
         elif number := re.search(r"invalid \w+ value: (.*)", message):
