@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dali_loaders import TrainLoader, open_data
 from dali_loaders.order import build_order
+from dali_loaders.remote import without_secrets
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
@@ -106,7 +107,11 @@ class Trainer:
         self.watch.at("starting", self.step)
         first = self.step + bool(resumed)
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=first, every=run.log_every, lease=lease)
-        self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
+        if resumed:
+            self.evaluator.go_on(self.step, self.ema is not None, self.agreement)
+        is_complete = bool(resumed) and self.step >= self.total_steps
+        if not is_complete:
+            self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
@@ -116,6 +121,10 @@ class Trainer:
         remarks = [*self.source.account.remarks(config.data.train), *getattr(self.source, "remarks", ()), *self.evaluator.remarks]
         for line in filter(None, [*remarks, *self.resume_remarks, remark]):
             self.monitor.say(line)
+        if is_complete:
+            owed = ", ".join(map(without_secrets, self.evaluator.owed(averaged=self.ema is not None)))
+            then = f"evaluating {owed}, of which it has no figures yet" if owed else "its figures are those it had"
+            self.monitor.say(f"this run is complete: nothing is left to train, and {then}")
         self.loader = TrainLoader(
             self.source,
             config.data,
@@ -212,8 +221,7 @@ class Trainer:
         config = self.config.evaluation
         if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
             return self.step == 0 and config.at_start
-        is_due = self._is_due(config.every_epochs * self.steps_per_epoch)
-        return is_due and not self.agreement.of_first(self.evaluator.is_done(self.step, averaged=self.ema is not None))
+        return self._is_due(config.every_epochs * self.steps_per_epoch) and bool(self.evaluator.owed(averaged=self.ema is not None))
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""

@@ -23,6 +23,7 @@ with extra("train"):
 
 from dali_loaders.faces.drawing import draw_face
 from dali_loaders.faces.traits import Conditions, Traits, draw_record
+from dali_loaders.outputs import check_file
 from dali_loaders.packing import pack
 from dali_loaders.sources import TarSource
 
@@ -93,19 +94,22 @@ def develop(face_SS3: np.ndarray, image: Conditions, rng: np.random.Generator) -
 def write_faces(out: str, config: FacesConfig, workers: int = 0) -> None:
     """Writes a data set of identities x images_per_identity faces under the name `out`, which appears when it is complete.
 
-    A name ending in .tar makes a tar of IDENTITY/IMAGE.jpg, in .rec a RecordIO file with its .idx and .identities.txt, any other a folder.
+    A name ending in .tar makes a tar of IDENTITY/IMAGE.jpg, in .rec a RecordIO file with its .idx and .identities.txt, any other a folder,
+    whose name has no dot in it unless a slash follows.
     The bytes do not depend on `workers`, the number of processes that draw (0: as many as there are cores, if the set is worth it).
     """
     _check(out, config, workers)
     folder, name = os.path.split(os.path.abspath(out))
+    kind = os.path.splitext(out)[1]  # none of "faces.v2/", a folder
+    check_file(out, "the set of faces", makes_folder=True)
     workers = workers or min(len(os.sched_getaffinity(0)), 1 + config.identities * config.images_per_identity // _IMAGES_WORTH_A_PROCESS)
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=folder) as scratch:
             files = _draw_all(config, workers)
-            if name.endswith(".tar"):
+            if kind == ".tar":
                 _write_tar(f"{scratch}/{name}", files)
-            elif name.endswith(".rec"):
+            elif kind == ".rec":
                 _write_records(f"{scratch}/{name}", files)
             else:
                 _write_folder(f"{scratch}/{name}", files)
@@ -120,6 +124,8 @@ def _check(out: str, config: FacesConfig, workers: int) -> None:
         raise ValueError("no output named for the faces; give a folder, a .tar or a .rec.")
     if os.path.exists(out):
         raise ValueError(f"{out} exists already; remove it or write the faces under another name.")
+    if os.path.splitext(out)[1] not in ("", ".tar", ".rec"):  # which does not see what stands in front of a slash at the end
+        raise ValueError(f"faces are written to a .tar, a .rec or a folder, but {out} is none of them; if you mean a folder, write {out}/")
     for field, least in (("identities", 1), ("images_per_identity", 1), ("seed", 0), ("first_identity", 0)):
         value = getattr(config, field)
         if not least <= value < 2**63:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ class BinReport:
     folds: int
     images: int
     unreadable: int
+    roc: tuple[np.ndarray, np.ndarray] = field(repr=False, compare=False)  # FAR and TAR float64 [P], ascending
+
+    @property
+    def impostor_pairs(self) -> int:
+        return self.pairs - self.genuine_pairs
 
     @property
     def best_cosine(self) -> float:
@@ -46,7 +51,7 @@ class BinReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; `rank1` and `identities` are null, because a pair set does not say who is in its images."""
-        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "roc"}
         return numbers | {"tar_at_far": dict(self.tar_at_far), "rank1": None, "identities": None}
 
 
@@ -155,18 +160,20 @@ def score_pairs(distance_P: np.ndarray, issame_P: np.ndarray, *, unreadable: int
     chosen_F = (correct_TF.sum(axis=1, keepdims=True) - correct_TF).argmax(axis=0)
     accuracy_F = correct_TF[chosen_F, np.arange(len(folds))] / sizes_F
 
+    far_P, tar_P = _roc(distance_P, issame_P)
     reached = len(issame_P) - genuine >= INVERSE_FAR
     return BinReport(
         accuracy=float(accuracy_F.mean()),
         std=float(accuracy_F.std()),
         threshold=float(threshold_T[chosen_F].mean()),
-        eer=_equal_error_rate(distance_P, issame_P),
+        eer=equal_error_rate(far_P, tar_P)[0],
         tar_at_far={"1e-3": _tar_at_far(distance_P, issame_P, folds) if reached else None},
         pairs=len(issame_P),
         genuine_pairs=genuine,
         folds=len(folds),
         images=2 * len(issame_P),
         unreadable=unreadable,
+        roc=(far_P, tar_P),
     )
 
 
@@ -183,9 +190,10 @@ def _tar_at_far(distance_P: np.ndarray, issame_P: np.ndarray, folds: list[np.nda
     return float(np.mean(tars))
 
 
-def _equal_error_rate(distance_P: np.ndarray, issame_P: np.ndarray) -> float:
+def _roc(distance_P: np.ndarray, issame_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """FAR and TAR below each distance, from none accepted to all; pairs of one distance are accepted together."""
     order = np.argsort(distance_P)
     last_of_tie = np.append(np.diff(distance_P[order]) > 0, True)
     tar_P = np.append(0.0, np.cumsum(issame_P[order])[last_of_tie] / issame_P.sum())
     far_P = np.append(0.0, np.cumsum(~issame_P[order])[last_of_tie] / (~issame_P).sum())
-    return equal_error_rate(far_P, tar_P)[0]
+    return far_P, tar_P

@@ -13,7 +13,7 @@ from pipeline import backbones, checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
-from pipeline.evaluation import PairReport, evaluate, open_set
+from pipeline.evaluation import evaluate, open_set
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -49,7 +49,7 @@ def evaluate_checkpoint(
     ema: bool = False,
     recipe: str | None = None,
 ) -> None:
-    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. With `ema`,
+    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws its ROC curve to the file `figure`. With `ema`,
     those of the average that the run kept of its weights. `recipe` is needed for the backbone that it registers, and for nothing else: the
     configuration is that of the checkpoint."""
     if figure:
@@ -74,8 +74,8 @@ def evaluate_checkpoint(
     )
     if not place.is_first:
         return
-    if figure and isinstance(report, PairReport):
-        figures.save_png(figures.roc_figure({data: report}, "ROC"), figure)
+    if figure:
+        figures.save_png(figures.roc_figure({without_secrets(data): report}, "ROC"), figure)
     measured = report.as_dict()
     if as_json:
         print(json.dumps(measured))

@@ -7,8 +7,9 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.monitor.appending import Appending
 
@@ -50,6 +51,20 @@ def last_step(path: Path) -> float:
         return 0
     with path.open("rb") as file:
         return next((_step(line) for _, line in _backwards(file)), 0)
+
+
+def rows_at_end(path: Path, step: int) -> list[dict[str, Any]]:
+    """What the last lines say of `step`, newest first; nothing where the file cannot be read."""
+    rows = []
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                for _, line in _backwards(file):
+                    if _step(line) < step:
+                        break
+                    with suppress(ValueError, RecursionError):
+                        rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("step") == step]
 
 
 def _drop_from(path: Path, first_step: int) -> None:
