@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import checkpoint_commands, data_commands, endings, stopping
+from pipeline import checkpoint_commands, data_commands, endings, export_commands, stopping
 from pipeline.commands import Overrides, command, start_weights
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -147,6 +147,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
 
     data_commands.add(commands)
     checkpoint_commands.add(commands)
+    export_commands.add(commands)
 
     config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
     _add_recipe(config)
