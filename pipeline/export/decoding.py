@@ -1,5 +1,5 @@
 """Images decoded without DALI, for machines that have none: the same pixels where an image has the model's size already, to the bit, and
-within 2 of 255 levels where it is stretched."""
+within 3 of 255 levels where it is stretched."""
 
 from __future__ import annotations
 

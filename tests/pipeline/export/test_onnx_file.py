@@ -69,7 +69,7 @@ def test_a_network_that_cannot_be_followed(tmp_path):
         def forward(self, x):
             return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
-    with pytest.raises(ValueError, match="torch cannot turn this network into ONNX .*export with --no-onnx"):
+    with pytest.raises(ValueError, match=r"torch cannot turn this network into ONNX .*export with --no-onnx"):
         onnx_file.write(Choosing(), str(tmp_path / "model.onnx"), 32)
 
 
