@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ def text(about: Description, info: Mapping[str, Any], figures: Mapping[str, str]
     figures: of evaluations, by name, with their intervals where there are any
     files: what each file of the folder is"""
     config = info.get("config", {})
-    network, data = about.backbone, _shown(config.get("data", {}).get("train"))
+    network, data = about.backbone, _names_of(config.get("data", {}).get("train"))
     origin = about.origin or {}
     ema = ", their running average" if origin.get("ema") else ""
     sections = [
@@ -77,6 +78,11 @@ def _thresholds(about: Description) -> str:
         return "None: export with `--data SET` to measure them."
     rows = [(far, f"{cosine:.4f}") for far, cosine in about.thresholds.cosine_at_far.items()]
     return _table(f"FAR on {_shown(about.thresholds.set)}", "cosine from which on a pair is accepted", rows)
+
+
+def _names_of(data: Any) -> str:
+    """Of the sets that a run was trained on, without the folders of the machine on which they lie."""
+    return ", ".join(os.path.basename(path.strip().rstrip("/")) for path in data.split(",")) if isinstance(data, str) else ""
 
 
 def _table(left: str, right: str, rows: Any) -> str:
