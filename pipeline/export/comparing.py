@@ -17,7 +17,7 @@ from pipeline.export import embedding_files
 from pipeline.export.embedding_files import Embeddings
 from pipeline.export.images import is_image, open_images
 from pipeline.export.loading import Model
-from pipeline.export.nearest import nearest
+from pipeline.export.nearest import check_faiss, nearest
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def search(gallery: str, queries: str, model: Model | None, k: int, faiss: bool,
     """The k nearest images of the gallery for each query, the nearest first."""
     if k < 1:
         raise ValueError(f"--top is {k}, but must be at least 1")
+    if faiss:
+        check_faiss()
     there, asked = embeddings_of(gallery, model, remarks), embeddings_of(queries, model, remarks)
     check_comparable(there, asked)
     cosines_Qk, rows_Qk = nearest(there.embedding_nD, asked.embedding_nD, k, faiss)

@@ -75,8 +75,7 @@ def embed_set(
     decoder: "dali", "opencv", or "auto" for DALI where it is installed
     Until OUT is there, OUT.partial holds what is done; the same command goes on from it. ValueError where OUT exists, where OUT.partial is
     of another job or in use, and for an embedding that is not finite."""
-    if not out.endswith(embedding_files.EXTENSIONS):
-        raise ValueError(f"{out} must end in .parquet or .npy")
+    embedding_files.check(out)
     folder, lock, fault = out + PARTIAL, None, None
     check_new(out)
     if not os.path.isdir(folder):  # else they may be of this job, broken off between two renames
@@ -113,6 +112,8 @@ def embed_set(
         result = agreement.of_first(result)
         assert result is not None
         return result
+    except OSError as error:
+        raise ValueError(f"{printable(folder)} cannot be written ({error.strerror or error}): the same command goes on from it") from error
     finally:
         if lock is not None:
             os.close(lock)

@@ -45,6 +45,15 @@ def beside(out: str) -> list[str]:
     return [out] if out.endswith(".parquet") else [out[:-4] + ".csv", out[:-4] + ".json", out]
 
 
+def check(out: str) -> None:
+    """ValueError where a file of this name could not be written in the end, whatever the embeddings."""
+    if not out.endswith(EXTENSIONS):
+        raise ValueError(f"{out} must end in .parquet or .npy")
+    if out.endswith(".parquet"):
+        with extra("parquet"):
+            import pyarrow.parquet  # noqa: F401
+
+
 def write(files: Sequence[str], parts: Iterable[Rows], count: int, width: int, about: dict[str, Any]) -> None:
     """Writes what `parts` give, `count` rows in all, to `files`, as `beside` names them. Memory is that of a part."""
     if len(files) == 1:

@@ -20,8 +20,8 @@ def text(about: Description, info: Mapping[str, Any], figures: Mapping[str, str]
     info: of the checkpoint
     figures: of evaluations, by name, with their intervals where there are any
     files: what each file of the folder is"""
-    config = info.get("config", {})
-    network, data = about.backbone, _names_of(config.get("data", {}).get("train"))
+    data, loss = (_section(info, name) for name in ("data", "loss"))
+    network, trained_on = about.backbone, _names_of(data.get("train"))
     origin = about.origin or {}
     ema = ", their running average" if origin.get("ema") else ""
     sections = [
@@ -39,9 +39,9 @@ def text(about: Description, info: Mapping[str, Any], figures: Mapping[str, str]
             "what",
             "value",
             [
-                ("data", data or UNSTATED),
+                ("data", trained_on or UNSTATED),
                 ("identities", _shown(info.get("num_classes")) or UNSTATED),
-                ("loss", _shown(config.get("loss", {}).get("name")) or UNSTATED),
+                ("loss", _shown(loss.get("name")) or UNSTATED),
                 ("weights", f"step {_shown(info.get('step'))}, epoch {_number(info.get('epoch'))}{ema}"),
                 ("SHA-256 of the weights", about.weights),
             ],
@@ -80,6 +80,12 @@ def _thresholds(about: Description) -> str:
     return _table(f"FAR on {_shown(about.thresholds.set)}", "cosine from which on a pair is accepted", rows)
 
 
+def _section(info: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of a checkpoint's configuration, which may come from anyone."""
+    found = info.get("config", {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _names_of(data: Any) -> str:
     """Of the sets that a run was trained on, without the folders of the machine on which they lie."""
     return ", ".join(os.path.basename(path.strip().rstrip("/")) for path in data.split(",")) if isinstance(data, str) else ""
@@ -94,5 +100,5 @@ def _number(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """On one line, without secrets of addresses, and without what would end a cell of a table."""
-    return "" if value is None else printable(without_secrets(str(value))).replace("|", "\\|")[:300]
+    """On one line, without secrets of addresses, and without what would end a cell of a table or be HTML."""
+    return "" if value is None else printable(without_secrets(str(value))).replace("|", "\\|").replace("<", "&lt;")[:300]

@@ -48,7 +48,7 @@ def describe(saved: Checkpoint, config: TrainConfig, network: nn.Module, ema: bo
         digest_of(network.state_dict()),
         flip=config.evaluation.flip,
         batch_size=config.evaluation.batch_size,
-        thresholds=thresholds.of_figures(saved.info.get("figures"), ema),
+        thresholds=thresholds.of_figures(_figures(saved), ema),
         origin=origin,
     )
 
@@ -78,7 +78,7 @@ def export(
         network.eval()
         weights = _finite(network, saved.path)
         about = describe(saved, config, network, ema)
-        figures = {name: _text(value) for name, value in (saved.info.get("figures") or {}).items() if thresholds.is_of(name, ema)}
+        figures = {name: _text(value) for name, value in _figures(saved).items() if thresholds.is_of(name, ema)}
         if data:
             about, figures = _measured(network, config, about, data)
         if faces:
@@ -115,6 +115,11 @@ def _measured(network: nn.Module, config: TrainConfig, about: Description, data:
         low, high = intervals.get(name, (None, None))
         figures[f"{measured.set}/{name}"] = _text(value) + (f" ({_text(low)} to {_text(high)})" if low is not None else "")
     return replace(about, thresholds=measured), figures
+
+
+def _figures(saved: Checkpoint) -> dict[str, Any]:
+    found = saved.info.get("figures")
+    return found if isinstance(found, dict) else {}
 
 
 def _text(value: Any) -> str:

@@ -39,6 +39,12 @@ def nearest(gallery_GD: np.ndarray, queries_QD: np.ndarray, k: int, faiss: bool 
     return torch.cat(cosines).numpy(), torch.cat(rows).numpy()
 
 
+def check_faiss() -> None:
+    """ValueError where faiss is not installed, before anything is embedded."""
+    with extra("search"):
+        import faiss  # noqa: F401
+
+
 def _by_faiss(gallery_GD: np.ndarray, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     with extra("search"):
         import faiss as library

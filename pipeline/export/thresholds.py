@@ -23,8 +23,8 @@ def of_figures(figures: Mapping[str, Any] | None, ema: bool) -> Thresholds | Non
     for name, value in (figures or {}).items():
         set_name, found, far = name.rpartition(f"/{NAME}")
         if found and value is not None and is_of(name, ema):
-            by_set.setdefault(set_name.removesuffix(AVERAGED), {})[far] = float(value)
-    return next((Thresholds(set_name, values) for set_name, values in by_set.items()), None)
+            by_set.setdefault(set_name.removesuffix(AVERAGED), {})[far] = value
+    return next((Thresholds(set_name, values) for set_name, values in by_set.items()), None)  # which looks at them
 
 
 def of_report(values: Mapping[str, Any], path: str) -> Thresholds:

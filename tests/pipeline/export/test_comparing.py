@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,13 @@ def test_search(made, images, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "found.csv")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*command[:-1], "0"]) == 2
+
+
+def test_faiss_that_is_not_installed_costs_no_work(made, images, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr("pipeline.export.comparing.embeddings_of", lambda *_: pytest.fail("images were embedded"))
+    assert main(["search", *images[:2], "--model", made.folder, "--faiss"]) == 2
+    assert "faiss is not installed; it comes with the extra search" in capsys.readouterr().err
 
 
 @settings(max_examples=60, deadline=None)

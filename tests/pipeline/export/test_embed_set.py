@@ -80,9 +80,10 @@ def test_ranks_give_the_same(made, tmp_path, ranks):
 
 def test_without_dali(made, tmp_path):
     """In a process that cannot import it, from the export alone. Images have the model's size, so the bits are the same."""
+    absent = ("nvidia", "deepspeed", "ray", "tensorboard", "simplejpeg", "xxhash", "matplotlib", "psutil", "pyarrow")
     code = (
-        "import sys; sys.modules['nvidia'] = sys.modules['deepspeed'] = sys.modules['ray'] = None; "
-        f"import torch; torch.set_num_threads({torch.get_num_threads()}); from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); import torch; torch.set_num_threads({torch.get_num_threads()}); "
+        "from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", code, "embed", made.folder, made.data, str(tmp_path / "out.npy")]
@@ -164,6 +165,30 @@ def test_an_impossible_output_is_refused_before_the_work(made, tmp_path, out, se
     monkeypatch.setattr(module, "_embed", lambda *_: pytest.fail("images were embedded"))
     assert main(["embed", made.folder, made.data, str(tmp_path / out)]) == 2
     assert sentence.split("|")[0] in capsys.readouterr().err and (tmp_path / "there.npy").read_bytes() == b"x"
+
+
+def test_a_parquet_that_could_not_be_written_costs_no_work(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setattr(module, "_embed", lambda *_: pytest.fail("images were embedded"))
+    with pytest.raises(ValueError, match=r"pyarrow.* is not installed; it comes with the extra parquet"):
+        embed_set(made.folder, made.data, str(tmp_path / "out.parquet"))
+
+
+def test_a_full_disk(made, tmp_path, monkeypatch, capsys):
+    """What is done stays, and the command goes on from it once there is room."""
+    real, calls = np.savez, []
+
+    def full(*arguments, **arrays):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(*arguments, **arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(ValueError, match=r"out\.npy\.partial cannot be written \(No space left on device\): the same command goes on"):
+        embed_set(made.folder, made.data, str(tmp_path / "out.npy"), chunk=24)
+    embed_set(made.folder, made.data, str(tmp_path / "out.npy"), chunk=24)
+    assert len(calls) == 5 and np.array_equal(read(tmp_path / "out.npy"), evaluated(made).numpy())  # 4 chunks, one tried twice
 
 
 def test_an_embedding_that_is_not_finite_is_named(made, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.evaluation.embed import embed
 from pipeline.evaluation.evaluate_checkpoint import load_backbone
-from pipeline.export import load, prototypes_file
+from pipeline.export import load, model_card, prototypes_file
 from pipeline.export.model_folder import export, open_model
 from pipeline.starting_weights import backbone_of
 
@@ -120,62 +120,6 @@ def test_thresholds_are_those_of_the_pairs(made, tmp_path):
     assert thresholds.set == "faces" and set(thresholds.cosine_at_far) == {"1e-1", "1e-2", "1e-3"}  # 2,925 pairs allow no 1e-4
     for far, cosine in thresholds.cosine_at_far.items():
         assert (impostors >= cosine).mean() <= float(far) < (impostors >= cosine - 4e-3).mean() + 1e-2
-
-
-def test_prototypes_are_those_of_all_ranks(made):
-    saved = checkpoint.locate(made.run)
-    file = load_file(Path(made.folder) / "prototypes.safetensors")
-    assert torch.equal(file["prototypes"], saved.whole("prototypes"))
-    assert json.loads((Path(made.folder) / "identities.json").read_text()) == saved.identities()
-
-
-class Generated:
-    """A matrix that is nowhere in memory: element i is i modulo 1000."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        self.rows, self.width, self.type = rows, width, dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.rows, self.width
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.type
-
-    def fill(self, name: str, out: torch.Tensor, start: int = 0) -> None:
-        out.copy_(torch.arange(start, start + out.numel()) % 1000)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prototypes_are_written_in_pieces(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(prototypes_file, "PIECE", 1 << 10)  # so that pieces end inside rows
-    assert prototypes_file.write(Generated(301, 7, dtype), str(tmp_path / "p.safetensors")) == (301, 7)
-    wanted = (torch.arange(301 * 7) % 1000).to(dtype).view(301, 7)
-    assert torch.equal(load_file(tmp_path / "p.safetensors")["prototypes"], wanted)
-
-
-MEMORY = """
-import resource, sys
-sys.path[:0] = sys.argv[2:]
-import torch
-from pipeline.export import prototypes_file
-from tests.pipeline.export.test_model_folder import Generated
-torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-class Ones(Generated):
-    def fill(self, name, out, start=0):
-        out.fill_(1)
-prototypes_file.write(Ones(300_000, 256, torch.float32), sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def test_prototypes_need_the_memory_of_a_piece(tmp_path):
-    """307 MB of them, in pieces of 32 MB."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path / "p.safetensors"), str(ROOT), *sys.path], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert os.path.getsize(tmp_path / "p.safetensors") > 307_000_000 and int(done.stdout) < 80_000  # KiB
 
 
 def test_nothing_is_overwritten(made, tmp_path, capsys):
@@ -300,6 +244,23 @@ def test_a_file_that_is_no_config(made, tmp_path, content):
     (copy / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json does not describe a model"):
         load(copy)
+
+
+@pytest.mark.parametrize(
+    ("figures", "sentence"),
+    [({"a/threshold_at_far/1e-3": "high"}, "is 'high', but must be a cosine"), ({"a/threshold_at_far/low": 0.1}, "names of FARs")],
+)
+def test_figures_of_a_strangers_checkpoint_are_checked(made, tmp_path, figures, sentence, monkeypatch):
+    monkeypatch.setattr("pipeline.export.model_folder._figures", lambda _: figures)
+    with pytest.raises(ValueError, match=sentence):
+        export(made.run, str(tmp_path / "out"), onnx=False)
+
+
+def test_a_card_says_no_paths_and_stays_a_table(made):
+    about = load(made.folder).description
+    info = {"config": {"data": {"train": "/home/me/a|b<i>.tar, s3://K:S@bucket/c.tar"}, "loss": "none"}, "step": "1\n# x"}
+    card = model_card.text(about, info, {}, {})
+    assert "| data | a\\|b&lt;i>.tar, c.tar |" in card and "/home/me" not in card and "S@" not in card and "\n# x" not in card
 
 
 def test_weights_that_are_not_finite_are_refused(made, tmp_path, monkeypatch):

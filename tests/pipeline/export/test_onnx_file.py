@@ -89,8 +89,9 @@ class AsArcFaceONNX:
         return self.session.run([self.output.name], {self.input.name: blob})[0]
 
 
-def test_insightface_reads_it(tmp_path):
-    network, path = written(tmp_path, "iresnet18", 112)
+@pytest.mark.parametrize("name", ["small", *(pytest.param(name, marks=pytest.mark.long) for name in ("iresnet50", "vit_t"))])
+def test_insightface_reads_it(tmp_path, name):
+    network, path = written(tmp_path, name, 112)
     theirs = AsArcFaceONNX(path)
     height, width = theirs.input.shape[2:]
     assert height == width == 112 and width % 16 == 0  # by which its model_zoo tells recognition from its other models
