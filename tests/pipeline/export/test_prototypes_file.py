@@ -10,18 +10,41 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from partial_fc.shards import ClassShard
 from pipeline import checkpoint
 from pipeline.export import prototypes_file
+from pipeline.export.model_folder import export
+from pipeline.train import train
 from tests.pipeline.export.test_model_folder import ROOT
+from tests.pipeline.runs import configuration
 
 
-def test_prototypes_are_those_of_all_ranks(made):
+def test_prototypes_are_those_of_the_checkpoint(made):
     saved = checkpoint.locate(made.run)
     file = load_file(Path(made.folder) / "prototypes.safetensors")
     assert torch.equal(file["prototypes"], saved.whole("prototypes"))
     assert json.loads((Path(made.folder) / "identities.json").read_text()) == saved.identities()
+
+
+def _trained(data: str, folder: str) -> torch.Tensor:
+    """This rank's prototypes."""
+    with torch.random.fork_rng():
+        train(configuration(data, folder, 1))
+    saved = checkpoint.locate(folder)
+    shard = ClassShard.of_rank(13, dist.get_rank(), dist.get_world_size())
+    part = torch.empty(shard.rows, 16)
+    saved.fill("prototypes", part, shard.first * 16)
+    return part
+
+
+def test_prototypes_of_two_ranks_are_merged(made, tmp_path, ranks):
+    parts = ranks(2).run(_trained, made.data, str(tmp_path / "run"))
+    export(str(tmp_path / "run"), str(tmp_path / "model"), onnx=False, prototypes=True, say=lambda _: None)
+    file = load_file(tmp_path / "model" / "prototypes.safetensors")["prototypes"]
+    assert file.shape == (13, 16) and [len(part) for part in parts] == [7, 6] and torch.equal(file, torch.cat(parts))
 
 
 class Generated:
