@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import checkpoint_commands, completion, data_commands, endings, recipe_commands, stopping
+from pipeline import checkpoint_commands, completion, data_commands, endings, export_commands, recipe_commands, stopping
 from pipeline.commands import Parser, Version, command, count, positionals_first
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -145,6 +145,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
 
     data_commands.add(commands)
     checkpoint_commands.add(commands)
+    export_commands.add(commands)
 
     recipe_commands.add(commands)
     completion.add(commands, parser)

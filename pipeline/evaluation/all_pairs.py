@@ -4,7 +4,7 @@ Cosines are counted in 2^20 + 1 fine bins, so memory grows with the number of im
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class PairReport:
     genuine_histogram: np.ndarray  # int64 [256], pair counts between HISTOGRAM_EDGES
     impostor_histogram: np.ndarray
     unreadable: int = 0  # images of the source that could not be decoded and are not counted in `images`
+    threshold_at_far: dict[str, float | None] = field(default_factory=dict)  # the cosines of tar_at_far
 
     @property
     def best_cosine(self) -> float:
@@ -58,6 +59,7 @@ class PairReport:
             "genuine_pairs": self.genuine_pairs,
             "impostor_pairs": self.impostor_pairs,
             "threshold_at_eer": self.threshold_at_eer,
+            "threshold_at_far": dict(self.threshold_at_far),
             "unreadable": self.unreadable,
         }
 
@@ -100,15 +102,17 @@ def all_pairs(
     true_accepts_P, false_accepts_P, threshold_P = _operating_points(genuine_K, impostor_K)
     tar_P, far_P = true_accepts_P / genuine_pairs, false_accepts_P / impostor_pairs
     eer, at = equal_error_rate(far_P, tar_P)
+    point_at = {
+        key: int(np.flatnonzero(false_accepts_P * inverse <= impostor_pairs)[-1]) if impostor_pairs >= inverse else None
+        for key, inverse in INVERSE_FARS.items()
+    }
     best_genuine_N, best_impostor_N = best_2N
     probes_N = best_genuine_N > 0
     return PairReport(
         eer=eer,
         threshold_at_eer=float(threshold_P[at]),
-        tar_at_far={
-            key: float(tar_P[false_accepts_P * inverse <= impostor_pairs][-1]) if impostor_pairs >= inverse else None
-            for key, inverse in INVERSE_FARS.items()
-        },
+        tar_at_far={key: None if at is None else float(tar_P[at]) for key, at in point_at.items()},
+        threshold_at_far={key: None if at is None else min(1.0, float(threshold_P[at])) for key, at in point_at.items()},
         rank1=float((best_genuine_N > best_impostor_N)[probes_N].double().mean()),
         images=len(labels_N),
         identities=len(identities),
