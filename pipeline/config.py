@@ -22,6 +22,7 @@ from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.monitor.config import MonitorConfig
 from pipeline.schedule import OptimizerConfig
 from pipeline.starting_weights import StartConfig
 
@@ -77,6 +78,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
 MOST = 1e300  # of a number in a saved configuration; what its field may be, the section says
@@ -103,6 +105,22 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple) and not any(isinstance(item, tuple | Mapping) for item in value):
         return ", ".join(map(str, value))
     return str(value)
+
+
+def options_of(config: TrainConfig) -> dict[str, str | float]:
+    """Each field under `section.field`: numbers and truths as they are, all else as text."""
+    lines = dict(line.split(" = ", 1) for line in _lines(config, ""))
+    plain = dict(_plain(config, ""))
+    return {name: plain.get(name, text) for name, text in lines.items()}
+
+
+def _plain(part: Any, prefix: str) -> Iterator[tuple[str, float]]:
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if is_dataclass(value):
+            yield from _plain(value, f"{prefix}{item.name}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{item.name}", value
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

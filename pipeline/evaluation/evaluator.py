@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dali_loaders.config import DataConfig
 from pipeline.distributed import Place
-from pipeline.evaluation import PairReport, evaluate, open_set
+from pipeline.evaluation import PairReport, evaluate, open_set, sheets
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation.curves_so_far import CurvesSoFar
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
-from pipeline.monitor import Monitor
+from pipeline.monitor import Monitor, of_set
+from pipeline.monitor.json_lines import threshold_of
 from pipeline.same_data import open_on_all_ranks
 
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
@@ -53,12 +56,15 @@ class Evaluator:
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
         self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
-        self.first: dict[str, dict[str, PairReport]] = {}  # by name of the results: the first report, drawn beside the newest
+        self.curves: dict[str, CurvesSoFar] = {}  # by name of the results
+        self.drawn: dict[str, int] = {}  # the step
 
     def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False, breaks: Breaks | None = None) -> dict[str, float]:
         """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are."""
         results = []
+        is_last = step >= monitor.total_steps
         for path, set_name in self.names.items():
+            seen: list[Any] = []
             report = evaluate(
                 module,
                 path,
@@ -69,22 +75,29 @@ class Evaluator:
                 rank=self.place.rank,
                 world_size=self.place.world_size,
                 breaks=breaks,
+                look=(lambda *of, seen=seen: seen.extend(of)) if is_last and monitor.config.images and self.place.is_first else None,
             )
             name = set_name + AVERAGED * averaged
             results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
             figures = {f"{name}/{key}": value for key, value in results[-1].items()}
             self.newest |= figures
             if self.place.is_first:
-                monitor.scalars(step, {**figures, _threshold(name): report.best_cosine})
+                monitor.evaluation(step, name, results[-1], report.best_cosine)
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
-                if isinstance(report, PairReport):
+                # Pictures of at most a hundred evaluations of a run, and of the last one.
+                if isinstance(report, PairReport) and (
+                    is_last or step - self.drawn.get(name, -monitor.total_steps) >= monitor.total_steps / 100
+                ):
+                    self.drawn[name] = step
                     self._draw(name, report, step, monitor)
+                if seen:
+                    sheets.show(monitor, step, name, seen[0], self.data, *seen[1:])
         return results[0] if results else {}
 
     def is_done(self, step: int, averaged: bool = False) -> bool:
         """Whether the metrics of `step` have the figures of every set, also with averaged weights."""
-        missing = {_threshold(name + AVERAGED * each) for name in self.names.values() for each in range(1 + averaged)}
+        missing = {threshold_of(name + AVERAGED * each) for name in self.names.values() for each in range(1 + averaged)}
         try:
             with open(os.path.join(self.folder, "metrics.jsonl"), encoding="utf-8") as file:
                 for row in map(json.loads, file):
@@ -94,12 +107,14 @@ class Evaluator:
         return not missing
 
     def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
-        monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
-        monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
-        monitor.figure(step, f"{name}/cosines", self.figures.score_figure(report, name))
-        first = self.first.setdefault(name, {f"step {step}": report})
-        figure = self.figures.roc_figure({**first, f"step {step}": report}, name)
-        monitor.figure(step, f"{name}/roc", figure)
+        monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
+        monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
+        monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
+        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz")))
+        curves = so_far.with_newest(step, report)
+        monitor.try_to("the file of curves", so_far.write)
+        figure = self.figures.roc_figure(curves, name)
+        monitor.figure(step, of_set(name, "roc"), figure)
         path = os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png")
         monitor.try_to("the ROC figure", lambda: self.figures.write_png(figure, path))
 
@@ -109,10 +124,6 @@ def _try(field: str, path: str, data: DataConfig) -> list[str]:
         return open_on_all_ranks(path, lambda: open_set(path, data))[0].account.remarks(path)
     except ValueError as error:
         raise ValueError(f"evaluation.{field}: {error} Name another set, or none with --set evaluation.{field}=") from error
-
-
-def _threshold(name: str) -> str:
-    return f"evaluation/{name}/threshold"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
