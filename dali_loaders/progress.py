@@ -19,8 +19,18 @@ _WITHOUT = "{desc} {n_fmt}, {elapsed}, {rate_noinv_fmt}"
 
 
 def bar(**options: Any) -> Any:
-    """A tqdm bar, which others may stand above and below."""
-    return _kind_of_bar()(mininterval=0.1, dynamic_ncols=True, **options)
+    """A tqdm bar as wide as its terminal; others may stand above and below."""
+    made = _kind_of_bar()(mininterval=0.1, ncols=columns(options["file"]), **options)
+    made.dynamic_ncols = lambda stream: (columns(stream), None)
+    return made
+
+
+def columns(stream: TextIO) -> int:
+    """Characters that fit into a line of the terminal that `stream` is; standard output may be a file."""
+    try:
+        return (int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(stream.fileno()).columns) - 1
+    except (OSError, ValueError):
+        return 79
 
 
 @functools.cache

@@ -108,19 +108,17 @@ def _text(value: Any) -> str:
 
 
 def options_of(config: TrainConfig) -> dict[str, str | float]:
-    """Each field under `section.field`: numbers and truths as they are, all else as text."""
-    lines = dict(line.split(" = ", 1) for line in _lines(config, ""))
-    plain = dict(_plain(config, ""))
-    return {name: plain.get(name, text) for name, text in lines.items()}
+    """What tables that compare runs show of a configuration: the loss, and fields that are not as a new TrainConfig has them, by
+    `section.field`; numbers as numbers, all else as text."""
+    usual = set(_lines(TrainConfig(), "")) - {"loss = cosface"}
+    return {name: _number(text) for name, text in (line.split(" = ", 1) for line in _lines(config, "") if line not in usual)}
 
 
-def _plain(part: Any, prefix: str) -> Iterator[tuple[str, float]]:
-    for item in fields(part):
-        value = getattr(part, item.name)
-        if is_dataclass(value):
-            yield from _plain(value, f"{prefix}{item.name}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{item.name}", value
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
+from dali_loaders.progress import announce
 from pipeline import endings
 from pipeline.distributed import STORE, describe
 from pipeline.stopping import SIGNALS, STOPPED, Repeats, Stopped
@@ -41,6 +42,7 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any, signals
     if ranks == 1:
         function(*arguments)
         return
+    announce(f"starting {ranks} ranks")
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         with _blocked():  # or what a closed terminal sends to all would end it; later on it would unblock signals
             resource_tracker.ensure_running()

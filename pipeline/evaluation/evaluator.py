@@ -115,6 +115,7 @@ class Evaluator:
         monitor.try_to("the file of curves", so_far.write)
         figure = self.figures.roc_figure(curves, name)
         monitor.figure(step, of_set(name, "roc"), figure)
+        monitor.figure(step, of_set(name, "det"), self.figures.det_figure(curves, name))
         path = os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png")
         monitor.try_to("the ROC figure", lambda: self.figures.write_png(figure, path))
 

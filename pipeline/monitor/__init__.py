@@ -3,11 +3,12 @@ but 0."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Monitor:
         if console and stream is not None:
             self._console = Console(stream, total_steps, first_step)
         self._writers = self._open(Path(folder), first_step)
-        self._all(lambda writer: writer.begin())
+        self._tell("begin")
 
     def _open(self, folder: Path, first_step: int) -> list[Writer]:
         name = folder.resolve().name or "run"
@@ -90,13 +91,13 @@ class Monitor:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One number per name. The console shows those that it knows (console.SHOWN)."""
-        self._all(lambda writer: writer.scalars(step, values))
+        self._tell("scalars", step, values)
         if self._console:
             self._console.progress(step, values)
 
     def evaluation(self, step: int, set_name: str, values: Mapping[str, float], threshold: float) -> None:
         """Figures of an evaluation set, and the cosine at which it is decided best. Whole numbers (int) are sizes of the set."""
-        self._all(lambda writer: writer.evaluation(step, set_name, values, threshold))
+        self._tell("evaluation", step, set_name, values, threshold)
 
     def histogram(self, step: int, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
         """A histogram already counted: counts[i] values lie between edges[i] and edges[i + 1], so edges is one longer. Empty ends are cut
@@ -106,7 +107,7 @@ class Monitor:
         if len(used):
             first, stop = used[0], used[-1] + 1
             counts, edges = np.asarray(counts, np.float64)[first:stop], np.asarray(edges, np.float64)[first : stop + 1]
-            self._all(lambda writer: writer.histogram(step, name, counts, edges))
+            self._tell("histogram", step, name, counts, edges)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
         """A matplotlib figure."""
@@ -119,23 +120,25 @@ class Monitor:
             self._picture(step, name, png_of(image_HWC))
 
     def _picture(self, step: int, name: str, png: bytes) -> None:
-        self._all(lambda writer: writer.picture(step, name, png))
+        self._tell("picture", step, name, png)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Text (Markdown), in UTF-8: other bytes, in names of files, are shown as escapes."""
-        self._all(lambda writer: writer.text(step, name, text.encode(errors="backslashreplace").decode()))
+        self._tell("text", step, name, text.encode(errors="backslashreplace").decode())
 
     def points(self, step: int, name: str, vectors_nD: np.ndarray, labels: Sequence[str], images_nHWC: np.ndarray) -> None:
         """Vectors float32 [n, D] with a label and a thumbnail (RGB, uint8 [n, H, W, 3]) each, for TensorBoard's projector."""
-        self._all(lambda writer: writer.points(step, name, vectors_nD, labels, images_nHWC))
+        self._tell("points", step, name, vectors_nD, labels, images_nHWC)
 
     def outcome(self, figures: Mapping[str, float]) -> None:
         """The last figures of a run, by `SET/FIGURE`, beside its options."""
-        self._all(lambda writer: writer.outcome(self._options, figures))
+        self._tell("outcome", self._options, figures)
 
-    def _all(self, write: Callable[[Writer], object]) -> None:
+    def _tell(self, kind: str, *record: Any) -> None:
+        """Calls the method `kind` of each writer that has it: one that leaves it out must not count as written again."""
         for writer in self._writers:
-            self.try_to(writer.name, lambda writer=writer: write(writer))  # type: ignore[misc]
+            if getattr(type(writer), kind) is not getattr(Writer, kind):
+                self.try_to(writer.name, functools.partial(getattr(writer, kind), *record))
 
     def try_to(self, name: str, write: Callable[[], object]) -> None:
         """Calls `write`, which writes the file or files that `name` stands for in messages. An OSError of it is said, and not raised."""
@@ -150,7 +153,10 @@ class Monitor:
     def close(self) -> None:
         """Writes out what is buffered and ends the progress line. Calls after the first do nothing."""
         for writer in self._writers:
-            self._outputs.setdefault(writer.name, Output(writer.name, self.say)).try_to(writer.close)
+            try:
+                writer.close()
+            except OSError as error:
+                self.say(f"{writer.name} cannot be closed ({error.strerror or error}): its last records may be missing")
         if self._console:
             self._console.close()
         self._writers, self._console = [], None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from dali_loaders.progress import bar, clock, time_left
+from dali_loaders.progress import bar, clock, columns, time_left
 
 # In the order in which a terminal that is too narrow leaves them out, from the last on.
 SHOWN = {
@@ -25,7 +24,8 @@ class Console:
     """Progress of a run of `total_steps` that goes on from `first_step`. The remaining time is estimated from the first report on."""
 
     def __init__(self, stream: TextIO, total_steps: int, first_step: int = 0) -> None:
-        self._stream, self._total = _Patient(stream), total_steps
+        self._stream: Any = _Patient(stream)  # as much of a stream as is used
+        self._total = total_steps
         self._bar: Any = None
         if self._stream.isatty():
             self._bar = bar(total=total_steps, initial=first_step, file=self._stream, leave=True, delay=1e9, bar_format="")
@@ -52,19 +52,12 @@ class Console:
 
     def _draw(self, step: int, parts: list[str]) -> None:
         share = f"{min(1.0, step / self._total):4.0%} |"
-        room = self._columns() - 1 - len(share) - BAR - 2
+        room = columns(self._stream) - len(share) - BAR - 2
         while len(parts) > 1 and len("  ".join(parts)) > room:
             parts = parts[:-1]
-        self._bar.n = step
+        self._bar.n, self._bar.delay = step, 0  # closing keeps on the screen what was shown at all
         self._bar.bar_format = f"{share}{{bar}}| {'  '.join(parts)}"
         self._bar.refresh()
-
-    def _columns(self) -> int:
-        """Of the terminal that the stream is, and not of standard output, which may be a file."""
-        try:
-            return int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(self._stream.fileno()).columns
-        except (OSError, ValueError):
-            return 80
 
     def say(self, message: str) -> None:
         """Writes a line of its own; the bar stays below it."""

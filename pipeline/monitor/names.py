@@ -19,23 +19,31 @@ GROUPED = {
     "skipped_images": "data/skipped_images",
     "save_stall": "data/save_stall",
 }
-# The first page: rows of two charts, each with what its curves are called.
+# The first page: rows of three charts, each with the names of its curves, as regular expressions.
 FIRST_PAGE = {
     "How the run is": {
         "loss": ["train/loss"],
         "error on other identities (EER)": ["evaluation/.*/eer"],
-        "cosines": ["cosines/.*", "prototypes/nearest_cosine"],
-        "TAR at FAR": ["evaluation/.*/tar_at_far/.*", "evaluation/.*/accuracy"],
+        "cosines: target, nearest other prototype of a sample, nearest other prototype of a prototype": [
+            "cosines/target",
+            "cosines/hardest_non_target",
+            "prototypes/nearest_cosine",
+        ],
+    },
+    "On other identities": {
+        "TAR at FAR": ["evaluation/.*/tar_at_far/.*"],
+        "rank-1 and accuracy": ["evaluation/.*/(rank1|accuracy)"],
+        "best threshold": ["evaluation/.*/threshold", "cosines/.*threshold"],
     },
     "How fast it is": {
         "images per second": ["data/images_per_second"],
         "share of time that waits for data": ["data/wait_share"],
-        "learning rate": ["train/learning_rate"],
         "memory, GiB": ["memory/.*"],
     },
     "What went wrong": {
         "gradient norm": ["train/gradient_norm"],
         "steps and images left out": ["train/skipped_steps", "data/skipped_images", "train/rollbacks"],
+        "learning rate": ["train/learning_rate"],
     },
 }
 

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import summary
 
 from pipeline.monitor.event_file import EventFile
 from pipeline.monitor.names import FIRST_PAGE, grouped, of_set
-from pipeline.monitor.pictures import png_of, size_of, tiled
+from pipeline.monitor.pictures import jpeg_of, size_of, tiled
 from pipeline.monitor.writer import Writer
 
 PROJECTOR = "projector"  # the folder of vectors, in that of the run
@@ -61,14 +61,13 @@ class TensorBoard(Writer):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "vectors.bytes").write_bytes(np.ascontiguousarray(vectors_nD, dtype="<f4").tobytes())
         (folder / "labels.tsv").write_text("".join(f"{' '.join(label.split())}\n" for label in labels), encoding="utf-8")
-        (folder / "thumbnails.png").write_bytes(png_of(tiled(images_nHWC, math.ceil(math.sqrt(len(images_nHWC))))))
+        (folder / "thumbnails.jpg").write_bytes(jpeg_of(tiled(images_nHWC, math.ceil(math.sqrt(len(images_nHWC))))))
         _, height, width, _ = images_nHWC.shape
         rows, columns = vectors_nD.shape
-        (folder / "step").write_text(f"{step}\n")
         (folder / "entry").write_text(
             f'embeddings {{\n  tensor_name: "{name} at step {step}"\n  tensor_path: "{place}/vectors.bytes"\n'
             f'  tensor_shape: {rows}\n  tensor_shape: {columns}\n  metadata_path: "{place}/labels.tsv"\n'
-            f'  sprite {{ image_path: "{place}/thumbnails.png" single_image_dim: {width} single_image_dim: {height} }}\n}}\n'
+            f'  sprite {{ image_path: "{place}/thumbnails.jpg" single_image_dim: {width} single_image_dim: {height} }}\n}}\n'
         )
         entries = sorted((self._folder / PROJECTOR).glob("**/entry"))
         (self._folder / "projector_config.pbtxt").write_text("".join(entry.read_text() for entry in entries))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.monitor.names import grouped, of_set
+from pipeline.monitor.pictures import pixels_of
 from pipeline.monitor.writer import Writer
 
 REMEDY = "log in with `wandb login`, set WANDB_MODE=offline, or take wandb out of monitor.writers"
@@ -57,9 +57,7 @@ class WeightsAndBiases(Writer):
         self._log(step, lambda: {name: self._wandb.Histogram(np_histogram=(whole, limits))})
 
     def picture(self, step: int, name: str, png: bytes) -> None:
-        from PIL import Image  # as wandb does
-
-        self._log(step, lambda: {name: self._wandb.Image(Image.open(io.BytesIO(png)))})
+        self._log(step, lambda: {name: self._wandb.Image(pixels_of(png))})
 
     def text(self, step: int, name: str, text: str) -> None:
         _try(lambda: self._run.summary.update({name: text}))
