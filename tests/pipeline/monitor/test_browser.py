@@ -21,7 +21,7 @@ aiohttp = pytest.importorskip("aiohttp", reason="aiohttp, which comes with ray, 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no browser here: apt-get install chromium")]
 
-# All text, sizes of pictures and counts of curves, also inside the shadow trees of TensorBoard's elements.
+# All text, sizes of pictures and counts of curves, also inside the shadow trees and frames of TensorBoard's elements.
 SEEN = """(() => {
   const texts = [], pictures = []; let curves = 0;
   const walk = node => {
@@ -30,6 +30,7 @@ SEEN = """(() => {
     if (node.tagName == 'IMG') pictures.push([node.naturalWidth, node.naturalHeight]);
     if (node.tagName == 'path' || node.tagName == 'CANVAS') curves++;
     if (node.shadowRoot) walk(node.shadowRoot);
+    if (node.tagName == 'IFRAME' && node.contentDocument) walk(node.contentDocument);
     for (const child of node.childNodes) walk(child);
   };
   walk(document.body);
