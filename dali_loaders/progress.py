@@ -12,7 +12,10 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any, TextIO
 
+from dali_loaders.extras import extra
+
 LINE_SECONDS = 30.0  # between two lines in a log; a task that is done before the first one gives none
+SHORT_SECONDS = 0.5  # what is done by then shows no bar
 _LONGEST = 30  # characters of what a bar is of, so that the time left is in sight on 80 columns
 _WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}"
 _WITHOUT = "{desc} {n_fmt}, {elapsed}, {rate_noinv_fmt}"
@@ -36,7 +39,8 @@ def columns(stream: TextIO) -> int:
 @functools.cache
 def _kind_of_bar() -> Any:
     """Without tqdm's watching thread and its lock between processes, neither of which is of use here."""
-    from tqdm import tqdm  # here, because most that imports this shows no bar
+    with extra("train"):
+        from tqdm import tqdm  # here, because most that imports this shows no bar
 
     class Bar(tqdm):
         monitor_interval = 0
@@ -55,9 +59,11 @@ class Progress:
         self._bar: Any = None
         if stream is not None and stream.isatty():
             form = {"bar_format": _WITH_TOTAL if self._total else _WITHOUT, "unit": "", "unit_scale": True}
-            self._bar = bar(desc=_short(what), total=self._total, file=stream, leave=False, **form)
+            self._bar = bar(desc=_short(what), total=self._total, file=stream, leave=False, delay=SHORT_SECONDS, **form)
 
     def add(self, count: int = 1) -> None:
+        """More than the total is not done: the last batch of a task may be smaller than the others."""
+        count = count if self._total is None else min(count, self._total - self._done)
         self._done += count
         if self._bar is not None:
             self._bar.update(count)

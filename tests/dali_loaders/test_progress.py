@@ -36,13 +36,15 @@ def test_a_terminal_sees_how_far_it_is_and_nothing_at_the_end(monkeypatch, colum
     monkeypatch.setattr(sys, "stderr", terminal)
     name = "checking a file with a very long name indeed.tar"
     with progress(name, 8000) as done:
-        done._bar.mininterval = 0
+        done._bar.mininterval = done._bar.delay = 0
         done.add(2000)
         done.add(2000)
+        done.add(9000)
     lines = terminal.getvalue().split("\r")
     assert all(len(line) <= columns for line in lines)
     assert any("checking a file…" in line and " 50% |" in line and "4.00k/8.00k" in line for line in lines) or columns == 40
     assert columns == 40 or any(" left, " in line and "/s" in line for line in lines)
+    assert columns == 40 or "8.00k/8.00k" in lines[-3]
     assert lines[-2].isspace() and lines[-1] == ""
 
 
@@ -50,7 +52,7 @@ def test_without_a_total(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with pytest.raises(ZeroDivisionError), progress("reading") as done:
-        done._bar.mininterval = 0
+        done._bar.mininterval = done._bar.delay = 0
         done.add(5)
         raise ZeroDivisionError
     assert "reading 5.00, " in terminal.getvalue() and terminal.getvalue().endswith("\r")
@@ -73,8 +75,8 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, clock):
     assert re.fullmatch(time + "reading: 60, 2/s", third)
 
 
-def test_what_takes_seconds_gives_no_line(monkeypatch):
-    stream = io.StringIO()
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_what_is_done_at_once_gives_no_line(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
     with progress("checking", 10) as done:
         done.add(10)
@@ -105,6 +107,7 @@ def test_without_standard_error(monkeypatch):
 def test_a_bar_is_drawn_only_a_few_times_a_second(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(module, "SHORT_SECONDS", 0.0)
     with progress("checking", 100_000) as done:
         for _ in range(100_000):
             done.add()
