@@ -14,6 +14,7 @@ from dali_loaders.config import DataConfig
 from dali_loaders.names import printable
 from dali_loaders.sources import Source
 from pipeline.monitor import Monitor, of_set
+from pipeline.monitor.pictures import tiled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,14 +41,15 @@ def show(monitor: Monitor, step: int, name: str, source: Source, data: DataConfi
     vectors_mD, labels_m, index_m = normalize(embeddings_nD[torch.from_numpy(chosen)].float()).cpu(), labels_n[chosen], index_n[chosen]
     genuine, impostors = hardest_pairs(vectors_mD, labels_m)
     names = [printable(source.identities[label]) for label in labels_m]
+    used = sorted({at for pair in genuine + impostors for at in pair[:2]})
+    thumbnails_m, large_u = _images(source, data, index_m, np.array(used))
     for kind, pairs in (("genuine pairs that look most different", genuine), ("impostor pairs that look most alike", impostors)):
         if pairs:
-            numbers = [index_m[at] for pair in pairs for at in pair[:2]]
-            images = _images(source, data, np.array(numbers), data.image_size)
+            images = large_u[np.searchsorted(used, [at for pair in pairs for at in pair[:2]])]
             titles = [f"{pair.cosine:.3f}  {_short(names[pair.first])} / {_short(names[pair.second])}" for pair in pairs]
             title = f"{name}: {kind}, among {len(chosen):,} images"
             monitor.figure(step, of_set(name, f"hard_{kind.split()[0]}_pairs"), _sheet(images, titles, title))
-    monitor.points(step, name, vectors_mD.numpy(), names, _images(source, data, index_m, THUMBNAIL))
+    monitor.points(step, name, vectors_mD.numpy(), names, thumbnails_m)
 
 
 def some_identities(labels_n: np.ndarray, most: int) -> np.ndarray:
@@ -92,38 +94,50 @@ def _apart(pairs: Sequence[Pair]) -> list[Pair]:
     return chosen
 
 
-def _images(source: Source, data: DataConfig, index_n: np.ndarray, size: int) -> np.ndarray:
-    """RGB, uint8 [n, size, size, 3]; black where an image cannot be read any more."""
+def _images(source: Source, data: DataConfig, index_m: np.ndarray, used_u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """RGB, uint8: all images as thumbnails [m, THUMBNAIL, THUMBNAIL, 3], and those at the places `used_u` (rising) as they are. Black where
+    an image cannot be read any more."""
     from dali_loaders.loader import evaluation_batches  # here, so that reports and figures need no DALI
 
-    images = np.zeros((len(index_n), size, size, 3), np.uint8)
-    places: dict[int, list[int]] = {}
-    for place, index in enumerate(index_n.tolist()):
-        places.setdefault(index, []).append(place)
-    for batch in evaluation_batches(source, data, index_n, min(_AT_ONCE, len(index_n))):
-        if len(batch.images):
-            levels = (batch.images.float() * 127.5 + 127.5).clamp(0, 255)
-            if size != levels.shape[-1]:
-                levels = interpolate(levels, size, mode="area")
-            for index, image in zip(np.asarray(batch.indices).tolist(), levels.round().byte().permute(0, 2, 3, 1).numpy(), strict=True):
-                images[places[index]] = image
-    return images
+    thumbnails = np.zeros((len(index_m), THUMBNAIL, THUMBNAIL, 3), np.uint8)
+    large = np.zeros((len(used_u), data.image_size, data.image_size, 3), np.uint8)
+    place_of = {int(index): place for place, index in enumerate(index_m)}
+    row_of = {int(place): row for row, place in enumerate(used_u)}
+    for batch in evaluation_batches(source, data, index_m, min(_AT_ONCE, len(index_m))):
+        if not len(batch.images):
+            continue
+        levels = (batch.images.float() * 127.5 + 127.5).clamp(0, 255)
+        small = interpolate(levels, (THUMBNAIL, THUMBNAIL), mode="area")
+        for at, index in enumerate(np.asarray(batch.indices).tolist()):
+            place = place_of[index]
+            thumbnails[place] = _pixels(small[at])
+            if place in row_of:
+                large[row_of[place]] = _pixels(levels[at])
+    return thumbnails, large
+
+
+def _pixels(levels_CHW: Tensor) -> np.ndarray:
+    return levels_CHW.round().byte().permute(1, 2, 0).numpy()
 
 
 def _sheet(images_nHWC: np.ndarray, titles: Sequence[str], title: str) -> Figure:
-    """Pairs of images, four in a row."""
+    """Pairs of images, four in a row, each with its title above it. One picture with texts: many axes take seconds to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = -(-len(titles) // 4)
-    figure = Figure(figsize=(13, 0.5 + 2.0 * rows), layout="constrained")
+    size, columns = images_nHWC.shape[1], min(4, len(titles))
+    wide = np.concatenate([images_nHWC[::2], images_nHWC[1::2]], axis=2)
+    top, side = round(0.3 * size), round(0.1 * size)
+    sheet = tiled(np.pad(wide, [(0, 0), (top, 0), (0, side), (0, 0)], constant_values=255), columns)
+    figure = Figure(figsize=(3.3 * columns, 0.6 + 3.3 * columns * sheet.shape[0] / sheet.shape[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
-    for at, axes in enumerate(figure.subplots(rows, 4, squeeze=False).flat):
-        axes.axis("off")
-        if at < len(titles):
-            axes.imshow(np.concatenate([images_nHWC[2 * at], images_nHWC[2 * at + 1]], axis=1))
-            axes.set_title(titles[at], fontsize=8)
+    axes = figure.add_subplot()
+    axes.axis("off")
+    axes.imshow(sheet)
+    axes.set_title(title, fontsize=11)
+    height, width = top + size, 2 * size + side
+    for at, text in enumerate(titles):
+        axes.text(at % columns * width, at // columns * height + 0.8 * top, text, fontsize=8)
     return figure
 
 

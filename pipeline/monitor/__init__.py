@@ -61,7 +61,8 @@ class Monitor:
         stream: TextIO | None = None,
         lease: Lease | None = None,
     ) -> None:
-        self._lease, self._outputs, self._options = lease, dict[str, Output](), options or {}
+        self._lease, self._outputs = lease, dict[str, Output]()
+        self._options = {key: _in_utf8(value) if isinstance(value, str) else value for key, value in (options or {}).items()}
         self._console: Console | None = None
         self._writers: list[Writer] = []
         self.config, self.total_steps = config, total_steps
@@ -74,7 +75,7 @@ class Monitor:
         self._tell("begin")
 
     def _open(self, folder: Path, first_step: int) -> list[Writer]:
-        name = folder.resolve().name or "run"
+        name = _in_utf8(folder.resolve().name) or "run"
         writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", first_step)]
         if "tensorboard" in self.config.writers:
             try:  # imported late: it is slow
@@ -123,8 +124,8 @@ class Monitor:
         self._tell("picture", step, name, png)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Text (Markdown), in UTF-8: other bytes, in names of files, are shown as escapes."""
-        self._tell("text", step, name, text.encode(errors="backslashreplace").decode())
+        """Text (Markdown). Bytes of names of files that are not UTF-8 are shown as escapes."""
+        self._tell("text", step, name, _in_utf8(text))
 
     def points(self, step: int, name: str, vectors_nD: np.ndarray, labels: Sequence[str], images_nHWC: np.ndarray) -> None:
         """Vectors float32 [n, D] with a label and a thumbnail (RGB, uint8 [n, H, W, 3]) each, for TensorBoard's projector."""
@@ -160,3 +161,8 @@ class Monitor:
         if self._console:
             self._console.close()
         self._writers, self._console = [], None
+
+
+def _in_utf8(text: str) -> str:
+    """Other bytes, in names of files, as escapes."""
+    return text.encode(errors="backslashreplace").decode()

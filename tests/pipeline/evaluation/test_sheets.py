@@ -56,7 +56,7 @@ class Told(Monitor):
         self.told = {}
 
     def figure(self, step, name, figure):
-        self.told[name] = [axes.get_title() for axes in figure.axes if axes.get_title()]
+        self.told[name] = [text.get_text() for text in figure.axes[0].texts]
 
     def points(self, step, name, vectors, labels, images):
         self.told[name] = vectors, labels, images

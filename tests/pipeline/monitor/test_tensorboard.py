@@ -32,7 +32,7 @@ def events_of(folder, name="run"):
 
 @pytest.fixture
 def monitor(tmp_path):
-    made = Monitor(tmp_path / "run", total_steps=10, console=False, options={"run.batch": 64.0, "loss": "cosface"})
+    made = Monitor(tmp_path / "run", total_steps=10, console=False, options={"run.batch": 64.0, "loss": "cosface", "data.train": "\udcd5"})
     yield made
     made.close()
 
@@ -114,6 +114,7 @@ def test_options_and_last_figures_are_one_row(monitor, tmp_path):
     content = events_of(tmp_path / "run").summary_metadata["_hparams_/session_start_info"].plugin_data.content
     row = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     assert row.hparams["run.batch"].number_value == 64 and row.hparams["loss"].string_value == "cosface"
+    assert row.hparams["data.train"].string_value == r"\udcd5", "UTF-8 has no such name"
     content = events_of(tmp_path / "run").summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
     assert [metric.name.tag for metric in metrics] == ["evaluation/test/eer"]
