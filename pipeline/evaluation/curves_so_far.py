@@ -17,6 +17,7 @@ class Curve:
 
     step: int
     eer: float
+    genuine_pairs: int
     impostor_pairs: int
     roc: tuple[np.ndarray, np.ndarray]  # FAR and TAR float64 [P]
 
@@ -33,7 +34,7 @@ class CurvesSoFar:
         steps, which are repeated now, is forgotten."""
         known = _read(self._path) if self._curves is None else self._curves
         curves = {at: curve for at, curve in known.items() if at < step}
-        curves[step] = Curve(step, float(report.eer), int(report.impostor_pairs), report.roc)
+        curves[step] = Curve(step, float(report.eer), int(report.genuine_pairs), int(report.impostor_pairs), report.roc)
         first, best = min(curves), min(curves, key=lambda at: (curves[at].eer, at))
         self._curves = {at: curves[at] for at in sorted({first, best, step})}
         return {f"step {at:,}{', the best' if at == best != step else ''}": curve for at, curve in self._curves.items()}
@@ -42,7 +43,7 @@ class CurvesSoFar:
         """OSError where the file is not written; then it holds what it did."""
         arrays: dict[str, Any] = {}
         for at, curve in (self._curves or {}).items():
-            arrays |= {f"{at}/numbers": np.array([curve.eer, curve.impostor_pairs]), f"{at}/roc": np.stack(curve.roc)}
+            arrays |= {f"{at}/numbers": np.array([curve.eer, curve.genuine_pairs, curve.impostor_pairs]), f"{at}/roc": np.stack(curve.roc)}
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
         new = self._path.with_name(f"{self._path.name}.tmp")
@@ -57,9 +58,9 @@ def _read(path: Path) -> dict[int, Curve]:
             for name in arrays.files:
                 step, _, part = name.partition("/")
                 if part == "numbers":
-                    eer, pairs = arrays[name].tolist()
+                    eer, genuine, impostors = arrays[name].tolist()
                     far_P, tar_P = arrays[f"{step}/roc"]
-                    curves[int(step)] = Curve(int(step), eer, int(pairs), (far_P, tar_P))
+                    curves[int(step)] = Curve(int(step), eer, int(genuine), int(impostors), (far_P, tar_P))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
     return curves

@@ -11,7 +11,7 @@ from pipeline.evaluation.curves_so_far import CurvesSoFar
 
 
 def report(eer):
-    return SimpleNamespace(eer=eer, impostor_pairs=100, roc=(np.array([0.0, eer, 1.0]), np.array([0.0, 1 - eer, 1.0])))
+    return SimpleNamespace(eer=eer, genuine_pairs=10, impostor_pairs=100, roc=(np.array([0.0, eer, 1.0]), np.array([0.0, 1 - eer, 1.0])))
 
 
 def test_the_first_the_best_and_the_newest_are_drawn(tmp_path):
@@ -36,7 +36,7 @@ def test_they_are_the_same_after_any_number_of_restarts(tmp_path):
         again.write()
     assert list(found) == list(expected) == ["step 0", "step 10, the best", "step 20"]
     for name, curve in found.items():
-        assert curve.eer == expected[name].eer and curve.impostor_pairs == 100
+        assert curve.eer == expected[name].eer and (curve.genuine_pairs, curve.impostor_pairs) == (10, 100)
         np.testing.assert_array_equal(curve.roc, expected[name].roc)
 
 
