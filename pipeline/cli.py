@@ -10,6 +10,8 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
+from dali_loaders.names import printable
+from dali_loaders.progress import announce
 from pipeline import checkpoint_commands, completion, data_commands, endings, export_commands, recipe_commands, stopping
 from pipeline.commands import Parser, Version, command, count, positionals_first
 
@@ -66,11 +68,13 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
+    announce("starting")  # what is imported here takes seconds, on cold disks half a minute
     from pipeline.local_ranks import run_local
     from pipeline.resolve import resolve
     from pipeline.summary import summary
     from pipeline.train import train_recipe
 
+    announce(f"reading the recipe {printable(options.recipe)}")
     config = resolve(options.recipe, options.set)
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -82,6 +86,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    announce("starting")
     from dali_loaders.outputs import check_file
     from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
     from pipeline.local_ranks import run_local

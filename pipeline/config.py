@@ -22,6 +22,7 @@ from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.monitor.config import MonitorConfig
 from pipeline.schedule import OptimizerConfig
 from pipeline.starting_weights import StartConfig
 
@@ -77,6 +78,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
 MOST = 1e300  # of a number in a saved configuration; what its field may be, the section says
@@ -103,6 +105,20 @@ def value_text(value: Any) -> str:
     if isinstance(value, tuple) and not any(isinstance(item, tuple | Mapping) for item in value):
         value = ", ".join(map(str, value))
     return without_secrets(str(value))
+
+
+def options_of(config: TrainConfig) -> dict[str, str | float]:
+    """What tables that compare runs show of a configuration: the loss, and fields that are not as a new TrainConfig has them, by
+    `section.field`; numbers as numbers, all else as text."""
+    usual = set(_lines(TrainConfig(), "")) - {"loss = cosface"}
+    return {name: _number(text) for name, text in (line.split(" = ", 1) for line in _lines(config, "") if line not in usual)}
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

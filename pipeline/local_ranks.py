@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
+from dali_loaders.progress import announce
 from pipeline import endings
 from pipeline.distributed import STORE, cores, describe
 from pipeline.stopping import SIGNALS, STOPPED, Repeats, Stopped
@@ -45,6 +46,7 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any, signals
     if ranks > cores():
         plural = "s" * (cores() > 1)
         log.warning("--ranks %d, but this command may use %d core%s: ranks take turns on them", ranks, cores(), plural)
+    announce(f"starting {ranks} ranks")
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         with _blocked():  # or what a closed terminal sends to all would end it; later on it would unblock signals
             resource_tracker.ensure_running()

@@ -23,8 +23,10 @@ with extra("train"):
 
 from dali_loaders.faces.drawing import draw_face
 from dali_loaders.faces.traits import Conditions, Traits, draw_record
+from dali_loaders.names import printable
 from dali_loaders.outputs import check_file
 from dali_loaders.packing import pack
+from dali_loaders.progress import progress
 from dali_loaders.sources import TarSource
 
 SMALLEST, LARGEST = 16, 1024  # sides in pixels
@@ -106,7 +108,7 @@ def write_faces(out: str, config: FacesConfig, workers: int = 0) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=folder) as scratch:
-            files = _draw_all(config, workers)
+            files = _shown(_draw_all(config, workers), name, config.identities * config.images_per_identity)
             if kind == ".tar":
                 _write_tar(f"{scratch}/{name}", files)
             elif kind == ".rec":
@@ -134,6 +136,13 @@ def _check(out: str, config: FacesConfig, workers: int) -> None:
         raise ValueError(f"faces can be {SMALLEST} to {LARGEST} pixels wide, not {config.size}; change size.")
     if workers < 0:
         raise ValueError(f"faces cannot be drawn by {workers} processes; use 0 for as many as there are cores.")
+
+
+def _shown(files: Iterable[tuple[str, bytes]], name: str, total: int) -> Iterator[tuple[str, bytes]]:
+    with progress(f"drawing {printable(name)}", total) as done:
+        for file in files:
+            yield file
+            done.add()
 
 
 def _draw_all(config: FacesConfig, workers: int) -> Iterator[tuple[str, bytes]]:

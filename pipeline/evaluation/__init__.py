@@ -37,11 +37,12 @@ def evaluate(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: embed.Breaks | None = None,
+    look: embed.Look | None = None,
 ) -> PairReport | BinReport:
     """All pairs of a folder, tar or RecordIO file, or the 10-fold protocol of a `.bin` file, which always adds the mirror image.
 
     All ranks of `group` call it and get the same report, unless `breaks` breaks it off. `as_dict()` of both reports has eer, tar_at_far,
-    rank1, images, identities.
+    rank1, images, identities. `look` gets the embeddings of a labelled set.
     Raises ValueError when `path` is no readable set or makes no genuine or no impostor pair.
     """
     if path.endswith(".bin"):
@@ -60,6 +61,7 @@ def evaluate(
         world_size=world_size,
         group=group,
         breaks=breaks,
+        look=look,
     )
     report = all_pairs.all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path, breaks=breaks)
     return dataclasses.replace(report, unreadable=len(source) - len(labels_n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_loaders.config import DataConfig
+from dali_loaders.progress import progress
 from dali_loaders.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ class Breaks:
     agree: Callable[[], None]  # called by all ranks once each has done its batches, or its pairs, or broken off; raises on all, or on none
 
 
+Look = Callable[[Source, Tensor, np.ndarray], None]  # gets a source, its embeddings, and the number in the source of each of them
+
+
 def embed(
     model: Callable[[Tensor], Tensor],
     source: Source,
@@ -41,6 +46,7 @@ def embed(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: Breaks | None = None,
+    look: Look | None = None,
 ) -> tuple[Tensor, np.ndarray]:
     """Embeddings float32 [n, D] of unit length and labels int64 [n] of the n readable images, in source order, on every rank.
 
@@ -58,10 +64,11 @@ def embed(
     indices: list[np.ndarray] = []
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), _eval_mode(model), progress(f"embedding {os.path.basename(source.path)}", len(share)) as done:
         for batch in evaluation_batches(source, data, share, batch_size, device, channels_last=True) if len(share) else ():
             if breaks and breaks.wanted():
                 break
+            done.add(batch_size)
             if len(batch.images) == 0:
                 continue
             feature_bD = model(batch.images).float()
@@ -78,6 +85,8 @@ def embed(
         index_n = _gather_rows(index_n[:, None], world_size, group)[:, 0]
     readable = index_n.cpu().numpy()
     _report_unreadable(source, readable, rank)
+    if look:
+        look(source, embedding_nD, readable)
     return embedding_nD, np.asarray(source.labels, dtype=np.int64)[readable]
 
 

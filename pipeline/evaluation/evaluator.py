@@ -15,15 +15,17 @@ from dali_loaders.config import DataConfig
 from dali_loaders.remote import is_remote, without_secrets
 from pipeline.agreement import Agreement
 from pipeline.distributed import Place
-from pipeline.evaluation import BinReport, PairReport, evaluate, open_set
+from pipeline.evaluation import BinReport, PairReport, evaluate, open_set, sheets
 from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation.curves_so_far import CurvesSoFar
 from pipeline.evaluation.embed import Breaks
-from pipeline.evaluation.kept import FILE, Curved, Kept
+from pipeline.evaluation.kept import FILE, Kept
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
-from pipeline.monitor import Monitor
+from pipeline.monitor import Monitor, of_set
 from pipeline.monitor.json_lines import rows_at_end
 from pipeline.same_data import open_on_all_ranks
 
+BEST_COSINE = "best_cosine"  # of what is kept: a figure that metrics call by another name
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
 
 
@@ -61,7 +63,8 @@ class Evaluator:
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
         self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
-        self.first: dict[str, dict[str, Curved]] = {}  # by name of the results: the first curve, drawn beside the newest
+        self.curves: dict[str, CurvesSoFar] = {}  # by name of the results
+        self.drawn: dict[str, int] = {}  # the step
         self.done_at, self.done = -1, dict[str, dict[str, float]]()  # by name: what was measured already at the step the run goes on from
         self.kept = Kept(folder, 0)
 
@@ -72,8 +75,6 @@ class Evaluator:
             for path, set_name in self.names.items():
                 for name in (set_name, set_name + AVERAGED)[: 1 + averaged]:
                     of = self.sets[path]
-                    if (found := self.kept.first(name, of)) is not None:
-                        self.first[name] = {f"step {found[0]}": found[1]}
                     if (values := self.kept.values(step, name, of)) is not None:
                         self.done[name] = values
         self.done_at, self.done = step, agreement.of_first(self.done)
@@ -91,17 +92,20 @@ class Evaluator:
             values = self.done.get(name) if step == self.done_at else None
             if values is None:
                 values = self._measure(module, path, name, step, monitor, breaks)
-            of_set = [key for key in values if key.startswith(f"{name}/") and key != _threshold(name)]
-            results.append({key.removeprefix(f"{name}/"): values[key] for key in of_set})
-            self.newest |= {f"{name}/{key}": value for key, value in results[-1].items()}
-            if self.place.is_first and not self._has_line(step, values):
-                monitor.scalars(step, values)
+            figures = {key: value for key, value in values.items() if key != BEST_COSINE}
+            results.append(figures)
+            self.newest |= {f"{name}/{key}": value for key, value in figures.items()}
+            if self.place.is_first and not self._has_line(step, name, figures):
+                monitor.evaluation(step, name, figures, values[BEST_COSINE])
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
         return results[0] if results else {}
 
     def _measure(self, module: nn.Module, path: str, name: str, step: int, monitor: Monitor, breaks: Breaks | None) -> dict[str, float]:
-        """What metrics say of one set. It is drawn and kept before they do, so that a run that is broken off in between draws it again."""
+        """The figures of one set. It is drawn and kept before metrics say them, so that a run that is broken off in between draws it
+        again."""
+        seen: list[Any] = []
+        is_last = step >= monitor.total_steps
         report = evaluate(
             module,
             path,
@@ -112,28 +116,37 @@ class Evaluator:
             rank=self.place.rank,
             world_size=self.place.world_size,
             breaks=breaks,
+            look=(lambda *of: seen.extend(of)) if is_last and monitor.config.images and self.place.is_first else None,
         )
-        values = {f"{name}/{key}": value for key, value in _flat(report.as_dict()).items() if value is not None}
-        values[_threshold(name)] = report.best_cosine
+        values = {key: value for key, value in _flat(report.as_dict()).items() if value is not None}
+        values[BEST_COSINE] = report.best_cosine
         if self.place.is_first:
-            self._draw(name, report, step, monitor)
-            monitor.try_to(FILE, lambda: self.kept.add(step, name, self.sets[path], values, report))
+            # Pictures of at most a hundred evaluations of a run, and of the last one.
+            if is_last or step - self.drawn.get(name, -monitor.total_steps) >= monitor.total_steps / 100:
+                self.drawn[name] = step
+                self._draw(name, report, step, monitor)
+            if seen:
+                sheets.show(monitor, step, name, seen[0], self.data, *seen[1:])
+            monitor.try_to(FILE, lambda: self.kept.add(step, name, self.sets[path], values))
         return values
 
-    def _has_line(self, step: int, values: dict[str, float]) -> bool:
+    def _has_line(self, step: int, name: str, figures: dict[str, float]) -> bool:
         """Whether metrics.jsonl says that already."""
-        expected = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        expected = {f"{name}/{key}": value if math.isfinite(value) else None for key, value in figures.items()}
         rows = rows_at_end(Path(self.folder, "metrics.jsonl"), step)
         return any(expected.items() <= row.items() for row in rows)
 
     def _draw(self, name: str, report: PairReport | BinReport, step: int, monitor: Monitor) -> None:
         if isinstance(report, PairReport):
-            monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
-            monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
-            monitor.figure(step, f"{name}/cosines", self.figures.score_figure(report, name))
-        first = self.first.setdefault(name, {f"step {step}": report})
-        figure = self.figures.roc_figure({**first, f"step {step}": report}, name)
-        monitor.figure(step, f"{name}/roc", figure)
+            monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
+            monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
+            monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
+        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz")))
+        curves = so_far.with_newest(step, report)
+        monitor.try_to("the file of curves", so_far.write)
+        figure = self.figures.roc_figure(curves, name)
+        monitor.figure(step, of_set(name, "roc"), figure)
+        monitor.figure(step, of_set(name, "det"), self.figures.det_figure(curves, name))
         path = os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png")
         monitor.try_to("the ROC figure", lambda: self.figures.write_png(figure, path))
 
@@ -150,10 +163,6 @@ def _try(field: str, path: str, data: DataConfig) -> tuple[list[str], dict[str, 
 
 def _absolute(path: str) -> str:
     return ",".join(part if is_remote(part) else os.path.abspath(part) for part in path.split(","))
-
-
-def _threshold(name: str) -> str:
-    return f"evaluation/{name}/threshold"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,6 +42,25 @@ def roc_figure(reports: Mapping[str, Curved], title: str) -> Figure:
     return figure
 
 
+def det_figure(reports: Mapping[str, PairReport], title: str) -> Figure:
+    """False reject over false accept rate, both logarithmic, one curve per named report, with a dot at its EER (ISO/IEC 19795-1, DET)."""
+    figure, axes = _canvas(title)
+    lowest = 1.0
+    for i, (name, report) in enumerate(reports.items()):
+        far_P, tar_P = _visible(report)
+        frr_P, color = 1 - tar_P, COLORS[i % len(COLORS)]
+        seen = frr_P > 0  # zero has no place on this axis
+        lowest = min(lowest, float(frr_P[seen].min(initial=1.0)))
+        label = f"{name} (EER {report.eer:.2%})"
+        axes.plot(far_P[seen], frr_P[seen], color=color, linewidth=1.8, drawstyle="steps-post", label=label, zorder=3)
+        if report.eer >= LOWEST_FAR:
+            axes.plot(report.eer, report.eer, "o", color=color, markersize=5, zorder=4)
+    axes.set(xscale="log", yscale="log", xlim=(LOWEST_FAR, 1), ylim=(max(LOWEST_FAR, 0.8 * lowest), 1.05))
+    axes.set(xlabel="False accept rate", ylabel="False reject rate")
+    axes.legend(edgecolor="none", framealpha=0.85, loc="lower left")
+    return figure
+
+
 def score_figure(report: PairReport, title: str) -> Figure:
     """Distributions of genuine and impostor cosines, each with area 1, and the threshold of the EER."""
     figure, axes = _canvas(title)

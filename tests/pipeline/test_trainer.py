@@ -190,7 +190,6 @@ def step_without_waiting(config):
     """Runs on every rank: one training step."""
     trainer = Trainer(config, join())
     try:
-        trainer._open_window()
         trainer._train_step()
         with NoWaiting():
             trainer._train_step()
