@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from dali_loaders.config import DataConfig
 from dali_loaders.sources import Source, open_source
 from pipeline.evaluation import all_pairs, embed  # the modules: exporting their functions would hide them
-from pipeline.evaluation.all_pairs import PairReport
-from pipeline.evaluation.bin_pairs import BinReport, MemorySource, evaluate_bin, read_bin, write_bin
+from pipeline.evaluation.bin_pairs import MemorySource, evaluate_bin, read_bin, write_bin
+from pipeline.evaluation.report import Report
 
-__all__ = ["BinReport", "PairReport", "evaluate", "evaluate_bin", "open_set", "read_bin", "write_bin"]
+__all__ = ["Report", "evaluate", "evaluate_bin", "open_set", "read_bin", "write_bin"]
 
 
 def open_set(path: str, data: DataConfig) -> Source:
@@ -37,17 +36,19 @@ def evaluate(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: embed.Breaks | None = None,
-) -> PairReport | BinReport:
+    resamples: int | None = None,
+) -> Report:
     """All pairs of a folder, tar or RecordIO file, or the 10-fold protocol of a `.bin` file, which always adds the mirror image.
 
-    All ranks of `group` call it and get the same report, unless `breaks` breaks it off. `as_dict()` of both reports has eer, tar_at_far,
-    rank1, images, identities.
+    All ranks of `group` call it and get the same report, unless `breaks` breaks it off. `resamples`: draws for the 95 % intervals, 0 for
+    none; by default 1000, and none for more than 2,236 images.
     Raises ValueError when `path` is no readable set or makes no genuine or no impostor pair.
     """
     if path.endswith(".bin"):
         return evaluate_bin(
-            model, path, data, batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks
-        )
+            model, path, data,
+            batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks, resamples=resamples,
+        )  # fmt: skip
     source = open_set(path, data)
     embeddings_nD, labels_n = embed.embed(
         model,
@@ -61,5 +62,8 @@ def evaluate(
         group=group,
         breaks=breaks,
     )
-    report = all_pairs.all_pairs(embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path, breaks=breaks)
-    return dataclasses.replace(report, unreadable=len(source) - len(labels_n))
+    report = all_pairs.all_pairs(
+        embeddings_nD, labels_n, rank=rank, world_size=world_size, group=group, name=path, breaks=breaks, resamples=resamples
+    )
+    report.figures["unreadable"] = len(source) - len(labels_n)
+    return report

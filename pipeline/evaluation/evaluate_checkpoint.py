@@ -13,7 +13,7 @@ from pipeline import backbones, checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
-from pipeline.evaluation import PairReport, evaluate, open_set
+from pipeline.evaluation import evaluate, open_set
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -74,13 +74,14 @@ def evaluate_checkpoint(
     )
     if not place.is_first:
         return
-    if figure and isinstance(report, PairReport):
+    if figure:
         figures.save_png(figures.roc_figure({data: report}, "ROC"), figure)
-    measured = report.as_dict()
     if as_json:
-        print(json.dumps(measured))
+        print(json.dumps(report.as_dict()))
         return
-    for name, value in measured.items():
-        for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
-            shown = "unreached: too few impostor pairs" if number is None else f"{number:.4f}" if isinstance(number, float) else str(number)
-            print(f"{name + ('=' + key if key else ''):28}{shown}")
+    for name, value in report.numbers().items():
+        if value is None and "/" not in name:  # nothing that the protocol knows
+            continue
+        shown = "unreached: too few impostor pairs" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        interval = report.intervals.get(name)
+        print(f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))

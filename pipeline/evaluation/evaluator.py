@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from dali_loaders.config import DataConfig
 from pipeline.distributed import Place
-from pipeline.evaluation import PairReport, evaluate, open_set
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation import Report, evaluate, open_set
 from pipeline.evaluation.embed import Breaks
+from pipeline.evaluation.report import HISTOGRAM_EDGES
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
 from pipeline.monitor import Monitor
 from pipeline.same_data import open_on_all_ranks
@@ -53,7 +51,7 @@ class Evaluator:
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
         self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
-        self.first: dict[str, dict[str, PairReport]] = {}  # by name of the results: the first report, drawn beside the newest
+        self.first: dict[str, dict[str, Report]] = {}  # by name of the results: the first report, drawn beside the newest
 
     def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False, breaks: Breaks | None = None) -> dict[str, float]:
         """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are."""
@@ -71,15 +69,14 @@ class Evaluator:
                 breaks=breaks,
             )
             name = set_name + AVERAGED * averaged
-            results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
+            results.append({key: value for key, value in report.numbers().items() if value is not None})
             figures = {f"{name}/{key}": value for key, value in results[-1].items()}
             self.newest |= figures
             if self.place.is_first:
                 monitor.scalars(step, {**figures, _threshold(name): report.best_cosine})
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
-                if isinstance(report, PairReport):
-                    self._draw(name, report, step, monitor)
+                self._draw(name, report, step, monitor)
         return results[0] if results else {}
 
     def is_done(self, step: int, averaged: bool = False) -> bool:
@@ -93,7 +90,7 @@ class Evaluator:
             return not missing
         return not missing
 
-    def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
+    def _draw(self, name: str, report: Report, step: int, monitor: Monitor) -> None:
         monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
         monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
         monitor.figure(step, f"{name}/cosines", self.figures.score_figure(report, name))
@@ -113,11 +110,3 @@ def _try(field: str, path: str, data: DataConfig) -> list[str]:
 
 def _threshold(name: str) -> str:
     return f"evaluation/{name}/threshold"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with "/" between the keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})
-    return result

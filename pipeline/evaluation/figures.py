@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_loaders.extras import extra
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport
+from pipeline.evaluation.report import HISTOGRAM_EDGES, Report
 
 with extra("train"):
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ LOWEST_FAR = 1e-4
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers and in grey
 
 
-def roc_figure(reports: Mapping[str, PairReport], title: str) -> Figure:
+def roc_figure(reports: Mapping[str, Report], title: str) -> Figure:
     """TAR over FAR (logarithmic, 1e-4 to 1), one curve per named report, its EER in the legend and a dot on the curve."""
     figure, axes = _canvas(title)
     for i, (name, report) in enumerate(reports.items()):
@@ -41,7 +41,7 @@ def roc_figure(reports: Mapping[str, PairReport], title: str) -> Figure:
     return figure
 
 
-def score_figure(report: PairReport, title: str) -> Figure:
+def score_figure(report: Report, title: str) -> Figure:
     """Distributions of genuine and impostor cosines, each with area 1, and the threshold of the EER."""
     figure, axes = _canvas(title)
     kinds = (("impostor", report.impostor_histogram, report.impostor_pairs), ("genuine", report.genuine_histogram, report.genuine_pairs))
@@ -112,7 +112,7 @@ def _canvas(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _visible(report: PairReport) -> tuple[np.ndarray, np.ndarray]:
+def _visible(report: Report) -> tuple[np.ndarray, np.ndarray]:
     """The curve from the lowest FAR that is drawn and that the set can tell from 0, entered at the TAR of no more than this FAR."""
     far_P, tar_P = report.roc
     lowest = max(LOWEST_FAR, 1 / report.impostor_pairs)
@@ -120,6 +120,6 @@ def _visible(report: PairReport) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[lowest], far_P[inside]]), np.concatenate([tar_P[~inside][-1:], tar_P[inside]])
 
 
-def _upper_left_is_free(reports: Mapping[str, PairReport]) -> bool:
+def _upper_left_is_free(reports: Mapping[str, Report]) -> bool:
     """Whether every curve stays below half height up to FAR 1 %, where the legend's box ends."""
     return all(tar_P[far_P <= 1e-2][-1] < 0.5 for far_P, tar_P in (report.roc for report in reports.values()))
