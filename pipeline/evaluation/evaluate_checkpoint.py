@@ -48,10 +48,12 @@ def evaluate_checkpoint(
     no_flip: bool = False,
     ema: bool = False,
     recipe: str | None = None,
+    resamples: int | None = None,
+    cleaning_file: str | None = None,
 ) -> None:
     """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. With `ema`,
     those of the average that the run kept of its weights. `recipe` is needed for the backbone that it registers, and for nothing else: the
-    configuration is that of the checkpoint."""
+    configuration is that of the checkpoint. `resamples`, `cleaning_file`: as `evaluate` has them."""
     if figure:
         from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
@@ -71,6 +73,8 @@ def evaluate_checkpoint(
         device=place.device,
         rank=place.rank,
         world_size=place.world_size,
+        resamples=resamples,
+        cleaning_file=cleaning_file,
     )
     if not place.is_first:
         return
@@ -82,6 +86,9 @@ def evaluate_checkpoint(
     for name, value in report.numbers().items():
         if value is None and "/" not in name:  # nothing that the protocol knows
             continue
-        shown = "unreached: too few impostor pairs" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        missing = (
+            "unreached: too few impostor pairs" if report.numbers().get(name.replace("threshold", "tar")) is None else "accepts nothing"
+        )
+        shown = missing if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
         interval = report.intervals.get(name)
         print(f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
