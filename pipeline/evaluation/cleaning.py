@@ -49,7 +49,8 @@ def doubts(
 
     embeddings float [N, D], labels int64 [N]. A centre is the normalised mean of unit embeddings. Two identities are to be merged when each
     other's centre is the nearest one, and the mean cosine of their image pairs is at least `above`. An image is misplaced when the centre
-    of another identity is nearer than that of the other images of its own, with a cosine of at least `above`. ValueError as `neighbours`.
+    of another identity is nearer than that of the other images of its own, with a cosine of at least `above`; images between two identities that are to be merged are not. ValueError as
+    `neighbours`.
     """
     identities, label_N = np.unique(labels_N, return_inverse=True)
     if len(identities) < 2:
@@ -71,7 +72,11 @@ def doubts(
     ]
     other_N1, cosine_N1 = neighbours(unit_ND, sum_CD, 1, excluded_Q=label_N, **ranks)  # type: ignore[arg-type]
     own_N = (normalize(sum_CD[of_image] - unit_ND) * unit_ND).sum(dim=1).cpu().numpy()
-    wrong = np.flatnonzero((count_C[label_N] > 1) & (cosine_N1[:, 0] > own_N) & (cosine_N1[:, 0] >= above))
+    partner_C = np.full(len(identities), -1)
+    merged = mean >= above
+    partner_C[first[merged]], partner_C[second[merged]] = second[merged], first[merged]
+    elsewhere_N = (count_C[label_N] > 1) & (partner_C[label_N] != other_N1[:, 0])
+    wrong = np.flatnonzero(elsewhere_N & (cosine_N1[:, 0] > own_N) & (cosine_N1[:, 0] >= above))
     found += [
         Doubt("misplaced", int(i), int(labels_N[i]), int(identities[other_N1[i, 0]]), float(cosine_N1[i, 0]), float(own_N[i]))
         for i in wrong

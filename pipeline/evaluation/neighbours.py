@@ -11,7 +11,7 @@ from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
 
 MOST = 1000  # neighbours of a query; each tile gives at most TILE
-STEPS = 2**20  # a cosine is rounded to a multiple of 1 / STEPS, so that equal images tie, whatever tile they are in
+STEPS = 2**19  # a cosine is rounded to a multiple of 1 / STEPS, as in all_pairs.py, so that equal images tie, whatever tile they are in
 _ROWS = 2**32  # above the number of a row: a neighbour is one integer, rounded cosine x _ROWS + (_ROWS - 1 - row)
 
 
@@ -27,7 +27,7 @@ def neighbours(
     names: tuple[str, str] = ("the queries", "the gallery"),
     breaks: Breaks | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 [Q, k] of the gallery, the nearest first, and their cosines float32 [Q, k], rounded to 1e-6.
+    """Rows int64 [Q, k] of the gallery, the nearest first, and their cosines float32 [Q, k], rounded to 1.9e-6.
 
     Both are float [n, D] on one device and need no unit length. `excluded_Q`: a row of the gallery for each query that is not to be found,
     as the query itself. With world_size > 1 every rank passes all rows and searches every world_size-th block of the gallery; one
