@@ -49,8 +49,8 @@ def doubts(
 
     embeddings float [N, D], labels int64 [N]. A centre is the normalised mean of unit embeddings. Two identities are to be merged when each
     other's centre is the nearest one, and the mean cosine of their image pairs is at least `above`. An image is misplaced when the centre
-    of another identity is nearer than that of the other images of its own, with a cosine of at least `above`; images between two identities that are to be merged are not. ValueError as
-    `neighbours`.
+    of another identity, which its own is not to be merged with, is nearer than that of the other images of its own, with a cosine of at
+    least `above`. ValueError as `neighbours`.
     """
     identities, label_N = np.unique(labels_N, return_inverse=True)
     if len(identities) < 2:

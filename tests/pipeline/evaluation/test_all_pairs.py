@@ -135,6 +135,13 @@ def test_tiles_change_nothing(monkeypatch, tile):
     assert_equals_exact(all_pairs(embeddings, labels, resamples=0), embeddings, labels)
 
 
+def test_tiles_of_large_sets_are_cut_in_both_directions():
+    """Rows alone would be 42 high for 100,000 images."""
+    tiles = module._Sorted(torch.zeros(100_000, 1), np.arange(100_000) // 10).tiles()
+    assert {(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in tiles} <= {(1024, 1024), (1024, 672), (672, 672)}
+    assert sum((r.stop - r.start) * (c.stop - c.start) * (1 + (r != c)) for r, c in tiles) == 10**10
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_change_no_bit(ranks, size):
     embeddings, labels = clusters(150, 8, 1.5, width=40)
