@@ -102,8 +102,8 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=start_new_session,
-        # A test in the background of a shell inherits "ignore Ctrl-C", and would pass that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Tests in the background of a shell, or under nohup, ignore these signals, and would pass that on.
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
     try:
         output, _ = job.communicate(timeout=200)

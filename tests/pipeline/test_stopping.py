@@ -141,6 +141,7 @@ WHOM = ["0 SIGTERM", "1 SIGINT", "all SIGTERM", "0 SIGINT-parent", "1 SIGUSR1", 
 def test_every_moment(folder, undisturbed, moment, tmp_path):
     os.symlink(folder / "faces.tar", tmp_path / "faces.tar")
     code, output = run(tmp_path / "run", moment)
+    print(f"{time.time() - os.stat(tmp_path / 'run.deed').st_mtime:.1f} s until all had ended")
     assert code == 75 and "Traceback" not in output, output
     code, output = run(tmp_path / "run")
     assert code == 0, output
