@@ -88,7 +88,8 @@ def embed_images(
             feature_bD = model(batch.images).float()
             if flip:
                 feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
-            features.append(normalize(feature_bD))
+            # A norm that overflows would make a row of zeros of features that have exploded.
+            features.append(torch.where(feature_bD.norm(dim=1, keepdim=True).isfinite(), normalize(feature_bD), torch.nan))
             indices.append(np.asarray(batch.indices, dtype=np.int64))
     if breaks:
         breaks.agree()

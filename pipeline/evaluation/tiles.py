@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from pipeline.evaluation.embed import Breaks
 
@@ -23,12 +22,19 @@ T = TypeVar("T")
 
 
 def unit_rows(embeddings_ND: Tensor, name: str) -> Tensor:
-    """float32 [N, D] of unit length; a row of zeros stays one. ValueError, naming the set, where values are not finite."""
-    with _one_thread():
-        bad = int((~torch.isfinite(embeddings_ND).all(dim=1)).sum())
-        if bad:
-            raise ValueError(f"{name}: the embeddings of {bad} of {len(embeddings_ND)} images are not finite; the model has diverged.")
-        return normalize(embeddings_ND.float())
+    """float32 [N, D] of unit length, from norms in float64, which no float32 row overflows; a row of zeros stays one. ValueError, naming
+    the set, where values or norms are not finite."""
+    unit_ND = torch.empty(embeddings_ND.shape, device=embeddings_ND.device)
+    bad = 0
+    with _one_thread(), torch.no_grad():
+        for rows in spans(len(embeddings_ND), 8 * TILE):  # not all at once: 1,000,000 rows are 4 GB in float64
+            exact_nD = embeddings_ND[rows].double()
+            norm_n1 = exact_nD.norm(dim=1, keepdim=True)
+            bad += int((~torch.isfinite(norm_n1)).sum())
+            unit_ND[rows] = exact_nD / torch.where(norm_n1 > 0, norm_n1, 1.0)
+    if bad:
+        raise ValueError(f"{name}: the embeddings of {bad} of {len(embeddings_ND)} images are not finite; the model has diverged.")
+    return unit_ND
 
 
 def spans(number: int, size: int = 0) -> list[slice]:
