@@ -93,7 +93,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     if options.figure is not None:
         check_file(options.figure, "--figure", ".png", makes_folder=True)
-    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe
+    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe, options.resamples, options.cleaning
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
 
 
@@ -148,6 +148,9 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("--ema", action="store_true", help="the average of the weights that the run kept (run.ema)")
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
+    evaluate.add_argument("--resamples", type=_count, metavar="N", help="draws for 95 %% intervals; 0: none (1000, for up to 2,236 images)")
+    evaluate.add_argument("--cleaning", metavar="FILE.csv", help="also list identities to merge and misplaced images, and a data.subset")
+
     data_commands.add(commands)
     checkpoint_commands.add(commands)
     export_commands.add(commands)
@@ -200,6 +203,13 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

@@ -46,9 +46,30 @@ def embed(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: Breaks | None = None,
+) -> tuple[Tensor, np.ndarray]:
+    """As `embed_images`, with the labels of the readable images, int64 [n], in place of their numbers."""
+    embedding_nD, readable_n = embed_images(
+        model, source, data,
+        batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks,
+    )  # fmt: skip
+    return embedding_nD, np.asarray(source.labels, dtype=np.int64)[readable_n]
+
+
+def embed_images(
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    flip: bool,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    breaks: Breaks | None = None,
     look: Look | None = None,
 ) -> tuple[Tensor, np.ndarray]:
-    """Embeddings float32 [n, D] of unit length and labels int64 [n] of the n readable images, in source order, on every rank.
+    """Embeddings float32 [n, D] of unit length and numbers int64 [n] of the n readable images, in source order, on every rank.
 
     `model` maps images float32 [b, 3, H, W] to features [b, D]; it runs in eval mode and gets its modes back. `flip` adds the
     features of the mirror image before the normalisation (the protocol of the face pair sets). An unreadable image is left out and
@@ -74,7 +95,8 @@ def embed(
             feature_bD = model(batch.images).float()
             if flip:
                 feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
-            features.append(normalize(feature_bD))
+            # A norm that overflows would make a row of zeros of features that have exploded.
+            features.append(torch.where(feature_bD.norm(dim=1, keepdim=True).isfinite(), normalize(feature_bD), torch.nan))
             indices.append(np.asarray(batch.indices, dtype=np.int64))
     if breaks:
         breaks.agree()
@@ -87,7 +109,7 @@ def embed(
     _report_unreadable(source, readable, rank)
     if look:
         look(source, embedding_nD, readable)
-    return embedding_nD, np.asarray(source.labels, dtype=np.int64)[readable]
+    return embedding_nD, readable
 
 
 @contextmanager

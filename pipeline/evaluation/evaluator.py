@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from dali_loaders.config import DataConfig
 from dali_loaders.remote import is_remote, without_secrets
 from pipeline.agreement import Agreement
 from pipeline.distributed import Place
-from pipeline.evaluation import BinReport, PairReport, evaluate, open_set, sheets
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation import Report, evaluate, open_set, sheets
 from pipeline.evaluation.curves_so_far import CurvesSoFar
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.kept import FILE, Kept
+from pipeline.evaluation.report import HISTOGRAM_EDGES
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
 from pipeline.monitor import Monitor, of_set
 from pipeline.monitor.json_lines import rows_at_end
@@ -118,7 +117,7 @@ class Evaluator:
             breaks=breaks,
             look=(lambda *of: seen.extend(of)) if is_last and monitor.config.images and self.place.is_first else None,
         )
-        values = {key: value for key, value in _flat(report.as_dict()).items() if value is not None}
+        values = {key: value for key, value in report.numbers().items() if value is not None}
         values[BEST_COSINE] = report.best_cosine
         if self.place.is_first:
             # Pictures of at most a hundred evaluations of a run, and of the last one.
@@ -136,11 +135,10 @@ class Evaluator:
         rows = rows_at_end(Path(self.folder, "metrics.jsonl"), step)
         return any(expected.items() <= row.items() for row in rows)
 
-    def _draw(self, name: str, report: PairReport | BinReport, step: int, monitor: Monitor) -> None:
-        if isinstance(report, PairReport):
-            monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
-            monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
-            monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
+    def _draw(self, name: str, report: Report, step: int, monitor: Monitor) -> None:
+        monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
+        monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
+        monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
         so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz")))
         curves = so_far.with_newest(step, report)
         monitor.try_to("the file of curves", so_far.write)
@@ -163,11 +161,3 @@ def _try(field: str, path: str, data: DataConfig) -> tuple[list[str], dict[str, 
 
 def _absolute(path: str) -> str:
     return ",".join(part if is_remote(part) else os.path.abspath(part) for part in path.split(","))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with "/" between the keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})
-    return result

@@ -145,6 +145,15 @@ def test_more_ranks_than_cores_are_spoken_of(monkeypatch, caplog):
     assert caplog.messages == ["--ranks 2, but this command may use 1 core: ranks take turns on them"]
 
 
+def test_eval_prints_intervals_and_writes_a_cleaning_report(trained, capsys, tmp_path):
+    command = ["eval", str(trained / "run"), "--data", str(trained / "faces.tar"), "--cleaning", str(tmp_path / "doubts.csv")]
+    assert main([*command, "--resamples", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "tar_at_far=1e-6             unreached: too few impostor pairs" in printed and "threshold_at_far=1e-2" in printed
+    assert (tmp_path / "doubts.csv").read_text().startswith("what,image,identity") and (tmp_path / "doubts.subset.txt").exists()
+    assert main([*command[:-1], str(tmp_path / "doubts.txt")]) == 2 and "name of a .csv" in capsys.readouterr().err
+
+
 def test_pack_check_and_train_on_the_packed_set(trained, capsys):
     assert main(["data", "pack", str(trained / "faces.tar"), str(trained / "faces.rec")]) == 0
     assert main(["data", "check", str(trained / "faces.rec")]) == 0
