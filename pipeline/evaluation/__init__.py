@@ -45,7 +45,8 @@ def evaluate(
 
     All ranks of `group` call it and get the same report, unless `breaks` breaks it off. `resamples`: draws for the 95 % intervals, 0 for
     none; by default 1000, and none for more than 2,236 images. `cleaning_file`: a .csv in which rank 0 of a labelled set lists what looks
-    wrong with its identities, as `cleaning.py` says, above the threshold at FAR 1e-3 or, if that is unreached, at the EER. `look` gets the embeddings of a labelled set.
+    wrong with its identities, as `cleaning.py` says, above the threshold at FAR 1e-3 or, if that is unreached, at the EER. `look` gets the
+    embeddings of a labelled set.
     Raises ValueError when `path` is no readable set or makes no genuine or no impostor pair.
     """
     if cleaning_file:
