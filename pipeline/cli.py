@@ -86,13 +86,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    announce("starting")
     from dali_loaders.outputs import check_file
-    from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
-    from pipeline.local_ranks import run_local
 
     if options.figure is not None:
         check_file(options.figure, "--figure", ".png", makes_folder=True)
+    announce("starting")
+    from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
+    from pipeline.local_ranks import run_local
+
     settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe, options.resamples, options.cleaning
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
 

@@ -10,9 +10,7 @@ WRITERS = ("tensorboard", "wandb")
 @dataclass(frozen=True)
 class MonitorConfig:
     writers: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: tensorboard, wandb (Weights & Biases), both, or none
-    images: int = (
-        5000  # of each labelled evaluation set, at the end of the run, in the projector and among which hard pairs are sought; 0: none
-    )
+    images: int = 5000  # of each labelled set, at the end of the run, in the projector and among which hard pairs are sought; 0: none
 
     def __post_init__(self) -> None:
         for name in self.writers:
