@@ -15,6 +15,16 @@ from pipeline.cli import main
 ENDS = {signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "terminated"), signal.SIGINT: (130, "interrupted")}
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Other tests left theirs, and under nohup or in the background of a shell signals are ignored."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        assert signal.signal(number, handler) is usual[number]
+
+
 @pytest.fixture
 def faces(tmp_path):
     write_faces(str(tmp_path / "faces"), FacesConfig(identities=3, images_per_identity=4, size=16), workers=1)
@@ -36,10 +46,7 @@ def signalled(monkeypatch):
         monkeypatch.setattr(FolderSource, "read", read_and_signal)
 
     monkeypatch.setattr(partial, "SECONDS", 0.0)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}  # other tests left theirs
-    yield install
-    for number, handler in before.items():
-        assert signal.signal(number, handler) is signal.SIG_DFL
+    return install
 
 
 @pytest.mark.parametrize("number", ENDS)
