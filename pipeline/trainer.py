@@ -35,7 +35,7 @@ from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.lease import Lease
 from pipeline.metrics_line import MetricsLine
-from pipeline.monitor import Monitor
+from pipeline.monitor import Monitor, MonitorConfig
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
 from pipeline.stopping import Asked, Stop, Stopped, unsaved
@@ -110,11 +110,12 @@ class Trainer:
         self.began_at = self.step
         self.watch.at("starting", self.step)
         first = self.step + bool(resumed)
-        told: dict[str, Any] = {"first_step": first, "config": config.monitor, "options": options_of(config), "lease": lease}
-        self.monitor = Monitor(run.folder, self.total_steps, place.rank, **told)
         if resumed:
             self.evaluator.go_on(self.step, self.ema is not None, self.agreement)
         is_complete = bool(resumed) and self.step >= self.total_steps
+        writers = MonitorConfig(writers=()) if is_complete and not self._lacks_figures() else config.monitor  # nothing is left to tell
+        told: dict[str, Any] = {"first_step": first, "config": writers, "options": options_of(config), "lease": lease}
+        self.monitor = Monitor(run.folder, self.total_steps, place.rank, **told)
         if not is_complete:
             self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
@@ -127,7 +128,7 @@ class Trainer:
         for line in filter(None, [*remarks, *self.resume_remarks, remark]):
             self.monitor.say(line)
         if is_complete:
-            owed = ", ".join(map(without_secrets, self.evaluator.owed(averaged=self.ema is not None)))
+            owed = ", ".join(map(without_secrets, self.evaluator.owed(self.step, averaged=self.ema is not None)))
             then = f"evaluating {owed}, of which it has no figures yet" if owed else "its figures are those it had"
             self.monitor.say(f"this run is complete: nothing is left to train, and {then}")
         self.loader = TrainLoader(
@@ -231,7 +232,11 @@ class Trainer:
         config = self.config.evaluation
         if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
             return self.step == 0 and config.at_start
-        return self._is_due(config.every_epochs * self.steps_per_epoch) and bool(self.evaluator.owed(averaged=self.ema is not None))
+        return self._is_due(config.every_epochs * self.steps_per_epoch) and self._lacks_figures()
+
+    def _lacks_figures(self) -> bool:
+        """Whether there are sets of which the present step has no figures yet."""
+        return bool(self.evaluator.owed(self.step, averaged=self.ema is not None))
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
@@ -249,13 +254,15 @@ class Trainer:
         breaks = Breaks(self._breaks_off, lambda: self._heed(*self.agreement.highest(self.stop.asked())))
         breaks.agree()
         self.watch.at("evaluation", self.step)
-        self.line.write_prototypes()
+        is_new = self._lacks_figures() or not self.evaluator.names
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
             with self.engine.for_evaluation() as module:
                 figures = self.evaluator.run(module, self.step, self.monitor, breaks=breaks)
             if self.ema:
                 with self.ema.in_place_of(self.engine.module):
                     self.evaluator.run(self.engine.module, self.step, self.monitor, averaged=True, breaks=breaks)
+        if is_new:
+            self.line.write_prototypes()
         return figures
 
     def _breaks_off(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,18 @@ class Curve:
 
 
 class CurvesSoFar:
-    """Of one set, kept in the file `path`: what of it cannot be read is forgotten, and drawn no more."""
+    """Of one set, kept in the file `path`: what of it cannot be read is forgotten, and drawn no more.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    of: what the set is; curves of another one are forgotten too"""
+
+    def __init__(self, path: Path, of: Any = None) -> None:
+        self._path, self._of = path, json.dumps(of)
         self._curves: dict[int, Curve] | None = None  # by step
 
     def with_newest(self, step: int, report: Any) -> dict[str, Any]:
         """The first, the best and the newest Curve, by what a legend calls them. What an earlier start of the run left of `step` and later
         steps, which are repeated now, is forgotten."""
-        known = _read(self._path) if self._curves is None else self._curves
+        known = _read(self._path, self._of) if self._curves is None else self._curves
         curves = {at: curve for at, curve in known.items() if at < step}
         curves[step] = Curve(step, float(report.eer), int(report.genuine_pairs), int(report.impostor_pairs), report.roc)
         first, best = min(curves), min(curves, key=lambda at: (curves[at].eer, at))
@@ -41,7 +44,7 @@ class CurvesSoFar:
 
     def write(self) -> None:
         """OSError where the file is not written; then it holds what it did."""
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, Any] = {"of": np.array(self._of)}
         for at, curve in (self._curves or {}).items():
             arrays |= {f"{at}/numbers": np.array([curve.eer, curve.genuine_pairs, curve.impostor_pairs]), f"{at}/roc": np.stack(curve.roc)}
         content = io.BytesIO()
@@ -51,11 +54,11 @@ class CurvesSoFar:
         new.replace(self._path)
 
 
-def _read(path: Path) -> dict[int, Curve]:
+def _read(path: Path, of: str) -> dict[int, Curve]:
     curves: dict[int, Curve] = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            for name in arrays.files:
+            for name in arrays.files if str(arrays["of"]) == of else ():
                 step, _, part = name.partition("/")
                 if part == "numbers":
                     eer, genuine, impostors = arrays[name].tolist()

@@ -78,9 +78,10 @@ class Evaluator:
                         self.done[name] = values
         self.done_at, self.done = step, agreement.of_first(self.done)
 
-    def owed(self, averaged: bool) -> list[str]:
-        """Paths of the sets that are still to be evaluated at the step from which the run goes on."""
-        return [path for path, name in self.names.items() if not {name, *[name + AVERAGED] * averaged} <= self.done.keys()]
+    def owed(self, step: int, averaged: bool) -> list[str]:
+        """Paths of the sets that are still to be evaluated at `step`."""
+        done = self.done.keys() if step == self.done_at else set()
+        return [path for path, name in self.names.items() if not {name, *[name + AVERAGED] * averaged} <= done]
 
     def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False, breaks: Breaks | None = None) -> dict[str, float]:
         """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are. Those
@@ -123,7 +124,7 @@ class Evaluator:
             # Pictures of at most a hundred evaluations of a run, and of the last one.
             if is_last or step - self.drawn.get(name, -monitor.total_steps) >= monitor.total_steps / 100:
                 self.drawn[name] = step
-                self._draw(name, report, step, monitor)
+                self._draw(name, report, step, monitor, self.sets[path])
             if seen:
                 sheets.show(monitor, step, name, seen[0], self.data, *seen[1:])
             monitor.try_to(FILE, lambda: self.kept.add(step, name, self.sets[path], values))
@@ -135,11 +136,11 @@ class Evaluator:
         rows = rows_at_end(Path(self.folder, "metrics.jsonl"), step)
         return any(expected.items() <= row.items() for row in rows)
 
-    def _draw(self, name: str, report: Report, step: int, monitor: Monitor) -> None:
+    def _draw(self, name: str, report: Report, step: int, monitor: Monitor, of: dict[str, Any]) -> None:
         monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
         monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
         monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
-        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz")))
+        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz"), of))
         curves = so_far.with_newest(step, report)
         monitor.try_to("the file of curves", so_far.write)
         figure = self.figures.roc_figure(curves, name)
