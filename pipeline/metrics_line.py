@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import psutil
@@ -16,6 +17,7 @@ from torch import Tensor
 from pipeline import classifier_state, training_step
 from pipeline.checkpoint import NotFiniteError
 from pipeline.checkpoint.folder import NAME
+from pipeline.monitor.json_lines import rows_at_end
 from pipeline.prototype_figures import prototype_figures
 
 GIB = 1 << 30
@@ -97,9 +99,12 @@ class MetricsLine:
         return dict(zip(names, (most / GIB).tolist(), strict=True))
 
     def write_prototypes(self) -> None:
-        """A line on the prototypes, at an evaluation. Every rank calls it."""
+        """A line on the prototypes, at an evaluation, unless it was written before that was broken off. Every rank calls it."""
         run = self._run
         values, histograms = prototype_figures(run.classifier, run.classifier_optimizer)
+        rows = rows_at_end(Path(run.config.run.folder, "metrics.jsonl"), run.step)
+        if any(values.keys() <= row.keys() for row in rows):
+            return
         run.monitor.scalars(run.step, values)
         for name, counted in histograms.items():
             run.monitor.histogram(run.step, name, *counted)

@@ -254,15 +254,14 @@ class Trainer:
         breaks = Breaks(self._breaks_off, lambda: self._heed(*self.agreement.highest(self.stop.asked())))
         breaks.agree()
         self.watch.at("evaluation", self.step)
-        is_new = self._lacks_figures() or not self.evaluator.names
+        if self._lacks_figures() or not self.evaluator.names:
+            self.line.write_prototypes()
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
             with self.engine.for_evaluation() as module:
                 figures = self.evaluator.run(module, self.step, self.monitor, breaks=breaks)
             if self.ema:
                 with self.ema.in_place_of(self.engine.module):
                     self.evaluator.run(self.engine.module, self.step, self.monitor, averaged=True, breaks=breaks)
-        if is_new:
-            self.line.write_prototypes()
         return figures
 
     def _breaks_off(self) -> bool:
