@@ -33,10 +33,12 @@ class MetricsLine:
     def __init__(self, run: Run) -> None:
         self._run, self._process = run, psutil.Process()
         self._said = run.saver.committed
-        self._begin()
-
-    def _begin(self) -> None:
         self._losses: list[Tensor | None] = []
+        self._start = self._waited_before = 0.0
+
+    def begin(self) -> None:
+        """Before the first step: from here on time counts."""
+        self._losses = []
         self._start, self._waited_before = time.perf_counter(), self._run.loader.wait_seconds
 
     def add(self, loss: Tensor | None) -> None:
@@ -85,7 +87,7 @@ class MetricsLine:
             **self._memory(),
         }
         run.monitor.scalars(run.step, values)
-        self._begin()
+        self.begin()
 
     def _memory(self) -> dict[str, float]:
         """The most that any rank has: of host memory now, of its GPU's since the last line."""

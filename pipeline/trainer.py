@@ -176,6 +176,7 @@ class Trainer:
         config = self.config
         self._heed(*self.agreement.highest(self.stop.asked()))
         figures = self.evaluate() if self._owes_evaluation() else {}
+        self.line.begin()
         while self.step < self.total_steps:
             self.watch.at("a training step", self.step)
             self.line.add(self._train_step())
