@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import tempfile
@@ -73,10 +74,15 @@ def measure(setting: Setting) -> dict[str, Any]:
     if setting.allocator == "keeping":
         os.environ["GLIBC_TUNABLES"] = KEEPING  # read when a process starts
     try:
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # which tells of each rank that it ends after a failure
         results = mp.get_context("spawn").SimpleQueue()
         with tempfile.TemporaryDirectory(prefix="protoshard-bench-") as folder:
             mp.spawn(_rank, (setting, os.path.join(folder, "store"), results), nprocs=setting.ranks)
         return results.get()
+    except mp.ProcessRaisedException as error:
+        if "allocate memory" in str(error) or "out of memory" in str(error):
+            raise ValueError("a rank has no memory for that: try --skip-eager, or fewer --classes") from None
+        raise
     except mp.ProcessExitedException as error:
         end = error.signal_name or f"exit code {error.exit_code}"
         raise ValueError(f"rank {error.error_index} ended with {end} (out of memory?): try --skip-eager, or fewer --classes") from None

@@ -102,7 +102,14 @@ def _add_bench_step(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--batch", type=int, default=32, metavar="N", help="images (32)")
     bench.add_argument("--classes", type=int, default=100_000, metavar="N", help="(100000)")
     bench.add_argument("--image-size", type=int, default=112, metavar="N", help="pixels of a side (112)")
-    bench.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16"), help="of the products (float32)")
+    bench.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=("float32", "bfloat16"),
+        metavar="TYPE",
+        help="of the products: float32, bfloat16 (float32)",
+    )
     bench.add_argument("--layout", nargs="+", default=["nhwc"], choices=("nchw", "nhwc"), help="of images and weights in memory (nhwc)")
     bench.add_argument("--compile", action="store_true", help="measure the backbone with torch.compile too")
     bench.add_argument("--rounds", type=int, default=7, metavar="N", help="steps of each side (7); on a GPU tens of steps")

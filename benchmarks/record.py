@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dali_loaders.outputs import check_file
 from pipeline.measuring import hardware
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
@@ -71,6 +72,7 @@ def append(path: str, row: dict[str, Any]) -> None:
 
 def report(rows: Iterable[dict[str, Any]], as_text: Callable[[dict[str, Any]], str], as_json: bool, path: str) -> None:
     """Prints rows as they come, or all of them as one JSON object, and appends them to the CSV file."""
+    check_file(path, "--csv", makes_folder=True)
     kept = []
     for row in rows:
         kept.append(row)

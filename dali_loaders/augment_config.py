@@ -53,7 +53,7 @@ class AugmentConfig:
     low_resolution_scale: tuple[float, float] = (0.2, 1.0)  # of the sides in between
     grey: float = 0.0  # probability of losing the colours
     jpeg: float = 0.0  # probability of being compressed once more
-    jpeg_quality: tuple[int, int] = (30, 95)
+    jpeg_quality: tuple[int, int] = (30, 95)  # of that compression, from 1 to 100
 
     def __post_init__(self) -> None:
         if not isinstance(self.flip, bool):

@@ -92,10 +92,12 @@ def evaluation_batches(
     *,
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
+    skipped: Skipped | None = None,
 ) -> Iterator[Batch]:
     """The images `indices` in this order, as TrainLoader gives them, but not augmented. Rows of unreadable images are left out;
-    `Batch.indices` says which are there. The last batch may be smaller."""
-    feed = Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), Skipped(source, None))
+    `Batch.indices` says which are there, and `skipped` is told the others with their reasons. The last batch may be smaller."""
+    skipped = Skipped(source, None) if skipped is None else skipped
+    feed = Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), skipped)
     batches = feed.evaluation_batches(np.asarray(indices, np.int64))
     for batch in Background(batches, config.prefetch, feed.decoder.device, feed.stop, feed.doing):
         yield _on_current_stream(batch)

@@ -43,6 +43,11 @@ def text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def quoted(path: str) -> str:
+    """A path in a sentence, which would not end where it does if it has spaces."""
+    return f"'{printable(path)}'" if any(map(str.isspace, path)) else printable(path)
+
+
 def printable(name: str | bytes) -> str:
     """The same name for people, on one line and in valid UTF-8: bytes that are no UTF-8 and control characters are escaped.
 

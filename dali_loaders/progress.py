@@ -1,60 +1,127 @@
-"""A line on a terminal that says how far a long task is. Where standard error is no terminal it prints nothing."""
+"""How far a long task is: tqdm's bar on a terminal, a plain line now and then in a log. Only rank 0 of a job speaks."""
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any, TextIO
 
-_SECONDS = 0.25  # between two looks of the line
+from dali_loaders.extras import extra
+
+LINE_SECONDS = 30.0  # between two lines in a log; a task that is done before the first one gives none
+SHORT_SECONDS = 0.5  # what is done by then shows no bar
+_LONGEST = 30  # characters of what a bar is of, so that the time left is in sight on 80 columns
+_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}"
+_WITHOUT = "{desc} {n_fmt}, {elapsed}, {rate_noinv_fmt}"
+
+
+def bar(**options: Any) -> Any:
+    """A tqdm bar as wide as its terminal; others may stand above and below."""
+    made = _kind_of_bar()(mininterval=0.1, ncols=columns(options["file"]), **options)
+    made.dynamic_ncols = lambda stream: (columns(stream), None)
+    return made
+
+
+def columns(stream: TextIO) -> int:
+    """Characters that fit into a line of the terminal that `stream` is; standard output may be a file."""
+    try:
+        return (int(os.environ.get("COLUMNS", 0)) or os.get_terminal_size(stream.fileno()).columns) - 1
+    except (OSError, ValueError):
+        return 79
+
+
+@functools.cache
+def _kind_of_bar() -> Any:
+    """Without tqdm's watching thread and its lock between processes, neither of which is of use here."""
+    with extra("train"):
+        from tqdm import tqdm  # here, because most that imports this shows no bar
+
+    class Bar(tqdm):
+        monitor_interval = 0
+
+    Bar.set_lock(threading.RLock())
+    return Bar
 
 
 class Progress:
-    """Counts what is done; the line is drawn anew at most four times a second."""
+    """Counts what is done."""
 
     def __init__(self, what: str, total: int | None, stream: TextIO | None) -> None:
-        self._what, self._total, self._stream = what, total, stream
-        self._done, self._start, self._drawn, self._width = 0, time.monotonic(), 0.0, 0
+        self._what, self._total, self._stream = what, total or None, stream
+        self._done, self._start = 0, time.monotonic()
+        self._line_at = self._start + LINE_SECONDS
+        self._bar: Any = None
+        if stream is not None and stream.isatty():
+            form = {"bar_format": _WITH_TOTAL if self._total else _WITHOUT, "unit": "", "unit_scale": True}
+            self._bar = bar(desc=_short(what), total=self._total, file=stream, leave=False, delay=SHORT_SECONDS, **form)
 
     def add(self, count: int = 1) -> None:
+        """More than the total is not done: the last batch of a task may be smaller than the others."""
+        count = count if self._total is None else min(count, self._total - self._done)
         self._done += count
-        if self._stream is not None and time.monotonic() - self._drawn >= _SECONDS:
-            self._drawn = time.monotonic()
-            self._draw(self._stream)
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._stream is not None and time.monotonic() >= self._line_at:
+            self._line_at = time.monotonic() + LINE_SECONDS
+            say(self._line(), self._stream)
 
-    def _draw(self, stream: TextIO) -> None:
+    def _line(self) -> str:
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        line = f"{self._what} {self._done:,}"
-        if self._total:
-            left = max(0, self._total - self._done) / max(rate, 1e-9)
-            line += f" of {self._total:,} ({self._done / self._total:.0%}), {rate:,.0f}/s, {_clock(left)} left"
-        else:
-            line += f", {rate:,.0f}/s"
-        stream.write("\r" + line.ljust(self._width))
-        stream.flush()
-        self._width = len(line)
+        if not self._total:
+            return f"{self._what}: {self._done:,}, {rate:,.0f}/s"
+        left = max(0, self._total - self._done) / max(rate, 1e-9)
+        return f"{self._what}: {self._done:,} of {self._total:,} ({self._done / self._total:.0%}), {rate:,.0f}/s, {time_left(left)}"
 
     def erase(self) -> None:
-        if self._stream is not None and self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._stream.flush()
+        if self._bar is not None:
+            self._bar.close()
 
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Progress]:
-    """`with progress("checking", len(source)) as done: ... done.add(256)`: "checking 5,120 of 8,000 (64%), 2,900/s, 0:01 left", erased at
-    the end. `total` None: it is not known beforehand."""
-    # A closed or absent standard error (a daemon's) is no terminal either.
-    shown = Progress(what, total, sys.stderr if sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty() else None)
+    """`with progress("checking", len(source)) as done: ... done.add(256)`. A bar is erased at the end. `total` None: it is not known
+    beforehand."""
+    # A closed or absent standard error (a daemon's) is told nothing, nor is it told by ranks that do the same as rank 0.
+    speaks = sys.stderr is not None and not sys.stderr.closed and os.environ.get("RANK", "0") == "0"
+    shown = Progress(what, total, sys.stderr if speaks else None)
     try:
         yield shown
     finally:
         shown.erase()
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
+def announce(what: str) -> None:
+    """A line on what begins now, of rank 0, on standard error."""
+    if sys.stderr is not None and not sys.stderr.closed and os.environ.get("RANK", "0") == "0":
+        say(what, sys.stderr)
+
+
+def say(message: str, stream: TextIO) -> None:
+    """A line; one of a log has date and time. Nobody may be left to read it."""
+    with suppress(OSError, ValueError):
+        stream.write(("" if stream.isatty() else f"{clock()}  ") + message + "\n")
+        stream.flush()
+
+
+def clock() -> str:
+    """Date and time here, as a line of a log begins."""
+    return datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def time_left(seconds: float) -> str:
+    """ "2d03h left", "2h05m left" or "3m20s left"."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    days, hours = divmod(hours, 24)
+    return (f"{days}d{hours:02}h" if days else f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s") + " left"
+
+
+def _short(what: str) -> str:
+    half = _LONGEST // 2
+    return what if len(what) <= _LONGEST else f"{what[:half]}…{what[1 - half :]}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dali_loaders.extras import missing
 from launch.hosts import Host, read_hosts
 from pipeline import stopping
-from pipeline.commands import Overrides
+from pipeline.commands import Overrides, positionals_first
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig  # not here: importing it takes seconds
@@ -41,7 +41,7 @@ JOB_SERVER_SECONDS = 60
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: that of the job, which is 75 for one that saved and stopped on request; 2 for bad input; 130 or 143 if interrupted
     otherwise."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(positionals_first(sys.argv[1:] if arguments is None else arguments))
     for number in stopping.SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
             signal.signal(number, Leaving())

@@ -10,8 +10,10 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
-from pipeline import checkpoint_commands, data_commands, endings, stopping
-from pipeline.commands import Overrides, command, start_weights
+from dali_loaders.names import printable
+from dali_loaders.progress import announce
+from pipeline import checkpoint_commands, completion, data_commands, endings, export_commands, recipe_commands, stopping
+from pipeline.commands import Parser, Version, command, count, positionals_first
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +38,7 @@ def _run(arguments: list[str] | None) -> int:
         parser, commands = _parser()
         if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
             import_module("benchmarks.commands").add(commands)
-        parser.parse_args(arguments, options)
+        parser.parse_args(positionals_first(sys.argv[1:] if arguments is None else arguments), options)
         logging.basicConfig(format="%(message)s")
         with stopping.heeded() if options.command is _train else endings.unwinding_on_signals():
             code = options.command(options) or 0
@@ -66,11 +68,13 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
+    announce("starting")  # what is imported here takes seconds, on cold disks half a minute
     from pipeline.local_ranks import run_local
     from pipeline.resolve import resolve
     from pipeline.summary import summary
     from pipeline.train import train_recipe
 
+    announce(f"reading the recipe {printable(options.recipe)}")
     config = resolve(options.recipe, options.set)
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -82,18 +86,16 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from dali_loaders.outputs import check_file
+
+    if options.figure is not None:
+        check_file(options.figure, "--figure", ".png", makes_folder=True)
+    announce("starting")
     from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
     from pipeline.local_ranks import run_local
 
-    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe
+    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe, options.resamples, options.cleaning
     run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
-
-
-def _config(options: argparse.Namespace) -> None:
-    from pipeline.config import as_text
-    from pipeline.resolve import resolve
-
-    print(as_text(resolve(options.recipe, options.set)))
 
 
 def _import_insightface(options: argparse.Namespace) -> None:
@@ -124,13 +126,15 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
-    parser = argparse.ArgumentParser(prog="protoshard", description="Trains open-set recognition models with up to 100 million identities.")
+    parser = Parser(prog="protoshard", description="Trains open-set recognition models with up to 100 million identities.")
+    parser.add_argument("--version", nargs=0, action=Version, help="print the versions of protoshard, Python and torch")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     train = command(commands, "train", _train, "train a recipe", "protoshard train dogs_small --ranks 2 --set run.epochs=10")
     train.set_defaults(when_broken_off="; --resume auto, the default, continues from the newest checkpoint")
-    _add_recipe(train)
-    train.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine; one GPU each where there are N (1)")
+    recipe_commands.add_recipe(train)
+    recipe_commands.name_recipes_in_help(train)
+    train.add_argument("--ranks", type=count, default=1, metavar="N", help="processes on this machine; one GPU each where there are N (1)")
     train.add_argument(
         "--resume", default="auto", metavar="auto|none|PATH", help="newest checkpoint of the run, a new start, or that checkpoint (auto)"
     )
@@ -139,17 +143,21 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
     evaluate.add_argument("--data", required=True, metavar="PATH", help="labelled folder, .tar or .rec, or an InsightFace .bin pair set")
     evaluate.add_argument("--recipe", metavar="FILE.py", help="the recipe file that registers the run's backbone, if that is one's own")
-    evaluate.add_argument("--ranks", type=int, default=1, metavar="N", help="processes on this machine (1)")
+    evaluate.add_argument("--ranks", type=count, default=1, metavar="N", help="processes on this machine (1)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     evaluate.add_argument("--figure", metavar="FILE.png", help="also write the ROC curve")
     evaluate.add_argument("--ema", action="store_true", help="the average of the weights that the run kept (run.ema)")
     evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
 
+    evaluate.add_argument("--resamples", type=_count, metavar="N", help="draws for 95 %% intervals; 0: none (1000, for up to 2,236 images)")
+    evaluate.add_argument("--cleaning", metavar="FILE.csv", help="also list identities to merge and misplaced images, and a data.subset")
+
     data_commands.add(commands)
     checkpoint_commands.add(commands)
+    export_commands.add(commands)
 
-    config = command(commands, "config", _config, "print a resolved recipe", "protoshard config dogs_small --set loss.margin=0.3")
-    _add_recipe(config)
+    recipe_commands.add(commands)
+    completion.add(commands, parser)
 
     imports = commands.add_parser("import", help="take over runs of other projects").add_subparsers(metavar="PROJECT", required=True)
     insightface = command(
@@ -167,7 +175,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         help="model.pt, or all checkpoint_gpu_*.pt of a run, which hold its classifier too (older: model.pt and all softmax_fc_gpu_*.pt)",
     )
     _add_out(insightface)
-    insightface.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")
+    insightface.add_argument("--gpus", type=count, default=8, metavar="N", help="GPUs of that run: its batch size is per GPU (8)")
 
     for name, run, example, default in (
         ("adaface", _import_adaface, "adaface_ir50_ms1mv2.ckpt", "bgr"),
@@ -198,12 +206,19 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--identities", type=int, required=True, metavar="N", help="classes of the whole job")
-    plan.add_argument("--width", type=int, default=512, metavar="D", help="features per sample (512)")
-    plan.add_argument("--batch", type=int, default=1024, metavar="N", help="samples per step, over all ranks (1024)")
-    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="(1)")
-    plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
+    plan.add_argument("--identities", type=count, required=True, metavar="N", help="classes of the whole job, such as 10000000, 1e7 or 10M")
+    plan.add_argument("--width", type=count, default=512, metavar="D", help="features per sample (512)")
+    plan.add_argument("--batch", type=count, default=1024, metavar="N", help="samples per step, over all ranks (1024)")
+    plan.add_argument("--ranks", type=count, default=1, metavar="N", help="(1)")
+    plan.add_argument("--accumulation", type=count, default=1, metavar="N", help="micro-batches of a step (1)")
     plan.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
     plan.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="of the prototypes (sgd)")
     plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products with prototypes (bfloat16)")
@@ -213,7 +228,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--bank", action="store_true", help="with a bank of last features, for substitution_source=bank and losses that ask")
     plan.add_argument("--backbone", default="iresnet50", metavar="NAME", help="or none, for the classifier alone (iresnet50)")
     plan.add_argument("--checkpoint-activations", action="store_true", help="backward computes the inside of the backbone's blocks again")
-    plan.add_argument("--image-size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
+    plan.add_argument("--image-size", type=count, default=112, metavar="PIXELS", help="side of an image (112)")
     plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
     plan.add_argument("--frozen", type=_parts, default=(), metavar="PART,...", help="of the backbone, as optimizer.frozen (none)")
     plan.add_argument("--ema", action="store_true", help="with an average of the backbone's weights (run.ema)")
@@ -228,22 +243,6 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in a few seconds, or a preset (here)")
     plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
     plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a name from pipeline/recipes, or a Python file with a function recipe()")
-    parser.add_argument(
-        "--set", nargs="+", action=Overrides, default=[], metavar="section.field=value", help="override fields; may be repeated"
-    )
-    parser.add_argument(
-        "--from",
-        dest="set",
-        action="append",
-        type=start_weights,
-        default=[],
-        metavar="CHECKPOINT|RUN|FILE",
-        help="begin a new run with the backbone of that checkpoint, run, .pt or .safetensors file; short for --set start.weights=",
-    )
 
 
 if __name__ == "__main__":

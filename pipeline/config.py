@@ -22,6 +22,7 @@ from pipeline.backbones import BackboneConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.engine import EngineConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.monitor.config import MonitorConfig
 from pipeline.schedule import OptimizerConfig
 from pipeline.starting_weights import StartConfig
 
@@ -35,10 +36,10 @@ RENAMED: dict[str, str] = {}
 @dataclass(frozen=True)
 class RunConfig:
     folder: str = ""  # checkpoints, metrics and TensorBoard files; "" becomes runs/RECIPE. On a cluster: on a file system all nodes share
-    seed: int = 0
+    seed: int = 0  # of the order, first weights, augmentation, dropout and sampling
     batch: int = 128  # samples per optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches per step
-    epochs: float = 20.0
+    epochs: float = 20.0  # passes over the images; parts of one are allowed
     ema: float = 0.0  # decay of a running average of the backbone's weights, evaluated beside them, such as 0.9999; 0: none
     margin_warmup: float = 0.0  # share of the run over which the loss's margins (fields ending so) grow from 0; helps small sets
     most_skipped: int = 100  # steps in a row that are left out because something in them is not finite, before the run stops
@@ -77,6 +78,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
 
 MOST = 1e300  # of a number in a saved configuration; what its field may be, the section says
@@ -95,14 +97,28 @@ def _lines(part: Any, prefix: str) -> Iterator[str]:
         if is_dataclass(value):
             yield from _lines(value, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name} = {without_secrets(_text(value))}"
+            yield f"{prefix}{item.name} = {value_text(value)}"
 
 
-def _text(value: Any) -> str:
-    """The text that `overrides.parse` reads back."""
+def value_text(value: Any) -> str:
+    """The text that `overrides.parse` reads back, without secrets of addresses."""
     if isinstance(value, tuple) and not any(isinstance(item, tuple | Mapping) for item in value):
-        return ", ".join(map(str, value))
-    return str(value)
+        value = ", ".join(map(str, value))
+    return without_secrets(str(value))
+
+
+def options_of(config: TrainConfig) -> dict[str, str | float]:
+    """What tables that compare runs show of a configuration: the loss, and fields that are not as a new TrainConfig has them, by
+    `section.field`; numbers as numbers, all else as text."""
+    usual = set(_lines(TrainConfig(), "")) - {"loss = cosface"}
+    return {name: _number(text) for name, text in (line.split(" = ", 1) for line in _lines(config, "") if line not in usual)}
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

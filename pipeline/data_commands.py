@@ -6,7 +6,8 @@ import argparse
 import json
 
 from dali_loaders.config import TIMEOUT
-from pipeline.commands import Overrides, command
+from dali_loaders.outputs import check_file
+from pipeline.commands import add_overrides, command, count
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -14,27 +15,27 @@ def add(commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser("data", help="make, pack and check data sets").add_subparsers(metavar="COMMAND", required=True)
     faces = command(data, "faces", _faces, "draw a procedural-faces set", "protoshard data faces data/faces.tar --identities 400")
     faces.add_argument("out", metavar="OUT", help="a .tar, a .rec, or a folder")
-    faces.add_argument("--identities", type=int, default=400, metavar="N", help="(400)")
-    faces.add_argument("--images", type=int, default=20, metavar="N", help="images of each identity (20)")
-    faces.add_argument("--size", type=int, default=112, metavar="PIXELS", help="side of an image (112)")
-    faces.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
-    faces.add_argument("--first-identity", type=int, default=0, metavar="N", help="sets that share no number share no identity (0)")
+    faces.add_argument("--identities", type=count, default=400, metavar="N", help="(400)")
+    faces.add_argument("--images", type=count, default=20, metavar="N", help="images of each identity (20)")
+    faces.add_argument("--size", type=count, default=112, metavar="PIXELS", help="side of an image (112)")
+    faces.add_argument("--seed", type=count, default=0, metavar="N", help="(0)")
+    faces.add_argument("--first-identity", type=count, default=0, metavar="N", help="sets that share no number share no identity (0)")
     pack = command(data, "pack", _pack, "pack a set into RecordIO or tar shards", "protoshard data pack photos faces.rec --resize 112")
     pack.add_argument("source", metavar="DATA", help="a set in any form")
     pack.add_argument("out", metavar="OUT", help="a .rec; or a .tar, for shards OUT-000.tar, OUT-001.tar, ...")
-    pack.add_argument("--resize", type=int, default=0, metavar="PIXELS", help="encode images of another size anew, as JPEG (as they are)")
-    pack.add_argument("--quality", type=int, default=95, metavar="N", help="of JPEGs encoded anew (95)")
+    pack.add_argument("--resize", type=count, default=0, metavar="PIXELS", help="encode images of another size anew, as JPEG (as they are)")
+    pack.add_argument("--quality", type=count, default=95, metavar="N", help="of JPEGs encoded anew (95)")
     pack.add_argument("--landmarks", default="", metavar="FILE.csv", help="path,x1,y1,...,x5,y5 of each image: cut its face out, 112 x 112")
-    pack.add_argument("--shard-size", type=int, default=10_000, metavar="N", help="images of a tar shard (10000)")
+    pack.add_argument("--shard-size", type=count, default=10_000, metavar="N", help="images of a tar shard (10000)")
     pack.add_argument("--verify", action="store_true", help="decode every image, read all back and compare")
     pack.add_argument("--resume", action="store_true", help="when broken off keep what is done; the same command goes on from it")
-    pack.add_argument("--workers", type=int, default=0, metavar="N", help="threads (one for each core, at most 8)")
+    pack.add_argument("--workers", type=count, default=0, metavar="N", help="threads (one for each core, at most 8)")
     pairs = command(data, "pairs", _pairs, "make a .bin pair set", "protoshard data pairs test.tar test.bin --folds 10 --pairs 300")
     pairs.add_argument("data", metavar="DATA", help="a set in any form; with --list the folder of its images")
     pairs.add_argument("out", metavar="OUT.bin")
-    pairs.add_argument("--folds", type=int, default=10, metavar="N", help="that share no identity if the set is large enough (10)")
-    pairs.add_argument("--pairs", type=int, default=300, metavar="N", help="genuine pairs of a fold, and as many of impostors (300)")
-    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (0)")
+    pairs.add_argument("--folds", type=count, default=10, metavar="N", help="that share no identity if the set is large enough (10)")
+    pairs.add_argument("--pairs", type=count, default=300, metavar="N", help="genuine pairs of a fold, and as many of impostors (300)")
+    pairs.add_argument("--seed", type=count, default=0, metavar="N", help="of the choice (0)")
     pairs.add_argument("--list", metavar="FILE.txt", help="pairs of LFW (pairs.txt), CALFW or CPLFW, in place of random ones")
     pairs.add_argument("--landmarks", default="", metavar="FILE.csv", help="of each image, as for pack: cut its face out, 112 x 112")
     check = command(data, "check", _check, "decode every image and report", "protoshard data check faces.tar --fix clean.rec")
@@ -64,11 +65,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     preview.add_argument("path", metavar="PATH", help="a folder, .tar or .rec")
     preview.add_argument("recipe", metavar="RECIPE", help="name or file of the recipe whose section data.augment is shown")
-    preview.add_argument("--set", nargs="+", action=Overrides, default=[], metavar="section.field=value", help="override fields")
+    add_overrides(preview)
     preview.add_argument("--out", default="preview.png", metavar="FILE.png", help="(preview.png)")
-    preview.add_argument("--images", type=int, default=8, metavar="N", help="rows, an image each (8)")
-    preview.add_argument("--versions", type=int, default=8, metavar="N", help="augmented versions of each image (8)")
-    preview.add_argument("--seed", type=int, default=0, metavar="N", help="(0)")
+    preview.add_argument("--images", type=count, default=8, metavar="N", help="rows, an image each (8)")
+    preview.add_argument("--versions", type=count, default=8, metavar="N", help="augmented versions of each image (8)")
+    preview.add_argument("--seed", type=count, default=0, metavar="N", help="(0)")
 
 
 def _faces(options: argparse.Namespace) -> None:
@@ -84,6 +85,7 @@ def _pack(options: argparse.Namespace) -> int:
     from dali_loaders.packing import PackConfig, pack
 
     options.when_broken_off = "; the same command goes on where it stopped" if options.resume else "; nothing was written"
+    check_file(options.out, "the packed set", ".rec", ".tar")
     config = PackConfig(options.resize, options.quality, options.landmarks, options.shard_size, options.verify)
     source = open_source(options.source, cache=options.cache)
     report = pack(source, options.out, config, workers=options.workers, resume=options.resume, timeout=options.timeout)
@@ -94,6 +96,7 @@ def _pack(options: argparse.Namespace) -> int:
 def _pairs(options: argparse.Namespace) -> None:
     from pipeline.evaluation.make_pairs import pairs_of_list, pairs_of_set
 
+    check_file(options.out, "the pair set", ".bin")
     if options.list:
         print(pairs_of_list(options.list, options.data, options.out, options.landmarks))
     else:
@@ -104,6 +107,10 @@ def _check(options: argparse.Namespace) -> None:
     """Exit code 1 where anything is wrong."""
     from dali_loaders.checking import check
 
+    if options.fix:
+        check_file(options.fix, "the clean set", ".rec")
+    if options.figure is not None:
+        check_file(options.figure, "--figure", ".png", makes_folder=True)
     if options.model:  # first, like figures, because the check takes long
         from pipeline.evaluation.near_identities import near_identities, network
 
@@ -145,6 +152,7 @@ def _preview(options: argparse.Namespace) -> None:
     from dali_loaders.preview import write_preview
     from pipeline.resolve import resolve
 
+    check_file(options.out, "--out", ".png")
     config = resolve(options.recipe, options.set).data
     source = open_source(options.path, config.reader)
     for name in write_preview(options.out, source, config, images=options.images, versions=options.versions, seed=options.seed):

@@ -20,10 +20,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
+from dali_loaders.progress import announce
 from pipeline import endings
-from pipeline.distributed import STORE, describe
+from pipeline.distributed import STORE, cores, describe
 from pipeline.stopping import SIGNALS, STOPPED, Repeats, Stopped
 
+log = logging.getLogger(__name__)
 Signals = Callable[[], AbstractContextManager[Any]]
 # Seconds for the other ranks to end by themselves after the first one has, by its exit code: to see that they stop too, or have lost it.
 PATIENCE = {STOPPED: 60.0, endings.LOST: 5.0}
@@ -41,6 +43,10 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any, signals
     if ranks == 1:
         function(*arguments)
         return
+    if ranks > cores():
+        plural = "s" * (cores() > 1)
+        log.warning("--ranks %d, but this command may use %d core%s: ranks take turns on them", ranks, cores(), plural)
+    announce(f"starting {ranks} ranks")
     with tempfile.TemporaryDirectory(prefix="protoshard-") as folder:
         with _blocked():  # or what a closed terminal sends to all would end it; later on it would unblock signals
             resource_tracker.ensure_running()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import itertools
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,8 @@ from partial_fc.fields import hint_at
 from partial_fc.losses import Loss
 from pipeline.config import RENAMED, TrainConfig, with_tuples
 
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
 
 def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """`config` with `section.field=value` overrides applied. ValueError with one sentence names the first that cannot be."""
@@ -23,14 +26,14 @@ def override(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     # "data.augment". Fields of a section are set together, because some go only with others.
     ordered = sorted(map(_split, overrides), key=lambda change: (change[0] != "loss", change[0].rpartition(".")[0]))
     for section, changes in itertools.groupby(ordered, key=lambda change: change[0].rpartition(".")[0]):
-        config = _set(config, section.split(".") if section else [], list(changes))
+        config = _set(config, section.split(".") if section else [], list(changes), config)
     return config
 
 
 def _split(override: str) -> tuple[str, str]:
     """(path of the field, text of its value)."""
     path, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not path.strip():
         raise ValueError(f"--set takes section.field=value, but got {override!r}")
     path = path.strip()
     if path in RENAMED:
@@ -38,18 +41,18 @@ def _split(override: str) -> tuple[str, str]:
     return path, text.strip()
 
 
-def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
-    """`part` with fields of one section below it replaced, all at once, because the values allowed for one can depend on another; the
-    dataclasses on the way check their values again."""
+def _set(part: Any, section: list[str], changes: list[tuple[str, str]], whole: TrainConfig) -> Any:
+    """`part`, of `whole`, with fields of one section below it replaced, all at once, because the values allowed for one can depend on
+    another; the dataclasses on the way check their values again."""
     if section:
-        value, _ = _field(part, section[0], changes[0][0])
+        value, _ = _field(part, section[0], changes[0][0], whole)
         if not is_dataclass(value):
             raise ValueError(f"--set {changes[0][0]}: {section[0]!r} has no fields of its own")
-        return replace(part, **{section[0]: _set(value, section[1:], changes)})
+        return replace(part, **{section[0]: _set(value, section[1:], changes, whole)})
     values: dict[str, Any] = {}
     for path, text in changes:
         name = path.rpartition(".")[2]
-        value, kind = _field(part, name, path)
+        value, kind = _field(part, name, path, whole)
         if kind is Loss:
             values[name] = losses.build(text)
         elif kind is AugmentConfig:
@@ -61,12 +64,27 @@ def _set(part: Any, section: list[str], changes: list[tuple[str, str]]) -> Any:
     return replace(part, **values)
 
 
-def _field(part: Any, name: str, path: str) -> tuple[Any, Any]:
+def _field(part: Any, name: str, path: str, whole: TrainConfig) -> tuple[Any, Any]:
     """The value of a field and its type."""
     known = [item.name for item in fields(part)]
     if name not in known:
-        raise ValueError(f"--set {path}: {name!r} is unknown: {hint_at(name, known)}")
+        near = _near(path, list(_names(whole, "")))
+        hint = f"did you mean {' or '.join(near)}?" if near else hint_at(name, known)
+        raise ValueError(f"--set {path}: {name!r} is unknown: {hint}")
     return getattr(part, name), get_type_hints(type(part))[name]
+
+
+def _names(part: Any, prefix: str) -> Iterator[str]:
+    for item in fields(part):
+        yield prefix + item.name
+        if is_dataclass(getattr(part, item.name)):
+            yield from _names(getattr(part, item.name), f"{prefix}{item.name}.")
+
+
+def _near(path: str, names: list[str]) -> list[str]:
+    """Up to three of the names: those that end as `path` does, in whatever section, else those that are spelled like it."""
+    ending = [name for name in names if name.rpartition(".")[2] == path.rpartition(".")[2]]
+    return ending[:3] or difflib.get_close_matches(path, names, n=3, cutoff=0.7)
 
 
 def parse(path: str, text: str, kind: Any) -> Any:
@@ -87,8 +105,8 @@ def parse(path: str, text: str, kind: Any) -> Any:
     kind = type(get_args(kind)[0]) if get_origin(kind) is Literal else kind  # the section itself checks which of the values are allowed
     try:
         if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        value = kind(text)
+            return BOOLEANS[text.lower()]
+        value = whole_number(text) if kind is int else kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError
         return value
@@ -97,9 +115,22 @@ def parse(path: str, text: str, kind: Any) -> Any:
         raise ValueError(f"--set {path}={text}: expected {expected}") from None
 
 
+def whole_number(text: str) -> int:
+    """Also of 1e3. ValueError for any other number."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer() or abs(float(text)) >= 1 << 53:  # beyond, a float may be another number than is written
+            raise
+        return int(float(text))
+
+
 def _parse_tuple(path: str, text: str, kind: Any) -> tuple[Any, ...]:
     if kind in (str, int, float, bool):
-        return tuple(parse(path, item.strip(), kind) for item in text.split(",") if item.strip())
+        items = [item.strip() for item in text.removesuffix(",").split(",")] if text else []
+        if not all(items):
+            raise ValueError(f"--set {path}={text}: there is nothing between two of its commas")
+        return tuple(parse(path, item, kind) for item in items)
     try:
         value = ast.literal_eval(text or "()")
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

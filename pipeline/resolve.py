@@ -10,7 +10,9 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from dali_loaders.names import printable
+from dali_loaders.names import quoted
+from dali_loaders.outputs import check_folder
+from dali_loaders.remote import is_remote
 from partial_fc import losses
 from partial_fc.fields import hint_at
 from pipeline import backbones
@@ -24,6 +26,9 @@ def resolve(recipe: str, overrides: Sequence[str] | None = None) -> TrainConfig:
     config = override(_call(recipe, _find_recipe(recipe)), overrides or ())
     backbones.check(config.backbone, config.data.image_size)
     losses.name_of(config.loss)  # a recipe's own loss may lack one
+    for field, folder in (("run.folder", config.run.folder), ("checkpoint.folder", config.checkpoint.folder)):
+        if not is_remote(folder):
+            check_folder(folder, field)
     if not config.run.folder:
         name = os.path.splitext(os.path.basename(recipe))[0]
         config = replace(config, run=replace(config.run, folder=os.path.join("runs", name)))
@@ -34,9 +39,9 @@ def _call(name: str, recipe: Callable[[], TrainConfig]) -> TrainConfig:
     try:
         config = recipe()
     except Exception as error:
-        raise ValueError(f"recipe {name} cannot be run: {type(error).__name__}: {error}{_new_name(error)}") from error
+        raise ValueError(f"recipe {quoted(name)} cannot be run: {type(error).__name__}: {error}{_new_name(error)}") from error
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"recipe {name} returns {type(config).__name__}, but must return a TrainConfig")
+        raise ValueError(f"recipe {quoted(name)} returns {type(config).__name__}, but must return a TrainConfig")
     return config
 
 
@@ -51,7 +56,7 @@ def _new_name(error: Exception) -> str:
 def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
     if recipe.endswith(".py"):
         if not os.path.isfile(recipe):
-            raise ValueError(f"recipe file {printable(recipe)} does not exist, or is no regular file")
+            raise ValueError(f"recipe file {quoted(recipe)} does not exist, or is no regular file")
         spec = importlib.util.spec_from_file_location("protoshard_recipe", recipe)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -60,12 +65,13 @@ def _find_recipe(recipe: str) -> Callable[[], TrainConfig]:
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            raise ValueError(f"recipe file {recipe} cannot be run: {type(error).__name__}: {error}") from error
+            raise ValueError(f"recipe file {quoted(recipe)} cannot be run: {type(error).__name__}: {error}") from error
         if not callable(getattr(module, "recipe", None)):
-            raise ValueError(f"recipe file {recipe} has no function recipe() that returns a TrainConfig")
+            raise ValueError(f"recipe file {quoted(recipe)} has no function recipe() that returns a TrainConfig")
         return module.recipe
     if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown: {hint_at(recipe, RECIPES)}")
+        hint = hint_at(recipe, RECIPES).rstrip("?")
+        raise ValueError(f"recipe {recipe!r} is unknown: {hint}? `protoshard recipes` lists all; a file of yours ends in .py")
     return RECIPES[recipe]
 
 

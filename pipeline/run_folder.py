@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -78,7 +79,7 @@ def _fault(config: TrainConfig, resume: str) -> str | None:
         shown = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
         return (
             f"run.folder={given} holds no run, but other things ({shown}): choose a new folder. Only text files, such as logs, may be in "
-            f"it before the run. If the rest belongs to the run too, say so with: touch {os.path.join(given, ABOUT)}"
+            f"it before the run. If the rest belongs to the run too, say so with: touch {shlex.quote(os.path.join(given, ABOUT))}"
         )
     before, ours = _read(os.path.join(folder, ABOUT)), _about(config)
     has_begun = last_step(Path(folder, "metrics.jsonl")) > 0 and not is_remote(checkpoints) and not _in(checkpoints)

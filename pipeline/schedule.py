@@ -14,8 +14,8 @@ class OptimizerConfig:
     name: Literal["sgd", "adamw"] = "sgd"  # of the backbone
     classifier: Literal["sgd", "adamw"] = "sgd"  # of the classifier, which moves the prototypes of a step row by row
     lr: float = 0.1  # peak, for the whole batch of a step; not scaled by anything
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of backbone and classifier; of SGD a part of the gradient, of AdamW apart from it
     classifier_lr: float = 0.0  # 0: the same as lr
     lr_factors: tuple[tuple[str, float], ...] = ()  # parts of the backbone and factors of lr, [["fc", 10]]; the first that names one counts
     layer_decay: float = 1.0  # factor of lr per layer of the backbone, from the last to the first
@@ -23,11 +23,11 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = ()  # parts of the backbone that do not move, batch statistics included: parameters, modules or patterns
     unsampled: Literal["frozen", "lazy"] = "frozen"  # prototypes outside a step's sample stay, or move later as if they had been in it
     in_backward: bool = False  # prototypes move during backward, and their gradient is never whole in memory
-    schedule: Literal["polynomial", "cosine", "steps"] = "polynomial"
+    schedule: Literal["polynomial", "cosine", "steps"] = "polynomial"  # of lr: towards 0, or by a factor at epochs
     power: float = 2.0  # of the polynomial
     step_epochs: tuple[float, ...] = ()  # of the steps: epochs at which the rate is multiplied by step_factor
-    step_factor: float = 0.1
-    warmup_epochs: float = 0.0
+    step_factor: float = 0.1  # of the steps: what the rate is multiplied by
+    warmup_epochs: float = 0.0  # epochs over which the rate rises evenly from 0 to lr
     clip: float = 5.0  # largest norm of the backbone's gradient; 0 switches clipping off
     clip_jointly: bool = False  # clip bounds the norm over backbone and classifier, and one factor scales both; needs engine.name=ddp
 

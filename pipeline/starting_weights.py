@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dali_loaders import open_source
 from dali_loaders.identities import checksum
+from dali_loaders.names import quoted
 from dali_loaders.remote import without_secrets
 from partial_fc import PartialFC
 from partial_fc.growing import move_rows
@@ -52,7 +53,8 @@ class Start:
         self.config = config
         self.is_file = os.path.isfile(config.weights)
         if not os.path.exists(config.weights) and "://" not in config.weights:
-            raise ValueError(f"--from (start.weights): {config.weights} does not exist: give a checkpoint, a run's folder or a weight file")
+            path = quoted(config.weights)
+            raise ValueError(f"--from (start.weights): {path} does not exist: give a checkpoint, a run's folder or a weight file")
         if self.is_file and (config.classifier or config.ema):
             name = "classifier" if config.classifier else "ema"
             raise ValueError(f"start.{name} takes more than a backbone, but {config.weights} is a weight file: give a checkpoint or a run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from array import array
 from contextlib import suppress
 from statistics import median
@@ -36,7 +37,7 @@ def summary(folder: str, checkpoints: str = "") -> str:
     figures = sorted(name for name in _names(folder) if name.startswith("roc-"))  # their names end with the step
     newest = max((_step(name) for name in figures), default="")
     lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in figures if _step(name) == newest]
-    lines.append(f"{'curves':28}tensorboard --logdir {os.path.join(folder, 'tensorboard')}")
+    lines.append(f"{'curves':28}tensorboard --logdir {shlex.quote(os.path.join(folder, 'tensorboard'))}")
     return "\n".join(lines)
 
 

@@ -6,25 +6,26 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dali_loaders import TrainLoader, open_data
+from dali_loaders.names import printable
 from dali_loaders.order import build_order
+from dali_loaders.progress import announce
+from dali_loaders.remote import without_secrets
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, classifier_state, combinations, determinism, run_checkpoints, training_step
+from pipeline import backbones, combinations, determinism, monitor, run_checkpoints, training_step
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import NotFiniteError, OwnerError
-from pipeline.config import TrainConfig, as_text
+from pipeline.config import TrainConfig, as_text, options_of
 from pipeline.course import Course
 from pipeline.distributed import Place
 from pipeline.ema import Ema
@@ -33,7 +34,8 @@ from pipeline.engine.parameters import freeze
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.lease import Lease
-from pipeline.monitor import Monitor
+from pipeline.metrics_line import MetricsLine
+from pipeline.monitor import Monitor, MonitorConfig
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
 from pipeline.stopping import Asked, Stop, Stopped, unsaved
@@ -49,6 +51,7 @@ class Trainer:
     ) -> None:
         self.config, self.place, self.lease = config, place, lease
         combinations.check(config)
+        monitor.check(config.monitor)
         determinism.set_up(config.run.deterministic)
         run = config.run
         self.watch = watch or Watch(run.folder, place, run.timeout, Stop())
@@ -62,7 +65,7 @@ class Trainer:
             )
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
-        self.watch.at("opening the data")
+        self._begins("opening the data", config.data.train)
         self.source, self.fingerprint = open_on_all_ranks(config.data.train, lambda: open_data(config.data))
         self.steps_per_epoch = build_order(self.source, group, run.seed).epoch_length / run.batch
         least = config.data.min_images
@@ -70,9 +73,11 @@ class Trainer:
         counts_C = check_images_per_identity(self.source, least, f"data.min_images is {least}", remedy)
         remark = check_positives(config.loss, counts_C, run.batch // run.accumulation, group)
         self.num_classes = len(self.source.identities)
+        if config.evaluation.data or config.evaluation.pairs:
+            self._begins("opening the evaluation sets", ", ".join(filter(None, [config.evaluation.data, *config.evaluation.pairs])))
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
-        self.watch.at("building the network")
+        self._begins("building the network", f"{config.backbone.name}, and the prototypes of {self.num_classes:,} identities")
         torch.manual_seed(run.seed)
         backbone = backbones.build(config.backbone, config.data.image_size)
         freeze(backbone, config.optimizer.frozen)
@@ -100,13 +105,19 @@ class Trainer:
         self.started_from: dict[str, Any] | None = None
         self.branch: str | None = None
         self.saver = run_checkpoints.saver(self)
-        self.watch.at("reading a checkpoint")
+        self._begins("looking for a checkpoint", self.checkpoints)
         resumed, self.resume_remarks = run_checkpoints.begin(self, resume)
         self.began_at = self.step
         self.watch.at("starting", self.step)
         first = self.step + bool(resumed)
-        self.monitor = Monitor(run.folder, self.total_steps, place.rank, first_step=first, every=run.log_every, lease=lease)
-        self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
+        if resumed:
+            self.evaluator.go_on(self.step, self.ema is not None, self.agreement)
+        is_complete = bool(resumed) and self.step >= self.total_steps
+        writers = MonitorConfig(writers=()) if is_complete and not self._lacks_figures() else config.monitor  # nothing is left to tell
+        told: dict[str, Any] = {"first_step": first, "config": writers, "options": options_of(config), "lease": lease}
+        self.monitor = Monitor(run.folder, self.total_steps, place.rank, **told)
+        if not is_complete:
+            self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
@@ -116,6 +127,10 @@ class Trainer:
         remarks = [*self.source.account.remarks(config.data.train), *getattr(self.source, "remarks", ()), *self.evaluator.remarks]
         for line in filter(None, [*remarks, *self.resume_remarks, remark]):
             self.monitor.say(line)
+        if is_complete:
+            owed = ", ".join(map(without_secrets, self.evaluator.owed(self.step, averaged=self.ema is not None)))
+            then = f"evaluating {owed}, of which it has no figures yet" if owed else "its figures are those it had"
+            self.monitor.say(f"this run is complete: nothing is left to train, and {then}")
         self.loader = TrainLoader(
             self.source,
             config.data,
@@ -130,7 +145,12 @@ class Trainer:
             dtype=torch.float16 if place.device.type == "cuda" and config.engine.autocasts(place.device) else torch.float32,
             skipped_path=os.path.join(run.folder, "skipped.txt"),
         )
+        self.line = MetricsLine(self)
         self.watch.begin(self.monitor.say if place.is_first else None, getattr(self.loader, "doing", None))
+
+    def _begins(self, doing: str, what: str) -> None:
+        self.watch.at(doing)
+        announce(f"{doing}: {printable(without_secrets(what))}")
 
     def _build_classifier_optimizer(self) -> RowOptimizer:
         optimizer = self.config.optimizer
@@ -156,28 +176,28 @@ class Trainer:
         config = self.config
         self._heed(*self.agreement.highest(self.stop.asked()))
         figures = self.evaluate() if self._owes_evaluation() else {}
-        self._open_window()
+        self.line.begin()
         while self.step < self.total_steps:
             self.watch.at("a training step", self.step)
-            self.losses.append(self._train_step())
+            self.line.add(self._train_step())
             if self.step == self.began_at + 1:
                 run_checkpoints.reserve(self)
             if self.logs(self.step):
-                self._log()
+                with self._refusing_not_finite():
+                    self.line.write()
             saves = self._is_due(config.checkpoint.every_steps or config.checkpoint.every_epochs * self.steps_per_epoch)
             evaluates = self.step == self.total_steps or self._is_due(config.evaluation.every_epochs * self.steps_per_epoch)
             if saves or evaluates:
-                if self.place.device.type == "cuda":
-                    torch.cuda.synchronize()  # so that the pause does not swallow the time of steps still under way
-                pause = time.perf_counter()
-                if evaluates:
-                    figures = self.evaluate()
-                if saves:
-                    self.save(figures if evaluates else {})
-                self.window_start += time.perf_counter() - pause
+                with self.line.pause():
+                    if evaluates:
+                        figures = self.evaluate()
+                    if saves:
+                        self.save(figures if evaluates else {})
             self._end_step()
         self.finish_saving()
-        return figures or self.evaluate()
+        figures = figures or self.evaluate()
+        self.monitor.outcome(self.evaluator.newest)
+        return figures
 
     def _end_step(self) -> None:
         """What all ranks do together between two steps. Asked, on all of them: to stop. 1 all-reduce of 24 bytes between hosts."""
@@ -187,6 +207,7 @@ class Trainer:
             raise OwnerError(f"{self.config.run.folder} was taken over by another run: this one ends, and writes no more")
         with self._refusing_not_finite():
             self.saver.go_on(busy)
+        self.line.say_saved()
         if self.step < self.total_steps:
             self._heed(asked)
 
@@ -212,8 +233,11 @@ class Trainer:
         config = self.config.evaluation
         if self.step == 0 or self.step >= self.total_steps or not self.evaluator.names:
             return self.step == 0 and config.at_start
-        is_due = self._is_due(config.every_epochs * self.steps_per_epoch)
-        return is_due and not self.agreement.of_first(self.evaluator.is_done(self.step, averaged=self.ema is not None))
+        return self._is_due(config.every_epochs * self.steps_per_epoch) and self._lacks_figures()
+
+    def _lacks_figures(self) -> bool:
+        """Whether there are sets of which the present step has no figures yet."""
+        return bool(self.evaluator.owed(self.step, averaged=self.ema is not None))
 
     def _train_step(self) -> Tensor | None:
         """The loss of one step; None if it was left out."""
@@ -226,49 +250,13 @@ class Trainer:
         """True at the first step at or past each multiple of `every_steps` and at the last step; never for 0."""
         return every_steps > 0 and (int(self.step / every_steps) > int((self.step - 1) / every_steps) or self.step == self.total_steps)
 
-    def _open_window(self) -> None:
-        """Metrics are means over the steps since the last line of them."""
-        self.losses: list[Tensor | None] = []
-        self.window_start, self.waited_before = time.perf_counter(), self.loader.wait_seconds
-
-    def _log(self) -> None:
-        """One line of metrics; waits for the device."""
-        target_B, hardest_B = self.cosines
-        losses = [loss for loss in self.losses if loss is not None]
-        loss = float(torch.stack(losses).mean()) if losses else math.nan
-        seconds = time.perf_counter() - self.window_start
-        waited = (self.loader.wait_seconds - self.waited_before) / seconds
-        sums = torch.tensor([waited, len(self.loader.skipped)], device=self.place.device)
-        dist.all_reduce(sums)
-        waited, skipped = sums.tolist()
-        if losses and not math.isfinite(loss):
-            with self._refusing_not_finite():
-                raise NotFiniteError(f"the loss is not finite at step {self.step}")
-        if self.saver.trouble is not None:
-            self.monitor.say(self.saver.trouble)
-        values = {
-            "loss": loss,
-            "target_cosine": float(target_B.mean()),
-            "hardest_non_target_cosine": float(hardest_B.mean()),
-            "learning_rate": self.rate,
-            "gradient_norm": self.engine.gradient_norm() if self.joint_norm is None else float(self.joint_norm),
-            "images_per_second": len(self.losses) * self.config.run.batch / seconds,
-            "wait_share": waited / self.place.world_size,
-            "save_stall": self.saver.stall,
-            "skipped_images": skipped,
-            "skipped_steps": self.classifier.skipped_steps,
-            **self.course.figures(self.config.run.spike),
-            "epoch": self.step / self.steps_per_epoch,
-            **classifier_state.figures(self.classifier),
-        }
-        self.monitor.scalars(self.step, values)
-        self._open_window()
-
     def evaluate(self) -> dict[str, float]:
         """Runs the configured evaluations over all ranks, also with averaged weights; returns the figures of the first, or nothing."""
         breaks = Breaks(self._breaks_off, lambda: self._heed(*self.agreement.highest(self.stop.asked())))
         breaks.agree()
         self.watch.at("evaluation", self.step)
+        if self._lacks_figures() or not self.evaluator.names:
+            self.line.write_prototypes()
         with torch.compiler.set_stance("force_eager"):  # batches of other sizes are not worth compiling for
             with self.engine.for_evaluation() as module:
                 figures = self.evaluator.run(module, self.step, self.monitor, breaks=breaks)
@@ -304,6 +292,7 @@ class Trainer:
         self.watch.at("saving")
         with self._refusing_not_finite():
             self.saver.finish()
+        self.line.say_saved()
         if self.saver.trouble is not None:
             raise ValueError(f"{self.saver.trouble}: see to it, and run the same command, which goes on from the newest checkpoint")
 

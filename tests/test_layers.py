@@ -69,6 +69,7 @@ def test_every_package_that_is_imported_is_a_requirement(project):
         "aiohttp": "ray",
         "typing_extensions": "torch",
         "fsspec": "torch",
+        "faiss": "faiss-cpu",
     }
     edges = {module: targets for module, targets in project.items() if not module.startswith("benchmarks")}
     edges |= graph(modules(ROOT, ["examples"]))

@@ -23,7 +23,10 @@ with extra("train"):
 
 from dali_loaders.faces.drawing import draw_face
 from dali_loaders.faces.traits import Conditions, Traits, draw_record
+from dali_loaders.names import printable
+from dali_loaders.outputs import check_file
 from dali_loaders.packing import pack
+from dali_loaders.progress import progress
 from dali_loaders.sources import TarSource
 
 SMALLEST, LARGEST = 16, 1024  # sides in pixels
@@ -93,19 +96,22 @@ def develop(face_SS3: np.ndarray, image: Conditions, rng: np.random.Generator) -
 def write_faces(out: str, config: FacesConfig, workers: int = 0) -> None:
     """Writes a data set of identities x images_per_identity faces under the name `out`, which appears when it is complete.
 
-    A name ending in .tar makes a tar of IDENTITY/IMAGE.jpg, in .rec a RecordIO file with its .idx and .identities.txt, any other a folder.
+    A name ending in .tar makes a tar of IDENTITY/IMAGE.jpg, in .rec a RecordIO file with its .idx and .identities.txt, any other a folder,
+    whose name has no dot in it unless a slash follows.
     The bytes do not depend on `workers`, the number of processes that draw (0: as many as there are cores, if the set is worth it).
     """
     _check(out, config, workers)
     folder, name = os.path.split(os.path.abspath(out))
+    kind = os.path.splitext(out)[1]  # none of "faces.v2/", a folder
+    check_file(out, "the set of faces", makes_folder=True)
     workers = workers or min(len(os.sched_getaffinity(0)), 1 + config.identities * config.images_per_identity // _IMAGES_WORTH_A_PROCESS)
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{name}.partial-", dir=folder) as scratch:
-            files = _draw_all(config, workers)
-            if name.endswith(".tar"):
+            files = _shown(_draw_all(config, workers), name, config.identities * config.images_per_identity)
+            if kind == ".tar":
                 _write_tar(f"{scratch}/{name}", files)
-            elif name.endswith(".rec"):
+            elif kind == ".rec":
                 _write_records(f"{scratch}/{name}", files)
             else:
                 _write_folder(f"{scratch}/{name}", files)
@@ -120,6 +126,8 @@ def _check(out: str, config: FacesConfig, workers: int) -> None:
         raise ValueError("no output named for the faces; give a folder, a .tar or a .rec.")
     if os.path.exists(out):
         raise ValueError(f"{out} exists already; remove it or write the faces under another name.")
+    if os.path.splitext(out)[1] not in ("", ".tar", ".rec"):  # which does not see what stands in front of a slash at the end
+        raise ValueError(f"faces are written to a .tar, a .rec or a folder, but {out} is none of them; if you mean a folder, write {out}/")
     for field, least in (("identities", 1), ("images_per_identity", 1), ("seed", 0), ("first_identity", 0)):
         value = getattr(config, field)
         if not least <= value < 2**63:
@@ -128,6 +136,13 @@ def _check(out: str, config: FacesConfig, workers: int) -> None:
         raise ValueError(f"faces can be {SMALLEST} to {LARGEST} pixels wide, not {config.size}; change size.")
     if workers < 0:
         raise ValueError(f"faces cannot be drawn by {workers} processes; use 0 for as many as there are cores.")
+
+
+def _shown(files: Iterable[tuple[str, bytes]], name: str, total: int) -> Iterator[tuple[str, bytes]]:
+    with progress(f"drawing {printable(name)}", total) as done:
+        for file in files:
+            yield file
+            done.add()
 
 
 def _draw_all(config: FacesConfig, workers: int) -> Iterator[tuple[str, bytes]]:

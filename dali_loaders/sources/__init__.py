@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dali_loaders.account import Account
 from dali_loaders.config import DataConfig
 from dali_loaders.fetching import fetch, is_copied
-from dali_loaders.names import printable
+from dali_loaders.names import printable, quoted
 from dali_loaders.remote import is_remote
 from dali_loaders.sources import by_name, meant
 from dali_loaders.sources.by_name import IMAGE_EXTENSIONS, LAYOUT
@@ -109,7 +109,7 @@ def _open(path: str, reader: str, cache: str) -> Source:
         return source
     elif not _exists(path):
         guess = meant.guess(path)
-        raise ValueError(f"{path} does not exist; expected {_FORMS}{f'; {guess}' if guess else '.'}")
+        raise ValueError(f"{quoted(path)} does not exist; expected {_FORMS}{f'; {guess}' if guess else '.'}")
     return _of_paths(paths, path, reader)
 
 

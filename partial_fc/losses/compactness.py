@@ -57,8 +57,8 @@ class Range(Loss):
     use = "Sets with a long tail, in a sum with a sample-to-class loss."
     k: Annotated[int, Within(1, 64, "it counts the largest distances of an identity")] = 2
     margin: Annotated[float, Within(0.0, 4.0, "squared distances of unit vectors are at most 4")] = 1.0
-    intra_weight: Weight = 0.5
-    inter_weight: Weight = 0.5
+    intra_weight: Weight = 0.5  # of the first term
+    inter_weight: Weight = 0.5  # of the second term
 
     def needs_positives(self) -> Needs:
         return "partly"
@@ -115,7 +115,7 @@ class Intra(Loss):
     use = "Identities of uneven width; experimental."
     scale: Scale = 64.0
     margin: Margin = 0.4
-    intra_weight: Weight = 1.0
+    intra_weight: Weight = 1.0  # of the second term
     sharpness: Annotated[float, Within(1e-3, 1e3, "it scales cosines")] = 16.0
 
     def needs_positives(self) -> Needs:

@@ -48,8 +48,8 @@ class GCE(Loss):
     )
     use = "Where similarities of different samples must be comparable: one threshold for all."
     scale: Scale = 64.0
-    target_margin: Margin = 0.4
-    non_target_margin: Margin = 0.05
+    target_margin: Margin = 0.4  # on the target against the non-targets
+    non_target_margin: Margin = 0.05  # on the non-targets against the targets
     out_sample_weight: Annotated[float, Within(0.0, 1e6, "it weighs the terms of other samples")] = 1.0
     alpha: Annotated[float, Within(0.0, 1.0, "it is the target term's share")] = 0.5
     out_samples: Literal["mean", "sum"] = "mean"

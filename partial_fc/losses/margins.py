@@ -53,10 +53,10 @@ class Combined(Loss):
     formula = r"\mathrm{softplus}(a_i - s (\cos(m_1\theta_i + m_2) - m_3)),\quad m_1, m_2, m_3 = \text{angle factor, angle margin, margin}"
     use = "To repeat runs with margins (m1, m2, m3) of arcface_torch, or to search between ArcFace and CosFace."
     scale: Scale = 64.0
-    angle_factor: Annotated[float, Within(0.1, 8.0, "it multiplies the angle")] = 1.0
-    angle_margin: Angle = 0.3
-    margin: Margin = 0.2
-    slope: Literal["exact", "straight_through"] = "exact"
+    angle_factor: Annotated[float, Within(0.1, 8.0, "it multiplies the angle")] = 1.0  # m1, on the target's angle
+    angle_margin: Angle = 0.3  # m2, added to the target's angle
+    margin: Margin = 0.2  # m3, on the target's cosine
+    slope: Literal["exact", "straight_through"] = "exact"  # as in arcface
 
     def __call__(self, batch: GlobalBatch) -> Tensor:
         statistics = batch.against_classes(scale=self.scale)

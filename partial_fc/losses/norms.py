@@ -33,11 +33,11 @@ class MagFace(Loss):
     )
     use = "Where the feature norm should tell how good an image is; needs a backbone whose norms lie in the given range."
     scale: Scale = 64.0
-    lower_norm: Annotated[float, Within(1e-3, 1e6, "norms are positive")] = 10.0
-    upper_norm: float = 110.0
-    lower_margin: float = 0.45
-    upper_margin: Angle = 0.8
-    weight: Weight = 35.0
+    lower_norm: Annotated[float, Within(1e-3, 1e6, "norms are positive")] = 10.0  # at and below which the margin is lower_margin
+    upper_norm: float = 110.0  # at and above which it is upper_margin
+    lower_margin: float = 0.45  # on the target's angle, in radians
+    upper_margin: Angle = 0.8  # on the target's angle, in radians
+    weight: Weight = 35.0  # of the second term
     easy: bool = False
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class Contrastive(Loss):
         r"D_{ik}\right)^2,\qquad m_p, m_n = \text{positive and negative margin}"
     )
     use = "A baseline, or in a sum."
-    positive_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 0.0
+    positive_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 0.0  # of positive pairs that are left alone
     negative_margin: Annotated[float, Within(0.0, 2.0, "it is a distance of unit features")] = 1.0
 
     def needs_positives(self) -> Needs:
@@ -108,7 +108,7 @@ class UNPG(Loss):
     use = "Batches large enough to hold hard pairs; adds pairs of samples to the negatives of CosFace or ArcFace."
     scale: Scale = 64.0
     margin: float = 0.5
-    base: Literal["cosface", "arcface"] = "cosface"
+    base: Literal["cosface", "arcface"] = "cosface"  # whose target
     whisker: Annotated[float, Within(0.0, math.inf, "it counts interquartile ranges")] = 1.5
 
     def __post_init__(self) -> None:

@@ -61,10 +61,10 @@ class SphereFace(Loss):
     )
     use = "To compare with its publications; sensitive to the annealing, and to feature norms."
     angle_factor: Annotated[int, Within(1, 8, "it multiplies the angle")] = 4
-    first_lambda: Lambda = 1000.0
-    lambda_decay: Lambda = 0.12
-    lambda_power: Lambda = 1.0
-    least_lambda: Lambda = 5.0
+    first_lambda: Lambda = 1000.0  # lambda at step 0
+    lambda_decay: Lambda = 0.12  # growth of 1 / lambda by step
+    lambda_power: Lambda = 1.0  # of that growth
+    least_lambda: Lambda = 5.0  # below which lambda does not fall
     slope: Literal["exact", "straight_through"] = "exact"
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class SphereFaceR(Loss):
     )
     use = "A multiplicative margin that trains without annealing."
     scale: Scale = 30.0
-    angle_factor: Annotated[float, Within(1.0, 8.0, "it multiplies the target's angle")] = 1.5
+    angle_factor: Annotated[float, Within(1.0, 8.0, "it multiplies the target's angle")] = 1.5  # m
     version: Literal["v1", "v2"] = "v1"
     slope: Literal["exact", "straight_through"] = "straight_through"
 

@@ -63,7 +63,7 @@ class UniTSFace(_Parts):
     use = "Among the best losses of our comparison on a small set; needs batches with several images per identity."
     scale: float = 64.0
     margin: float = 0.4
-    sample_margin: float = 0.1
+    sample_margin: float = 0.1  # on the cosine with samples of the identity
     threshold: float | None = None
     source: Literal["batch", "bank"] = "batch"
     start: int = 0

@@ -107,7 +107,7 @@ class SphereFace2(Loss):
     use = "Noisy labels, or where each pair of sample and class should be judged by itself."
     scale: Scale = 40.0
     margin: Margin = 0.4
-    power: Annotated[float, Within(1.0, 16.0, "1 leaves cosines as they are, 3 is usual")] = 3.0
+    power: Annotated[float, Within(1.0, 16.0, "1 leaves cosines as they are, 3 is usual")] = 3.0  # q of g
     target_weight: float = 0.7
     weight: Weight = 50.0
     slope: Literal["straight_through", "exact"] = "straight_through"

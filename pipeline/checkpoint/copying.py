@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from dali_loaders.outputs import check_folder
 from pipeline.checkpoint import comparing, data_file, manifest
 from pipeline.checkpoint.data_file import Written
 from pipeline.checkpoint.first_format import FirstCheckpoint
@@ -61,6 +62,8 @@ def work(source: Checkpoint) -> int:
 
 def destination(source: Checkpoint, to: str) -> tuple[Store, str]:
     """Where a copy goes: a store, and the name in it."""
+    if "://" not in to:
+        check_folder(to, "the copy")
     folder, last = split(to)
     name, step = NAME.format(source.info["step"]), source.info["step"]
     if STEP.fullmatch(last):

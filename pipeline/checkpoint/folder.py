@@ -9,7 +9,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from dali_loaders.names import printable
+from dali_loaders.names import printable, quoted
 from dali_loaders.remote import without_secrets
 from pipeline.agreement import Agreement
 from pipeline.checkpoint.config import CheckpointConfig
@@ -128,7 +128,7 @@ def _elsewhere(path: str) -> str:
 
 def nothing_at(path: str) -> str:
     if "://" not in path and not os.path.lexists(path):
-        return f"{path} does not exist"
+        return f"{quoted(path)} does not exist"
     elsewhere = without_secrets(printable(_elsewhere(path)))
     rest = f"its run saves to {elsewhere}: give that" if elsewhere else "give a step-N folder, a folder of them, or a run's folder"
     return f"there is no complete checkpoint at {without_secrets(path)}: {rest}"

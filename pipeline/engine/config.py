@@ -13,7 +13,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    name: Literal["deepspeed", "ddp"] = "deepspeed"
+    name: Literal["deepspeed", "ddp"] = "deepspeed"  # of the backbone: DeepSpeed's ZeRO, which shards, or whole copies
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: GPUs if every rank can have one
     zero_stage: Literal[1, 2, 3] = 1  # of deepspeed: 1 shards the optimizer's state over ranks, 2 gradients too, 3 weights too
     precision: Precision = "auto"  # of the backbone's products; auto: bfloat16 where the hardware has it. float16 scales the loss

@@ -1,65 +1,29 @@
-"""All genuine and impostor pairs of a labelled set: EER, TAR@FAR, rank-1, the ROC curve and score histograms.
+"""All genuine and impostor pairs of a labelled set: EER, TAR@FAR with thresholds, rank-k, the ROC curve and score histograms.
 
-Cosines are counted in 2^20 + 1 fine bins, so memory grows with the number of images and not with the number of pairs."""
+A score is a float32 cosine rounded to 1.9e-6. Scores are counted and not stored: memory grows with images, and not with pairs."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from pipeline.evaluation.embed import Breaks
+from pipeline.evaluation.intervals import Pairs, bootstrap
+from pipeline.evaluation.opis import consistency
+from pipeline.evaluation.report import HISTOGRAM_EDGES, OperatingPoints, Report
+from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
 
 # Bins are centred on multiples of 2 / STEPS = 1.9e-6: wide against float32 rounding (1e-7), and the ties that occur in practice
 # (cosines -1, 0 and 1 of equal, dead or orthogonal embeddings) lie in the middle of a bin, so that rounding does not split them.
 STEPS = 2**20
-BLOCK = 2**22  # scores held at a time (16 MiB of float32)
-COARSE = 256  # bins of the histograms in the report; STEPS is a multiple
-HISTOGRAM_EDGES = np.linspace(-1.0, 1.0, COARSE + 1)
-ROC_POINTS = 2000
-INVERSE_FARS = {"1e-1": 10, "1e-2": 100, "1e-3": 1000, "1e-4": 10000}
-
-
-@dataclass(frozen=True, eq=False)
-class PairReport:
-    """What all pairs of a labelled set say about its embeddings. Rates are fractions, scores are cosines, accepted when >= threshold."""
-
-    eer: float  # where the false accept and false reject rates are equal, linear between the points of the ROC
-    threshold_at_eer: float
-    tar_at_far: dict[str, float | None]  # largest TAR whose FAR is at most the key; None: fewer than 1/FAR impostor pairs
-    rank1: float  # share of images with a mate whose nearest other image is a mate; a tie with an impostor is a miss
-    images: int
-    identities: int
-    genuine_pairs: int
-    impostor_pairs: int
-    roc: tuple[np.ndarray, np.ndarray]  # FAR and TAR float64 [P], ascending, P <= 2000 points spaced evenly in log FAR
-    genuine_histogram: np.ndarray  # int64 [256], pair counts between HISTOGRAM_EDGES
-    impostor_histogram: np.ndarray
-    unreadable: int = 0  # images of the source that could not be decoded and are not counted in `images`
-
-    @property
-    def best_cosine(self) -> float:
-        """The threshold to accept pairs at: the EER's."""
-        return self.threshold_at_eer
-
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers of the report, without the curves, ready for JSON."""
-        return {
-            "eer": self.eer,
-            "tar_at_far": dict(self.tar_at_far),
-            "rank1": self.rank1,
-            "images": self.images,
-            "identities": self.identities,
-            "genuine_pairs": self.genuine_pairs,
-            "impostor_pairs": self.impostor_pairs,
-            "threshold_at_eer": self.threshold_at_eer,
-            "unreadable": self.unreadable,
-        }
+FIRST = 2  # the bin of cosine -1; bin 0 takes what is no pair of the kind, bin 1 and the last what rounding moved beyond -1 and 1
+BINS = STEPS + 4
+RANKS = (1, 5, 10)
+KEPT = 2_500_000  # pairs (2,236 images) up to which scores are kept, for intervals and consistency of thresholds
+MOST_KEPT = 50_000_000  # the same where intervals are asked for: 600 MB, and minutes
+FLUSH = 2**30  # scores counted in int32 before they go to int64
 
 
 def all_pairs(
@@ -71,121 +35,195 @@ def all_pairs(
     group: dist.ProcessGroup | None = None,
     name: str = "the evaluation set",
     breaks: Breaks | None = None,
-) -> PairReport:
+    resamples: int | None = None,
+) -> Report:
     """Compares every image i with every image j > i by cosine; rows need not have unit length.
 
-    embeddings float [N, D] on any device, labels int64 [N]. With world_size > 1 every rank of `group` passes all N rows, counts
-    every world_size-th row block, between which `breaks` may break off, and two all-reduces (16 MiB of counts, 8 N bytes) give all ranks
-    the same report.
-    Pairs whose cosines share a bin of 1.9e-6 count as ties. Raises ValueError, naming `name`, on values that are not finite
-    and on sets without a genuine or without an impostor pair.
+    embeddings float [N, D] on any device, labels int64 [N]. With world_size > 1 every rank of `group` passes all N rows and computes
+    every world_size-th tile; `breaks` may break off between tiles. Three all-reduces (4 N, 8 N bytes, and 16 MiB of counts) give all ranks
+    the same report, which has the same bits on any number of ranks and threads of one kind of processor.
+    Rank-k is the share of images with a mate that fewer than k impostors equal or exceed in similarity to the nearest mate.
+    `resamples`: draws for the intervals; None: 1000 for sets of at most KEPT pairs, none for larger ones.
+    Raises ValueError, naming `name`, on values that are not finite, on sets without a genuine or without an impostor pair, and where
+    intervals are asked for of more than MOST_KEPT pairs.
     """
     identities, images_per_identity = np.unique(labels_N, return_counts=True)
     if len(identities) < 2:
         raise ValueError(f"{name}: {len(identities)} identities make no impostor pair; expected at least 2 identities.")
     if images_per_identity.max() < 2:
         raise ValueError(f"{name}: no identity has two images, so there is no genuine pair; add images of the same identities.")
-    bad = int((~torch.isfinite(embeddings_ND).all(dim=1)).sum())
-    if bad:
-        raise ValueError(f"{name}: the embeddings of {bad} of {len(labels_N)} images are not finite; the model has diverged.")
+    pairs = len(labels_N) * (len(labels_N) - 1) // 2
+    if resamples and pairs > MOST_KEPT:
+        raise ValueError(f"{name}: intervals of {pairs:,} pairs would take hours; ask for them of at most {MOST_KEPT:,} pairs.")
+    order = np.argsort(labels_N, kind="stable")
+    unit_ND = unit_rows(embeddings_ND, name)[torch.from_numpy(order).to(embeddings_ND.device)]
+    set_ = _Sorted(unit_ND, np.searchsorted(identities, labels_N[order]))
+    best_N = _best_mates(set_, rank, world_size, group, breaks)
+    genuine_K, impostor_K, beaten_N = _count(set_, best_N, rank, world_size, group, breaks)
 
-    counts_2K, best_2N = _count_pairs(embeddings_ND, labels_N, rank, world_size, breaks)
-    if breaks:
-        breaks.agree()
+    lower_edge_K = (np.arange(BINS) - FIRST - 0.5) * (2 / STEPS) - 1
+    points = OperatingPoints.of_counts(lower_edge_K, genuine_K, impostor_K)
+    figures, thresholds = points.figures()
+    probes_N = (best_N > 0).cpu().numpy()
+    hits = {f"rank{k}": beaten_N[probes_N] < k for k in RANKS}
+    figures |= {name: float(hit_n.mean()) for name, hit_n in hits.items()}
+    figures |= {"images": len(labels_N), "identities": len(identities), "unreadable": 0}
+    report = Report(figures, thresholds, "threshold_at_eer", points.roc(), _coarse(genuine_K), _coarse(impostor_K))
+    if pairs > KEPT and not resamples:
+        return report
+    kept = _keep(set_, breaks)
+    label_n = set_.labels_N[probes_N]
+    shares = {name: (hit_n, label_n) for name, hit_n in hits.items()}
+    report.intervals.update(bootstrap(kept, points, shares, 1000 if resamples is None else resamples, breaks=breaks))
+    more_figures, table = consistency(kept, points)
+    report.figures.update(more_figures)
+    report.tables.update(table)
+    return report
+
+
+class _Sorted:
+    """Images in the order of their labels, so that genuine pairs lie in the few tiles near the diagonal."""
+
+    def __init__(self, unit_ND: Tensor, labels_N: np.ndarray) -> None:
+        self.unit_ND, self.labels_N = unit_ND, labels_N  # labels are int64, 0..C-1, rising
+        self.label_N = torch.from_numpy(labels_N).to(unit_ND.device)
+
+    def tiles(self, genuine_only: bool = False) -> list[tuple[slice, slice]]:
+        """Rows and columns of the tiles on and above the diagonal, or of those that may hold a genuine pair."""
+        blocks = spans(len(self.labels_N), TILE)
+        pairs = [(rows, columns) for at, rows in enumerate(blocks) for columns in blocks[at:]]
+        return [tile for tile in pairs if self._may_be_genuine(*tile)] if genuine_only else pairs
+
+    def buffer(self) -> Tensor:
+        """Room for one tile."""
+        return torch.empty(min(TILE, len(self.labels_N)) ** 2, device=self.unit_ND.device)
+
+    def _may_be_genuine(self, rows: slice, columns: slice) -> bool:
+        return bool(self.labels_N[columns.start] <= self.labels_N[rows.stop - 1])
+
+    def bins(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        """float32 [R, M] whose integer part is the bin of a pair's cosine, in the memory of `out`."""
+        bin_RM = out[: (rows.stop - rows.start) * (columns.stop - columns.start)].view(rows.stop - rows.start, -1)
+        torch.mm(self.unit_ND[rows] * (STEPS / 2), self.unit_ND[columns].T, out=bin_RM)
+        return bin_RM.add_(STEPS / 2 + FIRST + 0.5)
+
+    def masks(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
+        """bool [R, M]: which entries are a genuine pair, which an impostor pair. None where all are impostor pairs."""
+        if not self._may_be_genuine(rows, columns):
+            return None
+        same_RM = self.label_N[rows, None] == self.label_N[columns]
+        if rows.start != columns.start:
+            return same_RM, ~same_RM
+        later_RM = torch.ones_like(same_RM).triu(1)
+        return same_RM & later_RM, ~same_RM & later_RM
+
+
+def _best_mates(set_: _Sorted, rank: int, world_size: int, group: dist.ProcessGroup | None, breaks: Breaks | None) -> Tensor:
+    """int32 [N]: the bin of each image's nearest mate, 0 where it has none."""
+    device = set_.unit_ND.device
+
+    def start() -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(set_.labels_N), dtype=torch.int32, device=device), set_.buffer()
+
+    def work(state: tuple[Tensor, Tensor], tile: tuple[slice, slice]) -> None:
+        best_N, buffer = state
+        masks = set_.masks(*tile)
+        assert masks is not None
+        genuine_RM = set_.bins(*tile, buffer).masked_fill_(~masks[0], 0)
+        for span, along in zip(tile, (1, 0), strict=True):
+            best_N[span] = torch.maximum(best_N[span], genuine_RM.amax(dim=along).int())
+
+    states = work_on(set_.tiles(genuine_only=True)[rank::world_size], start, work, device, breaks)
+    best_N = torch.stack([best_N for best_N, _ in states]).amax(dim=0)
+    if world_size > 1:
+        dist.all_reduce(best_N, op=dist.ReduceOp.MAX, group=group)
+    return best_N
+
+
+class _Counter:
+    """What one thread has counted."""
+
+    def __init__(self, scores: Tensor, best_N: Tensor) -> None:
+        device = best_N.device
+        self.scores = scores
+        self.index = torch.empty_like(scores, dtype=torch.int64)
+        self.ones = torch.ones_like(scores, dtype=torch.int32)
+        self.recent_2K = torch.zeros(2, BINS, dtype=torch.int32, device=device)  # twice as fast as int64
+        self.counts_2K = torch.zeros(2, BINS, dtype=torch.int64, device=device)
+        self.counted = 0
+        self.goal_N = torch.where(best_N > 0, best_N.float(), torch.inf)  # what an impostor must reach to count
+        self.beaten_N = torch.zeros(len(best_N), dtype=torch.int64, device=device)
+
+    def count(self, kind: int, bin_RM: Tensor) -> None:
+        index = self.index[: bin_RM.numel()].view_as(bin_RM).copy_(bin_RM)
+        self.recent_2K[kind].scatter_add_(0, index.view(-1), self.ones[: bin_RM.numel()])
+        self.counted += bin_RM.numel()
+        if self.counted > FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        self.counts_2K += self.recent_2K
+        self.recent_2K.zero_()
+        self.counted = 0
+
+    def beat(self, span: slice, bin_RM: Tensor) -> None:
+        """Rows of the images `span`, columns their impostors. An image that max(RANKS) of them have reached needs no more counting."""
+        goal_R, beaten_R = self.goal_N[span], self.beaten_N[span]
+        reached = (bin_RM.amax(dim=1) >= goal_R).nonzero()[:, 0]
+        if len(reached):
+            beaten_R[reached] += (bin_RM[reached] >= goal_R[reached, None]).sum(dim=1)
+            goal_R[beaten_R >= max(RANKS)] = torch.inf
+
+
+def _count(
+    set_: _Sorted, best_N: Tensor, rank: int, world_size: int, group: dist.ProcessGroup | None, breaks: Breaks | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Genuine and impostor pairs by bin, int64 [BINS] each; impostors that come as near to an image as its nearest mate, int64 [N], exact
+    below max(RANKS)."""
+
+    def work(counter: _Counter, tile: tuple[slice, slice]) -> None:
+        bin_RM = set_.bins(*tile, counter.scores)
+        if masks := set_.masks(*tile):
+            counter.count(0, bin_RM * masks[0])
+            bin_RM.mul_(masks[1])
+        counter.count(1, bin_RM)
+        counter.beat(tile[0], bin_RM)
+        counter.beat(tile[1], bin_RM.T)
+
+    counters = work_on(set_.tiles()[rank::world_size], lambda: _Counter(set_.buffer(), best_N), work, best_N.device, breaks)
+    for counter in counters:
+        counter.flush()
+    counts_2K = sum(counter.counts_2K for counter in counters)
+    beaten_N = sum(counter.beaten_N for counter in counters)
+    assert isinstance(counts_2K, Tensor) and isinstance(beaten_N, Tensor)
     if world_size > 1:
         dist.all_reduce(counts_2K, group=group)
-        dist.all_reduce(best_2N, op=dist.ReduceOp.MAX, group=group)
-    genuine_K, impostor_K = counts_2K[:, 1:].cpu().numpy()
-    genuine_pairs, impostor_pairs = int(genuine_K.sum()), int(impostor_K.sum())
-    true_accepts_P, false_accepts_P, threshold_P = _operating_points(genuine_K, impostor_K)
-    tar_P, far_P = true_accepts_P / genuine_pairs, false_accepts_P / impostor_pairs
-    eer, at = equal_error_rate(far_P, tar_P)
-    best_genuine_N, best_impostor_N = best_2N
-    probes_N = best_genuine_N > 0
-    return PairReport(
-        eer=eer,
-        threshold_at_eer=float(threshold_P[at]),
-        tar_at_far={
-            key: float(tar_P[false_accepts_P * inverse <= impostor_pairs][-1]) if impostor_pairs >= inverse else None
-            for key, inverse in INVERSE_FARS.items()
-        },
-        rank1=float((best_genuine_N > best_impostor_N)[probes_N].double().mean()),
-        images=len(labels_N),
-        identities=len(identities),
-        genuine_pairs=genuine_pairs,
-        impostor_pairs=impostor_pairs,
-        roc=_thin(far_P, tar_P, impostor_pairs),
-        genuine_histogram=_coarse(genuine_K),
-        impostor_histogram=_coarse(impostor_K),
-    )
+        dist.all_reduce(beaten_N, group=group)
+    counts_2K[:, FIRST] += counts_2K[:, FIRST - 1]
+    counts_2K[:, FIRST + STEPS] += counts_2K[:, FIRST + STEPS + 1]
+    counts_2K[:, [0, FIRST - 1, FIRST + STEPS + 1]] = 0
+    genuine_K, impostor_K = counts_2K.cpu().numpy()
+    return genuine_K, impostor_K, beaten_N.cpu().numpy()
 
 
-def equal_error_rate(far_P: np.ndarray, tar_P: np.ndarray) -> tuple[float, int]:
-    """EER of an ROC from (0, 0) to (1, 1), and the index of its first point whose FAR is at least its false reject rate."""
-    excess_P = far_P - (1.0 - tar_P)
-    at = int(np.argmax(excess_P >= 0))
-    before = excess_P[at - 1]
-    share = -before / (excess_P[at] - before)
-    return float(far_P[at - 1] + share * (far_P[at] - far_P[at - 1])), at
+def _keep(set_: _Sorted, breaks: Breaks | None) -> Pairs:
+    """All pairs of a small set with their scores, on every rank."""
+    tiles, parts = set_.tiles(), {}
 
+    def work(buffer: Tensor, at: int) -> None:
+        rows, columns = tiles[at]
+        bin_RM = set_.bins(rows, columns, buffer).int().cpu().numpy()
+        i_n, j_n = np.triu_indices_from(bin_RM, 1) if rows == columns else (part.ravel() for part in np.indices(bin_RM.shape))
+        parts[at] = bin_RM[i_n, j_n], set_.labels_N[rows][i_n], set_.labels_N[columns][j_n]
 
-def _count_pairs(
-    embeddings_ND: Tensor, labels_N: np.ndarray, rank: int, world_size: int, breaks: Breaks | None = None
-) -> tuple[Tensor, Tensor]:
-    """Counts int64 [2, STEPS + 2] of genuine and impostor scores by bin, and each image's best genuine and impostor bin, int32 [2, N].
-
-    Bin k >= 1 holds the cosines that round to (k - 1) * 2 / STEPS - 1; bin 0 collects matrix entries that are no pair of the kind.
-    Images are sorted by label, so the genuine pairs of a row block lie in its first columns and the rest needs no comparison of labels.
-    """
-    device, N = embeddings_ND.device, len(labels_N)
-    order = np.argsort(labels_N, kind="stable")
-    label_N = torch.from_numpy(np.asarray(labels_N, dtype=np.int64)[order]).to(device)
-    position_N = torch.arange(N, device=device)
-    unit_ND = normalize(embeddings_ND.float()[torch.from_numpy(order).to(device)])
-    counts_2K = torch.zeros(2, STEPS + 2, dtype=torch.int64, device=device)
-    best_2N = torch.zeros(2, N, dtype=torch.int32, device=device)
-    rows = max(1, BLOCK // N)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would blur scores by 1e-3
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            for start in range(rank * rows, N, world_size * rows):
-                if breaks and breaks.wanted():
-                    break
-                stop = min(start + rows, N)
-                end = int(torch.searchsorted(label_N, label_N[stop - 1], right=True))
-                bin_RM = ((STEPS / 2 * unit_ND[start:stop]) @ unit_ND[start:].T).add_(STEPS / 2 + 1.5).int().clamp_(1, STEPS + 1)
-                near_RG = bin_RM[:, : end - start]
-                same_RG = label_N[start:stop, None] == label_N[start:end]
-                later_RG = position_N[start:stop, None] < position_N[start:end]
-                genuine_RG = near_RG * (same_RG & later_RG)
-                near_RG *= ~same_RG & later_RG
-                for kind, block in enumerate((genuine_RG, bin_RM)):
-                    counts_2K[kind] += torch.bincount(block.flatten(), minlength=STEPS + 2)
-                    for span, along in ((slice(start, stop), 1), (slice(start, start + block.shape[1]), 0)):
-                        best_2N[kind, span] = torch.maximum(best_2N[kind, span], block.amax(dim=along))
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    return counts_2K, best_2N
-
-
-def _operating_points(genuine_K: np.ndarray, impostor_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """True accepts, false accepts and threshold at every distinct score, from above the highest (0, 0, inf) to the lowest (all, all)."""
-    bins = np.flatnonzero(genuine_K + impostor_K)[::-1]
-    true_accepts = np.concatenate([[0], genuine_K[bins].cumsum()])
-    false_accepts = np.concatenate([[0], impostor_K[bins].cumsum()])
-    return true_accepts, false_accepts, np.concatenate([[np.inf], (bins - 0.5) * (2 / STEPS) - 1])
-
-
-def _thin(far_P: np.ndarray, tar_P: np.ndarray, impostor_pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most ROC_POINTS points of the curve: for FAR 0 and for FARs spaced evenly in log, the best TAR at no more than that FAR."""
-    targets = np.concatenate([[0.0], np.geomspace(1 / impostor_pairs, 1.0, ROC_POINTS - 1)])
-    targets[-1] = 1.0
-    keep = np.unique(np.searchsorted(far_P, targets, side="right") - 1)
-    return far_P[keep], tar_P[keep]
+    work_on(range(len(tiles)), set_.buffer, work, set_.unit_ND.device, breaks)
+    bin_P, first_P, second_P = (np.concatenate(part) for part in zip(*(parts[at] for at in range(len(tiles))), strict=True))
+    score_P = (bin_P.clip(FIRST, FIRST + STEPS) - FIRST - 0.5) * (2 / STEPS) - 1
+    return Pairs(score_P, first_P == second_P, first_P, second_P, int(set_.labels_N[-1]) + 1)
 
 
 def _coarse(counts_K: np.ndarray) -> np.ndarray:
-    coarse = counts_K[:STEPS].reshape(COARSE, -1).sum(axis=1)
-    coarse[-1] += counts_K[STEPS]
+    """Counts between HISTOGRAM_EDGES; cosine 1 belongs to the last."""
+    coarse = counts_K[FIRST : FIRST + STEPS].reshape(len(HISTOGRAM_EDGES) - 1, -1).sum(axis=1)
+    coarse[-1] += counts_K[FIRST + STEPS]
     return coarse

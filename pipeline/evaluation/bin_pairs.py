@@ -6,8 +6,6 @@ import contextlib
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,38 +14,13 @@ from torch import Tensor
 
 from dali_loaders.account import Account
 from dali_loaders.config import DataConfig
-from pipeline.evaluation.all_pairs import equal_error_rate
 from pipeline.evaluation.embed import Breaks, embed
+from pipeline.evaluation.intervals import Pairs, bootstrap
 from pipeline.evaluation.pair_pickle import load_pairs
+from pipeline.evaluation.report import HISTOGRAM_EDGES, OperatingPoints, Report
 
 FOLDS = 10
 INVERSE_FAR = 1000
-
-
-@dataclass(frozen=True)
-class BinReport:
-    """The pair protocol's numbers. Distances are squared Euclidean between unit embeddings, 0..4; a pair is accepted below threshold."""
-
-    accuracy: float  # mean over the folds
-    std: float  # population standard deviation over the folds
-    threshold: float  # mean over the folds of the distance chosen on the other folds
-    eer: float
-    tar_at_far: dict[str, float | None]  # "1e-3": mean over the folds; None: fewer than 1000 impostor pairs
-    pairs: int
-    genuine_pairs: int
-    folds: int
-    images: int
-    unreadable: int
-
-    @property
-    def best_cosine(self) -> float:
-        """The threshold of the best accuracy, which is a squared distance 2 - 2 cos, as a cosine."""
-        return 1.0 - self.threshold / 2.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON; `rank1` and `identities` are null, because a pair set does not say who is in its images."""
-        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return numbers | {"tar_at_far": dict(self.tar_at_far), "rank1": None, "identities": None}
 
 
 class MemorySource:
@@ -113,7 +86,8 @@ def evaluate_bin(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: Breaks | None = None,
-) -> BinReport:
+    resamples: int | None = None,
+) -> Report:
     """Embeds image + mirror image and scores the pairs; all ranks of `group` call it and get the same report.
 
     A pair with an image that cannot be decoded is left out and named in the log. Raises ValueError as read_bin and score_pairs do.
@@ -131,61 +105,68 @@ def evaluate_bin(
     if not np.isfinite(unit_nD).all():
         raise ValueError(f"{path}: some embeddings are not finite; the model has diverged.")
     distance_P = np.square(unit_nD[first_P[whole_P]] - unit_nD[second_P[whole_P]]).sum(axis=1)
-    return score_pairs(distance_P, issame_P[whole_P], unreadable=len(images) - len(index_n), name=path)
+    return score_pairs(distance_P, issame_P[whole_P], unreadable=len(images) - len(index_n), name=path, resamples=resamples)
 
 
-def score_pairs(distance_P: np.ndarray, issame_P: np.ndarray, *, unreadable: int = 0, name: str = "the pair set") -> BinReport:
-    """The protocol of InsightFace's verification on squared distances: contiguous folds, each judged by the threshold of the others.
+def score_pairs(
+    distance_P: np.ndarray, issame_P: np.ndarray, *, unreadable: int = 0, name: str = "the pair set", resamples: int | None = None
+) -> Report:
+    """The protocol of InsightFace's verification on squared distances 2 - 2 cos: contiguous folds, judged by the threshold of the others.
 
-    The accuracy of a fold uses the distance, of 0, .01, ... 3.99, that is right most often on the other folds (the first of equals).
-    TAR@FAR=1e-3 uses a grid of .001 and is linear in FAR between its points. There are 10 folds, whose sizes differ by at most one; a set
-    of P < 10 pairs has P folds of one pair.
-    Raises ValueError on a set without a genuine or without an impostor pair.
+    `accuracy` of a fold uses the distance, of 0, .01, ... 3.99, that is right most often on the other folds (the first of equals); a pair
+    is accepted below it. `threshold` is the mean of these as a cosine, `threshold_distance` as they are; `std` is the population standard
+    deviation of the accuracies. There are 10 folds, whose sizes differ by at most one; a set of P < 10 pairs has P folds of one pair.
+    `tar_at_far/1e-3` is the protocol's: a grid of .001, linear in FAR between its points, mean over the folds. Every other rate is of all
+    pairs together, as `OperatingPoints.at_far` has it.
+    Intervals draw pairs, because the set does not say who is in its images: too narrow where people come in many pairs. `resamples`: draws,
+    by default 1000. Raises ValueError on a set without a genuine or without an impostor pair.
     """
-    genuine = int(issame_P.sum())
-    if genuine == 0 or genuine == len(issame_P):
+    pairs, genuine = len(issame_P), int(issame_P.sum())
+    if genuine == 0 or genuine == pairs:
         missing = "genuine" if genuine == 0 else "impostor"
-        raise ValueError(f"{name}: none of its {len(issame_P)} readable pairs is a {missing} pair; expected both kinds.")
-    folds = np.array_split(np.arange(len(issame_P)), min(FOLDS, len(issame_P)))
-    starts = [fold[0] for fold in folds]
-    sizes_F = np.array([len(fold) for fold in folds])
+        raise ValueError(f"{name}: none of its {pairs} readable pairs is a {missing} pair; expected both kinds.")
+    fold_P = np.repeat(np.arange(min(FOLDS, pairs)), [len(part) for part in np.array_split(issame_P, min(FOLDS, pairs))])
+    chosen_F = _chosen(distance_P, issame_P, fold_P)
+    correct_P = (distance_P < chosen_F[fold_P]) == issame_P
+    accuracy_F = np.bincount(fold_P, correct_P) / np.bincount(fold_P)
+    cosine_P = 1 - distance_P / 2
+    points = OperatingPoints.of_scores(cosine_P, issame_P)
+    figures, thresholds = points.figures()
+    shares = {"accuracy": (correct_P, np.arange(pairs))}
+    if points.impostor_pairs >= INVERSE_FAR:
+        accepted_P = distance_P < _thresholds_at_far(distance_P, issame_P, fold_P)[fold_P]
+        figures["tar_at_far/1e-3"] = float(
+            np.mean([accepted_P[(fold_P == fold) & issame_P].mean() for fold in np.unique(fold_P[issame_P])])
+        )
+        shares["tar_at_far/1e-3"] = (accepted_P[issame_P], np.flatnonzero(issame_P))
+    figures = {"accuracy": float(accuracy_F.mean()), "std": float(accuracy_F.std()), **figures}
+    figures |= {"threshold_distance": float(chosen_F.mean()), "threshold_std": float(chosen_F.std() / 2)}
+    figures |= {"pairs": pairs, "folds": len(chosen_F), "images": 2 * pairs, "unreadable": unreadable, "rank1": None, "identities": None}
+    thresholds = {"threshold": float(1 - chosen_F.mean() / 2), **thresholds}
+    units = Pairs(cosine_P, issame_P, np.arange(pairs), np.arange(pairs), pairs)
+    genuine_histogram, impostor_histogram = (np.histogram(cosine_P[kind].clip(-1, 1), HISTOGRAM_EDGES)[0] for kind in (issame_P, ~issame_P))
+    report = Report(figures, thresholds, "threshold", points.roc(), genuine_histogram, impostor_histogram)
+    report.intervals.update(bootstrap(units, points, shares, 1000 if resamples is None else resamples))
+    report.tables["thresholds"] = [
+        {"group": f"fold {fold + 1}", "threshold": float(1 - chosen / 2), "accuracy": float(accuracy)}
+        for fold, (chosen, accuracy) in enumerate(zip(chosen_F, accuracy_F, strict=True))
+    ]
+    return report
 
+
+def _chosen(distance_P: np.ndarray, issame_P: np.ndarray, fold_P: np.ndarray) -> np.ndarray:
+    """Of each fold, float64 [F], the distance that is right most often on the others."""
     threshold_T = np.arange(400) / 100
+    starts = np.searchsorted(fold_P, np.arange(fold_P[-1] + 1))
     correct_TF = np.add.reduceat((distance_P < threshold_T[:, None]) == issame_P, starts, axis=1, dtype=np.int64)
-    chosen_F = (correct_TF.sum(axis=1, keepdims=True) - correct_TF).argmax(axis=0)
-    accuracy_F = correct_TF[chosen_F, np.arange(len(folds))] / sizes_F
-
-    reached = len(issame_P) - genuine >= INVERSE_FAR
-    return BinReport(
-        accuracy=float(accuracy_F.mean()),
-        std=float(accuracy_F.std()),
-        threshold=float(threshold_T[chosen_F].mean()),
-        eer=_equal_error_rate(distance_P, issame_P),
-        tar_at_far={"1e-3": _tar_at_far(distance_P, issame_P, folds) if reached else None},
-        pairs=len(issame_P),
-        genuine_pairs=genuine,
-        folds=len(folds),
-        images=2 * len(issame_P),
-        unreadable=unreadable,
-    )
+    return threshold_T[(correct_TF.sum(axis=1, keepdims=True) - correct_TF).argmax(axis=0)]
 
 
-def _tar_at_far(distance_P: np.ndarray, issame_P: np.ndarray, folds: list[np.ndarray]) -> float:
+def _thresholds_at_far(distance_P: np.ndarray, issame_P: np.ndarray, fold_P: np.ndarray) -> np.ndarray:
+    """Of each fold, float64 [F], the distance at which the others have a FAR of 1 / INVERSE_FAR."""
     threshold_T = np.arange(4000) / 1000
-    tars = []
-    for fold in folds:
-        others = np.delete(distance_P, fold)[~np.delete(issame_P, fold)]
-        far_T = np.searchsorted(np.sort(others), threshold_T) / len(others)
-        threshold = np.interp(1 / INVERSE_FAR, far_T, threshold_T)
-        genuine = distance_P[fold][issame_P[fold]]
-        if len(genuine):
-            tars.append(float((genuine < threshold).mean()))
-    return float(np.mean(tars))
-
-
-def _equal_error_rate(distance_P: np.ndarray, issame_P: np.ndarray) -> float:
-    order = np.argsort(distance_P)
-    last_of_tie = np.append(np.diff(distance_P[order]) > 0, True)
-    tar_P = np.append(0.0, np.cumsum(issame_P[order])[last_of_tie] / issame_P.sum())
-    far_P = np.append(0.0, np.cumsum(~issame_P[order])[last_of_tie] / (~issame_P).sum())
-    return equal_error_rate(far_P, tar_P)[0]
+    found = []
+    for fold in range(fold_P[-1] + 1):
+        others = np.sort(distance_P[(fold_P != fold) & ~issame_P])
+        found.append(np.interp(1 / INVERSE_FAR, np.searchsorted(others, threshold_T) / max(1, len(others)), threshold_T))
+    return np.array(found)

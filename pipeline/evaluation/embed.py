@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from dali_loaders.config import DataConfig
+from dali_loaders.progress import progress
 from dali_loaders.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,9 @@ class Breaks:
 
     wanted: Callable[[], bool]  # asked before each batch of this rank, and each block of pairs
     agree: Callable[[], None]  # called by all ranks once each has done its batches, or its pairs, or broken off; raises on all, or on none
+
+
+Look = Callable[[Source, Tensor, np.ndarray], None]  # gets a source, its embeddings, and the number in the source of each of them
 
 
 def embed(
@@ -42,7 +47,29 @@ def embed(
     group: dist.ProcessGroup | None = None,
     breaks: Breaks | None = None,
 ) -> tuple[Tensor, np.ndarray]:
-    """Embeddings float32 [n, D] of unit length and labels int64 [n] of the n readable images, in source order, on every rank.
+    """As `embed_images`, with the labels of the readable images, int64 [n], in place of their numbers."""
+    embedding_nD, readable_n = embed_images(
+        model, source, data,
+        batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks,
+    )  # fmt: skip
+    return embedding_nD, np.asarray(source.labels, dtype=np.int64)[readable_n]
+
+
+def embed_images(
+    model: Callable[[Tensor], Tensor],
+    source: Source,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    flip: bool,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    breaks: Breaks | None = None,
+    look: Look | None = None,
+) -> tuple[Tensor, np.ndarray]:
+    """Embeddings float32 [n, D] of unit length and numbers int64 [n] of the n readable images, in source order, on every rank.
 
     `model` maps images float32 [b, 3, H, W] to features [b, D]; it runs in eval mode and gets its modes back. `flip` adds the
     features of the mirror image before the normalisation (the protocol of the face pair sets). An unreadable image is left out and
@@ -58,16 +85,18 @@ def embed(
     indices: list[np.ndarray] = []
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), _eval_mode(model), progress(f"embedding {os.path.basename(source.path)}", len(share)) as done:
         for batch in evaluation_batches(source, data, share, batch_size, device, channels_last=True) if len(share) else ():
             if breaks and breaks.wanted():
                 break
+            done.add(batch_size)
             if len(batch.images) == 0:
                 continue
             feature_bD = model(batch.images).float()
             if flip:
                 feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
-            features.append(normalize(feature_bD))
+            # A norm that overflows would make a row of zeros of features that have exploded.
+            features.append(torch.where(feature_bD.norm(dim=1, keepdim=True).isfinite(), normalize(feature_bD), torch.nan))
             indices.append(np.asarray(batch.indices, dtype=np.int64))
     if breaks:
         breaks.agree()
@@ -78,7 +107,9 @@ def embed(
         index_n = _gather_rows(index_n[:, None], world_size, group)[:, 0]
     readable = index_n.cpu().numpy()
     _report_unreadable(source, readable, rank)
-    return embedding_nD, np.asarray(source.labels, dtype=np.int64)[readable]
+    if look:
+        look(source, embedding_nD, readable)
+    return embedding_nD, readable
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pipeline import backbones, checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
-from pipeline.evaluation import PairReport, evaluate, open_set
+from pipeline.evaluation import evaluate, open_set
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -48,10 +48,12 @@ def evaluate_checkpoint(
     no_flip: bool = False,
     ema: bool = False,
     recipe: str | None = None,
+    resamples: int | None = None,
+    cleaning_file: str | None = None,
 ) -> None:
-    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws the ROC curve to the file `figure`. With `ema`,
+    """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws its ROC curve to the file `figure`. With `ema`,
     those of the average that the run kept of its weights. `recipe` is needed for the backbone that it registers, and for nothing else: the
-    configuration is that of the checkpoint."""
+    configuration is that of the checkpoint. `resamples`, `cleaning_file`: as `evaluate` has them."""
     if figure:
         from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
@@ -71,16 +73,22 @@ def evaluate_checkpoint(
         device=place.device,
         rank=place.rank,
         world_size=place.world_size,
+        resamples=resamples,
+        cleaning_file=cleaning_file,
     )
     if not place.is_first:
         return
-    if figure and isinstance(report, PairReport):
-        figures.save_png(figures.roc_figure({data: report}, "ROC"), figure)
-    measured = report.as_dict()
+    if figure:
+        figures.save_png(figures.roc_figure({without_secrets(data): report}, "ROC"), figure)
     if as_json:
-        print(json.dumps(measured))
+        print(json.dumps(report.as_dict()))
         return
-    for name, value in measured.items():
-        for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
-            shown = "unreached: too few impostor pairs" if number is None else f"{number:.4f}" if isinstance(number, float) else str(number)
-            print(f"{name + ('=' + key if key else ''):28}{shown}")
+    for name, value in report.numbers().items():
+        if value is None and "/" not in name:  # nothing that the protocol knows
+            continue
+        missing = (
+            "unreached: too few impostor pairs" if report.numbers().get(name.replace("threshold", "tar")) is None else "accepts nothing"
+        )
+        shown = missing if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        interval = report.intervals.get(name)
+        print(f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dali_loaders.config import DataConfig
+from dali_loaders.remote import is_remote, without_secrets
+from pipeline.agreement import Agreement
 from pipeline.distributed import Place
-from pipeline.evaluation import PairReport, evaluate, open_set
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES
+from pipeline.evaluation import Report, evaluate, open_set, sheets
+from pipeline.evaluation.curves_so_far import CurvesSoFar
 from pipeline.evaluation.embed import Breaks
+from pipeline.evaluation.kept import FILE, Kept
+from pipeline.evaluation.report import HISTOGRAM_EDGES
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
-from pipeline.monitor import Monitor
+from pipeline.monitor import Monitor, of_set
+from pipeline.monitor.json_lines import rows_at_end
 from pipeline.same_data import open_on_all_ranks
 
+BEST_COSINE = "best_cosine"  # of what is kept: a figure that metrics call by another name
 SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on the console; the rest goes to the metrics
 
 
@@ -46,78 +52,113 @@ class Evaluator:
         paths = [path for path in (config.data, *config.pairs) if path]
         self.names = dict(zip(paths, set_names(paths), strict=True))
         self.remarks: list[str] = []  # what of the sets was passed over
+        self.sets: dict[str, dict[str, Any]] = {}  # by path, what tells one from another
         for field, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
             if path:
-                self.remarks += _try(field, path, data)
+                remarks, self.sets[path] = _try(field, path, data)
+                self.sets[path]["flip"] = config.flip
+                self.remarks += remarks
         from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
         self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
-        self.first: dict[str, dict[str, PairReport]] = {}  # by name of the results: the first report, drawn beside the newest
+        self.curves: dict[str, CurvesSoFar] = {}  # by name of the results
+        self.drawn: dict[str, int] = {}  # the step
+        self.done_at, self.done = -1, dict[str, dict[str, float]]()  # by name: what was measured already at the step the run goes on from
+        self.kept = Kept(folder, 0)
+
+    def go_on(self, step: int, averaged: bool, agreement: Agreement) -> None:
+        """Takes over what the run has measured up to the checkpoint of `step`, from which it goes on. Every rank calls it."""
+        if self.place.is_first:
+            self.kept = Kept(self.folder, step + 1)
+            for path, set_name in self.names.items():
+                for name in (set_name, set_name + AVERAGED)[: 1 + averaged]:
+                    of = self.sets[path]
+                    if (values := self.kept.values(step, name, of)) is not None:
+                        self.done[name] = values
+        self.done_at, self.done = step, agreement.of_first(self.done)
+
+    def owed(self, step: int, averaged: bool) -> list[str]:
+        """Paths of the sets that are still to be evaluated at `step`."""
+        done = self.done.keys() if step == self.done_at else set()
+        return [path for path, name in self.names.items() if not {name, *[name + AVERAGED] * averaged} <= done]
 
     def run(self, module: nn.Module, step: int, monitor: Monitor, averaged: bool = False, breaks: Breaks | None = None) -> dict[str, float]:
-        """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are."""
+        """The figures of the first set, or nothing where there is none. Every rank calls it. `averaged` says whose weights these are. Those
+        that were measured before the run was broken off, at this step, are not measured again."""
         results = []
         for path, set_name in self.names.items():
-            report = evaluate(
-                module,
-                path,
-                self.data,
-                batch_size=self.config.batch_size,
-                flip=self.config.flip,
-                device=self.place.device,
-                rank=self.place.rank,
-                world_size=self.place.world_size,
-                breaks=breaks,
-            )
             name = set_name + AVERAGED * averaged
-            results.append({key: value for key, value in _flat(report.as_dict()).items() if value is not None})
-            figures = {f"{name}/{key}": value for key, value in results[-1].items()}
-            self.newest |= figures
-            if self.place.is_first:
-                monitor.scalars(step, {**figures, _threshold(name): report.best_cosine})
+            values = self.done.get(name) if step == self.done_at else None
+            if values is None:
+                values = self._measure(module, path, name, step, monitor, breaks)
+            figures = {key: value for key, value in values.items() if key != BEST_COSINE}
+            results.append(figures)
+            self.newest |= {f"{name}/{key}": value for key, value in figures.items()}
+            if self.place.is_first and not self._has_line(step, name, figures):
+                monitor.evaluation(step, name, figures, values[BEST_COSINE])
                 said = [f"{key} {results[-1][key]:.4f}" for key in SAID if key in results[-1]]
                 monitor.say(f"{name} at step {step}: {', '.join(said)}")
-                if isinstance(report, PairReport):
-                    self._draw(name, report, step, monitor)
         return results[0] if results else {}
 
-    def is_done(self, step: int, averaged: bool = False) -> bool:
-        """Whether the metrics of `step` have the figures of every set, also with averaged weights."""
-        missing = {_threshold(name + AVERAGED * each) for name in self.names.values() for each in range(1 + averaged)}
-        try:
-            with open(os.path.join(self.folder, "metrics.jsonl"), encoding="utf-8") as file:
-                for row in map(json.loads, file):
-                    missing -= row.keys() if row["step"] == step else set()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return not missing
-        return not missing
+    def _measure(self, module: nn.Module, path: str, name: str, step: int, monitor: Monitor, breaks: Breaks | None) -> dict[str, float]:
+        """The figures of one set. It is drawn and kept before metrics say them, so that a run that is broken off in between draws it
+        again."""
+        seen: list[Any] = []
+        is_last = step >= monitor.total_steps
+        report = evaluate(
+            module,
+            path,
+            self.data,
+            batch_size=self.config.batch_size,
+            flip=self.config.flip,
+            device=self.place.device,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            breaks=breaks,
+            look=(lambda *of: seen.extend(of)) if is_last and monitor.config.images and self.place.is_first else None,
+        )
+        values = {key: value for key, value in report.numbers().items() if value is not None}
+        values[BEST_COSINE] = report.best_cosine
+        if self.place.is_first:
+            # Pictures of at most a hundred evaluations of a run, and of the last one.
+            if is_last or step - self.drawn.get(name, -monitor.total_steps) >= monitor.total_steps / 100:
+                self.drawn[name] = step
+                self._draw(name, report, step, monitor, self.sets[path])
+            if seen:
+                sheets.show(monitor, step, name, seen[0], self.data, *seen[1:])
+            monitor.try_to(FILE, lambda: self.kept.add(step, name, self.sets[path], values))
+        return values
 
-    def _draw(self, name: str, report: PairReport, step: int, monitor: Monitor) -> None:
-        monitor.histogram(step, f"{name}/genuine_cosines", report.genuine_histogram, HISTOGRAM_EDGES)
-        monitor.histogram(step, f"{name}/impostor_cosines", report.impostor_histogram, HISTOGRAM_EDGES)
-        monitor.figure(step, f"{name}/cosines", self.figures.score_figure(report, name))
-        first = self.first.setdefault(name, {f"step {step}": report})
-        figure = self.figures.roc_figure({**first, f"step {step}": report}, name)
-        monitor.figure(step, f"{name}/roc", figure)
+    def _has_line(self, step: int, name: str, figures: dict[str, float]) -> bool:
+        """Whether metrics.jsonl says that already."""
+        expected = {f"{name}/{key}": value if math.isfinite(value) else None for key, value in figures.items()}
+        rows = rows_at_end(Path(self.folder, "metrics.jsonl"), step)
+        return any(expected.items() <= row.items() for row in rows)
+
+    def _draw(self, name: str, report: Report, step: int, monitor: Monitor, of: dict[str, Any]) -> None:
+        monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
+        monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
+        monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
+        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz"), of))
+        curves = so_far.with_newest(step, report)
+        monitor.try_to("the file of curves", so_far.write)
+        figure = self.figures.roc_figure(curves, name)
+        monitor.figure(step, of_set(name, "roc"), figure)
+        monitor.figure(step, of_set(name, "det"), self.figures.det_figure(curves, name))
         path = os.path.join(self.folder, f"roc-{file_name(name)}-{step:08d}.png")
         monitor.try_to("the ROC figure", lambda: self.figures.write_png(figure, path))
 
 
-def _try(field: str, path: str, data: DataConfig) -> list[str]:
+def _try(field: str, path: str, data: DataConfig) -> tuple[list[str], dict[str, Any]]:
+    """What was passed over in a set, and what tells it from others: names and labels of its images, and where it lies."""
     try:
-        return open_on_all_ranks(path, lambda: open_set(path, data))[0].account.remarks(path)
+        source, facts = open_on_all_ranks(path, lambda: open_set(path, data))
+        bytes_of = os.path.getsize(path) if os.path.isfile(path) else None
+        return source.account.remarks(path), {"path": without_secrets(_absolute(path)), "bytes": bytes_of, **facts}
     except ValueError as error:
         raise ValueError(f"evaluation.{field}: {error} Name another set, or none with --set evaluation.{field}=") from error
 
 
-def _threshold(name: str) -> str:
-    return f"evaluation/{name}/threshold"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with "/" between the keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value})
-    return result
+def _absolute(path: str) -> str:
+    return ",".join(part if is_remote(part) else os.path.abspath(part) for part in path.split(","))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dali_loaders.extras import extra
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport
+from pipeline.evaluation.report import HISTOGRAM_EDGES, Report
 
 with extra("train"):
     from matplotlib.axes import Axes
@@ -19,29 +19,51 @@ with extra("train"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
-LOWEST_FAR = 1e-4
+LOWEST_FAR = 1e-4  # of an ROC; of a set with more impostor pairs, the lowest power of ten that it reaches
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers and in grey
 
 
-def roc_figure(reports: Mapping[str, PairReport], title: str) -> Figure:
-    """TAR over FAR (logarithmic, 1e-4 to 1), one curve per named report, its EER in the legend and a dot on the curve."""
+def roc_figure(reports: Mapping[str, Report], title: str) -> Figure:
+    """TAR over FAR (logarithmic, 1e-4 or less to 1), one curve per named report, its EER in the legend and a dot on the curve."""
     figure, axes = _canvas(title)
+    lowest = _lowest_far(reports)
     for i, (name, report) in enumerate(reports.items()):
-        far_P, tar_P = _visible(report)
+        far_P, tar_P = _visible(report, lowest)
         color = COLORS[i % len(COLORS)]
         label = f"{name} (EER {report.eer:.2%})"
         axes.plot(far_P, tar_P, color=color, linewidth=1.8, drawstyle="steps-post", label=label, clip_on=False, zorder=3)
-        if report.eer >= LOWEST_FAR:
+        if report.eer >= lowest:
             axes.plot(report.eer, 1 - report.eer, "o", color=color, markersize=5, clip_on=False, zorder=4)
-    chance = np.geomspace(LOWEST_FAR, 1, 200)
+    chance = np.geomspace(lowest, 1, 200)
     axes.plot(chance, chance, color="0.6", linewidth=1, linestyle=":", label="chance")
-    axes.set(xscale="log", xlim=(LOWEST_FAR, 1), ylim=(0, 1), xlabel="False accept rate", ylabel="True accept rate")
+    axes.set(xscale="log", xlim=(lowest, 1), ylim=(0, 1), xlabel="False accept rate", ylabel="True accept rate")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(edgecolor="none", framealpha=0.85, loc="upper left" if _upper_left_is_free(reports) else "lower right")
     return figure
 
 
-def score_figure(report: PairReport, title: str) -> Figure:
+def det_figure(reports: Mapping[str, Report], title: str) -> Figure:
+    """Detection error tradeoff: FNMR over FMR, both logarithmic, one curve per named report. A curve ends where no genuine pair is
+    rejected any more; the dots are the EER."""
+    figure, axes = _canvas(title)
+    lowest = _lowest_far(reports)
+    least = min(1 / report.genuine_pairs for report in reports.values())
+    for i, (name, report) in enumerate(reports.items()):
+        far_P, tar_P = _visible(report, lowest)
+        rejects = tar_P < 1
+        color = COLORS[i % len(COLORS)]
+        label = f"{name} (EER {report.eer:.2%})"
+        axes.plot(far_P[rejects], 1 - tar_P[rejects], color=color, linewidth=1.8, drawstyle="steps-post", label=label, zorder=3)
+        if report.eer >= lowest:
+            axes.plot(report.eer, report.eer, "o", color=color, markersize=5, zorder=4)
+    axes.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1, linestyle=":", label="equal rates")
+    axes.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(min(0.1, least), 1))
+    axes.set(xlabel="False match rate (FMR)", ylabel="False non-match rate (FNMR)")
+    axes.legend(edgecolor="none", framealpha=0.85, loc="best")
+    return figure
+
+
+def score_figure(report: Report, title: str) -> Figure:
     """Distributions of genuine and impostor cosines, each with area 1, and the threshold of the EER."""
     figure, axes = _canvas(title)
     kinds = (("impostor", report.impostor_histogram, report.impostor_pairs), ("genuine", report.genuine_histogram, report.genuine_pairs))
@@ -112,14 +134,18 @@ def _canvas(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _visible(report: PairReport) -> tuple[np.ndarray, np.ndarray]:
+def _lowest_far(reports: Mapping[str, Report]) -> float:
+    return min(LOWEST_FAR, 10.0 ** -min(8, int(np.log10(max(report.impostor_pairs for report in reports.values())))))
+
+
+def _visible(report: Report, lowest_drawn: float) -> tuple[np.ndarray, np.ndarray]:
     """The curve from the lowest FAR that is drawn and that the set can tell from 0, entered at the TAR of no more than this FAR."""
     far_P, tar_P = report.roc
-    lowest = max(LOWEST_FAR, 1 / report.impostor_pairs)
+    lowest = max(lowest_drawn, 1 / report.impostor_pairs)
     inside = far_P > lowest
     return np.concatenate([[lowest], far_P[inside]]), np.concatenate([tar_P[~inside][-1:], tar_P[inside]])
 
 
-def _upper_left_is_free(reports: Mapping[str, PairReport]) -> bool:
+def _upper_left_is_free(reports: Mapping[str, Report]) -> bool:
     """Whether every curve stays below half height up to FAR 1 %, where the legend's box ends."""
     return all(tar_P[far_P <= 1e-2][-1] < 0.5 for far_P, tar_P in (report.roc for report in reports.values()))

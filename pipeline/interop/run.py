@@ -1,6 +1,7 @@
 """`protoshard import`: makes the folder of a new run from the files of another project, all of it or nothing."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dali_loaders.config import DataConfig
+from dali_loaders.outputs import check_folder
 from partial_fc import losses
 from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
@@ -43,7 +45,7 @@ def import_run(config: str, models: Sequence[str], out: str, gpus: int) -> str:
             prototypes = state.get("prototypes")
             parts = "backbone alone" if prototypes is None else f"backbone and {len(prototypes)} prototypes"
             lines.append(f"{_save(folder, out, state, resolved)} ({parts}, no optimizer state)")
-    return "\n".join([f"recipe: {recipe}", *lines, f"start with: protoshard train {recipe}"])
+    return "\n".join([f"recipe: {recipe}", *lines, f"start with: protoshard train {shlex.quote(recipe)}"])
 
 
 def import_weights(path: str, out: str, colors: str | None) -> str:
@@ -51,6 +53,7 @@ def import_weights(path: str, out: str, colors: str | None) -> str:
 
     colors: "rgb" or "bgr", what the network takes; None where CVLface's configuration beside the file is to say it.
     """
+    check_folder(out, "--out")
     found = read_weights(path)
     backbone, image_size, prefix = network_of(found, path)
     others = [name for name in found if not name.startswith(prefix)]
@@ -68,8 +71,9 @@ def import_weights(path: str, out: str, colors: str | None) -> str:
     state = {f"backbone.{name}": tensor for name, tensor in load_backbone(found, path, backbone, image_size).items()}
     with _new_folder(out) as folder:
         lines.insert(0, f"{_save(folder, out, state, config)} (backbone alone)")
-    start = f"--from {out} --set backbone.name={backbone.name} backbone.width={backbone.width} data.image_size={image_size}"
-    return "\n".join([*lines, f"evaluate with: protoshard eval {out} --data PATH", f"fine-tune with: protoshard train RECIPE {start}"])
+    start = f"--from {shlex.quote(out)} --set backbone.name={backbone.name} backbone.width={backbone.width} data.image_size={image_size}"
+    evaluate = f"evaluate with: protoshard eval {shlex.quote(out)} --data PATH"
+    return "\n".join([*lines, evaluate, f"fine-tune with: protoshard train RECIPE {start}"])
 
 
 def load_backbone(found: dict[str, Tensor], path: str, backbone: BackboneConfig, image_size: int) -> dict[str, Tensor]:
@@ -115,6 +119,7 @@ def _save(folder: str, out: str, state: dict[str, Tensor], config: TrainConfig) 
 def _new_folder(out: str) -> Iterator[str]:
     """A folder in OUT to write to, whose contents move up into OUT at the end. ValueError where OUT holds anything: an import starts a new
     run, and nothing of an earlier one may be lost. If anything fails, OUT is as it was."""
+    check_folder(out, "--out")
     is_new = not os.path.isdir(out)
     work = os.path.join(out, WORKPLACE)
     try:

@@ -8,74 +8,57 @@ import os
 import re
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.monitor.appending import Appending
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 NAME = "events.out.tfevents."
 _count = itertools.count()
 
 
-def open_tensorboard(folder: Path, first_step: int) -> SummaryWriter | None:
-    """A writer whose readers forget older events from `first_step` on; None where the package is missing. Imported late: it is slow.
+class EventFile:
+    """A new file in `folder`, whose readers forget older events from `first_step` on. It is made with the first record, and begins with
+    `head`, what readers should know before that."""
 
-    Its methods raise OSError where their record is not written. The file is made with the first record."""
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard import FileWriter, SummaryWriter
-    except ImportError:
-        return None
+    def __init__(self, folder: Path, first_step: int, head: Sequence[Summary] = ()) -> None:
+        self._folder, self._first_step, self._head = folder, first_step, head
+        self._file: Appending | None = None
+        self._is_empty = True
+        self._due: list[bytes] = []  # of a record that is being made
 
-    class EventFile:
-        """What torch's FileWriter has as `event_writer`."""
+    def add(self, step: int, *summaries: Summary) -> None:
+        """One record. OSError if it is not written."""
+        now = time.time()
+        events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
+        if self._file is None:
+            self._file = Appending(self._folder / _name(self._folder))
+        if self._is_empty:
+            start = SessionLog(status=SessionLog.START)
+            version: dict[str, Any] = {"wall_time": now, "file_version": "brain.Event:2"}
+            events[:0] = [
+                Event(**version),
+                Event(wall_time=now, step=self._first_step, session_log=start),
+                *(Event(wall_time=now, step=self._first_step, summary=summary) for summary in self._head),
+            ]
+        for event in events:
+            RecordWriter(self).write(event.SerializeToString())
+        due, self._due = b"".join(self._due), []
+        self._file.append(due)
+        self._is_empty = False
 
-        def __init__(self) -> None:
-            self._file: Appending | None = None
-            self._due: list[bytes] = []  # of a record that is being made
+    def write(self, data: bytes) -> None:
+        """What RecordWriter calls."""
+        self._due.append(data)
 
-        def add_event(self, event: Any) -> None:
-            records = [event]
-            if self._file is None:
-                self._file = Appending(folder / _name(folder))
-                self._is_empty = True
-            if self._is_empty:
-                start = SessionLog(status=SessionLog.START)
-                version = {"wall_time": event.wall_time, "file_version": "brain.Event:2"}
-                records[:0] = [Event(**version), Event(wall_time=event.wall_time, step=first_step, session_log=start)]
-            for record in records:
-                RecordWriter(self).write(record.SerializeToString())
-            due, self._due = b"".join(self._due), []
-            self._file.append(due)
-            self._is_empty = False
-
-        def write(self, data: bytes) -> None:
-            self._due.append(data)
-
-        def flush(self) -> None:
-            pass
-
-        def close(self) -> None:
-            if self._file is not None:
-                self._file.close()
-
-    class Events(FileWriter):
-        def __init__(self) -> None:
-            self.event_writer = EventFile()
-
-    class Board(SummaryWriter):
-        def _get_file_writer(self) -> Any:
-            if self.file_writer is None:
-                writer: Any = Events()
-                writers: Any = {self.log_dir: writer}
-                self.file_writer, self.all_writers = writer, writers
-            return self.file_writer
-
-    return Board(str(folder))
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _name(folder: Path) -> str:

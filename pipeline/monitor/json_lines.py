@@ -7,20 +7,24 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.monitor.appending import Appending
+from pipeline.monitor.writer import Writer
 
 BLOCK = 1 << 16  # bytes
 
 
-class JsonLines:
+class JsonLines(Writer):
     """Appends {"step", "time" (seconds since 1970), name: value, ...} lines to `path`.
 
     `begin` first drops lines of step `first_step` or later, and a last line that a killed run left half-written. NaN and infinities, which
     JSON does not know, become null. OSError where a line is not written; the next one is tried anew.
     """
+
+    name = "metrics.jsonl"
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self._path, self._first_step = path, first_step
@@ -33,15 +37,24 @@ class JsonLines:
         self._file.append(b"")
         self._has_begun = True
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self._has_begun:
             self.begin()
         record: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         record.update((name, float(value) if math.isfinite(value) else None) for name, value in values.items())
         self._file.append(json.dumps(record, allow_nan=False).encode() + b"\n")
 
+    def evaluation(self, step: int, set_name: str, values: Mapping[str, float], threshold: float) -> None:
+        """Under SET/FIGURE; the threshold under evaluation/SET/threshold, beside which `threshold` is what a loss has learned."""
+        self.scalars(step, {**{f"{set_name}/{name}": value for name, value in values.items()}, threshold_of(set_name): threshold})
+
     def close(self) -> None:
         self._file.close()
+
+
+def threshold_of(set_name: str) -> str:
+    """What a line of metrics calls the best threshold of an evaluation set. Every evaluation has one."""
+    return f"evaluation/{set_name}/threshold"
 
 
 def last_step(path: Path) -> float:
@@ -50,6 +63,20 @@ def last_step(path: Path) -> float:
         return 0
     with path.open("rb") as file:
         return next((_step(line) for _, line in _backwards(file)), 0)
+
+
+def rows_at_end(path: Path, step: int) -> list[dict[str, Any]]:
+    """What the last lines say of `step`, newest first; nothing where the file cannot be read."""
+    rows = []
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                for _, line in _backwards(file):
+                    if _step(line) < step:
+                        break
+                    with suppress(ValueError, RecursionError):
+                        rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("step") == step]
 
 
 def _drop_from(path: Path, first_step: int) -> None:

@@ -11,6 +11,7 @@ from pipeline.recipes.data import find_data
 __all__ = ["RECIPES", "find_data"]
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "photos": small.photos,
     "faces_small": small.faces_small,
     "dogs_small": small.dogs_small,
     "omniglot_small": small.omniglot_small,

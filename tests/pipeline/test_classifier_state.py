@@ -245,7 +245,6 @@ def skipping(config):
     """Runs on every rank: what the loss keeps before and after a step whose features are not finite."""
     trainer = Trainer(config, join())
     try:
-        trainer._open_window()
         trainer._train_step()
         before = [tensor.clone() for tensor in classifier_state.small_tensors(trainer.classifier)]
         forward = trainer.engine.forward

@@ -19,6 +19,7 @@ from dali_loaders.faces import FacesConfig, write_faces
 from pipeline import checkpoint
 from pipeline.backbones import BackboneConfig, build
 from pipeline.cli import main
+from pipeline.local_ranks import run_local
 from tests.pipeline.checkpoint.states import edit_manifest
 
 COMMANDS = ["train", "eval", "data faces", "data pack", "data pairs", "data check", "config", "import insightface"]
@@ -69,8 +70,9 @@ def refused(arguments, capsys, *words):
 
 
 def test_train_ends_with_a_summary_and_leaves_its_files(trained, capsys):
-    assert main(train(trained)) == 0  # nothing left to train: evaluates again
-    out = capsys.readouterr().out
+    assert main(train(trained)) == 0  # nothing left to train
+    out, error = capsys.readouterr()
+    assert "this run is complete: nothing is left to train, and its figures are those it had" in error
     for word in ("EER", "TAR@FAR=1e-2", "checkpoint", "tensorboard --logdir"):
         assert word in out
     names = os.listdir(trained / "run")
@@ -128,6 +130,28 @@ def test_eval_prints_one_json_object(trained, capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert {"eer", "tar_at_far", "rank1", "images", "identities"} <= set(report)
     assert report["images"] == 54 and report["identities"] == 9 and os.path.getsize(figure) > 1000
+
+
+def test_the_roc_curve_of_a_pair_set(trained, capsys, tmp_path):
+    pairs, figure = str(trained / "pairs.bin"), tmp_path / "new" / "roc.png"
+    assert main(["data", "pairs", str(trained / "faces.tar"), pairs, "--folds", "2", "--pairs", "6"]) == 0
+    assert main(["eval", str(trained / "run"), "--data", pairs, "--figure", str(figure)]) == 0
+    assert "accuracy" in capsys.readouterr().out and figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
+
+
+def test_more_ranks_than_cores_are_spoken_of(monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.local_ranks.cores", lambda: 1)
+    run_local(2, time.sleep, 0)
+    assert caplog.messages == ["--ranks 2, but this command may use 1 core: ranks take turns on them"]
+
+
+def test_eval_prints_intervals_and_writes_a_cleaning_report(trained, capsys, tmp_path):
+    command = ["eval", str(trained / "run"), "--data", str(trained / "faces.tar"), "--cleaning", str(tmp_path / "doubts.csv")]
+    assert main([*command, "--resamples", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "tar_at_far=1e-6             unreached: too few impostor pairs" in printed and "threshold_at_far=1e-2" in printed
+    assert (tmp_path / "doubts.csv").read_text().startswith("what,image,identity") and (tmp_path / "doubts.subset.txt").exists()
+    assert main([*command[:-1], str(tmp_path / "doubts.txt")]) == 2 and "name of a .csv" in capsys.readouterr().err
 
 
 def test_pack_check_and_train_on_the_packed_set(trained, capsys):
@@ -204,7 +228,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
             ["data.images_per_identity=2", "data.train={folder}/lonely"],
             ["identity 'b' has 1 image(s), but data.images_per_identity = 2", "(1 such identities)", "--set data.images_per_identity=1"],
         ),
-        (["run.folder={folder}/faces.tar"], ["faces.tar cannot be written"]),
+        (["run.folder={folder}/faces.tar"], ["run.folder is a folder, but", "faces.tar is the name of a file"]),
         (["run.folder={folder}/new", "data.train={folder}/cut.tar"], ["cut.tar is cut off"]),
         (["run.folder={folder}/new", "data.train={folder}/faces.tgz"], ["compressed with gzip"]),
         (["run.folder={folder}/new", "run.epochs=1e300"], ["run.epochs is 1e+300"]),
@@ -293,7 +317,8 @@ def test_a_recipe_file_with_a_loss_of_its_own_on_two_ranks(trained):
     arguments[1] = str(file)
     done = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "ranks: 2" in done.stderr, done.stderr
-    first = json.loads((trained / "mine" / "metrics.jsonl").read_text().splitlines()[1])
+    rows = map(json.loads, (trained / "mine" / "metrics.jsonl").read_text().splitlines())
+    first = next(row for row in rows if "loss" in row)
     assert 0 < first["threshold"] < 0.5 / 16
     saved = checkpoint.locate(str(trained / "mine")).info["config"]["loss"]
     assert saved == {"name": "mine", "scale": 16.0, "margin": 0.1, "kind": "other", "threshold": 0.5}

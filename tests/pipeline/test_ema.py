@@ -137,7 +137,6 @@ def skipping(config):
         return batch
 
     try:
-        trainer._open_window()
         trainer._train_step()
         before = {name: tensor.clone() for name, tensor in trainer.ema.averages.items()}
         with mock.patch.object(TrainLoader, "__next__", poisoned):

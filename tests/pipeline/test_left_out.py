@@ -224,7 +224,7 @@ def test_a_spike_rolls_back_and_goes_on_past_the_batch(ranks, data, engine, zero
     assert course["rollbacks"] == 2
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [row["rollbacks"] for row in rows if "loss" in row][23:31] == [0, 1, 1, 1, 1, 2, 2, 2]
-    assert rows[-1]["skipped_steps"] == 5
+    assert [row for row in rows if "loss" in row][-1]["skipped_steps"] == 5
 
     # A run that is broken off and goes on does the same, also from a checkpoint that was saved right after a roll-back.
     ranks(2).run(train_until_spiking, config("broken"), at, 30)

@@ -32,8 +32,8 @@ def test_a_sheet_of_the_recipes_augmentation(faces, tmp_path, capsys):
     [
         ("missing.tar", "faces_small", [], "missing.tar does not exist"),
         ("faces.tar", "face_small", [], "did you mean 'faces_small'"),
-        ("faces.tar", "faces_small", ["--out", "sheet.jpg"], "expected one that ends in .png"),
-        ("faces.tar", "faces_small", ["--out", "no/sheet.png"], "no/sheet.png cannot be written: No such file or directory"),
+        ("faces.tar", "faces_small", ["--out", "sheet.jpg"], "--out would be named sheet.jpg; give it a name that ends in .png"),
+        ("faces.tar", "faces_small", ["--out", "no/sheet.png"], "--out cannot be written to no/sheet.png (there is no folder "),
         ("faces.tar", "faces_small", ["--images", "0"], "a sheet of 0 images"),
         ("faces.tar", "faces_small", ["--set", "data.augment.blur=2"], "augment.blur is 2.0; expected a number from 0 to 1"),
     ],

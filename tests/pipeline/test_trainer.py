@@ -190,7 +190,6 @@ def step_without_waiting(config):
     """Runs on every rank: one training step."""
     trainer = Trainer(config, join())
     try:
-        trainer._open_window()
         trainer._train_step()
         with NoWaiting():
             trainer._train_step()
@@ -271,8 +270,8 @@ def test_steps_with_bad_images_are_skipped(ranks, data, engine, options, tmp_pat
 
     (rows, state), *_ = ranks(2).run(with_bad_images, config("skip"), {2, 3, 6}, False)
     (expected_rows, expected), *_ = ranks(2).run(with_bad_images, config("expected"), {2, 3, 6}, True)
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 2, 2, 2, 3, 3]
-    losses, expected_losses = ({row["step"]: row["loss"] for row in each if row["loss"]} for each in (rows, expected_rows))
+    assert [row["skipped_steps"] for row in rows if "loss" in row] == [0, 0, 1, 2, 2, 2, 3, 3]
+    losses, expected_losses = ({row["step"]: row["loss"] for row in each if row.get("loss")} for each in (rows, expected_rows))
     assert losses == pytest.approx(expected_losses, rel=1e-5) and list(losses) == [1, 2, 5, 6, 8]
     assert state.keys() == expected.keys()
     for name, tensor in state.items():

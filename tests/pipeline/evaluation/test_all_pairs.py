@@ -2,16 +2,20 @@
 
 import itertools
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation import all_pairs as module
-from pipeline.evaluation.all_pairs import HISTOGRAM_EDGES, PairReport, all_pairs
+from pipeline.evaluation.all_pairs import all_pairs
 from pipeline.evaluation.embed import Breaks
+from pipeline.evaluation.report import HISTOGRAM_EDGES, Report
+from pipeline.evaluation.tiles import work_on
 
 
 def exact(embeddings: torch.Tensor, labels: np.ndarray) -> dict:
@@ -32,7 +36,7 @@ def exact(embeddings: torch.Tensor, labels: np.ndarray) -> dict:
             hits.append(max(mates) > max(score[i, j] for j in others if labels[j] != labels[i]))
     return {
         "eer": np.interp(0.0, far - (1 - tar), far),
-        "tar_at_far": {f"1e-{k}": tar[far <= 10.0**-k].max() if len(impostor) >= 10**k else None for k in (1, 2, 3, 4)},
+        "tar_at_far": {f"1e-{k}": tar[far <= 10.0**-k].max() if len(impostor) >= 10**k else None for k in range(1, 7)},
         "rank1": np.mean(hits),
         "far": far,
         "tar": tar,
@@ -41,7 +45,7 @@ def exact(embeddings: torch.Tensor, labels: np.ndarray) -> dict:
     }
 
 
-def assert_equals_exact(report: PairReport, embeddings: torch.Tensor, labels: np.ndarray) -> None:
+def assert_equals_exact(report: Report, embeddings: torch.Tensor, labels: np.ndarray) -> None:
     want = exact(embeddings, labels)
     assert report.eer == pytest.approx(want["eer"], abs=1e-12)
     assert report.tar_at_far == pytest.approx(want["tar_at_far"], abs=1e-12)
@@ -59,7 +63,7 @@ def clusters(identities: int, each: int, noise: float, width: int = 16, seed: in
     return centres[labels] + noise * torch.randn(len(labels), width, generator=generator), labels
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 47), st.integers(0, 3)), min_size=3, max_size=14))
 def test_equals_sorting_all_scores_with_many_ties(images):
     """Directions on a circle in steps of 7.5 degrees: few distinct cosines, at least 0.008 apart."""
@@ -68,7 +72,7 @@ def test_equals_sorting_all_scores_with_many_ties(images):
     _, counts = np.unique(labels, return_counts=True)
     assume(len(counts) > 1 and counts.max() > 1)
     embeddings = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=1)).float()
-    assert_equals_exact(all_pairs(embeddings, labels), embeddings, labels)
+    assert_equals_exact(all_pairs(embeddings, labels, resamples=0), embeddings, labels)
 
 
 @pytest.mark.parametrize(("noise", "seed"), [(0.3, 0), (1.0, 1), (3.0, 2)])
@@ -122,14 +126,100 @@ def test_identity_with_one_image_adds_impostor_pairs_only():
     assert (alone.images, alone.identities) == (13, 5)
 
 
-def test_blocks_and_shares_of_ranks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("tile", [1, 7, 16])
+def test_tiles_change_nothing(monkeypatch, tile):
+    """Also where an identity fills several tiles, and where a tile holds genuine pairs alone."""
     embeddings, labels = clusters(15, 4, 1.2)
-    monkeypatch.setattr(module, "BLOCK", 7 * len(labels))
-    assert_equals_exact(all_pairs(embeddings, labels), embeddings, labels)
-    whole = module._count_pairs(embeddings, labels, 0, 1)
-    shares = [module._count_pairs(embeddings, labels, rank, 3) for rank in range(3)]
-    assert torch.equal(whole[0][:, 1:], sum(counts for counts, _ in shares)[:, 1:])
-    assert torch.equal(whole[1], torch.stack([best for _, best in shares]).amax(dim=0))
+    labels[:32] = 0
+    monkeypatch.setattr(module, "TILE", tile)
+    assert_equals_exact(all_pairs(embeddings, labels, resamples=0), embeddings, labels)
+
+
+def test_tiles_of_large_sets_are_cut_in_both_directions():
+    """Rows alone would be 42 high for 100,000 images."""
+    tiles = module._Sorted(torch.zeros(100_000, 1), np.arange(100_000) // 10).tiles()
+    assert {(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in tiles} <= {(1024, 1024), (1024, 672), (672, 672)}
+    assert sum((r.stop - r.start) * (c.stop - c.start) * (1 + (r != c)) for r, c in tiles) == 10**10
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_change_no_bit(ranks, size):
+    embeddings, labels = clusters(150, 8, 1.5, width=40)
+    want = all_pairs(embeddings, labels, resamples=20)
+    for report in ranks(size).run(_all_pairs_of_a_rank, embeddings, labels):
+        assert report.as_dict() == want.as_dict()
+        assert all(np.array_equal(axis, same) for axis, same in zip(report.roc, want.roc, strict=True))
+
+
+def _all_pairs_of_a_rank(embeddings: torch.Tensor, labels: np.ndarray) -> Report:
+    return all_pairs(embeddings, labels, rank=dist.get_rank(), world_size=dist.get_world_size(), resamples=20)
+
+
+def test_threads_change_no_bit_and_keep_their_number():
+    embeddings, labels = clusters(150, 8, 1.5, width=40)
+    before, reports = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            reports.append(all_pairs(embeddings, labels, resamples=20).as_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_counts_that_overflow_int32_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "FLUSH", 100)
+    monkeypatch.setattr(module, "TILE", 8)
+    embeddings, labels = clusters(15, 4, 1.2)
+    assert_equals_exact(all_pairs(embeddings, labels, resamples=0), embeddings, labels)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_rank_k_counts_impostors_that_are_as_near_as_the_nearest_mate(data):
+    """More than ten impostors, of which many tie."""
+    number = data.draw(st.integers(3, 40))
+    angle = np.array(data.draw(st.lists(st.integers(0, 47), min_size=number, max_size=number)))
+    labels = np.array(data.draw(st.lists(st.integers(0, 12), min_size=number, max_size=number)))
+    _, counts = np.unique(labels, return_counts=True)
+    assume(len(counts) > 1 and counts.max() > 1)
+    embeddings = torch.from_numpy(np.stack([np.cos(angle * np.pi / 24), np.sin(angle * np.pi / 24)], axis=1)).float()
+    score = np.round(np.cos((angle[:, None] - angle) * np.pi / 24), 6)
+    beaten = []
+    for i, label in enumerate(labels):
+        mates = score[i, (labels == label) & (np.arange(number) != i)]
+        if len(mates):
+            beaten.append((score[i, labels != label] >= mates.max()).sum())
+    with mock.patch.object(module, "TILE", data.draw(st.sampled_from([5, 1024]))):
+        report = all_pairs(embeddings, labels, resamples=0)
+    assert [report.rank1, report.rank5, report.rank10] == [(np.array(beaten) < k).mean() for k in (1, 5, 10)]
+
+
+def test_low_rates_and_their_thresholds_where_pairs_suffice():
+    """1,500 images have a million impostor pairs: 1e-6 is reached by one false accept at most, 1e-7 is not asked for."""
+    embeddings, labels = clusters(750, 2, 0.4)
+    report = all_pairs(embeddings, labels, resamples=0)
+    assert report.impostor_pairs > 10**6
+    assert list(report.tar_at_far) == list(report.fnmr_at_fmr) == list(report.threshold_at_far) == [f"1e-{k}" for k in range(1, 7)]
+    unit = torch.nn.functional.normalize(embeddings.double())
+    impostors, genuine = _scores_of(unit, labels)
+    for name, threshold in report.threshold_at_far.items():
+        allowed = int(len(impostors) * float(name) + 1e-6)
+        assert (impostors >= threshold).sum() <= allowed < (impostors >= threshold - 3e-6).sum() + (genuine >= threshold - 3e-6).sum()
+        assert report.tar_at_far[name] == pytest.approx((genuine >= threshold).mean(), abs=2 / len(genuine))
+        assert report.fnmr_at_fmr[name] == pytest.approx(1 - report.tar_at_far[name], abs=1e-15)
+
+
+def _scores_of(unit: torch.Tensor, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.triu_indices(len(labels), 1)
+    scores = (unit @ unit.T).numpy()[first, second]
+    return scores[labels[first] != labels[second]], scores[labels[first] == labels[second]]
+
+
+def test_nothing_accepted_has_no_threshold():
+    report = all_pairs(torch.ones(30, 4), np.arange(30) // 3)
+    assert report.tar_at_far["1e-1"] == 0 and report.threshold_at_far["1e-1"] is None
 
 
 def test_compact_roc_of_many_points_keeps_its_ends_and_is_exact():
@@ -160,19 +250,57 @@ def test_sets_without_pairs_end_in_a_sentence(labels, sentence):
 
 def test_embeddings_that_are_not_finite_end_in_a_sentence():
     embeddings, labels = clusters(3, 3, 1.0)
+    with pytest.raises(ValueError, match="embeddings of 9 of 9 images are not finite"):
+        all_pairs(embeddings.double() * 1e200, labels)  # whose length is not
     embeddings[4, 2] = torch.nan
     with pytest.raises(ValueError, match="embeddings of 1 of 9 images are not finite"):
         all_pairs(embeddings, labels)
 
 
-def test_comparing_is_broken_off_between_two_blocks(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 8)
-    blocks = []
+@pytest.mark.parametrize(("factor", "kind"), [(1e30, torch.float32), (1e-30, torch.float32), (1e-3, torch.float16)])
+def test_the_length_of_embeddings_does_not_matter(factor, kind):
+    """Squares of 1e30 are infinite in float32, which would make a row of zeros of it."""
+    embeddings, labels = clusters(10, 3, 0.1)
+    embeddings = embeddings.half().to(torch.float64)
+    report, want = all_pairs((embeddings * factor).to(kind), labels), all_pairs(embeddings, labels)
+    tolerance = 1e-2 if kind == torch.float16 else 1e-5
+    assert report.eer == want.eer and report.threshold_at_far["1e-2"] == pytest.approx(want.threshold_at_far["1e-2"], abs=tolerance)
 
-    def stop():
-        raise InterruptedError
 
-    breaks = Breaks(lambda: blocks.append(1) or len(blocks) == 3, stop)
+def test_zero_embeddings_and_single_images():
+    report = all_pairs(torch.zeros(6, 4), np.arange(6) // 2)
+    assert (report.eer, report.rank1) == (0.5, 0.0)
+    embeddings, _ = clusters(10, 3, 0.1)
+    alone = all_pairs(embeddings, np.concatenate([[0, 0], np.arange(1, 29)]))
+    assert (alone.genuine_pairs, alone.impostor_pairs) == (1, 434)
+
+
+@pytest.mark.parametrize("after", [1, 3, 8, 12])
+def test_comparing_is_broken_off_between_two_tiles(monkeypatch, after):
+    """In each of its passes."""
+    monkeypatch.setattr(module, "TILE", 4)
+    tiles, agreed = [], []
+
+    def agree():
+        agreed.append(1)
+        if len(tiles) == after:
+            raise InterruptedError
+
+    breaks = Breaks(lambda: bool(tiles.append(1)) or len(tiles) == after, agree)
     with pytest.raises(InterruptedError):
         all_pairs(torch.eye(8), np.arange(8) // 2, breaks=breaks)
-    assert len(blocks) == 3
+    assert len(tiles) == after and agreed
+
+
+def test_an_error_in_a_tile_reaches_the_caller():
+    def work(state, tile):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work_on(range(100), dict, work, torch.device("cpu"))
+
+
+def test_too_many_pairs_for_intervals_end_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(module, "MOST_KEPT", 100)
+    with pytest.raises(ValueError, match=r"x.tar: intervals of 435 pairs would take hours; ask for them of at most 100 pairs"):
+        all_pairs(torch.randn(30, 4), np.arange(30) // 3, resamples=10, name="x.tar")

@@ -54,7 +54,7 @@ def test_equals_the_looped_protocol(number, seed):
     distances, issame = random_pairs(number, seed)
     report, want = score_pairs(distances, issame), looped_protocol(distances, issame, 10)
     assert (report.accuracy, report.std) == pytest.approx((want["accuracy"], want["std"]), abs=1e-12)
-    assert report.tar_at_far == {"1e-3": None}
+    assert report.tar_at_far["1e-3"] is None
     assert (report.pairs, report.genuine_pairs, report.folds) == (number, issame.sum(), 10)
 
 
@@ -176,3 +176,29 @@ def test_the_threshold_as_a_cosine_separates_pairs():
     report = score_pairs(2 - 2 * cosines[order], issame)
     assert 0.3 < report.best_cosine < 0.5
     assert ((cosines[order] > report.best_cosine) == issame).all()
+
+
+def test_thresholds_are_cosines_with_the_distance_beside_the_protocol_s_own():
+    distances, issame = random_pairs(2400, 5)
+    report = score_pairs(distances, issame, resamples=0)
+    numbers = report.as_dict()
+    assert numbers["threshold"] == report.best_cosine == pytest.approx(1 - numbers["threshold_distance"] / 2, abs=1e-12)
+    cosines = 1 - distances / 2
+    for name, threshold in report.threshold_at_far.items():
+        if threshold is not None:
+            assert (cosines[~issame] >= threshold).mean() <= float(name)
+            assert report.fnmr_at_fmr[name] == pytest.approx((cosines[issame] < threshold).mean(), abs=1e-12)
+    assert {name for name, tar in report.tar_at_far.items() if tar is None} == {"1e-4", "1e-5", "1e-6"}
+    folds = report.tables["thresholds"]
+    assert len(folds) == 10 and np.std([row["threshold"] for row in folds]) == pytest.approx(report.threshold_std)
+    assert report.genuine_histogram.sum() == issame.sum() and report.impostor_histogram.sum() == (~issame).sum()
+
+
+def test_intervals_of_a_pair_set_draw_pairs():
+    distances, issame = random_pairs(2400, 5)
+    report = score_pairs(distances, issame, resamples=300)
+    low, high = report.intervals["accuracy"]
+    spread = 1.96 * np.sqrt(report.accuracy * (1 - report.accuracy) / 2400)
+    assert (report.accuracy - low, high - report.accuracy) == pytest.approx((spread, spread), rel=0.35)
+    assert report.intervals["tar_at_far/1e-3"][0] <= report.tar_at_far["1e-3"] <= report.intervals["tar_at_far/1e-3"][1]
+    assert score_pairs(distances, issame, resamples=0).intervals == {}

@@ -165,3 +165,10 @@ def test_ranks_agree_with_one_process(tmp_path):
             assert labels.tolist() == want_labels.tolist()
         torch.testing.assert_close(unwrapped, want[0][0])
         assert report.as_dict() == want_report.as_dict()
+
+
+def test_features_that_have_exploded_are_no_zeros():
+    """Their squares are infinite in float32."""
+    embeddings, labels = embed(lambda images: 1e25 * images.flatten(1), PixelSource(6), None, flip=False, **SETTINGS)
+    with pytest.raises(ValueError, match="not finite; the model has diverged"):
+        all_pairs(embeddings, labels)

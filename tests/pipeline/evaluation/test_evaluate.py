@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dali_loaders import DataConfig
-from pipeline.evaluation import BinReport, PairReport, evaluate, write_bin
+from pipeline.evaluation import Report, evaluate, write_bin
 
 SIDE = 16
 DATA = DataConfig(image_size=SIDE, threads=1)
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def test_folder(folder):
     report = evaluate(flat, str(folder), DATA, batch_size=5)
-    assert isinstance(report, PairReport)
+    assert isinstance(report, Report)
     assert (report.eer, report.rank1, report.images, report.identities, report.unreadable) == (0.0, 1.0, 12, 4, 0)
     assert (report.genuine_pairs, report.impostor_pairs) == (12, 54)
 
@@ -48,7 +48,7 @@ def test_bin(folder):
     path = str(folder.parent / "pairs.bin")
     write_bin(path, images, [True] * 4 + [False] * 4)
     report = evaluate(flat, path, DATA)
-    assert isinstance(report, BinReport)
+    assert isinstance(report, Report)
     assert (report.eer, report.folds, report.unreadable) == (0.0, 8, 0)
     assert report.accuracy >= 7 / 8  # the loosest genuine pair, left out, may miss the threshold that the others choose
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.all_pairs import all_pairs
-from pipeline.evaluation.figures import roc_figure, save_png, score_figure
+from pipeline.evaluation.figures import det_figure, roc_figure, save_png, score_figure
 
 
 def report(noise: float, identities: int = 20):
@@ -25,6 +25,22 @@ def test_roc_curves_carry_their_eer_and_end_at_one():
         assert points[0, 0] == pytest.approx(1 / of_name.impostor_pairs)
         assert points[-1].tolist() == [1.0, 1.0]
         assert {tuple(point) for point in points[1:]} <= set(zip(*of_name.roc, strict=True))
+
+
+def test_det_curves_are_the_roc_s_errors_on_two_logarithmic_axes():
+    reports = {"before": report(5.0), "after": report(0.5)}
+    axes = det_figure(reports, "Faces").axes[0]
+    assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlim()) == ("log", "log", (1e-4, 1.0))
+    curves = {line.get_label(): line.get_xydata() for line in axes.lines}
+    for name, of_name in reports.items():
+        points = curves[f"{name} (EER {of_name.eer:.2%})"]
+        assert {tuple(point) for point in points[1:]} <= {(far, 1 - tar) for far, tar in zip(*of_name.roc, strict=True)}
+        assert (points[:, 1] > 0).all()
+
+
+def test_a_separated_set_has_figures_too(tmp_path):
+    for draw in (roc_figure, det_figure):
+        save_png(draw({"perfect": report(0.0)}, "Perfect"), tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])

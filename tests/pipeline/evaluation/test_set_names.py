@@ -89,6 +89,8 @@ def test_results_of_two_sets_stay_apart(sets):
         "test.tar", "test.bin", "test.tar_ema", "test.bin_ema",
     }  # fmt: skip
     assert sorted(name for name in os.listdir(sets / "run") if name.startswith("roc-")) == [
+        "roc-test.bin-00000001.png",
+        "roc-test.bin_ema-00000001.png",
         "roc-test.tar-00000001.png",
         "roc-test.tar_ema-00000001.png",
     ]

@@ -18,7 +18,7 @@ def read_lines(folder):
 
 
 def read_events(folder):
-    return EventAccumulator(str(folder / "tensorboard")).Reload()
+    return EventAccumulator(str(folder / "tensorboard" / folder.name)).Reload()
 
 
 def test_scalars_reach_both_files_with_step_and_time(tmp_path):
@@ -54,7 +54,7 @@ def test_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     resumed.close()
     expected = [(0, 100.0), (1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0), (6, 206.0)]
     assert [(line["step"], line["loss"]) for line in read_lines(tmp_path)] == expected
-    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss")] == expected
+    assert [(event.step, event.value) for event in read_events(tmp_path).Scalars("train/loss")] == expected
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -64,20 +64,22 @@ def test_new_run_in_an_old_folder_starts_anew(tmp_path):
         monitor.scalars(0, {"loss": value})
         monitor.close()
     assert [line["loss"] for line in read_lines(tmp_path)] == [2.0]
-    assert [event.value for event in read_events(tmp_path).Scalars("loss")] == [2.0]
+    assert [event.value for event in read_events(tmp_path).Scalars("train/loss")] == [2.0]
 
 
-def test_histogram_keeps_counts_and_edges(tmp_path):
+def test_histogram_keeps_counts_and_edges_of_the_range_that_is_used(tmp_path):
     monitor = Monitor(tmp_path, total_steps=1, console=False)
-    monitor.histogram(3, "genuine", np.array([1, 0, 4]), np.array([-1.0, 0.0, 0.5, 1.0]))
+    monitor.histogram(3, "genuine", np.array([0, 1, 0, 4, 0, 0]), np.array([-1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0]))
+    monitor.histogram(3, "empty", np.zeros(2), np.array([0.0, 1.0, 2.0]))
     with pytest.raises(AssertionError, match="genuine: 3 counts need 4 edges"):
         monitor.histogram(3, "genuine", np.array([1, 0, 4]), np.array([-1.0, 0.0, 0.5]))
     monitor.close()
+    assert read_events(tmp_path).Tags()["histograms"] == ["genuine"]
     event = read_events(tmp_path).Histograms("genuine")[0]
     value = event.histogram_value
     assert event.step == 3 and list(value.bucket) == [1, 0, 4] and list(value.bucket_limit) == [0.0, 0.5, 1.0]
-    assert (value.min, value.max, value.num) == (-1.0, 1.0, 5)
-    assert value.sum == pytest.approx(-0.5 + 4 * 0.75)
+    assert (value.min, value.max, value.num) == (-0.5, 1.0, 5), "the outermost bands that are drawn"
+    assert value.sum == pytest.approx(-0.25 + 4 * 0.75)
 
 
 def test_figures_and_texts_reach_tensorboard(tmp_path):
@@ -106,12 +108,13 @@ def test_other_ranks_are_silent(tmp_path):
 
 def test_without_tensorboard_the_run_goes_on_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delitem(sys.modules, "pipeline.monitor.tensorboard", raising=False)
     stream = io.StringIO()
     monitor = Monitor(tmp_path, total_steps=1, stream=stream)
     monitor.scalars(0, {"loss": 1.0})
     monitor.histogram(0, "genuine", np.ones(1), np.array([0.0, 1.0]))
     monitor.close()
-    assert stream.getvalue().startswith("tensorboard is not installed")
+    assert "tensorboard is not installed" in stream.getvalue().splitlines()[0]
     assert read_lines(tmp_path)[0]["loss"] == 1.0 and not (tmp_path / "tensorboard").exists()
 
 

@@ -1,0 +1,88 @@
+"""The k nearest rows of a gallery for each query, by cosine, streamed in tiles over ranks and cores. Equal cosines: the lower row first."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.evaluation.embed import Breaks
+from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
+
+MOST = 1000  # neighbours of a query; each tile gives at most TILE
+STEPS = 2**19  # a cosine is rounded to a multiple of 1 / STEPS, as in all_pairs.py, so that equal images tie, whatever tile they are in
+_ROWS = 2**32  # above the number of a row: a neighbour is one integer, rounded cosine x _ROWS + (_ROWS - 1 - row)
+
+
+def neighbours(
+    queries_QD: Tensor,
+    gallery_GD: Tensor,
+    k: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    excluded_Q: np.ndarray | None = None,
+    names: tuple[str, str] = ("the queries", "the gallery"),
+    breaks: Breaks | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 [Q, k] of the gallery, the nearest first, and their cosines float32 [Q, k], rounded to 1.9e-6.
+
+    Both are float [n, D] on one device and need no unit length. `excluded_Q`: a row of the gallery for each query that is not to be found,
+    as the query itself. With world_size > 1 every rank passes all rows and searches every world_size-th block of the gallery; one
+    all-gather of 8 Q k bytes gives all ranks the same result, bit for bit. Memory: 8 Q k bytes a thread, beside both inputs at unit length.
+    ValueError for other widths, values that are not finite, and a gallery of fewer than k rows, without the excluded one.
+    """
+    for name, rows in zip(names, (queries_QD, gallery_GD), strict=True):
+        if not len(rows):
+            raise ValueError(f"{name}: there are no embeddings to compare.")
+    if queries_QD.shape[1] != gallery_GD.shape[1]:
+        raise ValueError(
+            f"{names[0]} have width {queries_QD.shape[1]} and {names[1]} {gallery_GD.shape[1]}; embed both with the same network."
+        )
+    there = len(gallery_GD) - (excluded_Q is not None)
+    if not 1 <= k <= min(there, MOST):
+        raise ValueError(f"{names[1]}: {k} neighbours were asked for, of {there} rows; ask for 1 to {min(there, MOST)}.")
+    device = queries_QD.device
+    queries_QD = unit_rows(queries_QD, names[0])
+    gallery_GD = queries_QD if gallery_GD is queries_QD else unit_rows(gallery_GD, names[1])
+    excluded = None if excluded_Q is None else torch.from_numpy(np.asarray(excluded_Q, np.int64)).to(device)
+    # Whole blocks of the gallery for one thread, whose queries then find most of their neighbours early.
+    queries = spans(len(queries_QD), TILE)
+
+    def start() -> tuple[Tensor, Tensor, Tensor]:
+        best_Qk = torch.full((len(queries_QD), k), -(2**62), dtype=torch.int64, device=device)
+        return best_Qk, torch.full((len(queries_QD),), -torch.inf, device=device), torch.empty(TILE * TILE, device=device)
+
+    def work(state: tuple[Tensor, Tensor, Tensor], columns: slice) -> None:
+        best_Qk, worst_Q, buffer = state
+        block_MD = gallery_GD[columns] * STEPS
+        for rows in queries:
+            cosine_RM = buffer[: (rows.stop - rows.start) * len(block_MD)].view(rows.stop - rows.start, -1)
+            torch.mm(queries_QD[rows], block_MD.T, out=cosine_RM)
+            if excluded is not None:
+                inside = ((excluded[rows] >= columns.start) & (excluded[rows] < columns.stop)).nonzero()[:, 0]
+                cosine_RM[inside, excluded[rows][inside] - columns.start] = -torch.inf
+            # Only rows with something that rounds to at least their k-th so far: of a long gallery, few.
+            near = (cosine_RM.amax(dim=1) >= worst_Q[rows] - 0.5).nonzero()[:, 0]
+            if len(near):
+                best_Qk[rows][near] = merged = _merge(best_Qk[rows][near], cosine_RM[near], columns.start)
+                worst_Q[rows][near] = (merged[:, -1] >> 32).float()
+
+    states = work_on(spans(len(gallery_GD), TILE)[rank::world_size], start, work, device, breaks)
+    best_Qk = torch.cat([best for best, _, _ in states], dim=1).topk(k, dim=1).values
+    if world_size > 1:
+        parts = [torch.empty_like(best_Qk) for _ in range(world_size)]
+        dist.all_gather(parts, best_Qk, group=group)
+        best_Qk = torch.cat(parts, dim=1).topk(k, dim=1).values
+    rows_Qk = _ROWS - 1 - (best_Qk & (_ROWS - 1))
+    return rows_Qk.cpu().numpy(), ((best_Qk >> 32).double() / STEPS).float().cpu().numpy()
+
+
+def _merge(best_nk: Tensor, cosine_nM: Tensor, first: int) -> Tensor:
+    """int64 [n, k]: the largest of the neighbours so far and those of a block that begins at row `first` of the gallery."""
+    k, width = best_nk.shape[1], cosine_nM.shape[1]
+    rounded_nM = cosine_nM.clamp(-2.0 * STEPS, 2.0 * STEPS).round().long()
+    key_nM = rounded_nM * _ROWS + (_ROWS - 1 - first - torch.arange(width, device=best_nk.device))
+    return torch.cat([best_nk, key_nM.topk(min(k, width), dim=1).values], dim=1).topk(k, dim=1).values

@@ -1,0 +1,50 @@
+"""Curves of a run over its evaluations and restarts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.curves_so_far import CurvesSoFar
+
+
+def report(eer):
+    return SimpleNamespace(eer=eer, genuine_pairs=10, impostor_pairs=100, roc=(np.array([0.0, eer, 1.0]), np.array([0.0, 1 - eer, 1.0])))
+
+
+def test_the_first_the_best_and_the_newest_are_drawn(tmp_path):
+    curves = CurvesSoFar(tmp_path / "curves.npz")
+    legends = [list(curves.with_newest(step, report(eer))) for step, eer in ((0, 0.5), (10, 0.2), (20, 0.1), (30, 0.15), (40, 0.3))]
+    assert legends == [
+        ["step 0"],
+        ["step 0", "step 10"],
+        ["step 0", "step 20"],
+        ["step 0", "step 20, the best", "step 30"],
+        ["step 0", "step 20, the best", "step 40"],
+    ]
+
+
+def test_they_are_the_same_after_any_number_of_restarts(tmp_path):
+    whole = CurvesSoFar(tmp_path / "whole.npz")
+    for step, eer in ((0, 0.5), (10, 0.1), (20, 0.2)):
+        expected = whole.with_newest(step, report(eer))
+    for step, eer in ((0, 0.5), (10, 0.1), (20, 0.2), (10, 0.1), (20, 0.2), (20, 0.2)):
+        again = CurvesSoFar(tmp_path / "restarted.npz")
+        found = again.with_newest(step, report(eer))
+        again.write()
+    assert list(found) == list(expected) == ["step 0", "step 10, the best", "step 20"]
+    for name, curve in found.items():
+        assert curve.eer == expected[name].eer and (curve.genuine_pairs, curve.impostor_pairs) == (10, 100)
+        np.testing.assert_array_equal(curve.roc, expected[name].roc)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 damaged", b"x" * 100], ids=["none", "empty", "damaged", "other"])
+def test_a_file_that_cannot_be_read_is_forgotten(tmp_path, content):
+    if content is not None:
+        (tmp_path / "curves.npz").write_bytes(content)
+    curves = CurvesSoFar(tmp_path / "curves.npz")
+    assert list(curves.with_newest(5, report(0.1))) == ["step 5"]
+    curves.write()
+    assert list(CurvesSoFar(tmp_path / "curves.npz").with_newest(6, report(0.2))) == ["step 5, the best", "step 6"]
