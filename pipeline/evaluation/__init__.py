@@ -59,7 +59,7 @@ def evaluate(
             batch_size=batch_size, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks, resamples=resamples,
         )  # fmt: skip
     source = open_set(path, data)
-    embeddings_nD, readable_n = embed.embed_images(
+    embeddings_nD, readable_n = embed.embed(
         model,
         source,
         data,

@@ -46,27 +46,6 @@ def embed(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: Breaks | None = None,
-) -> tuple[Tensor, np.ndarray]:
-    """As `embed_images`, with the labels of the readable images, int64 [n], in place of their numbers."""
-    embedding_nD, readable_n = embed_images(
-        model, source, data,
-        batch_size=batch_size, flip=flip, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks,
-    )  # fmt: skip
-    return embedding_nD, np.asarray(source.labels, dtype=np.int64)[readable_n]
-
-
-def embed_images(
-    model: Callable[[Tensor], Tensor],
-    source: Source,
-    data: DataConfig,
-    *,
-    batch_size: int,
-    flip: bool,
-    device: torch.device | str,
-    rank: int = 0,
-    world_size: int = 1,
-    group: dist.ProcessGroup | None = None,
-    breaks: Breaks | None = None,
     look: Look | None = None,
 ) -> tuple[Tensor, np.ndarray]:
     """Embeddings float32 [n, D] of unit length and numbers int64 [n] of the n readable images, in source order, on every rank.

@@ -1,6 +1,6 @@
 """The k rows of a gallery that are nearest to each query, exactly: tile by tile with torch, or by faiss where one asks for it.
 
-The first part is to give way to the evaluation's own k nearest neighbours, once they are there."""
+evaluation/neighbours.py searches over ranks, with both matrices in memory; this one reads mapped files, of which it holds two tiles."""
 
 from __future__ import annotations
 
