@@ -275,9 +275,9 @@ def test_zero_embeddings_and_single_images():
     assert (alone.genuine_pairs, alone.impostor_pairs) == (1, 434)
 
 
-@pytest.mark.parametrize("after", [1, 3, 8, 12])
+@pytest.mark.parametrize("after", [1, 5, 10])
 def test_comparing_is_broken_off_between_two_tiles(monkeypatch, after):
-    """In each of its passes."""
+    """In each of its passes, whether one thread works on them or two (each asks once more when no tile is left)."""
     monkeypatch.setattr(module, "TILE", 4)
     tiles, agreed = [], []
 
