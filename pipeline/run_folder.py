@@ -44,15 +44,20 @@ def check(config: TrainConfig, place: Place, resume: str) -> None:
         raise ValueError(told[0])
 
 
-def mark(config: TrainConfig, place: Place) -> None:
-    """Writes down what the run in this folder is. On a full disk that is left out."""
+def mark(config: TrainConfig, place: Place, start: dict[str, Any] | None = None) -> None:
+    """Writes down what the run in this folder is, and how this `start` of it began (`start.description`), if it trains. On a full disk that
+    is left out."""
     path, given = os.path.join(config.run.folder, ABOUT), config.checkpoint.folder
     elsewhere = without_secrets(given if not given or is_remote(given) else os.path.abspath(given))
     about = {**_about(config), "checkpoint.folder": elsewhere}
-    if not place.is_first or _read(path) == about:
+    before = _read(path)
+    about = {**before, **about, **(start or {})}
+    if not place.is_first or before == about:
         return
-    with suppress(OSError), open(path, "w") as file:
-        json.dump(about, file, indent=1)
+    with suppress(OSError):
+        with open(f"{path}.tmp", "w") as file:
+            json.dump(about, file, indent=1)
+        os.replace(f"{path}.tmp", path)
 
 
 def data_paths(config: TrainConfig) -> list[str]:

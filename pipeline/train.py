@@ -10,6 +10,7 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import join
 from pipeline.lease import Lease
 from pipeline.resolve import resolve
+from pipeline.start import description
 from pipeline.trainer import Trainer
 from pipeline.watch import Watch, meeting
 
@@ -48,7 +49,7 @@ def _train(config: TrainConfig, resume: str, lease: Lease, watch: Watch) -> dict
     trainer = None
     try:
         trainer = Trainer(config, lease.place, resume, lease, watch)
-        run_folder.mark(config, lease.place)
+        run_folder.mark(config, lease.place, description(trainer) if trainer.step < trainer.total_steps else None)
         return trainer.fit()
     except BaseException as error:
         watch.note(error)

@@ -20,7 +20,7 @@ from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.kept import FILE, Kept
 from pipeline.evaluation.protocols import open_protocol
 from pipeline.evaluation.report import HISTOGRAM_EDGES
-from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
+from pipeline.evaluation.set_names import AVERAGED, CURVES, HARD_PAIRS, file_name, set_names
 from pipeline.monitor import Monitor, of_set
 from pipeline.monitor.json_lines import rows_at_end
 from pipeline.same_data import open_on_all_ranks
@@ -138,8 +138,10 @@ class Evaluator:
                 self.drawn[name] = step
                 self._draw(name, report, step, monitor, self.sets[path])
             if seen:
-                sheets.show(monitor, step, name, seen[0], self.data, *seen[1:])
-            monitor.try_to(FILE, lambda: self.kept.add(step, name, self.sets[path], values))
+                pairs = sheets.show(monitor, step, name, seen[0], self.data, *seen[1:])
+                hard = Path(self.folder, HARD_PAIRS.format(file_name(name)))
+                monitor.try_to("the file of hard pairs", lambda: sheets.keep(hard, self.sets[path], pairs))
+            monitor.try_to(FILE, lambda: self.kept.add(step, name, self.sets[path], values, report))
         return values
 
     def _has_line(self, step: int, name: str, figures: dict[str, float]) -> bool:
@@ -152,7 +154,7 @@ class Evaluator:
         monitor.histogram(step, of_set(name, "genuine_cosines"), report.genuine_histogram, HISTOGRAM_EDGES)
         monitor.histogram(step, of_set(name, "impostor_cosines"), report.impostor_histogram, HISTOGRAM_EDGES)
         monitor.figure(step, of_set(name, "cosines"), self.figures.score_figure(report, name))
-        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, f"curves-{file_name(name)}.npz"), of))
+        so_far = self.curves.setdefault(name, CurvesSoFar(Path(self.folder, CURVES.format(file_name(name))), of))
         curves = so_far.with_newest(step, report)
         monitor.try_to("the file of curves", so_far.write)
         figure = self.figures.roc_figure(curves, name)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 LONGEST = 200  # bytes of a file's name, of which 255 are possible, and what is added takes some
+CURVES, HARD_PAIRS = "curves-{}.npz", "hard-pairs-{}.json"  # files in a run's folder, by `file_name`
 AVERAGED = "_ema"  # ends the names under which averaged weights are evaluated
 
 

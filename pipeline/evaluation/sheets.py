@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +18,14 @@ from dali_loaders.config import DataConfig
 from dali_loaders.names import printable
 from dali_loaders.sources import Source
 from pipeline.monitor import Monitor, of_set
-from pipeline.monitor.pictures import tiled
+from pipeline.monitor.pictures import jpeg_of, tiled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAIRS = 16  # of each kind on a sheet
 THUMBNAIL = 32  # pixels
+LARGEST = 112  # pixels of the side of an image in a file of hard pairs
 _AT_ONCE = 64
 
 
@@ -30,14 +35,17 @@ class Pair(NamedTuple):
     cosine: float
 
 
-def show(monitor: Monitor, step: int, name: str, source: Source, data: DataConfig, embeddings_nD: Tensor, index_n: np.ndarray) -> None:
-    """Hands sheets and cloud of `monitor.config.images` images of the set to the monitor.
+def show(
+    monitor: Monitor, step: int, name: str, source: Source, data: DataConfig, embeddings_nD: Tensor, index_n: np.ndarray
+) -> dict[str, Any]:
+    """Hands sheets and cloud of `monitor.config.images` images of the set to the monitor, and returns the pairs of the sheets for `keep`.
 
     embeddings_nD: float32 [n, D]; index_n: the number in the source of each of them"""
     labels_n = np.asarray(source.labels)[index_n]
     chosen = some_identities(labels_n, monitor.config.images)
+    kept: dict[str, Any] = {"step": step, "name": name, "images": len(chosen)}
     if len(chosen) < 2:
-        return
+        return kept
     vectors_mD, labels_m, index_m = normalize(embeddings_nD[torch.from_numpy(chosen)].float()).cpu(), labels_n[chosen], index_n[chosen]
     genuine, impostors = hardest_pairs(vectors_mD, labels_m)
     names = [printable(source.identities[label]) for label in labels_m]
@@ -49,7 +57,19 @@ def show(monitor: Monitor, step: int, name: str, source: Source, data: DataConfi
             titles = [f"{pair.cosine:.3f}  {_short(names[pair.first])} / {_short(names[pair.second])}" for pair in pairs]
             title = f"{name}: {kind}, among {len(chosen):,} images"
             monitor.figure(step, of_set(name, f"hard_{kind.split()[0]}_pairs"), _sheet(images, titles, title))
+            kept[kind.split()[0]] = [
+                {"cosine": round(pair.cosine, 6), "identities": [names[pair.first], names[pair.second]], "jpeg": _side_by_side(*two)}
+                for pair, two in zip(pairs, images.reshape(-1, 2, *images.shape[1:]), strict=True)
+            ]
     monitor.points(step, name, vectors_mD.numpy(), names, thumbnails_m)
+    return kept
+
+
+def keep(path: Path, of: Any, pairs: dict[str, Any]) -> None:
+    """Writes what `show` returned, and what the set is, as JSON: at most 0.6 MB. OSError where that fails; then the file is as it was."""
+    new = path.with_name(f"{path.name}.tmp")
+    new.write_text(json.dumps({"of": of, **pairs}))
+    os.replace(new, path)
 
 
 def some_identities(labels_n: np.ndarray, most: int) -> np.ndarray:
@@ -120,6 +140,16 @@ def _pixels(levels_CHW: Tensor) -> np.ndarray:
     return levels_CHW.round().byte().permute(1, 2, 0).numpy()
 
 
+def _side_by_side(first_HWC: np.ndarray, second_HWC: np.ndarray) -> str:
+    """Both images in one JPEG file, at most LARGEST high, in base64."""
+    import cv2
+
+    size = min(LARGEST, len(first_HWC))
+    small = [cv2.resize(image_HWC, (size, size), interpolation=cv2.INTER_AREA) for image_HWC in (first_HWC, second_HWC)]
+    gap = np.full((size, max(2, size // 20), 3), 255, np.uint8)
+    return base64.b64encode(jpeg_of(np.concatenate([small[0], gap, small[1]], axis=1))).decode()
+
+
 def _sheet(images_nHWC: np.ndarray, titles: Sequence[str], title: str) -> Figure:
     """Pairs of images, four in a row, each with its title above it. One picture with texts: many axes take seconds to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -134,10 +164,10 @@ def _sheet(images_nHWC: np.ndarray, titles: Sequence[str], title: str) -> Figure
     axes = figure.add_subplot()
     axes.axis("off")
     axes.imshow(sheet)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, parse_math=False)  # names of files may have any two $
     height, width = top + size, 2 * size + side
     for at, text in enumerate(titles):
-        axes.text(at % columns * width, at // columns * height + 0.8 * top, text, fontsize=8)
+        axes.text(at % columns * width, at // columns * height + 0.8 * top, text, fontsize=8, parse_math=False)
     return figure
 
 
