@@ -121,7 +121,7 @@ def _arrays(place: str, curve: Curve) -> dict[str, Any]:
 def _curve(place: str, arrays: Any) -> Curve:
     eer, genuine, impostors, *threshold = arrays[f"{place}/numbers"].tolist()
     far_P, tar_P = arrays[f"{place}/roc"]
-    histograms = arrays[f"{place}/histograms"] if f"{place}/histograms" in arrays else None
+    histograms = arrays.get(f"{place}/histograms")
     names = json.loads(str(arrays[f"{place}/groups"])) if f"{place}/groups" in arrays else []
     groups = {name: _curve(f"{place}/{number}", arrays) for number, name in enumerate(names)}
     step = int(place.split("/")[0])

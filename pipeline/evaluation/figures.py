@@ -75,8 +75,10 @@ def score_figure(report: Report | Curve, title: str) -> Figure:
         density = counts.reshape(-1, 2).sum(axis=1) / (pairs * np.diff(edges))
         axes.stairs(density, edges, fill=True, alpha=0.35, color=color)
         axes.stairs(density, edges, color=color, linewidth=1.2, label=f"{name} ({pairs:,} pairs)")
-    label = f"EER {report.eer:.2%} at {report.threshold_at_eer:.3f}"
-    axes.axvline(report.threshold_at_eer, color="0.25", linewidth=1, linestyle="--", label=label)
+    threshold = report.threshold_at_eer
+    assert threshold is not None
+    label = f"EER {report.eer:.2%} at {threshold:.3f}"
+    axes.axvline(threshold, color="0.25", linewidth=1, linestyle="--", label=label)
     used = np.flatnonzero(report.genuine_histogram + report.impostor_histogram)
     low, high = HISTOGRAM_EDGES[used[0]], HISTOGRAM_EDGES[used[-1] + 1]
     axes.set(xlim=(max(-1, low - 0.05), min(1, high + 0.05)), xlabel="Cosine", ylabel="Density")
@@ -140,7 +142,8 @@ def canvas(title: str, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Figure, 
 
 def legend(axes: Axes, **options: Any) -> None:
     """Of what has a label, whatever it looks like: matplotlib takes $...$ for mathematics and leaves out what begins with _."""
-    handles = [artist for artist in (*axes.patches, *axes.lines) if not str(artist.get_label()).startswith("_child")]
+    artists = [artist for artist in (*axes.patches, *axes.lines) if artist.get_label()]
+    handles = [artist for artist in artists if not str(artist.get_label()).startswith("_child")]  # which those without one have
     shown = axes.legend(handles, [str(artist.get_label()) for artist in handles], **options)
     for text in shown.get_texts():
         text.set_parse_math(False)
