@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from dali_loaders.remote import without_secrets
+from dali_loaders.remote import is_remote, without_secrets
+from dali_loaders.sources import fingerprint
 from pipeline import backbones, checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.protocols import open_protocol
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.set_names import set_names
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
+
+CURVE_POINTS = 300  # of an ROC in JSON
 
 
 def load_backbone(saved: Checkpoint, device: torch.device, ema: bool = False, recipe: str | None = None) -> tuple[nn.Module, TrainConfig]:
@@ -84,7 +91,11 @@ def evaluate_checkpoint(
     if figure:
         figures.save_png(figures.roc_figure({without_secrets(data): report}, "ROC"), figure)
     if as_json:
-        print(json.dumps(report.as_dict()))
+        of = {"path": without_secrets(data), **fingerprint(comparison.source), "flip": config.evaluation.flip and not no_flip}
+        of |= {"protocol": protocol} if protocol else {}
+        evaluated = {"checkpoint": without_secrets(_absolute(saved.path)), "step": saved.info.get("step"), "ema": ema}
+        evaluated |= {"name": set_names([data])[0], "of": of}
+        print(json.dumps({**report.as_dict(), "curve": _curve(report), "evaluated": evaluated}))
         return
     for name, value in report.numbers().items():
         if value is None and "/" not in name:  # nothing that the protocol knows
@@ -95,3 +106,15 @@ def evaluate_checkpoint(
         shown = missing if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
         interval = report.intervals.get(name)
         print(f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def _curve(report: Report) -> dict[str, list[float] | list[int]]:
+    """ROC at up to CURVE_POINTS false accept rates, and pairs between HISTOGRAM_EDGES, for `protoshard report --add`."""
+    far_P, tar_P = report.roc
+    at = np.unique(np.linspace(0, len(far_P) - 1, CURVE_POINTS).round().astype(int))
+    rates = {name: [float(f"{rate:.6g}") for rate in rate_P[at]] for name, rate_P in (("far", far_P), ("tar", tar_P))}
+    return {**rates, "genuine": report.genuine_histogram.tolist(), "impostor": report.impostor_histogram.tolist()}

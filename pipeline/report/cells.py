@@ -9,13 +9,17 @@ from pipeline.report.entries import Entry
 from pipeline.report.html import Safe, joined, table, tag
 
 MOST_ROWS = 60  # of a table of a protocol
-NAMES = {"eer": "EER", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "opis": "OPIS", "threshold_std": "spread of thresholds"}
-COLUMNS = {
+NAMES = {
     "eer": "EER",
-    "threshold": "own threshold",
-    "far_at_common": "FAR at the common one",
-    "tar_at_common": "TAR at the common one",
+    "threshold_at_eer": "threshold at the EER",
+    "threshold_std": "spread of thresholds",
+    "rank1": "rank-1",
+    "rank5": "rank-5",
+    "rank10": "rank-10",
+    "opis": "OPIS",
 }
+COLUMNS = {"eer": "EER", "threshold": "own threshold", "far_at_common": "FAR*", "tar_at_common": "TAR*"}
+COMMON = "*: at the threshold that all have in common."
 
 
 def title_of(name: str) -> str:
@@ -47,6 +51,7 @@ def in_words(value: float | None, interval: tuple[float, float] | None) -> str:
 def of_rows(rows: Sequence[Mapping[str, Any]]) -> Safe:
     """A table of a report."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    note = f"The first {MOST_ROWS} of {len(rows):,} rows." if len(rows) > MOST_ROWS else None
+    notes = [f"The first {MOST_ROWS} of {len(rows):,} rows."] if len(rows) > MOST_ROWS else []
+    notes += [COMMON] if "far_at_common" in names else []
     heads = [COLUMNS.get(name, str(name).replace("_", " ")) for name in names]
-    return table(heads, [[of_value(row.get(name)) for name in names] for row in rows[:MOST_ROWS]], note)
+    return table(heads, [[of_value(row.get(name)) for name in names] for row in rows[:MOST_ROWS]], " ".join(notes))

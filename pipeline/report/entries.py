@@ -78,25 +78,25 @@ def main_figures(entries: Sequence[Entry]) -> list[str]:
 
 @dataclass(frozen=True)
 class Best:
-    """The entry with the best value of a figure, and whether its interval overlaps with none of the others'."""
+    """The entry with the best value of a figure, and whether its interval overlaps with that of no other run."""
 
     entry: Entry
     is_clear: bool
-    has_intervals: bool  # all of them
+    has_intervals: bool  # itself and all that it is compared with
 
 
 def best_of(figure: str, entries: Sequence[Entry]) -> Best | None:
-    """None where fewer than two entries have the figure, where the best two are equal, or where it is not known which way is better."""
+    """Compared with the entries of other runs; where all are of one run, with these. None where there are no two to compare, where another
+    is as good, or where it is not known which way is better."""
     sign = -1 if LOWER.fullmatch(figure) else 1 if HIGHER.fullmatch(figure) else 0
     found = [entry for entry in entries if figure in entry.newest.values]
     if not sign or len(found) < 2:
         return None
-    first, second, *_ = sorted(found, key=lambda entry: -sign * entry.newest.values[figure])
-    if first.newest.values[figure] == second.newest.values[figure]:
+    best = max(found, key=lambda entry: sign * entry.newest.values[figure])
+    rivals = [entry for entry in found if entry.run is not best.run] or [entry for entry in found if entry is not best]
+    if any(entry.newest.values[figure] == best.newest.values[figure] for entry in rivals):
         return None
-    ends = [entry.newest.intervals.get(figure) for entry in found]
-    own = first.newest.intervals.get(figure)
-    others = [end for entry, end in zip(found, ends, strict=True) if entry is not first and end]
-    has_intervals = all(ends)
-    is_clear = has_intervals and all(own[1] < other[0] if sign < 0 else own[0] > other[1] for other in others if own)
-    return Best(first, is_clear, has_intervals)
+    own, others = best.newest.intervals.get(figure), [entry.newest.intervals.get(figure) for entry in rivals]
+    if own is None or None in others:
+        return Best(best, is_clear=False, has_intervals=False)
+    return Best(best, all(own[1] < end[0] if sign < 0 else own[0] > end[1] for end in others if end), has_intervals=True)

@@ -26,17 +26,17 @@ nav { margin: 14px 0; font-size: 14px } nav a { margin-right: 14px; white-space:
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums }
 caption { caption-side: bottom; text-align: left; padding-top: 4px; max-width: 85ch }
 th, td { padding: 4px 12px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; max-width: 40ch; overflow-wrap: anywhere } tbody th { min-width: 7ch }
+th { font-weight: 600; max-width: 40ch; overflow-wrap: anywhere } tbody th { min-width: 14ch }
 thead th { border-bottom: 2px solid #8a929d; vertical-align: bottom }
-td.n, th.n { text-align: right; white-space: nowrap }
+td.n, th.n { text-align: right } td.n { white-space: nowrap } th.n { max-width: 16ch }
 td { overflow-wrap: anywhere; max-width: 60ch }
 td small { color: var(--dim); display: block }
 td.best { background: #e8f3ec } td.first { background: var(--soft) }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 14px 18px; margin: 10px 0 }
 .wide { grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)) }
 figure { margin: 0 } figure img { width: 100%; height: auto; display: block }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px }
-.pairs img { width: 190px; image-rendering: auto; border: 1px solid var(--line) }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 12px 16px }
+.pairs img { border: 1px solid var(--line) }
 .pairs figcaption { line-height: 1.3; overflow-wrap: anywhere }
 .key { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 8px 0; padding: 0; list-style: none; font-size: 14px }
 .key img { width: 34px; height: 10px; margin-right: 6px; vertical-align: middle }
@@ -47,7 +47,7 @@ ul { margin: 6px 0; padding-left: 22px } li { overflow-wrap: anywhere }
   @page { size: A4; margin: 14mm }
   body { max-width: none; padding: 0; font-size: 10pt } nav { display: none }
   h2 { margin-top: 22px; break-after: avoid } h3 { break-after: avoid } figure, tr, .key { break-inside: avoid }
-  table { font-size: 8.5pt } th, td { padding-right: 8px } .scroll { overflow: visible }
+  table { font-size: 8.5pt } th, td { padding-right: 8px } td.n small { white-space: normal } .scroll { overflow: visible }
   .figures { grid-template-columns: 1fr 1fr } .pairs { grid-template-columns: repeat(4, 1fr) } .pairs img { width: 100% }
   td.best, td.first { print-color-adjust: exact }
 }

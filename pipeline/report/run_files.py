@@ -128,7 +128,7 @@ def _read_evaluations(run: RunFiles, folder: Path) -> None:
         run.missing.append("There is no whole evaluations.json: figures are those of metrics.jsonl, without intervals and tables.")
     if not found:
         run.missing.append("No evaluation is finished yet, or the run has no evaluation set (evaluation.data).")
-    for (_, name), one in sorted(found.items()):
+    for (_, name), one in sorted(found.items(), key=lambda item: item[0][0]):  # sets stay in the order in which they were evaluated
         run.evaluations.setdefault(name, []).append(one)
     for name, several in run.evaluations.items():
         of = several[-1].of

@@ -23,7 +23,7 @@ from pipeline.report.thresholds import stability
 FIRST_PAIRS = 8  # of each kind that are in sight
 MOST_BANDS = 4  # curves with intervals as bands
 PICTURES = 2_500_000  # bytes that hard pairs take of a page
-TABLES = {"thresholds": "Thresholds of parts of the set"}
+TABLES = {"thresholds": "thresholds of parts of the set"}
 
 
 class Budget:
@@ -41,13 +41,13 @@ class Budget:
 
 def of_set(name: str, entries: Sequence[Entry], runs: Sequence[RunFiles], pictures: Budget) -> Safe:
     styles = {entry.label: style_of(runs.index(entry.run), entry.is_averaged) for entry in entries}
-    whose = {entry.label: f" of {entry.label}" if len(entries) > 1 else "" for entry in entries}
+    whose = {entry.label: f"{entry.label}: " if len(entries) > 1 else "" for entry in entries}
     parts: list[Safe] = [_over_steps(entries, styles), _curves(name, entries, styles)]
     parts += [tag("h3", "Operating points"), _operating_points(entries), tag("h3", "Other figures"), _others(entries)]
     for entry in entries:
         parts += _groups(entry, whose[entry.label])
     tables = [
-        tag("div", tag("h3", f"{TABLES.get(title, title.replace('_', ' '))}{whose[entry.label]}"), of_rows(rows))
+        tag("div", _heading(whose[entry.label], TABLES.get(title, title.replace("_", " "))), of_rows(rows))
         for entry in entries
         for title, rows in entry.newest.tables.items()
     ]
@@ -155,14 +155,14 @@ def _group_names(entry: Entry) -> list[str]:
     return [name.removesuffix("/eer") for name in entry.newest.values if name.endswith("/eer")]
 
 
-def _groups(entry: Entry, of_whom: str) -> list[Safe]:
+def _groups(entry: Entry, whose: str) -> list[Safe]:
     names = _group_names(entry)
     if not names:
         return []
     values, intervals = entry.newest.values, entry.newest.intervals
     shown = [figure for figure in main_figures([entry]) if any(f"{name}/{figure}" in values for name in names)]
     rows = [[name, *(of_value(values.get(f"{name}/{figure}"), intervals.get(f"{name}/{figure}")) for figure in shown)] for name in names]
-    parts = [tag("h3", f"Groups{of_whom}"), table(["group", *map(title_of, shown)], rows)]
+    parts = [_heading(whose, "groups"), table(["group", *map(title_of, shown)], rows)]
     if curves := entry.curve.groups if entry.curve else {}:
         titles = (("ROC of groups", figures.roc_figure), ("DET of groups", figures.det_figure))
         drawn = [_figure(draw(curves, title), f"{title}: {', '.join(curves)}") for title, draw in titles]
@@ -170,13 +170,13 @@ def _groups(entry: Entry, of_whom: str) -> list[Safe]:
     return parts
 
 
-def _pairs(entry: Entry, of_whom: str, pictures: Budget) -> list[Safe]:
+def _pairs(entry: Entry, whose: str, pictures: Budget) -> list[Safe]:
     parts: list[Safe] = []
-    for kind, what in (("genuine", "Genuine pairs that look most different"), ("impostor", "Impostor pairs that look most alike")):
+    for kind, what in (("genuine", "genuine pairs that look most different"), ("impostor", "impostor pairs that look most alike")):
         pairs = [pair for pair in _list(entry.pairs.get(kind)) if isinstance(pair, dict) and jpeg_of(pair)]
         if not pairs:
             continue
-        parts.append(tag("h3", f"{what}{of_whom}"))
+        parts.append(_heading(whose, what))
         if not pictures.takes(sum(len(pair["jpeg"]) for pair in pairs)):
             parts.append(tag("p", "Left out, so that the page stays below 5 MB: make one of fewer runs."))
             continue
@@ -198,6 +198,10 @@ def _pair(kind: str, pair: Mapping[str, Any]) -> Safe:
     alt = f"{kind} pair of {' and '.join(dict.fromkeys(names))}, cosine {shown}"
     caption = tag("figcaption", tag("b", shown), " ", " / ".join(dict.fromkeys(names)))
     return tag("figure", image(f"data:image/jpeg;base64,{jpeg_of(pair)}", alt), caption)
+
+
+def _heading(whose: str, what: str) -> Safe:
+    return tag("h3", f"{whose}{what}" if whose else f"{what[:1].upper()}{what[1:]}")
 
 
 def _figure(figure: Figure, alt: str) -> Safe:

@@ -11,6 +11,8 @@ from pipeline.report.html import Safe, joined, table, tag
 
 COUNTS = {"images": "images", "identities": "identities", "genuine_pairs": "genuine pairs", "impostor_pairs": "impostor pairs"}
 
+NO_INTERVALS = "No intervals are kept: sets of more than 2,236 images have none, unless protoshard eval --resamples is asked for them."
+
 
 def verdict(sets: Mapping[str, Sequence[Entry]]) -> Safe:
     """A sentence and a short table for each set."""
@@ -43,7 +45,7 @@ def _sentence(entries: Sequence[Entry], shown: Sequence[str], best: Mapping[str,
     newest = found.entry.newest
     value = f"{found.entry.label} has the best {title_of(figure)}, {in_words(newest.values[figure], newest.intervals.get(figure))}"
     if found.is_clear:
-        return f"{value}. Its interval overlaps with that of no other."
+        return f"{value}. Its interval overlaps with that of no other run."
     if found.has_intervals:
         return f"{value}. Intervals overlap, so the difference may be chance."
     return f"{value}. Without intervals of all, nothing tells whether that is chance."
@@ -63,9 +65,11 @@ def _short(entries: Sequence[Entry], shown: Sequence[str], best: Mapping[str, Be
                 row.append(tag("td", of_entry(entry, figure, "☆ "), class_="n first"))
         rows.append(row)
     notes = [_sizes(entries[0].newest.values)] if _sizes(entries[0].newest.values) else []
-    notes.append("Below a figure its 95 % interval." if any(entry.newest.intervals for entry in entries) else "No intervals are kept.")
+    notes.append("Below a figure its 95 % interval." if any(entry.newest.intervals for entry in entries) else NO_INTERVALS)
     if any(best.values()):
-        notes.append("★: the best, and its interval overlaps with none of the others (a cautious test). ☆: the best, which may be chance.")
+        notes.append(
+            "★: the best, and its interval overlaps with that of no other run (a cautious test). ☆: the best, which may be chance."
+        )
     heads = [
         f"{title_of(figure)} {'↓' if LOWER.fullmatch(figure) else '↑' if HIGHER.fullmatch(figure) else ''}".strip() for figure in shown
     ]
