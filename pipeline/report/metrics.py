@@ -69,13 +69,13 @@ def _rows(path: Path, found: Metrics) -> Iterator[dict[str, Any]]:
             row: Any = None
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            if not isinstance(row, dict) or not _is_number(row.get("step")) or row["step"] < 0:
+            if not isinstance(row, dict) or not is_number(row.get("step")) or row["step"] < 0:
                 found.damaged += 1
                 continue
-            yield {name: value for name, value in row.items() if _is_number(value)}
+            yield {name: value for name, value in row.items() if is_number(value)}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST  # which NaN is not
 
 

@@ -121,11 +121,13 @@ def _read_about(run: RunFiles, folder: Path) -> None:
 def _read_evaluations(run: RunFiles, folder: Path) -> None:
     rows = kept.rows_of(str(folder / kept.FILE))
     found: dict[tuple[int, str], Evaluation] = {key: Evaluation(key[0], values) for key, values in run.metrics.evaluations.items()}
+    read = 0
     for row in rows or ():
         with suppress(ValueError, TypeError, AttributeError, OverflowError):
             found[int(row["step"]), str(row["name"])] = evaluation(row)
-    if found and rows is None:
-        run.missing.append("There is no whole evaluations.json: figures are those of metrics.jsonl, without intervals and tables.")
+            read += 1
+    if found and (rows is None or read < len(rows)):
+        run.missing.append("There is no whole evaluations.json: figures that are not in it are those of metrics.jsonl, without intervals.")
     if not found:
         run.missing.append("No evaluation is finished yet, or the run has no evaluation set (evaluation.data).")
     for (_, name), one in sorted(found.items(), key=lambda item: item[0][0]):  # sets stay in the order in which they were evaluated
@@ -137,16 +139,19 @@ def _read_evaluations(run: RunFiles, folder: Path) -> None:
             run.curves[name] = curves
         else:
             run.missing.append(f"{name}: no curves (ROC, DET) are kept.")
-        pairs = _json(folder / HARD_PAIRS.format(file_name(name)), MOST_PAIRS)
+        path = folder / HARD_PAIRS.format(file_name(name))
+        pairs = _json(path, MOST_PAIRS)
         if pairs and (of is None or pairs.get("of") == of):
             run.pairs[name] = pairs
+        elif path.exists():
+            run.missing.append(f"{name}: the hard pairs are those of another set, or damaged, and left out.")
     if run.evaluations and not run.pairs:
-        run.missing.append("No hard pairs are kept: a run looks for them at its end, of labelled sets, if monitor.images is not 0.")
+        run.missing.append("No hard pairs are kept: a run looks for them at its end, in labelled sets, if monitor.images is not 0.")
 
 
 def evaluation(row: Mapping[str, Any]) -> Evaluation:
     """Of a row of evaluations.json, or of what `protoshard eval --json` printed. Raises what a row of another form raises."""
-    values = {str(name): value for name, value in row["values"].items() if metrics._is_number(value) and name != "best_cosine"}
+    values = {str(name): value for name, value in row["values"].items() if metrics.is_number(value) and name != "best_cosine"}
     intervals = {str(name): (float(low), float(high)) for name, (low, high) in row.get("intervals", {}).items()}
     tables = {str(name): [dict(item) for item in table] for name, table in row.get("tables", {}).items()}
     of = row.get("of")

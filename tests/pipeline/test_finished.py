@@ -49,7 +49,7 @@ def config(data, pairs, folder):
 def files(folder) -> dict[str, bytes]:
     """All that a run tells the world."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    told = ("roc-", "events.", "metrics.jsonl", "evaluations.json")
+    told = ("roc-", "events.", "metrics.jsonl", "evaluations.json", "curves-", "hard-pairs-", "run.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name.startswith(told)}
 
 
@@ -71,10 +71,20 @@ def pictures(folder) -> dict[str, bytes]:
     return {name: content for name, content in files(folder).items() if name.endswith(".png")}
 
 
+def results(folder) -> dict[str, bytes]:
+    """What pages are made of: pictures, curves, hard pairs, figures with intervals and tables."""
+    return {name: content for name, content in files(folder).items() if name.startswith(("roc-", "curves-", "hard-pairs-", "evaluations"))}
+
+
 def test_a_finished_run_says_so_and_changes_nothing(data, pairs, undisturbed, capsys):
     folder, figures = undisturbed
     before = files(folder)
     assert len(pictures(folder)) == 4  # both sets at step 0, and at the end
+    assert before.keys() >= {"curves-faces.npz", "curves-pairs.npz", "hard-pairs-faces.json", "run.json"}
+    rows = json.loads(before["evaluations.json"])["evaluations"]
+    assert [(row["step"], "eer" in row["intervals"], "tables" in row) for row in rows] == [(0, True, False)] * 2 + [(4, True, True)] * 2
+    about = json.loads(before["run.json"])
+    assert about["config"]["run"]["batch"] == 24 and (about["start"]["total_steps"], about["start"]["images"]) == (4, 78)
     with mock.patch.object(evaluator, "evaluate", side_effect=AssertionError("evaluated again")):
         for _ in range(2):
             assert train(config(data, pairs, folder)) == figures
@@ -105,7 +115,7 @@ def test_stopped_between_the_two_sets_of_the_last_evaluation(data, pairs, undist
         assert train(config(data, pairs, tmp_path / "run")) == undisturbed[1]
     assert [call.args[1] for call in evaluated.call_args_list] == [pairs]
     assert lines(tmp_path / "run") == lines(undisturbed[0])
-    assert pictures(tmp_path / "run") == pictures(undisturbed[0])
+    assert results(tmp_path / "run") == results(undisturbed[0])
 
 
 def test_broken_off_in_the_last_save(data, pairs, undisturbed, tmp_path):
@@ -121,7 +131,7 @@ def test_broken_off_in_the_last_save(data, pairs, undisturbed, tmp_path):
         train(config(data, pairs, tmp_path / "run"))
     assert train(config(data, pairs, tmp_path / "run")) == undisturbed[1]
     assert lines(tmp_path / "run") == lines(undisturbed[0])
-    assert pictures(tmp_path / "run") == pictures(undisturbed[0])  # with the curve of step 0 in each
+    assert results(tmp_path / "run") == results(undisturbed[0])  # with the curve of step 0 in each
 
 
 def test_another_set_is_evaluated_and_said_to_be(data, pairs, undisturbed, tmp_path, capsys):

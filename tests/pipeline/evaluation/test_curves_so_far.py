@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.evaluation.curves_so_far import CurvesSoFar
+from pipeline.evaluation.curves_so_far import CurvesSoFar, read
 
 
-def report(eer):
-    return SimpleNamespace(eer=eer, genuine_pairs=10, impostor_pairs=100, roc=(np.array([0.0, eer, 1.0]), np.array([0.0, 1 - eer, 1.0])))
+def report(eer, **groups):
+    roc = np.array([0.0, eer, 1.0]), np.array([0.0, 1 - eer, 1.0])
+    counts = {"genuine_histogram": np.arange(256), "impostor_histogram": np.arange(256) * 2}
+    return SimpleNamespace(eer=eer, threshold_at_eer=eer / 2, genuine_pairs=10, impostor_pairs=100, roc=roc, groups=groups, **counts)
 
 
 def test_the_first_the_best_and_the_newest_are_drawn(tmp_path):
@@ -48,3 +50,23 @@ def test_a_file_that_cannot_be_read_is_forgotten(tmp_path, content):
     assert list(curves.with_newest(5, report(0.1))) == ["step 5"]
     curves.write()
     assert list(CurvesSoFar(tmp_path / "curves.npz").with_newest(6, report(0.2))) == ["step 5, the best", "step 6"]
+
+
+def test_histograms_thresholds_and_groups_of_the_newest_are_kept(tmp_path):
+    curves = CurvesSoFar(tmp_path / "curves.npz", {"a": 1})
+    for step, eer in ((5, 0.2), (6, 0.3)):
+        curves.with_newest(step, report(eer, **{"a/b": report(0.4), "<c>": report(0.5)}))
+    curves.write()
+    of, found = read(tmp_path / "curves.npz")
+    assert of == '{"a": 1}' and list(found) == [5, 6] and not found[5].groups
+    assert (found[6].threshold_at_eer, found[6].step) == (0.15, 6)
+    np.testing.assert_array_equal(found[6].histograms, [np.arange(256), np.arange(256) * 2])
+    assert {name: (group.eer, group.threshold_at_eer) for name, group in found[6].groups.items()} == {"a/b": (0.4, 0.2), "<c>": (0.5, 0.25)}
+
+
+def test_a_file_of_an_earlier_version(tmp_path):
+    roc = np.zeros((2, 3))
+    np.savez_compressed(tmp_path / "curves.npz", of=np.array("null"), **{"7/numbers": np.array([0.1, 10, 100]), "7/roc": roc})
+    (curve,) = read(tmp_path / "curves.npz")[1].values()
+    assert (curve.step, curve.eer, curve.threshold_at_eer, curve.histograms) == (7, 0.1, None, None)
+    assert list(CurvesSoFar(tmp_path / "curves.npz").with_newest(9, report(0.2))) == ["step 7, the best", "step 9"]

@@ -60,3 +60,13 @@ def test_unwritable_path_ends_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="the figure cannot be written"):
         save_png(roc_figure({"one": report(1.0)}, "One"), tmp_path / "file" / "roc.png")
+
+
+def test_names_that_matplotlib_would_read_otherwise(tmp_path):
+    """Of sets and runs, which may have any: $...$ is mathematics to it, and a label that begins with _ stands for none."""
+    named = {"_a $x{$": report(0.5)}
+    for draw in (roc_figure, det_figure):
+        figure = draw(named, "$b{$")
+        save_png(figure, tmp_path / "figure.png")
+        assert figure.axes[0].get_legend().get_texts()[0].get_text().startswith("_a $x{$ (EER")
+    save_png(score_figure(named["_a $x{$"], "$b{$"), tmp_path / "figure.png")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
+import shutil
+import tarfile
 
+import cv2
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -67,7 +72,7 @@ def test_what_the_monitor_is_told(tmp_path):
     index_n = np.delete(np.arange(len(source)), 3)  # an image that could not be read
     embeddings_nD = torch.randn(len(index_n), 16, generator=torch.Generator().manual_seed(0))
     monitor = Told(tmp_path / "run")
-    sheets.show(monitor, 10, "test", source, DataConfig(image_size=32, threads=1), embeddings_nD, index_n)
+    kept = sheets.show(monitor, 10, "test", source, DataConfig(image_size=32, threads=1), embeddings_nD, index_n)
     vectors, labels, images = monitor.told["test"]
     assert vectors.shape == (77, 16) and images.shape == (77, 32, 32, 3) and labels[4] == source.identities[source.labels[5]]
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
@@ -75,3 +80,28 @@ def test_what_the_monitor_is_told(tmp_path):
     assert {"evaluation/test/hard_genuine_pairs", "evaluation/test/hard_impostor_pairs"} < monitor.told.keys()
     first = monitor.told["evaluation/test/hard_genuine_pairs"][0]
     assert first.split("  ")[1].split(" / ")[0] == first.split(" / ")[1]
+    assert (kept["step"], kept["name"], kept["images"]) == (10, "test", 77)
+    assert [f"{pair['cosine']:.3f}" for pair in kept["genuine"]] == [
+        text.split()[0] for text in monitor.told["evaluation/test/hard_genuine_pairs"]
+    ]
+    jpeg = np.frombuffer(base64.b64decode(kept["impostor"][0]["jpeg"]), np.uint8)
+    assert cv2.imdecode(jpeg, cv2.IMREAD_COLOR).shape == (32, 66, 3)
+    sheets.keep(tmp_path / "pairs.json", {"images": 78}, kept)
+    assert json.loads((tmp_path / "pairs.json").read_text()) == {"of": {"images": 78}, **kept}
+
+
+def test_names_that_look_like_mathematics(tmp_path):
+    """matplotlib reads $...$ as such, and raises where it cannot."""
+    with tarfile.open(faces(str(tmp_path))) as before, tarfile.open(tmp_path / "named.tar", "w") as after:
+        for member in before:
+            content = before.extractfile(member) if member.isfile() else None
+            member.name = f"$a{{$ <b>{member.name}"
+            after.addfile(member, content)
+    source = open_source(str(tmp_path / "named.tar"))
+    monitor = Monitor(tmp_path / "run", 10, console=False)
+    embeddings_nD = torch.randn(len(source), 16, generator=torch.Generator().manual_seed(0))
+    data = DataConfig(image_size=32, threads=1)
+    kept = sheets.show(monitor, 10, "$b{$", source, data, embeddings_nD, np.arange(len(source)))
+    monitor.close()
+    assert kept["genuine"][0]["identities"][0].startswith("$a{$ <b>")
+    shutil.rmtree(tmp_path / "run")
