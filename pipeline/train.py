@@ -49,7 +49,8 @@ def _train(config: TrainConfig, resume: str, lease: Lease, watch: Watch) -> dict
     trainer = None
     try:
         trainer = Trainer(config, lease.place, resume, lease, watch)
-        run_folder.mark(config, lease.place, description(trainer) if trainer.step < trainer.total_steps else None)
+        trains = trainer.step < trainer.total_steps
+        run_folder.mark(config, lease.place, description(trainer) if trains and lease.place.is_first else None)
         return trainer.fit()
     except BaseException as error:
         watch.note(error)

@@ -66,7 +66,8 @@ def show(
 
 
 def keep(path: Path, of: Any, pairs: dict[str, Any]) -> None:
-    """Writes what `show` returned, and what the set is, as JSON: at most 0.6 MB. OSError where that fails; then the file is as it was."""
+    """Writes what `show` returned, and what the set is, as JSON: 0.2 MB for images of 64 pixels, at most 1.1 MB. OSError where that fails;
+    then the file is as it was."""
     new = path.with_name(f"{path.name}.tmp")
     new.write_text(json.dumps({"of": of, **pairs}))
     os.replace(new, path)

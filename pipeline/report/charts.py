@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from dali_loaders.extras import extra
 from pipeline.evaluation.figures import COLORS, canvas, legend
+
+with extra("train"):
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 SIZE = (5.0, 3.2)  # inches
 MOST_NAMED = 6  # curves that have a legend in the figure; the page has one for all

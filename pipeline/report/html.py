@@ -28,7 +28,7 @@ caption { caption-side: bottom; text-align: left; padding-top: 4px; max-width: 8
 th, td { padding: 4px 12px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; max-width: 40ch; overflow-wrap: anywhere } tbody th { min-width: 14ch }
 thead th { border-bottom: 2px solid #8a929d; vertical-align: bottom }
-td.n, th.n { text-align: right } td.n { white-space: nowrap } th.n { max-width: 16ch }
+td.n, th.n { text-align: right } td.n { white-space: nowrap } th.n { max-width: 16ch; overflow-wrap: break-word }
 td { overflow-wrap: anywhere; max-width: 60ch }
 td small { color: var(--dim); display: block }
 td.best { background: #e8f3ec } td.first { background: var(--soft) }
@@ -40,7 +40,7 @@ figure { margin: 0 } figure img { width: 100%; height: auto; display: block }
 .pairs figcaption { line-height: 1.3; overflow-wrap: anywhere }
 .key { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 8px 0; padding: 0; list-style: none; font-size: 14px }
 .key img { width: 34px; height: 10px; margin-right: 6px; vertical-align: middle }
-.beside { display: flex; flex-wrap: wrap; gap: 0 44px }
+.beside { display: flex; flex-wrap: wrap; gap: 0 44px } .beside tbody th { min-width: 8ch }
 details { margin: 8px 0 } summary { cursor: pointer; color: #0b5394 }
 ul { margin: 6px 0; padding-left: 22px } li { overflow-wrap: anywhere }
 @media print {

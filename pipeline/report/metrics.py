@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 LARGEST = 1e300  # of a number; JSON may have larger ones than a float holds
+COUNTS = {"images", "identities", "genuine_pairs", "impostor_pairs", "unreadable", "pairs", "folds"}  # which lines have as floats
 LONGEST = 1 << 20  # bytes of a line that is read
 
 
@@ -46,6 +47,7 @@ def read(path: Path, names: frozenset[str]) -> Metrics:
         # Lines of the first versions have no such threshold.
         for name in evaluated or [name.removesuffix("/eer") for name in row if name.endswith("/eer")]:
             values = {key.removeprefix(f"{name}/"): value for key, value in row.items() if key.startswith(f"{name}/")}
+            values |= {key: int(values[key]) for key in values.keys() & COUNTS}
             found.evaluations[step, name] = values
         if evaluated or any(name.endswith("/eer") for name in row):
             continue

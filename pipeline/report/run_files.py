@@ -39,7 +39,7 @@ SERIES = frozenset(
         "prototypes/never_sampled",
     }
 )
-MOST_PAIRS = 1 << 21  # bytes that are read of a file of hard pairs, which has 0.6 MB
+MOST_PAIRS = 1 << 21  # bytes that are read of a file of hard pairs, which has 0.2 MB
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -121,30 +121,42 @@ def _read_about(run: RunFiles, folder: Path) -> None:
 def _read_evaluations(run: RunFiles, folder: Path) -> None:
     rows = kept.rows_of(str(folder / kept.FILE))
     found: dict[tuple[int, str], Evaluation] = {key: Evaluation(key[0], values) for key, values in run.metrics.evaluations.items()}
-    read = 0
+    read, given_up = 0, list[int]()
     for row in rows or ():
         with suppress(ValueError, TypeError, AttributeError, OverflowError):
-            found[int(row["step"]), str(row["name"])] = evaluation(row)
+            one = evaluation(row)
             read += 1
+            if run.metrics.lines and one.step > run.metrics.step:  # metrics.jsonl is cut where a run goes back to an earlier checkpoint
+                given_up.append(one.step)
+            else:
+                found[one.step, str(row["name"])] = one
     if found and (rows is None or read < len(rows)):
         run.missing.append("There is no whole evaluations.json: figures that are not in it are those of metrics.jsonl, without intervals.")
+    if given_up:
+        run.missing.append(
+            f"Evaluations of steps beyond {run.metrics.step:,} are left out ({len(given_up)}): the run went back to an earlier step."
+        )
     if not found:
         run.missing.append("No evaluation is finished yet, or the run has no evaluation set (evaluation.data).")
     for (_, name), one in sorted(found.items(), key=lambda item: item[0][0]):  # sets stay in the order in which they were evaluated
         run.evaluations.setdefault(name, []).append(one)
     for name, several in run.evaluations.items():
         of = several[-1].of
+        same = [one for one in several if one.of is None or one.of == of]
+        if len(same) < len(several):
+            run.missing.append(f"{name}: evaluations of another set of that name are left out ({len(several) - len(same)}).")
+        run.evaluations[name] = same
         written_of, curves = curves_so_far.read(folder / CURVES.format(file_name(name)))
-        if curves and (of is None or written_of == json.dumps(of)):
-            run.curves[name] = curves
+        if min(curves, default=math.inf) <= several[-1].step and (of is None or written_of == json.dumps(of)):
+            run.curves[name] = {step: curve for step, curve in curves.items() if step <= several[-1].step}
         else:
             run.missing.append(f"{name}: no curves (ROC, DET) are kept.")
         path = folder / HARD_PAIRS.format(file_name(name))
         pairs = _json(path, MOST_PAIRS)
-        if pairs and (of is None or pairs.get("of") == of):
+        if pairs and pairs.get("step") == several[-1].step and (of is None or pairs.get("of") == of):
             run.pairs[name] = pairs
         elif path.exists():
-            run.missing.append(f"{name}: the hard pairs are those of another set, or damaged, and left out.")
+            run.missing.append(f"{name}: the hard pairs are those of another set or step, or damaged, and left out.")
     if run.evaluations and not run.pairs:
         run.missing.append("No hard pairs are kept: a run looks for them at its end, in labelled sets, if monitor.images is not 0.")
 

@@ -135,12 +135,14 @@ def _operating_points(entries: Sequence[Entry]) -> Safe:
     parts = []
     for kind, title in (("tar_at_far", "TAR at FAR"), ("threshold_at_far", "threshold at FAR")):
         rows = [[far, *(of_entry(entry, f"{kind}/{far}", nothing=_nothing(entry, far)) for entry in entries)] for far in names]
-        parts.append(table([title, *(entry.label for entry in entries)], rows))
+        if any(f"{kind}/{far}" in entry.newest.values for entry in entries for far in names):  # the first versions kept no thresholds
+            parts.append(table([title, *(entry.label for entry in entries)], rows))
     return joined([tag("div", *parts, class_="beside"), tag("p", "FNMR is 1 - TAR. Thresholds are cosines.", class_="dim")])
 
 
 def _nothing(entry: Entry, far: str) -> str:
-    return "accepts nothing" if f"tar_at_far/{far}" in entry.newest.values else "unreached"
+    tar = entry.newest.values.get(f"tar_at_far/{far}")
+    return "unreached" if tar is None else "accepts nothing" if tar == 0 else "not kept"
 
 
 def _others(entries: Sequence[Entry]) -> Safe:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.evaluation.all_pairs import KEPT
 from pipeline.report.cells import in_words, of_entry, title_of
 from pipeline.report.entries import HIGHER, LOWER, Best, Entry, are_of_one_set, best_of, main_figures
 from pipeline.report.html import Safe, joined, table, tag
 
 COUNTS = {"images": "images", "identities": "identities", "genuine_pairs": "genuine pairs", "impostor_pairs": "impostor pairs"}
 
-NO_INTERVALS = "No intervals are kept: sets of more than 2,236 images have none, unless protoshard eval --resamples is asked for them."
+TOO_LARGE = f"sets of more than {KEPT:,} pairs have none, unless protoshard eval --resamples is asked for them"
 
 
 def verdict(sets: Mapping[str, Sequence[Entry]]) -> Safe:
@@ -64,8 +65,11 @@ def _short(entries: Sequence[Entry], shown: Sequence[str], best: Mapping[str, Be
             else:
                 row.append(tag("td", of_entry(entry, figure, "☆ "), class_="n first"))
         rows.append(row)
-    notes = [_sizes(entries[0].newest.values)] if _sizes(entries[0].newest.values) else []
-    notes.append("Below a figure its 95 % interval." if any(entry.newest.intervals for entry in entries) else NO_INTERVALS)
+    values = entries[0].newest.values
+    notes = [_sizes(values)] if _sizes(values) else []
+    is_large = values.get("genuine_pairs", 0) + values.get("impostor_pairs", 0) > KEPT
+    missing = f"No intervals are kept{f': {TOO_LARGE}' if is_large else ''}."
+    notes.append("Below a figure its 95 % interval." if any(entry.newest.intervals for entry in entries) else missing)
     if any(best.values()):
         notes.append(
             "★: the best, and its interval overlaps with that of no other run (a cautious test). ☆: the best, which may be chance."

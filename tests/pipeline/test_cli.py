@@ -132,6 +132,19 @@ def test_eval_prints_one_json_object(trained, capsys, tmp_path):
     assert report["images"] == 54 and report["identities"] == 9 and os.path.getsize(figure) > 1000
 
 
+def test_what_eval_prints_goes_into_a_report_of_the_run(trained, capsys, tmp_path):
+    pairs = str(tmp_path / "others.bin")
+    assert main(["data", "pairs", str(trained / "faces.tar"), pairs, "--folds", "2", "--pairs", "6"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(trained / "run"), "--data", pairs, "--json"]) == 0
+    (tmp_path / "others.json").write_text(capsys.readouterr().out)
+    page = tmp_path / "page.html"
+    assert main(["report", str(trained / "run"), "--add", str(tmp_path / "others.json"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "Evaluation: faces" in text and "Evaluation: others" in text and "One threshold for all sets" in text
+    assert "genuine pairs that look most different" in text.lower() and "data:image/jpeg" in text and "What is not here" not in text
+
+
 def test_the_roc_curve_of_a_pair_set(trained, capsys, tmp_path):
     pairs, figure = str(trained / "pairs.bin"), tmp_path / "new" / "roc.png"
     assert main(["data", "pairs", str(trained / "faces.tar"), pairs, "--folds", "2", "--pairs", "6"]) == 0

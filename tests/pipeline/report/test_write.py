@@ -160,6 +160,22 @@ def test_damaged_files_leave_the_rest(tmp_path, undrawn, content):
     assert f"{folders.report(1).eer:.4f}" in seen.text and "What is not here" in seen.text
 
 
+def test_what_a_run_gave_up_is_left_out(tmp_path, undrawn):
+    """It went back to step 50, and metrics.jsonl is cut there. Before, the set of step 10 was another one."""
+    run = folders.run(tmp_path / "run", reports={step: folders.report(step) for step in (10, 40, 100)})
+    rows = json.loads((run / "evaluations.json").read_text())["evaluations"]
+    rows[0]["of"] = OF | {"labels": "other"}
+    (run / "evaluations.json").write_text(json.dumps({"evaluations": rows}))
+    (run / "hard-pairs-test.json").write_text(json.dumps({"of": OF, "step": 100, "images": 300}))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["step"] <= 50))
+    found = run_files.read(str(run), "run")
+    assert [one.step for one in found.evaluations["test"]] == [40] and not found.pairs
+    seen = page(run, out=tmp_path / "out.html")
+    assert f"{folders.report(40).eer:.4f}" in seen.text and f"{folders.report(100).eer:.4f}" not in seen.text
+    assert "Evaluations of steps beyond 50 are left out (1)" in seen.text and "of another set of that name are left out (1)" in seen.text
+
+
 def test_results_of_eval_are_added_to_their_run(tmp_path, undrawn):
     runs = folders.run(tmp_path / "a"), folders.run(tmp_path / "b")
     groups = {"men": folders.report(4)}
