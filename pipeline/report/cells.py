@@ -1,12 +1,13 @@
-"""How figures are called and written in the page's tables and sentences."""
+"""How figures are called and written in the page's tables and sentences, and the key of its curves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.report.charts import sample
 from pipeline.report.entries import Entry
-from pipeline.report.html import Safe, joined, table, tag
+from pipeline.report.html import Safe, image, joined, table, tag
 
 MOST_ROWS = 60  # of a table of a protocol
 NAMES = {
@@ -46,6 +47,13 @@ def of_value(value: Any, interval: tuple[float, float] | None = None, mark: str 
 def in_words(value: float | None, interval: tuple[float, float] | None) -> str:
     shown = "unreached" if value is None else f"{value:.4f}"
     return f"{shown} ({interval[0]:.4f} to {interval[1]:.4f})" if interval else shown
+
+
+def key(styles: Mapping[str, Mapping[str, Any]]) -> Safe:
+    """Which curve is whose, by label, where there are several."""
+    if len(styles) < 2:
+        return Safe("")
+    return tag("ul", *(tag("li", image(sample(style), ""), label) for label, style in styles.items()), class_="key")
 
 
 def of_rows(rows: Sequence[Mapping[str, Any]]) -> Safe:

@@ -67,4 +67,16 @@ def address(figure: Figure) -> str:
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "protoshard", "path.simplify_threshold": 0.3}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return _address(file.getvalue())
+
+
+def sample(style: Mapping[str, Any]) -> str:
+    """A short line as `style_of` has it, as an image's address."""
+    dashes = style["linestyle"]
+    pattern = "" if isinstance(dashes, str) else f' stroke-dasharray="{" ".join(str(2 * part) for part in dashes[1])}"'
+    line = f'<line x1="0" y1="5" x2="34" y2="5" stroke="{style["color"]}" stroke-width="3"{pattern}/>'
+    return _address(f'<svg xmlns="http://www.w3.org/2000/svg" width="34" height="10">{line}</svg>'.encode())
+
+
+def _address(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -11,6 +10,7 @@ import numpy as np
 
 import partial_fc
 from pipeline.report import set_section
+from pipeline.report.cells import key
 from pipeline.report.charts import Line, address, over_steps, style_of
 from pipeline.report.entries import by_set
 from pipeline.report.html import Safe, bullets, image, joined, page, table, tag
@@ -80,23 +80,6 @@ def progress(run: RunFiles) -> str:
     return f"step {step:,} of {total:,} ({step / total:.0%}){last}"
 
 
-def key(runs: Sequence[RunFiles]) -> Safe:
-    """Which curve is whose, where there are several runs."""
-    if len(runs) < 2:
-        return Safe("")
-    items = [tag("li", image(_sample(number), ""), run.label) for number, run in enumerate(runs)]
-    return tag("ul", *items, class_="key")
-
-
-def _sample(number: int) -> str:
-    style = style_of(number)
-    dashes = style["linestyle"]
-    pattern = "" if isinstance(dashes, str) else f' stroke-dasharray="{" ".join(str(2 * part) for part in dashes[1])}"'
-    line = f'<line x1="0" y1="5" x2="34" y2="5" stroke="{style["color"]}" stroke-width="3"{pattern}/>'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="34" height="10">{line}</svg>'
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
 def _runs(runs: Sequence[RunFiles]) -> Safe:
     rows = [
         ("folder", *(run.path for run in runs)),
@@ -154,7 +137,13 @@ def _training(runs: Sequence[RunFiles]) -> Safe:
         return tag("p", "There are no lines of training in metrics.jsonl.")
     batches = {run.config.get("run.batch") for run in runs if run.config}
     note = "Steps of these runs are not equally long: run.batch differs." if len(batches) > 1 else ""
-    return joined([key(runs), tag("p", note) if note else "", tag("div", *figures, class_="figures")])
+    return joined(
+        [
+            key({run.label: style_of(number) for number, run in enumerate(runs)}),
+            tag("p", note) if note else "",
+            tag("div", *figures, class_="figures"),
+        ]
+    )
 
 
 def _data(runs: Sequence[RunFiles]) -> Safe:

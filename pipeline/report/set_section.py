@@ -13,8 +13,8 @@ from pipeline.evaluation import figures
 from pipeline.evaluation.curves_so_far import Curve, labelled
 from pipeline.evaluation.report import ALWAYS, FARS
 from pipeline.evaluation.set_names import AVERAGED
-from pipeline.report.cells import of_entry, of_rows, of_value, title_of
-from pipeline.report.charts import Line, address, over_steps, style_of
+from pipeline.report.cells import key, of_entry, of_rows, of_value, title_of
+from pipeline.report.charts import MOST_NAMED, Line, address, over_steps, style_of
 from pipeline.report.entries import Entry, main_figures
 from pipeline.report.html import Safe, image, joined, table, tag
 from pipeline.report.run_files import RunFiles, jpeg_of
@@ -42,7 +42,7 @@ class Budget:
 def of_set(name: str, entries: Sequence[Entry], runs: Sequence[RunFiles], pictures: Budget) -> Safe:
     styles = {entry.label: style_of(runs.index(entry.run), entry.is_averaged) for entry in entries}
     whose = {entry.label: f"{entry.label}: " if len(entries) > 1 else "" for entry in entries}
-    parts: list[Safe] = [_over_steps(entries, styles), _curves(name, entries, styles)]
+    parts: list[Safe] = [key(styles), _over_steps(entries, styles), _curves(name, entries, styles)]
     parts += [tag("h3", "Operating points"), _operating_points(entries), tag("h3", "Other figures"), _others(entries)]
     for entry in entries:
         parts += _groups(entry, whose[entry.label])
@@ -114,16 +114,19 @@ def _curves(name: str, entries: Sequence[Entry], styles: Mapping[str, Mapping[st
     if not shown:
         return tag("p", "No ROC and DET curves are kept.")
     eers = "; ".join(f"{label}: EER {curve.eer:.4f}" for label, curve in shown.items())
+    roc, det = figures.roc_figure(shown, "ROC", styles), figures.det_figure(shown, "DET", styles)
+    for figure in (roc, det):
+        if len(shown) > MOST_NAMED and (legend := figure.axes[0].get_legend()):  # it would cover the curves
+            legend.remove()
     drawn = [
-        _figure(figures.roc_figure(shown, "ROC", styles), f"ROC of {name}: true over false accept rate, which is logarithmic. {eers}"),
-        _figure(figures.det_figure(shown, "DET", styles), f"DET of {name}: FNMR over FMR, both logarithmic. {eers}"),
+        _figure(roc, f"ROC of {name}: true over false accept rate, which is logarithmic. {eers}"),
+        _figure(det, f"DET of {name}: FNMR over FMR, both logarithmic. {eers}"),
     ]
     for entry in entries:
         curve = entry.curve
         if curve is not None and _has_scores(curve):
-            title = f"cosines, {entry.label}" if len(entries) > 1 else "cosines"
             said = f"Histograms of genuine and impostor cosines of {entry.label} on {name}; the EER is at {curve.threshold_at_eer:.3f}"
-            drawn.append(_figure(figures.score_figure(curve, title), said))
+            drawn.append(_figure(figures.score_figure(curve, "cosines"), said, entry.label if len(entries) > 1 else ""))
     return joined([tag("h3", "ROC, DET and scores"), tag("div", *drawn, class_="figures wide")])
 
 
@@ -206,8 +209,8 @@ def _heading(whose: str, what: str) -> Safe:
     return tag("h3", f"{whose}{what}" if whose else f"{what[:1].upper()}{what[1:]}")
 
 
-def _figure(figure: Figure, alt: str) -> Safe:
-    return tag("figure", image(address(figure), alt))
+def _figure(figure: Figure, alt: str, caption: str = "") -> Safe:
+    return tag("figure", tag("figcaption", caption) if caption else "", image(address(figure), alt))
 
 
 def _list(value: Any) -> list[Any]:

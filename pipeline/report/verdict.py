@@ -42,7 +42,7 @@ def _sentence(entries: Sequence[Entry], shown: Sequence[str], best: Mapping[str,
         return "Not compared: these runs did not see the same images there, or not in the same way (mirror image, protocol)."
     found = best[figure]
     if found is None:
-        return f"No run is better in {title_of(figure)}."
+        return f"No single run has the best {title_of(figure)}."
     newest = found.entry.newest
     value = f"{found.entry.label} has the best {title_of(figure)}, {in_words(newest.values[figure], newest.intervals.get(figure))}"
     if found.is_clear:

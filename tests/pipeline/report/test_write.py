@@ -66,7 +66,7 @@ def test_two_runs_are_compared(tmp_path):
     assert "b has the best EER" in seen.text and "Its interval overlaps with that of no other run." in seen.text
     assert "loss.name" in seen.text and "not a field" in seen.text and "★" in seen.text
     assert "train.tar: 2 seen, 1 used" in seen.text and "complete, 100 steps" in seen.text
-    assert len(seen.alts) > 10 and sum(alt == "" for alt in seen.alts) == 2  # the two of the key, whose names stand beside them
+    assert len(seen.alts) > 10 and sum(alt == "" for alt in seen.alts) == 4  # of two keys, whose names stand beside them
     assert os.path.getsize(tmp_path / "out.html") < 2e6
 
 
