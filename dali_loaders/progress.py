@@ -17,8 +17,8 @@ from dali_loaders.extras import extra
 LINE_SECONDS = 30.0  # between two lines in a log; a task that is done before the first one gives none
 SHORT_SECONDS = 0.5  # what is done by then shows no bar
 _LONGEST = 30  # characters of what a bar is of, so that the time left is in sight on 80 columns
-_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}"
-_WITHOUT = "{desc} {n_fmt}, {elapsed}, {rate_noinv_fmt}"
+_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| {n:,}/{total:,}, {remaining} left, {rate_noinv_fmt}"
+_WITHOUT = "{desc} {n:,}, {elapsed}, {rate_noinv_fmt}"
 
 
 def bar(**options: Any) -> Any:

@@ -37,7 +37,9 @@ def summary(folder: str, checkpoints: str = "") -> str:
     figures = sorted(name for name in _names(folder) if name.startswith("roc-"))  # their names end with the step
     newest = max((_step(name) for name in figures), default="")
     lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in figures if _step(name) == newest]
-    lines.append(f"{'curves':28}tensorboard --logdir {shlex.quote(os.path.join(folder, 'tensorboard'))}")
+    curves = os.path.join(folder, "tensorboard")
+    if os.path.isdir(curves):
+        lines.append(f"{'curves':28}tensorboard --logdir {shlex.quote(curves)}")
     return "\n".join(lines)
 
 

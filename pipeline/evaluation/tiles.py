@@ -4,7 +4,7 @@ alone: not on how many threads or ranks there are, nor on which of them computes
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dali_loaders.progress import progress
 from pipeline.evaluation.embed import Breaks
 
 # Rows and columns. 1024 x 1024 float32 are 4 MiB, which stay in a core's caches from the product to the last pass over them.
@@ -44,10 +45,11 @@ def spans(number: int, size: int = 0) -> list[slice]:
 
 
 def work_on(
-    tiles: Iterable[T], start: Callable[[], S], work: Callable[[S, T], None], device: torch.device, breaks: Breaks | None = None
+    tiles: Sequence[T], start: Callable[[], S], work: Callable[[S, T], None], device: torch.device, breaks: Breaks | None = None
 ) -> list[S]:
     """Calls `work(state, tile)` for every tile, on as many threads as torch uses, each with its own `state` from `start()`; returns the
-    states. `breaks` is asked before each tile; then all ranks agree, as Breaks says. On a GPU there is one thread."""
+    states. `breaks` is asked before each tile; then all ranks agree, as Breaks says. On a GPU there is one thread. Rank 0 shows how far
+    its own tiles are."""
     lock, left, ended = threading.Lock(), iter(tiles), threading.Event()
 
     def take() -> T | None:
@@ -62,12 +64,14 @@ def work_on(
             try:
                 while (tile := take()) is not None:
                     work(state, tile)
+                    with lock:
+                        done.add()
             except BaseException:
                 ended.set()
                 raise
             return state
 
-    with _full_precision():
+    with _full_precision(), progress("comparing, in tiles", len(tiles)) as done:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         if threads == 1:
             states = [on_a_thread()]

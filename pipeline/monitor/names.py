@@ -19,7 +19,7 @@ GROUPED = {
     "skipped_images": "data/skipped_images",
     "save_stall": "data/save_stall",
 }
-# The first page: rows of three charts, each with the names of its curves, as regular expressions.
+# The first page: rows of three charts, each with the names of its curves, as regular expressions of whole names.
 FIRST_PAGE = {
     "How the run is": {
         "loss": ["train/loss"],
