@@ -17,7 +17,8 @@ from dali_loaders.extras import extra
 LINE_SECONDS = 30.0  # between two lines in a log; a task that is done before the first one gives none
 SHORT_SECONDS = 0.5  # what is done by then shows no bar
 _LONGEST = 30  # characters of what a bar is of, so that the time left is in sight on 80 columns
-_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| {n:,}/{total:,}, {remaining} left, {rate_noinv_fmt}"
+_SCALED = 10_000_000  # a total from which counts are shown as 12.3M: bytes, say
+_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| COUNT, {remaining} left, {rate_noinv_fmt}"
 _WITHOUT = "{desc} {n:,}, {elapsed}, {rate_noinv_fmt}"
 
 
@@ -58,8 +59,11 @@ class Progress:
         self._line_at = self._start + LINE_SECONDS
         self._bar: Any = None
         if stream is not None and stream.isatty():
-            form = {"bar_format": _WITH_TOTAL if self._total else _WITHOUT, "unit": "", "unit_scale": True}
-            self._bar = bar(desc=_short(what), total=self._total, file=stream, leave=False, delay=SHORT_SECONDS, **form)
+            form = _WITHOUT
+            if self._total:
+                form = _WITH_TOTAL.replace("COUNT", "{n:,}/{total:,}" if self._total < _SCALED else "{n_fmt}/{total_fmt}")
+            options = {"bar_format": form, "unit": "", "unit_scale": True, "leave": False, "delay": SHORT_SECONDS}
+            self._bar = bar(desc=_short(what), total=self._total, file=stream, **options)
 
     def add(self, count: int = 1) -> None:
         """More than the total is not done: the last batch of a task may be smaller than the others."""

@@ -7,6 +7,7 @@ import json
 
 from dali_loaders.config import TIMEOUT
 from dali_loaders.outputs import check_file
+from dali_loaders.progress import announce
 from pipeline.commands import add_overrides, command, count
 
 
@@ -73,6 +74,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _faces(options: argparse.Namespace) -> None:
+    announce("starting")  # as below: what a command imports may take seconds
     from dali_loaders.faces import FacesConfig, write_faces
 
     write_faces(options.out, FacesConfig(options.identities, options.images, options.size, options.seed, options.first_identity))
@@ -81,6 +83,7 @@ def _faces(options: argparse.Namespace) -> None:
 
 def _pack(options: argparse.Namespace) -> int:
     """1 where something was left out."""
+    announce("starting")
     from dali_loaders import open_source
     from dali_loaders.packing import PackConfig, pack
 
@@ -94,6 +97,7 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _pairs(options: argparse.Namespace) -> None:
+    announce("starting")
     from pipeline.evaluation.make_pairs import pairs_of_list, pairs_of_set
 
     check_file(options.out, "the pair set", ".bin")
@@ -105,6 +109,7 @@ def _pairs(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Exit code 1 where anything is wrong."""
+    announce("starting")
     from dali_loaders.checking import check
 
     if options.fix:
@@ -148,6 +153,7 @@ def _seconds(text: str) -> float:
 
 
 def _preview(options: argparse.Namespace) -> None:
+    announce("starting")
     from dali_loaders import open_source
     from dali_loaders.preview import write_preview
     from pipeline.resolve import resolve
