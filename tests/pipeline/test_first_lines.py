@@ -15,7 +15,9 @@ from tests.pipeline.runs import configuration, faces
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 
 
-@pytest.mark.parametrize("command", [
+@pytest.mark.parametrize(
+    "command",
+    [
         "train no_such_recipe --ranks 2",
         "eval no_such_run --data x.tar",
         "data faces x.tar",
@@ -23,7 +25,8 @@ TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
         "data pack x.tar y.rec",
         "data pairs x.tar y.bin",
         "data preview x.tar faces_small",
-    ])
+    ],
+)
 def test_the_first_line_comes_before_anything_that_takes_seconds_is_imported(command):
     code = """
         import sys

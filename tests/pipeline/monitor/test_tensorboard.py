@@ -145,7 +145,9 @@ def test_a_run_that_goes_on_with_other_options_shows_the_last_ones(tmp_path):
     events = events_of(tmp_path / "run")
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams["run.epochs"].number_value == 16
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(step, 8.0 if step < 5 else 16.0) for step in range(10)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (step, 8.0 if step < 5 else 16.0) for step in range(10)
+    ]
     assert len(list((tmp_path / "run" / "tensorboard" / "run").iterdir())) == 3
 
 
