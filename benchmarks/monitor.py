@@ -68,6 +68,7 @@ def _measure(trainer: Trainer, rounds: int) -> dict[str, Any]:
     write = timed(trainer.line.write)
     trainer.classifier.cosines = timed(trainer.classifier.cosines)
     added.append(0.0)
+    trainer.line.begin()
     window(True)  # to warm up
     pairs = []
     for number in range(rounds):
