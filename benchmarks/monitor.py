@@ -6,7 +6,6 @@ python -m benchmarks.monitor faces_small --rounds 9
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import tempfile
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import record
+from dali_loaders.progress import show_warnings
 from pipeline.commands import Overrides
 from pipeline.config import TrainConfig
 from pipeline.distributed import join
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}, but at least 1 is needed")
-    logging.basicConfig(format="%(message)s")
+    show_warnings()
     config = resolve(options.recipe, options.set)
     record.report((measure(config, options.rounds) for _ in range(1)), as_text, False, options.csv)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import threading
@@ -107,10 +108,39 @@ def announce(what: str) -> None:
 
 
 def say(message: str, stream: TextIO) -> None:
-    """A line; one of a log has date and time. Nobody may be left to read it."""
-    with suppress(OSError, ValueError):
+    """A line; one of a log has date and time, and one of a terminal stands above its bars. Nobody may be left to read it."""
+    with suppress(OSError, ValueError), _no_bars():
         stream.write(("" if stream.isatty() else f"{clock()}  ") + message + "\n")
         stream.flush()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """What is written inside does not mix with a bar; those that are on the screen are drawn again."""
+    if not _kind_of_bar.cache_info().currsize:
+        yield
+        return
+    kind = _kind_of_bar()
+    with kind.get_lock():
+        shown = [each for each in getattr(kind, "_instances", ()) if each.last_print_t >= each.start_t + each.delay]
+        for each in shown:
+            each.clear(nolock=True)
+        try:
+            yield
+        finally:
+            for each in shown:
+                each.refresh(nolock=True)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            say(self.format(record), sys.stderr)
+
+
+def show_warnings() -> None:
+    """Warnings that modules log are lines like all others, unless the program has handlers of its own."""
+    logging.basicConfig(format="%(message)s", handlers=[_Lines()])
 
 
 def clock() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 
@@ -117,3 +118,32 @@ def test_a_bar_is_drawn_only_a_few_times_a_second(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(0.9, "0m01s"), (75, "1m15s"), (3661, "1h01m"), (3 * 86400 - 1, "2d23h"), (59.9, "1m00s")])
 def test_time_left(seconds, text):
     assert time_left(seconds) == f"{text} left"
+
+
+def test_a_line_on_a_terminal_does_not_mix_with_the_bars(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(module, "SHORT_SECONDS", 0.0)
+    with progress("checking", 100) as done:
+        done._bar.mininterval = 0
+        done.add(50)
+        announce("a line")
+    monkeypatch.setattr(module, "SHORT_SECONDS", 1e9)
+    with progress("short", 100):
+        announce("another")
+    before, after = terminal.getvalue().split("a line\n")
+    assert before.rpartition("\r")[0].rpartition("\r")[2].isspace() and before.endswith("\r")  # the bar was erased
+    assert "checking  50%" in after and "short" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_warnings_are_lines_like_all_others(monkeypatch, is_terminal):
+    stream = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    module.show_warnings()
+    module.show_warnings()
+    logging.getLogger("dali_loaders.reading").warning("reading %s failed", "a.jpg")
+    time = "" if is_terminal else r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+    assert re.fullmatch(time + "reading a.jpg failed\n", stream.getvalue())
