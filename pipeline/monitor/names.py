@@ -24,7 +24,7 @@ FIRST_PAGE = {
     "How the run is": {
         "loss": ["train/loss"],
         "error on other identities (EER)": ["evaluation/.*/eer"],
-        "cosines: target, nearest other prototype of a sample, nearest other prototype of a prototype": [
+        "cosines: target, hardest other, between prototypes": [
             "cosines/target",
             "cosines/hardest_non_target",
             "prototypes/nearest_cosine",

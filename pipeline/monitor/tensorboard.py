@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,5 +100,7 @@ def _square(images_nHWC: np.ndarray) -> np.ndarray:
 
 def _run_in(folder: Path, name: str) -> str:
     """Other folders may lie there too, a notebook's or a profiler's."""
-    found = sorted({path.parent.name for path in folder.glob(f"*/{NAME}*")})
+    found: list[str] = []
+    with suppress(OSError):  # a file system that gives no answer
+        found = sorted({path.parent.name for path in folder.glob(f"*/{NAME}*")})
     return name if name in found or not found else found[0]
