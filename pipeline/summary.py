@@ -25,7 +25,7 @@ def summary(folder: str, checkpoints: str = "") -> str:
         # A run that goes on may name another set the same: it is compared with what has as many images only.
         measured = [row for row in measured if _size(row, name) == _size(measured[-1], name)]
         for key, title in SHOWN.items():
-            values = [(row["step"], row[f"{name}/{key}"]) for row in measured if row.get(f"{name}/{key}") is not None]
+            values = [(row["step"], row[f"{name}/{key}"]) for row in measured if isinstance(row.get(f"{name}/{key}"), int | float)]
             if values:
                 before = f"{values[0][1]:.4f} at step {values[0][0]} -> " if len(values) > 1 else ""
                 lines.append(f"{name + ' ' + title:28}{before}{values[-1][1]:.4f} at step {values[-1][0]}")
