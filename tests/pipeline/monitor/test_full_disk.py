@@ -240,7 +240,8 @@ def test_a_process_without_a_console_goes_on(tmp_path):
 def test_summary_of_a_run_whose_files_are_damaged_or_missing(tmp_path):
     assert summary(str(tmp_path / "nowhere")) == ""
     (tmp_path / "metrics.jsonl").write_bytes(
-        b'\xff\n[]\n{"step": 1, "a/eer": 0.5}\n{"step": 2, "a/eer": null}\n{"step": 2, "a/eer": "x"}\n{"step": 3, "a/eer": 0.25, "images_per_second": 7}\n{"st'
+        b'\xff\n[]\n{"step": 1, "a/eer": 0.5}\n{"step": 2, "a/eer": null}\n{"step": 2, "a/eer": "x"}\n'
+        b'{"step": 3, "a/eer": 0.25, "images_per_second": 7}\n{"st'
     )
     assert "0.5000 at step 1 -> 0.2500 at step 3" in summary(str(tmp_path)) and "7 (median)" in summary(str(tmp_path))
     assert "tensorboard" not in summary(str(tmp_path)), "there is none"
