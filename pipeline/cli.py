@@ -11,7 +11,16 @@ from pathlib import Path
 
 from dali_loaders.names import printable
 from dali_loaders.progress import announce, show_warnings
-from pipeline import checkpoint_commands, completion, data_commands, endings, export_commands, recipe_commands, stopping
+from pipeline import (
+    checkpoint_commands,
+    completion,
+    data_commands,
+    endings,
+    evaluation_commands,
+    export_commands,
+    recipe_commands,
+    stopping,
+)
 from pipeline.commands import Parser, Version, command, count, positionals_first
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -84,19 +93,6 @@ def _train(options: argparse.Namespace) -> None:
                 raise
 
 
-def _eval(options: argparse.Namespace) -> None:
-    from dali_loaders.outputs import check_file
-
-    if options.figure is not None:
-        check_file(options.figure, "--figure", ".png", makes_folder=True)
-    announce("starting")
-    from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
-    from pipeline.local_ranks import run_local
-
-    settings = options.data, options.json, options.figure, options.no_flip, options.ema, options.recipe, options.resamples, options.cleaning
-    run_local(options.ranks, evaluate_checkpoint, options.checkpoint, *settings)
-
-
 def _import_insightface(options: argparse.Namespace) -> None:
     from pipeline.interop.run import import_run
 
@@ -138,19 +134,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         "--resume", default="auto", metavar="auto|none|PATH", help="newest checkpoint of the run, a new start, or that checkpoint (auto)"
     )
 
-    evaluate = command(commands, "eval", _eval, "evaluate a checkpoint", "protoshard eval runs/dogs_small --data data/dogs/test.tar --json")
-    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder for its newest checkpoint")
-    evaluate.add_argument("--data", required=True, metavar="PATH", help="labelled folder, .tar or .rec, or an InsightFace .bin pair set")
-    evaluate.add_argument("--recipe", metavar="FILE.py", help="the recipe file that registers the run's backbone, if that is one's own")
-    evaluate.add_argument("--ranks", type=count, default=1, metavar="N", help="processes on this machine (1)")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    evaluate.add_argument("--figure", metavar="FILE.png", help="also write the ROC curve")
-    evaluate.add_argument("--ema", action="store_true", help="the average of the weights that the run kept (run.ema)")
-    evaluate.add_argument("--no-flip", action="store_true", help="leave out the mirror image (the recipe decides otherwise)")
-
-    evaluate.add_argument("--resamples", type=_count, metavar="N", help="draws for 95 %% intervals; 0: none (1000, for up to 2,236 images)")
-    evaluate.add_argument("--cleaning", metavar="FILE.csv", help="also list identities to merge and misplaced images, and a data.subset")
-
+    evaluation_commands.add(commands)
     data_commands.add(commands)
     checkpoint_commands.add(commands)
     export_commands.add(commands)
@@ -203,13 +187,6 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

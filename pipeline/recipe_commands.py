@@ -55,7 +55,7 @@ def _recipes(options: argparse.Namespace) -> None:
     for name, recipe in RECIPES.items():
         command_line, _, rest = inspect.cleandoc(recipe.__doc__ or "").partition("\n")
         config = recipe()
-        sets = [path for path in (config.data.train, config.evaluation.data, *config.evaluation.pairs) if path]
+        sets = [path for path in (config.data.train, *(path for _, _, path in config.evaluation.sets())) if path]
         found = ", ".join(path if os.path.exists(path) else f"{path} (not there)" for path in sets) or "yours: --set data.train=PATH"
         print(name)
         print(f"    {command_line}")

@@ -77,7 +77,7 @@ def saver(run: Run) -> Saver:
     best = run.config.checkpoint.best
     sets = [name + end for name in run.evaluator.names.values() for end in ("", AVERAGED)[: 1 + bool(run.ema)]]
     if best and not any(best.startswith(tuple(f"{name}/{figure}" for figure in TO_COMPARE)) for name in sets):
-        remedy = f"such as {sets[0]}/eer" if sets else "and there is none: name a set with evaluation.data or evaluation.pairs"
+        remedy = f"such as {sets[0]}/eer" if sets else "and there is none: name a set with evaluation.data, .pairs or .protocols"
         raise ValueError(f"checkpoint.best is {best!r}, but must be a figure of one of this run's evaluation sets, {remedy}")
     owner = {} if run.lease is None else {"check_owner": run.lease.check}
     return Saver(run.checkpoints, run.config.checkpoint, run.agreement, **owner)

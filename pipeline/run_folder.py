@@ -58,7 +58,7 @@ def mark(config: TrainConfig, place: Place) -> None:
 def data_paths(config: TrainConfig) -> list[str]:
     """Local paths, and patterns of paths, that a run reads its images from."""
     given = [path for text in (config.data.train, config.evaluation.data) if text for path in split_paths(text)]
-    given += config.evaluation.pairs
+    given += [path for field, _, path in config.evaluation.sets() if field != "data"]
     return [path for one in given if not is_remote(one) for path in (braces(one) if is_pattern(one) else [one])]
 
 

@@ -73,8 +73,8 @@ class Trainer:
         counts_C = check_images_per_identity(self.source, least, f"data.min_images is {least}", remedy)
         remark = check_positives(config.loss, counts_C, run.batch // run.accumulation, group)
         self.num_classes = len(self.source.identities)
-        if config.evaluation.data or config.evaluation.pairs:
-            self._begins("opening the evaluation sets", ", ".join(filter(None, [config.evaluation.data, *config.evaluation.pairs])))
+        if sets := config.evaluation.sets():
+            self._begins("opening the evaluation sets", ", ".join(path for _, _, path in sets))
         self.evaluator = Evaluator(config.evaluation, config.data, place, run.folder)
 
         self._begins("building the network", f"{config.backbone.name}, and the prototypes of {self.num_classes:,} identities")

@@ -5,16 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from dali_loaders.account import Account
-from dali_loaders.config import DataConfig
-from pipeline.evaluation.embed import Breaks, embed
 from pipeline.evaluation.intervals import Pairs, bootstrap
 from pipeline.evaluation.pair_pickle import load_pairs
 from pipeline.evaluation.report import HISTOGRAM_EDGES, OperatingPoints, Report
@@ -73,39 +68,6 @@ def write_bin(path: str, images: Sequence[bytes | np.ndarray], issame: Sequence[
         if not isinstance(error, OSError):
             raise
         raise ValueError(f"{path}: the pair set cannot be written ({error.strerror}); choose a path that can.") from error
-
-
-def evaluate_bin(
-    model: Callable[[Tensor], Tensor],
-    path: str,
-    data: DataConfig,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    group: dist.ProcessGroup | None = None,
-    breaks: Breaks | None = None,
-    resamples: int | None = None,
-) -> Report:
-    """Embeds image + mirror image and scores the pairs; all ranks of `group` call it and get the same report.
-
-    A pair with an image that cannot be decoded is left out and named in the log. Raises ValueError as read_bin and score_pairs do.
-    """
-    images, issame_P = read_bin(path)
-    embedding_nD, index_n = embed(
-        model, MemorySource(path, images), data,
-        batch_size=batch_size, flip=True, device=device, rank=rank, world_size=world_size, group=group, breaks=breaks,
-    )  # fmt: skip
-    row = np.full(len(images), -1)
-    row[index_n] = np.arange(len(index_n))
-    first_P, second_P = row.reshape(-1, 2).T
-    whole_P = (first_P >= 0) & (second_P >= 0)
-    unit_nD = embedding_nD.double().cpu().numpy()
-    if not np.isfinite(unit_nD).all():
-        raise ValueError(f"{path}: some embeddings are not finite; the model has diverged.")
-    distance_P = np.square(unit_nD[first_P[whole_P]] - unit_nD[second_P[whole_P]]).sum(axis=1)
-    return score_pairs(distance_P, issame_P[whole_P], unreadable=len(images) - len(index_n), name=path, resamples=resamples)
 
 
 def score_pairs(

@@ -1,4 +1,4 @@
-"""Unit embeddings of a labelled source: every rank embeds a contiguous share of the images and receives all of them."""
+"""Embeddings of a source: every rank embeds a contiguous share of the images and receives all of them."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ def embed(
     *,
     batch_size: int,
     flip: bool,
+    unit: bool = True,
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     breaks: Breaks | None = None,
-    look: Look | None = None,
 ) -> tuple[Tensor, np.ndarray]:
-    """Embeddings float32 [n, D] of unit length and numbers int64 [n] of the n readable images, in source order, on every rank.
+    """Embeddings float32 [n, D] and numbers int64 [n] of the n readable images, in source order, on every rank.
 
     `model` maps images float32 [b, 3, H, W] to features [b, D]; it runs in eval mode and gets its modes back. `flip` adds the
-    features of the mirror image before the normalisation (the protocol of the face pair sets). An unreadable image is left out and
-    named in the log. With world_size > 1 all ranks of `group` must call: four all-gathers, 4 n (D + 2) bytes received per rank.
+    features of the mirror image (the protocol of the face pair sets). Rows have unit length; without `unit` they are the features as
+    they are. An unreadable image is left out and named in the log. With world_size > 1 all ranks of `group` must call: four
+    all-gathers, 4 n (D + 2) bytes received per rank.
     Ranks may make different numbers of forward calls, so the model must not communicate: DDP is unwrapped here.
     Raises ValueError when no image is readable.
     """
@@ -75,7 +76,8 @@ def embed(
             if flip:
                 feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
             # A norm that overflows would make a row of zeros of features that have exploded.
-            features.append(torch.where(feature_bD.norm(dim=1, keepdim=True).isfinite(), normalize(feature_bD), torch.nan))
+            finite_b1 = feature_bD.norm(dim=1, keepdim=True).isfinite()
+            features.append(torch.where(finite_b1, normalize(feature_bD) if unit else feature_bD, torch.nan))
             indices.append(np.asarray(batch.indices, dtype=np.int64))
     if breaks:
         breaks.agree()
@@ -86,8 +88,6 @@ def embed(
         index_n = _gather_rows(index_n[:, None], world_size, group)[:, 0]
     readable = index_n.cpu().numpy()
     _report_unreadable(source, readable, rank)
-    if look:
-        look(source, embedding_nD, readable)
     return embedding_nD, readable
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,8 @@ from pipeline import backbones, checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
-from pipeline.evaluation import evaluate, open_set
+from pipeline.evaluation.embedder import Embedder
+from pipeline.evaluation.protocols import open_protocol
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -43,38 +46,38 @@ def load_backbone(saved: Checkpoint, device: torch.device, ema: bool = False, re
 def evaluate_checkpoint(
     path: str,
     data: str,
+    protocol: str | None = None,
+    options: Mapping[str, Any] | None = None,
     as_json: bool = False,
     figure: str | None = None,
     no_flip: bool = False,
     ema: bool = False,
     recipe: str | None = None,
-    resamples: int | None = None,
-    cleaning_file: str | None = None,
 ) -> None:
     """Prints the figures of the newest checkpoint at `path` on the set `data`, and draws its ROC curve to the file `figure`. With `ema`,
-    those of the average that the run kept of its weights. `recipe` is needed for the backbone that it registers, and for nothing else: the
-    configuration is that of the checkpoint. `resamples`, `cleaning_file`: as `evaluate` has them."""
+    those of the average that the run kept of its weights. `recipe` is needed for the backbone, and the protocol, that it registers, and for
+    nothing else: the configuration is that of the checkpoint. `protocol`, `options`: as `evaluate` has them."""
     if figure:
         from pipeline.evaluation import figures  # first, because the evaluation takes long
     place = join()
     saved = checkpoint.locate(path)
     module, config = load_backbone(saved, place.device, ema, recipe)
+    comparison = open_protocol(protocol, data, config.data, options)
     if place.is_first and not as_json:
         log = logging.getLogger(__name__)
         log.warning("evaluating %s on %s", saved.path, without_secrets(data))
-        for line in open_set(data, config.data).account.remarks(data):
+        for line in comparison.source.account.remarks(data):
             log.warning(line)
-    report = evaluate(
-        module,
-        data,
-        config.data,
-        batch_size=config.evaluation.batch_size,
-        flip=config.evaluation.flip and not no_flip,
-        device=place.device,
-        rank=place.rank,
-        world_size=place.world_size,
-        resamples=resamples,
-        cleaning_file=cleaning_file,
+    report = comparison.evaluate(
+        Embedder(
+            module,
+            config.data,
+            batch_size=config.evaluation.batch_size,
+            flip=config.evaluation.flip and not no_flip,
+            device=place.device,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
     )
     if not place.is_first:
         return

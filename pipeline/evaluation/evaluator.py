@@ -14,10 +14,11 @@ from dali_loaders.config import DataConfig
 from dali_loaders.remote import is_remote, without_secrets
 from pipeline.agreement import Agreement
 from pipeline.distributed import Place
-from pipeline.evaluation import Report, evaluate, open_set, sheets
+from pipeline.evaluation import Report, evaluate, sheets
 from pipeline.evaluation.curves_so_far import CurvesSoFar
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.kept import FILE, Kept
+from pipeline.evaluation.protocols import open_protocol
 from pipeline.evaluation.report import HISTOGRAM_EDGES
 from pipeline.evaluation.set_names import AVERAGED, file_name, set_names
 from pipeline.monitor import Monitor, of_set
@@ -32,6 +33,7 @@ SAID = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "rank1")  # on 
 class EvaluationConfig:
     data: str = ""  # labelled folder, .tar or .rec of identities that are not trained on: all pairs, at the end of the run; "" for none
     pairs: tuple[str, ...] = ()  # InsightFace .bin pair sets, at the same times
+    protocols: tuple[str, ...] = ()  # other comparisons, as NAME:PATH with a NAME of `protoshard protocols`, at the same times
     every_epochs: float = 0.0  # evaluate also during training; 0: only at the end
     at_start: bool = False  # also the untrained network, for comparison
     flip: bool = True  # add the features of the mirror image
@@ -41,6 +43,15 @@ class EvaluationConfig:
         for name, least in (("every_epochs", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}, but must be at least {least}")
+        for named in self.protocols:
+            if not all(named.partition(":")):
+                raise ValueError(f"evaluation.protocols has {named!r}; expected NAME:PATH, with a NAME of `protoshard protocols`")
+
+    def sets(self) -> list[tuple[str, str | None, str]]:
+        """The field that names a set, its protocol (None: the default of such a path) and its path."""
+        protocols = [named.partition(":") for named in self.protocols]
+        plain = [("data", self.data), *(("pairs", path) for path in self.pairs)]
+        return [(field, None, path) for field, path in plain if path] + [("protocols", name, path) for name, _, path in protocols]
 
 
 class Evaluator:
@@ -49,15 +60,15 @@ class Evaluator:
     def __init__(self, config: EvaluationConfig, data: DataConfig, place: Place, folder: str) -> None:
         """Opens every set, so that one that cannot be read costs no training. Every rank calls it. ValueError for such a set, for one
         that ranks do not see alike, and for one that is named twice."""
-        paths = [path for path in (config.data, *config.pairs) if path]
-        self.names = dict(zip(paths, set_names(paths), strict=True))
+        sets = config.sets()
+        self.names = dict(zip((path for _, _, path in sets), set_names([path for _, _, path in sets]), strict=True))
+        self.protocols = {path: protocol for _, protocol, path in sets}
         self.remarks: list[str] = []  # what of the sets was passed over
         self.sets: dict[str, dict[str, Any]] = {}  # by path, what tells one from another
-        for field, path in [("data", config.data), *(("pairs", path) for path in config.pairs)]:
-            if path:
-                remarks, self.sets[path] = _try(field, path, data)
-                self.sets[path]["flip"] = config.flip
-                self.remarks += remarks
+        for field, protocol, path in sets:
+            remarks, self.sets[path] = _try(field, protocol, path, data)
+            self.sets[path] |= {"flip": config.flip} | ({"protocol": protocol} if protocol else {})
+            self.remarks += remarks
         from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
 
         self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
@@ -110,6 +121,7 @@ class Evaluator:
             module,
             path,
             self.data,
+            protocol=self.protocols[path],
             batch_size=self.config.batch_size,
             flip=self.config.flip,
             device=self.place.device,
@@ -150,10 +162,10 @@ class Evaluator:
         monitor.try_to("the ROC figure", lambda: self.figures.write_png(figure, path))
 
 
-def _try(field: str, path: str, data: DataConfig) -> tuple[list[str], dict[str, Any]]:
+def _try(field: str, protocol: str | None, path: str, data: DataConfig) -> tuple[list[str], dict[str, Any]]:
     """What was passed over in a set, and what tells it from others: names and labels of its images, and where it lies."""
     try:
-        source, facts = open_on_all_ranks(path, lambda: open_set(path, data))
+        source, facts = open_on_all_ranks(path, lambda: open_protocol(protocol, path, data).source)
         bytes_of = os.path.getsize(path) if os.path.isfile(path) else None
         return source.account.remarks(path), {"path": without_secrets(_absolute(path)), "bytes": bytes_of, **facts}
     except ValueError as error:

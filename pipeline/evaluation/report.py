@@ -27,6 +27,7 @@ class Report:
     impostor_histogram: np.ndarray
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %, by names of figures and thresholds
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by name of the table
+    groups: dict[str, Report] = field(default_factory=dict)  # of parts of the set, such as groups of people, whose curves are their own
 
     def __getattr__(self, name: str) -> Any:
         numbers = self.__dict__.get("figures", {}) | self.__dict__.get("thresholds", {})
@@ -44,13 +45,15 @@ class Report:
         return best
 
     def numbers(self) -> dict[str, float | int | None]:
-        """Figures and thresholds by name."""
-        return {**self.figures, **self.thresholds}
+        """Figures and thresholds by name; those of a group behind its name and a /."""
+        of_groups = {f"{group}/{name}": value for group, report in self.groups.items() for name, value in report.numbers().items()}
+        return {**self.figures, **self.thresholds, **of_groups}
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON: `numbers`, where names with a / are nested; `intervals` and `tables`, where there are any."""
-        nested: dict[str, Any] = {}
-        for name, value in self.numbers().items():
+        """Ready for JSON: figures and thresholds, where names with a / are nested; `intervals` and `tables`, where there are any; and each
+        group below its name."""
+        nested: dict[str, Any] = {group: report.as_dict() for group, report in self.groups.items()}
+        for name, value in {**self.figures, **self.thresholds}.items():
             group, slash, key = name.partition("/")
             if slash:
                 nested.setdefault(group, {})[key] = value

@@ -30,9 +30,10 @@ TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 def test_the_first_line_comes_before_anything_that_takes_seconds_is_imported(command):
     code = """
         import sys
-        import pipeline.cli as cli
-        import pipeline.data_commands as data_commands
-        cli.announce = data_commands.announce = lambda what: sys.exit(print(what, "torch" in sys.modules))
+        from pipeline import cli
+        from pipeline import data_commands, evaluation_commands
+        for module in (cli, data_commands, evaluation_commands):
+            module.announce = lambda what: sys.exit(print(what, "torch" in sys.modules))
         cli.main(sys.argv[1].split())
     """
     ended = subprocess.run([sys.executable, "-c", re.sub("^ +", "", code, flags=re.MULTILINE), command], capture_output=True, text=True)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dali_loaders import DataConfig
-from pipeline.evaluation.bin_pairs import evaluate_bin, read_bin, score_pairs, write_bin
+from pipeline.evaluation import evaluate
+from pipeline.evaluation.bin_pairs import read_bin, score_pairs, write_bin
 
 SIDE = 16
 DATA = DataConfig(image_size=SIDE, threads=1)
@@ -119,7 +120,7 @@ def test_evaluates_a_written_set_as_the_protocol_says(tmp_path, pair_set):
     path = str(tmp_path / "set.bin")
     write_bin(path, [png(image) for image in images], issame)
     model = Projection()
-    report = evaluate_bin(model, path, DATA, batch_size=7)
+    report = evaluate(model, path, DATA, batch_size=7)
 
     pixels = torch.from_numpy((images.astype(np.float64) - 127.5) / 127.5).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_pairs_with_an_unreadable_image_are_left_out(tmp_path, pair_set, caplog)
     encoded[4] = b"no image"
     write_bin(str(tmp_path / "set.bin"), encoded, issame)
     with caplog.at_level(logging.WARNING):
-        report = evaluate_bin(Projection(), str(tmp_path / "set.bin"), DATA, batch_size=8)
+        report = evaluate(Projection(), str(tmp_path / "set.bin"), DATA, batch_size=8)
     assert (report.pairs, report.unreadable) == (39, 1)
     assert "pair 2, first image" in caplog.text
 

@@ -58,7 +58,7 @@ def folder(tmp_path):
 
 def test_the_report_names_images_and_its_list_is_a_subset(folder):
     path, data = str(folder / "doubts.csv"), str(folder / "people")
-    report = evaluate(torch.nn.Flatten(), data, DataConfig(image_size=16, threads=1), cleaning_file=path)
+    report = evaluate(torch.nn.Flatten(), data, DataConfig(image_size=16, threads=1), options={"cleaning": path})
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     assert report.unreadable == 1
@@ -79,5 +79,5 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, pa
 
 
 def test_a_pair_set_has_no_identities_to_clean(tmp_path):
-    with pytest.raises(ValueError, match=r"x.bin does not say who is in its images"):
-        evaluate(torch.nn.Flatten(), str(tmp_path / "x.bin"), DataConfig(), cleaning_file=str(tmp_path / "x.csv"))
+    with pytest.raises(ValueError, match=r"x.bin has no option --cleaning; it has --resamples"):
+        evaluate(torch.nn.Flatten(), str(tmp_path / "x.bin"), DataConfig(), options={"cleaning": str(tmp_path / "x.csv")})
