@@ -90,7 +90,8 @@ def cross(
     """
     check_widths(queries_QD, gallery_GD, names)
     query_order, gallery_order = (np.argsort(labels, kind="stable") for labels in (query_labels_Q, gallery_labels_G))
-    query_QD, gallery_GD = _in_order(unit_rows(queries_QD, names[0]), query_order), _in_order(unit_rows(gallery_GD, names[1]), gallery_order)
+    query_QD = _in_order(unit_rows(queries_QD, names[0]), query_order)
+    gallery_GD = _in_order(unit_rows(gallery_GD, names[1]), gallery_order)
     query_labels_Q, gallery_labels_G = np.asarray(query_labels_Q)[query_order], np.asarray(gallery_labels_G)[gallery_order]
     device = query_QD.device
     query_label_Q, gallery_label_G = (torch.from_numpy(labels).to(device) for labels in (query_labels_Q, gallery_labels_G))
