@@ -37,7 +37,8 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Percentiles 2.5 and 97.5 of the figures of `resamples` sets, each of as many units, drawn with replacement; by name of the figure.
 
-    `points` are those of `pairs`. `shares`: figures that are the mean of a value for each image or pair: float or bool [n], its unit [n].
+    `points` are those of `pairs`. `shares`: figures that are the mean of a value for each image or pair: float or bool [n], its unit [n] or
+    the units [n, 2] of a pair.
     An identity drawn w times is w identities: its genuine pairs count w times, an impostor pair of two identities the product of theirs,
     and copies of one identity are not compared with each other. Who is the nearest impostor of an image does not change. A drawn pair
     counts as often as it was drawn.
@@ -53,9 +54,7 @@ def bootstrap(
             break
         found = curves.figures(weight_RU)
         for name, (value_n, unit_n) in shares.items():
-            of_unit_2U = [np.bincount(unit_n, values, pairs.units) for values in (value_n, None)]
-            with np.errstate(invalid="ignore"):
-                found[name] = (weight_RU @ of_unit_2U[0]) / (weight_RU @ of_unit_2U[1])
+            found[name] = _share(weight_RU, value_n, unit_n)
         for name, value_R in found.items():
             drawn.setdefault(name, []).append(value_R)
     if breaks:
@@ -77,6 +76,17 @@ def _weights(units: int, resamples: int, rows: int, seed: int) -> Iterator[np.nd
         yield rng.multinomial(units, np.full(units, 1 / units), size=min(rows, resamples - start)).astype(np.int32)
 
 
+def _share(weight_RU: np.ndarray, value_n: np.ndarray, unit_n: np.ndarray) -> np.ndarray:
+    """float64 [R]: the mean of `value_n`, weighted by how often each image or pair was drawn; NaN where none was."""
+    with np.errstate(invalid="ignore"):
+        if unit_n.ndim == 1:
+            sum_U, number_U = (np.bincount(unit_n, values, weight_RU.shape[1]) for values in (value_n, None))
+            return (weight_RU @ sum_U) / (weight_RU @ number_U)
+        first_n, second_n = unit_n.T
+        weight_Rn = weight_RU[:, first_n] * np.where(first_n == second_n, 1, weight_RU[:, second_n])
+        return (weight_Rn @ value_n.astype(float)) / weight_Rn.sum(axis=1)
+
+
 class _Curves:
     """The operating points of the set, whose accepted pairs are summed with other weights for each draw."""
 
@@ -84,7 +94,7 @@ class _Curves:
         order = np.argsort(-pairs.score_P, kind="stable")
         genuine, impostor = order[pairs.same_P[order]], order[~pairs.same_P[order]]
         self.genuine_G, self.first_I, self.second_I = pairs.first_P[genuine], pairs.first_P[impostor], pairs.second_P[impostor]
-        self.whole = pairs.units == len(pairs.score_P)  # units are pairs
+        self.whole = np.array_equal(self.first_I, self.second_I)  # units are pairs
         self.points = points
         # Impostor pairs down to the last one of each score, and the point that accepts these and every genuine pair above the next one.
         self.ends_K = np.flatnonzero(np.append(np.diff(-pairs.score_P[impostor]) > 0, True)) + 1
