@@ -67,7 +67,7 @@ class ListedPairs:
         same = [listed.issame[order[place]] for place in there]
         if len(set(same)) < 2:
             kind = "genuine" if True not in same else "impostor"
-            raise ValueError(f"{path}: none of its {len(same)} pairs with both images is a {kind} pair; expected both kinds.")
+            raise ValueError(f"{path}: no {kind} pair is among its {len(same)} pairs with both images; expected both kinds.")
         known = [one == other for one, other in person_P2] == same
         return cls(
             np.array([[number_of[name] for name in pair] for pair in pairs], np.int64).reshape(-1, 2),
