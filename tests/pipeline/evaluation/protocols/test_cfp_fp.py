@@ -73,5 +73,5 @@ def test_bad_lists(cfp, file, text, words):
 
 
 def test_another_folder_is_no_cfp(tmp_path):
-    with pytest.raises(ValueError, match="Pair_list_F.txt cannot be read .*expected the folder of CFP"):
+    with pytest.raises(ValueError, match=r"Pair_list_F.txt cannot be read .*expected the folder of CFP"):
         evaluate(flat, str(tmp_path), DATA, protocol="cfp_fp")

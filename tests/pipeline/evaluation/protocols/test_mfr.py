@@ -47,9 +47,8 @@ def drawn(seed=0, width=12):
     return parts
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_equals_keeping_all_scores(seed):
-    parts = drawn(seed)
+def test_equals_keeping_all_scores():
+    parts = drawn()
     report = compare(parts, name="people", resamples=0)
     exact = {part: (rows.double().numpy(), labels) for part, (rows, labels) in parts.items()}
     everybody = tuple(np.concatenate(part) for part in zip(exact["African"], exact["Indian"], strict=True))
@@ -74,7 +73,7 @@ def test_the_figure_that_models_are_ordered_by():
     rng = np.random.default_rng(0)
     rows, labels = torch.from_numpy(rng.normal(size=(1500, 8))).float(), np.repeat(np.arange(750), 2)
     parts = {"A": (rows, labels), "mask/masked": (rows[::2], labels[::2]), "mask/unmasked": (rows[1::2], labels[1::2])}
-    report = compare(parts, name="people")
+    report = compare(parts, name="people", resamples=0)
     assert report.figures["mfr"] == pytest.approx(0.75 * report.tar_at_far["1e-6"] + 0.25 * report.groups["mask"].tar_at_far["1e-4"])
 
 

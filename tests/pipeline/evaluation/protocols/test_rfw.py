@@ -86,7 +86,7 @@ def test_missing_images_and_lists(rfw):
     report = evaluate(flat, str(rfw / "test"), DATA, protocol="rfw", options={"allow_missing": True, "resamples": 0})
     assert report.left_out == report.groups["Asian"].left_out > 0 and report.groups["Indian"].left_out == 0
     (rfw / "test" / "txts" / "Indian" / "Indian_pairs.txt").unlink()
-    with pytest.raises(ValueError, match="Indian_pairs.txt cannot be read as a list of pairs"):
+    with pytest.raises(ValueError, match=r"Indian_pairs.txt cannot be read as a list of pairs"):
         evaluate(flat, str(rfw), DATA, protocol="rfw", options={"allow_missing": True})
 
 
@@ -94,7 +94,7 @@ def test_unreadable_images_and_embeddings_that_are_not_finite(rfw):
     (rfw / "test" / "data" / "Asian" / "m.0100x" / "m.0100x_0002.jpg").write_bytes(b"no image")
     report = evaluate(flat, str(rfw), DATA, protocol="rfw", options={"resamples": 0})
     assert report.unreadable == report.groups["Asian"].unreadable == 1 and report.groups["Indian"].unreadable == 0
-    with pytest.raises(ValueError, match="African: .* embeddings are not finite"):
+    with pytest.raises(ValueError, match=r"African: .* embeddings are not finite"):
         evaluate(lambda images: flat(images) * torch.nan, str(rfw), DATA, protocol="rfw")
 
 
