@@ -63,8 +63,8 @@ def cross_pairs(
 
     Rank-k is the share of queries with a mate in the gallery of which fewer than k impostors equal or exceed the nearest mate.
     ValueError also where there is no genuine or no impostor pair."""
-    ranks = {"rank": rank, "world_size": world_size, "group": group, "names": names, "breaks": breaks}
-    report = cross(queries_QD, gallery_GD, query_labels_Q, gallery_labels_G, **ranks).report(names)  # type: ignore[arg-type]
+    of = queries_QD, gallery_GD, query_labels_Q, gallery_labels_G
+    report = cross(*of, rank=rank, world_size=world_size, group=group, names=names, breaks=breaks).report(names)
     report.figures.update(gallery=len(gallery_labels_G), distractors=int((np.asarray(gallery_labels_G) == DISTRACTOR).sum()))
     return report
 

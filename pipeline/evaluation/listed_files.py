@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from dali_loaders.account import Account, ReadError
 from dali_loaders.names import printable
+from dali_loaders.progress import progress
 from dali_loaders.regular import read_regular
+
+_SHOWN = 3
 
 
 class ListedFiles:
@@ -34,3 +39,34 @@ class ListedFiles:
 
     def name(self, index: int) -> str:
         return printable(self.files[index])
+
+
+def are_there(folder: str, names: Sequence[str], list_path: str, allow_missing: bool) -> np.ndarray:
+    """bool [n]: which of the `names` are files of `folder`. ValueError, with their number, where some are missing, unless `allow_missing`,
+    where all are, and for names that lead out of the folder."""
+    outside = next((name for name in names if name.startswith("/") or ".." in name.split("/")), None)
+    if outside is not None:
+        raise ValueError(
+            f"{list_path} names {printable(outside)[:100]}, which lies outside {folder}: a list may name files of its folder alone."
+        )
+    there_n = np.empty(len(names), bool)
+    with progress(f"looking for the images of {os.path.basename(list_path)}", len(names)) as done:
+        for number, name in enumerate(names):
+            there_n[number] = os.path.isfile(os.path.join(folder, name))
+            done.add()
+    if not there_n.all() and not (allow_missing and there_n.any()):
+        missing = np.flatnonzero(~there_n)
+        first = ", ".join(printable(names[number]) for number in missing[:_SHOWN])
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(names)} images of {list_path} ({first}{', ...' * (len(missing) > _SHOWN)}); a "
+            "score on fewer could not be compared." + " --allow-missing leaves them out." * bool(there_n.any())
+        )
+    return there_n
+
+
+def of_arrays(*arrays: np.ndarray) -> str:
+    """By which lists of numbers can be told apart."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return f"{value:08x}"
