@@ -1,11 +1,14 @@
 """The form of MFR-Ongoing: groups, children, masked against unmasked, against all scores kept."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.evaluation import evaluate
+from pipeline.evaluation.protocols import open_protocol
 from pipeline.evaluation.protocols.mfr import compare
 from tests.pipeline.people import DATA, flat, write_images
 
@@ -68,6 +71,14 @@ def test_equals_keeping_all_scores():
     assert report.figures["mfr"] is None
 
 
+def test_intervals_of_each_part():
+    report = compare(drawn(), name="people", resamples=100)
+    for part in (report, *report.groups.values()):
+        low, high = part.intervals["tar_at_far/1e-2"]
+        assert low <= part.tar_at_far["1e-2"] <= high and low < high
+    assert len(report.groups) == 4
+
+
 def test_the_figure_that_models_are_ordered_by():
     """A million impostor pairs."""
     rng = np.random.default_rng(0)
@@ -86,21 +97,29 @@ def test_a_folder(mfr):
     assert (report.images, report.identities, report.unreadable) == (39, 11, 0)  # the same name in two groups is two identities
     mask = report.groups["mask"]
     assert (mask.queries, mask.gallery, mask.genuine_pairs, mask.impostor_pairs) == (5, 12, 10, 50)
+    assert (mask.images, mask.identities) == (17, 6)
     assert mask.rank1 > 0.5 and "eer" in report.intervals
 
 
 def test_the_remarks_name_what_is_no_group(mfr):
-    from pipeline.evaluation.protocols import open_protocol
-
     (mfr / "readme.txt").write_text("who they are")
     (mfr / "mask" / "notes.csv").write_text("")
     remarks = "\n".join(open_protocol("mfr", str(mfr), DATA).source.account.remarks(str(mfr)))
     assert "readme.txt" in remarks and "mask/notes.csv" in remarks
 
 
-def test_groups_alone(mfr):
-    import shutil
+def test_unreadable_images_count_where_they_are(mfr):
+    for name in ("East_Asian/id0/0.jpg", "children/id1/1.jpg", "mask/masked/id2/0.jpg", "mask/unmasked/id2/0.jpg"):
+        (mfr / name).write_bytes(b"no image")
+    report = evaluate(flat, str(mfr), DATA, protocol="mfr", options={"resamples": 0})
+    found = {group: of_group.unreadable for group, of_group in report.groups.items()}
+    assert (report.unreadable, found) == (
+        1,
+        {"African": 0, "East_Asian": 1, "children": 1, "mask": 2},
+    )  # the report itself is of all groups
 
+
+def test_groups_alone(mfr):
     shutil.rmtree(mfr / "mask")
     shutil.rmtree(mfr / "children")
     report = evaluate(flat, str(mfr), DATA, protocol="mfr", options={"resamples": 0})
