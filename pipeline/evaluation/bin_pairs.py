@@ -100,7 +100,7 @@ def score_pairs(
     if fold_P[-1] == 0:
         fold_P = np.repeat(np.arange(min(FOLDS, pairs)), [len(part) for part in np.array_split(issame_P, min(FOLDS, pairs))])
     unit_P2 = np.arange(pairs)[:, None].repeat(2, axis=1) if person_P2 is None else person_P2
-    chosen_F = _chosen(distance_P, issame_P, fold_P)
+    chosen_F = chosen_distances(distance_P, issame_P, fold_P)
     correct_P = (distance_P < chosen_F[fold_P]) == issame_P
     accuracy_F = np.bincount(fold_P, correct_P) / np.bincount(fold_P)
     cosine_P = 1 - distance_P / 2
@@ -117,7 +117,7 @@ def score_pairs(
     figures |= {"threshold_distance": float(chosen_F.mean()), "threshold_std": float(chosen_F.std() / 2)}
     figures |= {"pairs": pairs, "folds": len(chosen_F), "images": 2 * pairs, "unreadable": unreadable, "rank1": None, "identities": None}
     thresholds = {"threshold": float(1 - chosen_F.mean() / 2), **thresholds}
-    units = Pairs(cosine_P, issame_P, *unit_P2.T, int(unit_P2.max()) + 1)
+    units = Pairs(cosine_P, issame_P, unit_P2[:, 0], unit_P2[:, 1], int(unit_P2.max()) + 1)
     genuine_histogram, impostor_histogram = (np.histogram(cosine_P[kind].clip(-1, 1), HISTOGRAM_EDGES)[0] for kind in (issame_P, ~issame_P))
     report = Report(figures, thresholds, "threshold", points.roc(), genuine_histogram, impostor_histogram)
     report.intervals.update(bootstrap(units, points, shares, 1000 if resamples is None else resamples))
@@ -128,7 +128,7 @@ def score_pairs(
     return report
 
 
-def _chosen(distance_P: np.ndarray, issame_P: np.ndarray, fold_P: np.ndarray) -> np.ndarray:
+def chosen_distances(distance_P: np.ndarray, issame_P: np.ndarray, fold_P: np.ndarray) -> np.ndarray:
     """Of each fold, float64 [F], the distance that is right most often on the others."""
     threshold_T = np.arange(400) / 100
     starts = np.searchsorted(fold_P, np.arange(fold_P[-1] + 1))

@@ -35,15 +35,38 @@ def bootstrap(
     seed: int = 0,
     breaks: Breaks | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Percentiles 2.5 and 97.5 of the figures of `resamples` sets, each of as many units, drawn with replacement; by name of the figure.
+    """The `percentiles` of what `draws` gives."""
+    return percentiles(draws(pairs, points, shares, resamples, seed=seed, breaks=breaks), resamples)
+
+
+def percentiles(drawn: Mapping[str, np.ndarray], resamples: int) -> dict[str, tuple[float, float]]:
+    """Percentiles 2.5 and 97.5 by name of the figure; none for what half of the draws do not allow."""
+    intervals = {}
+    for name, value_R in drawn.items():
+        value_R = value_R[np.isfinite(value_R)]
+        if len(value_R) * 2 > resamples:
+            low, high = np.quantile(value_R, (0.025, 0.975))
+            intervals[name] = (float(low), float(high))
+    return intervals
+
+
+def draws(
+    pairs: Pairs,
+    points: OperatingPoints,
+    shares: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    resamples: int,
+    *,
+    seed: int = 0,
+    breaks: Breaks | None = None,
+) -> dict[str, np.ndarray]:
+    """Figures float64 [resamples] of as many sets, each of as many units, drawn with replacement; by name, NaN where a draw has none.
 
     `points` are those of `pairs`. `shares`: figures that are the mean of a value for each image or pair: float or bool [n], its unit [n] or
     the units [n, 2] of a pair.
     An identity drawn w times is w identities: its genuine pairs count w times, an impostor pair of two identities the product of theirs,
     and copies of one identity are not compared with each other. Who is the nearest impostor of an image does not change. A drawn pair
     counts as often as it was drawn.
-    Draws without a genuine or without an impostor pair are left out. All ranks may call it and get the same.
-    No interval for fewer than FEWEST units, for a figure that the set does not reach, and for what half of the draws do not allow.
+    All ranks may call it and get the same. Nothing for fewer than FEWEST units, and for a figure that the set does not reach.
     """
     if resamples < 1 or pairs.units < FEWEST:
         return {}
@@ -59,14 +82,7 @@ def bootstrap(
             drawn.setdefault(name, []).append(value_R)
     if breaks:
         breaks.agree()
-    intervals = {}
-    for name, parts in drawn.items():
-        value_R = np.concatenate(parts)
-        value_R = value_R[np.isfinite(value_R)]
-        if len(value_R) * 2 > resamples:
-            low, high = np.quantile(value_R, (0.025, 0.975))
-            intervals[name] = (float(low), float(high))
-    return intervals
+    return {name: np.concatenate(parts) for name, parts in drawn.items()}
 
 
 def _weights(units: int, resamples: int, rows: int, seed: int) -> Iterator[np.ndarray]:

@@ -24,8 +24,8 @@ class CfpFp:
     accuracy over its 10 folds, TAR@FAR.
 
     The layout is that of the set's Readme.txt: a line of same.txt and diff.txt is "i,j", numbers of a frontal and of a profile image, whose
-    paths, from the folder of the list on, are in the lines "i PATH" of Pair_list_F.txt and Pair_list_P.txt. Figures are those of a .bin. The
-    mirror image is always added. Folders of images are persons, which intervals draw.
+    paths, from the folder of the list on, are in the lines "i PATH" of Pair_list_F.txt and Pair_list_P.txt. Figures are those of a .bin.
+    The mirror image is always added. Folders of images are persons, which intervals draw.
     images: another folder with Data/Images below it, such as one of aligned copies; by default that of the set
     allow_missing: leave out pairs without an image
     resamples: draws for the 95 % intervals, 0 for none; by default 1000
@@ -37,15 +37,14 @@ class CfpFp:
         listed = _read(path)
         found = find(listed, os.path.join(path, "Protocol"), images or path, allow_missing)
         files = list(found.values())
-        self.pairs = ListedPairs.of(listed, {name: number for number, name in enumerate(found)}, person_of)
+        self.pairs = ListedPairs.of(listed, path, {name: number for number, name in enumerate(found)}, person_of)
         missing = {name for pair in listed.pairs for name in pair} - found.keys()
         self.source: Source = ListedFiles(images or path, files, list_checksum(listed), sorted(missing))
         self.path, self.resamples = path, resamples
 
     def evaluate(self, embedder: Embedder) -> Report:
         unit_nD, number_n = embedder.embed(self.source, flip=True)
-        unreadable = len(self.source) - len(number_n)
-        return self.pairs.report(unit_nD, number_n, name=self.path, unreadable=unreadable, resamples=self.resamples)
+        return self.pairs.scored(unit_nD, number_n, name=self.path).report(name=self.path, resamples=self.resamples)
 
 
 def person_of(name: str) -> str:
@@ -56,7 +55,8 @@ def person_of(name: str) -> str:
 def _read(path: str) -> PairList:
     """ValueError, with file and line, for what is not in that layout."""
     names = [_numbered(os.path.join(path, "Protocol", f"Pair_list_{kind}.txt")) for kind in _LISTS]
-    pairs, issame = [], []
+    pairs: list[tuple[str, str]] = []
+    issame: list[bool] = []
     for fold in range(1, FOLDS + 1):
         size = len(pairs)
         for file, same in (("same.txt", True), ("diff.txt", False)):
@@ -64,12 +64,12 @@ def _read(path: str) -> PairList:
             for line, text in _lines(list_path):
                 numbers = [field.strip() for field in text.split(",")]
                 if len(numbers) != 2 or any(number not in known for number, known in zip(numbers, names, strict=True)):
-                    raise ValueError(f"{list_path}, line {line} is {text!r}; expected i,j with numbers of Pair_list_F.txt and Pair_list_P.txt.")
+                    raise ValueError(f"{list_path}, line {line} is {text!r}; expected i,j with numbers of the lists Pair_list_F and _P.")
                 pairs.append((names[0][numbers[0]], names[1][numbers[1]]))
                 issame.append(same)
         size = len(pairs) - size
-        if len(pairs) != fold * size:
-            raise ValueError(f"{path}: fold {fold} of Protocol/Split/FP has {size} pairs, unlike those before it; copy the set again.")
+        if size == 0 or len(pairs) != fold * size:
+            raise ValueError(f"{path}: fold {fold} of Protocol/Split/FP has {size} pairs; expected as many in each fold, so copy it again.")
     return PairList(pairs, issame, FOLDS)
 
 

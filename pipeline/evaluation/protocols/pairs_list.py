@@ -33,15 +33,14 @@ class PairsList:
         found = find(listed, path, folder, allow_missing)
         files = list(dict.fromkeys(found.values()))
         number = {file: place for place, file in enumerate(files)}
-        self.pairs = ListedPairs.of(listed, {name: number[file] for name, file in found.items()}, person_of)
+        self.pairs = ListedPairs.of(listed, path, {name: number[file] for name, file in found.items()}, person_of)
         missing = {name for pair in listed.pairs for name in pair} - found.keys()
         self.source: Source = ListedFiles(folder, files, list_checksum(listed), sorted(missing))
         self.path, self.resamples = path, resamples
 
     def evaluate(self, embedder: Embedder) -> Report:
         unit_nD, number_n = embedder.embed(self.source, flip=True)
-        unreadable = len(self.source) - len(number_n)
-        return self.pairs.report(unit_nD, number_n, name=self.path, unreadable=unreadable, resamples=self.resamples)
+        return self.pairs.scored(unit_nD, number_n, name=self.path).report(name=self.path, resamples=self.resamples)
 
 
 def person_of(name: str) -> str:

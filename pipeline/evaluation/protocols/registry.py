@@ -67,13 +67,13 @@ def open_protocol(name: str | None, path: str, data: DataConfig, options: Mappin
     that the protocol does not have, and where the protocol refuses the files. None is an option that is not given."""
     name = name or of_path(path)
     if name not in _PROTOCOLS:
-        raise ValueError(f"there is no protocol {name!r}: {hint_at(name, names())} `protoshard protocols` lists them")
+        raise ValueError(f"there is no protocol {name!r} ({hint_at(name, names())}); `protoshard protocols` lists what there is.")
     open_ = _PROTOCOLS[name]
     given = {option: value for option, value in (options or {}).items() if value is not None}
     known = inspect.signature(open_).parameters
     if unknown := [OPTIONS[option] for option in given if option not in known]:
         has = [shown for option, shown in OPTIONS.items() if option in known]
-        raise ValueError(f"the protocol {name} of {path} has no option {unknown[0]}; it has {', '.join(has) or 'none'}")
+        raise ValueError(f"the protocol {name} of {path} has no option {unknown[0]}; it has {', '.join(has) or 'none'}.")
     return open_(path, data, **given)
 
 

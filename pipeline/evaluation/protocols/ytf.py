@@ -29,9 +29,9 @@ class Ytf:
     """YouTube Faces (splits.txt, and folders NAME/NUMBER of aligned frames): 5,000 pairs of videos, accuracy over 10 splits, TAR@FAR.
 
     A video is the mean of its frames' features, each with that of its mirror image added and not normalised, as InsightFace's scripts take
-    the frames of a video of IJB: a frame of which the network makes a short feature counts less. Pairs are compared as those of a .bin, with
-    the splits as folds. Lines of splits.txt are those that OpenBR reads (plugins/youtube.cpp); the number of the pair may be left out.
-    Intervals draw persons, which are the NAMEs.
+    the frames of a video of IJB: a frame of which the network makes a short feature counts less. Pairs are compared as those of a .bin,
+    with the splits as folds. Lines of splits.txt are those that OpenBR reads (its YouTubeFacesDB plugin); the number of the pair may be
+    left out. Intervals draw persons, which are the NAMEs.
     images: folder of the NAMEs; by default aligned_images_DB beside the list, or the folder of the list
     allow_missing: leave out pairs with a video that has no frames
     resamples: draws for the 95 % intervals, 0 for none; by default 1000
@@ -47,22 +47,24 @@ class Ytf:
         missing = [video for video, files in frames.items() if not files]
         there = [video for video, files in frames.items() if files]
         if missing and not (allow_missing and there):
+            names = ", ".join(missing[:_SHOWN]) + ", ..." * (len(missing) > _SHOWN)
             raise ValueError(
-                f"{folder} has no frames of {len(missing)} of the {len(frames)} videos of {path} ({', '.join(missing[:_SHOWN])}"
-                f"{', ...' * (len(missing) > _SHOWN)}): looked for images in {os.path.join(folder, missing[0])}; a score on fewer pairs could "
-                "not be compared." + " --allow-missing leaves their pairs out." * bool(there)
+                f"{folder} has no frames of {len(missing)} of the {len(frames)} videos of {path} ({names}): looked for images in "
+                f"{os.path.join(folder, missing[0])}; a score on fewer pairs could not be compared."
+                + " --allow-missing leaves their pairs out."
+                * bool(there)
             )
         self.video_N = np.repeat(np.arange(len(there)), [len(frames[video]) for video in there])
-        self.pairs = ListedPairs.of(listed, {video: number for number, video in enumerate(there)}, os.path.dirname)
+        self.pairs = ListedPairs.of(listed, path, {video: number for number, video in enumerate(there)}, os.path.dirname)
         self.source: Source = ListedFiles(folder, [file for video in there for file in frames[video]], list_checksum(listed), missing)
         self.path, self.resamples = path, resamples
 
     def evaluate(self, embedder: Embedder) -> Report:
         feature_nD, number_n = embedder.embed(self.source, flip=True, unit=False)
         unit_VD, number_V = means(feature_nD, self.video_N[number_n])
-        unreadable = len(self.source) - len(number_n)
-        report = self.pairs.report(unit_VD, number_V, name=self.path, unreadable=unreadable, resamples=self.resamples)
-        report.figures |= {"videos": report.figures["images"], "images": len(number_n)}
+        scored = self.pairs.scored(unit_VD, number_V, name=self.path)
+        report = scored.report(name=self.path, resamples=self.resamples)
+        report.figures.update(videos=scored.compared, images=len(number_n), unreadable=len(self.source) - len(number_n))
         return report
 
 
@@ -86,11 +88,10 @@ def read_splits(path: str) -> PairList:
         lines = lines[1:]  # the names of the columns
     found = []
     for number, fields in lines:
-        videos = fields[-3:-1]
-        numbers = fields[:-3]
-        if len(numbers) not in (1, 2) or not all(map(str.isdecimal, numbers)) or fields[-1] not in ("0", "1") or not all(map(_inside, videos)):
+        numbers, videos, same = fields[:-3], fields[-3:-1], fields[-1]
+        if len(numbers) not in (1, 2) or not all(map(str.isdecimal, numbers)) or not all(map(_inside, videos)) or same not in ("0", "1"):
             raise ValueError(f"{path}, line {number} is {', '.join(fields)!r}; expected {_LINE}.")
-        found.append((int(numbers[0]), (videos[0], videos[1]), fields[-1] == "1"))
+        found.append((int(numbers[0]), (videos[0], videos[1]), same == "1"))
     if not found:
         raise ValueError(f"{path} names no pairs; expected splits.txt of YouTube Faces, with lines of {_LINE}.")
     found.sort(key=lambda line: line[0])  # stable
