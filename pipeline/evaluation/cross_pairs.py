@@ -5,6 +5,7 @@ A score is a float32 cosine rounded to 1.9e-6, as in all_pairs.py. Memory grows 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,9 +90,24 @@ def cross(
     ValueError, with `names`, for values that are not finite, other widths and nothing to compare.
     """
     check_widths(queries_QD, gallery_GD, names)
+    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "group": group, "breaks": breaks}
+    return cross_units(unit_rows(queries_QD, names[0]), unit_rows(gallery_GD, names[1]), query_labels_Q, gallery_labels_G, **ranks)
+
+
+def cross_units(
+    query_QD: Tensor,
+    gallery_GD: Tensor,
+    query_labels_Q: np.ndarray,
+    gallery_labels_G: np.ndarray,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    breaks: Breaks | None = None,
+) -> Crossing:
+    """`cross` of rows that have unit length."""
     query_order, gallery_order = (np.argsort(labels, kind="stable") for labels in (query_labels_Q, gallery_labels_G))
-    query_QD = _in_order(unit_rows(queries_QD, names[0]), query_order)
-    gallery_GD = _in_order(unit_rows(gallery_GD, names[1]), gallery_order)
+    query_QD, gallery_GD = _in_order(query_QD, query_order), _in_order(gallery_GD, gallery_order)
     query_labels_Q, gallery_labels_G = np.asarray(query_labels_Q)[query_order], np.asarray(gallery_labels_G)[gallery_order]
     device = query_QD.device
     query_label_Q, gallery_label_G = (torch.from_numpy(labels).to(device) for labels in (query_labels_Q, gallery_labels_G))

@@ -50,7 +50,7 @@ def drawn(queries: int, gallery: int, identities: int, width: int = 16, seed: in
     return *rows, *labels
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_equals_keeping_all_scores_with_many_ties(data):
     """Directions on a circle in steps of 7.5 degrees, and zero rows, whose cosines are 0."""

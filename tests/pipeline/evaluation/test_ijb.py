@@ -141,7 +141,7 @@ def lists_of(template: list[int], media: list[int], pairs: list[tuple[int, int, 
     return TemplateLists([str(n) for n in range(count)], *ids, np.zeros((count, 5, 2)), scores, first, second, label == 1, **of_subjects)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(st.data())
 def test_templates_and_pairs_equal_a_loop_over_both(data):
     """Ids of any size, media numbers that several templates use, pairs in both orders and more than once, several blocks of templates."""
