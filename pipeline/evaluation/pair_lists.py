@@ -121,10 +121,10 @@ def find(listed: PairList, path: str, folder: str, allow_missing: bool | None = 
         else:
             found[name] = file
     if missing and not (allow_missing and found):
-        more = ", ..." if len(missing) > _SHOWN else ""
+        first = ", ".join(map(printable, missing[:_SHOWN])) + ", ..." * (len(missing) > _SHOWN)
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(found) + len(missing)} images of {path} ({', '.join(missing[:_SHOWN])}{more}): "
-            f"looked for {os.path.join(folder, missing[0])}, and in folders of the persons' names; a score on fewer pairs could not be "
+            f"{folder} lacks {len(missing)} of the {len(found) + len(missing)} images of {path} ({first}): "
+            f"looked for {os.path.join(folder, printable(missing[0]))}, and in folders of the persons' names; a score on fewer pairs could not be "
             "compared." + " --allow-missing leaves their pairs out." * (allow_missing is not None and bool(found))
         )
     return found

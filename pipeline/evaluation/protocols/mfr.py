@@ -88,6 +88,9 @@ def compare(parts: Mapping[str, tuple[Tensor, np.ndarray]], *, name: str, resamp
         groups[MASK] = _across(parts[MASKED], parts[UNMASKED], (f"{name}, {MASKED}", f"{name}, {UNMASKED}"), resamples, **ranks)
     embeddings_nD, labels_n = torch.cat([parts[group][0] for group in people]), np.concatenate([parts[group][1] for group in people])
     report = all_pairs(embeddings_nD, labels_n, name=f"{name}, all groups", resamples=resamples, **ranks)
+    taken = {figure.partition("/")[0] for figure in report.numbers()} | {"mfr", "intervals", "tables"}
+    if called := sorted(taken.intersection(groups)):
+        raise ValueError(f"{name}: a group is called {called[0]}, as a figure of reports is; give its folder another name.")
     far_of = {group: FAR_OF_OTHERS if group in (CHILDREN, MASK) else FAR for group in groups}
     tar_of = {group: of_group.tar_at_far[far_of[group]] for group, of_group in groups.items()}
     tar_of_all = report.tar_at_far[FAR]

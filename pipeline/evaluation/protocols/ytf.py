@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dali_loaders.config import DataConfig
+from dali_loaders.names import printable
 from dali_loaders.regular import open_regular
 from dali_loaders.sources import IMAGE_EXTENSIONS, Source
 from pipeline.evaluation.embedder import Embedder
@@ -47,10 +48,10 @@ class Ytf:
         missing = [video for video, files in frames.items() if not files]
         there = [video for video, files in frames.items() if files]
         if missing and not (allow_missing and there):
-            names = ", ".join(missing[:_SHOWN]) + ", ..." * (len(missing) > _SHOWN)
+            names = ", ".join(map(printable, missing[:_SHOWN])) + ", ..." * (len(missing) > _SHOWN)
             raise ValueError(
                 f"{folder} has no frames of {len(missing)} of the {len(frames)} videos of {path} ({names}): looked for images in "
-                f"{os.path.join(folder, missing[0])}; a score on fewer pairs could not be compared."
+                f"{os.path.join(folder, printable(missing[0]))}; a score on fewer pairs could not be compared."
                 + " --allow-missing leaves their pairs out."
                 * bool(there)
             )

@@ -155,6 +155,12 @@ def test_what_cannot_be_compared(mfr, tmp_path):
         evaluate(flat, str(tmp_path / "empty"), DATA, protocol="mfr")
 
 
+def test_groups_that_are_called_like_figures(mfr):
+    (mfr / "East_Asian").rename(mfr / "images")
+    with pytest.raises(ValueError, match="a group is called images, as a figure of reports is"):
+        evaluate(flat, str(mfr), DATA, protocol="mfr", options={"resamples": 0})
+
+
 def test_embeddings_that_are_not_finite(mfr):
     with pytest.raises(ValueError, match="African: the embeddings of 24 of 24 images are not finite"):
         evaluate(lambda images: flat(images) * torch.nan, str(mfr), DATA, protocol="mfr")

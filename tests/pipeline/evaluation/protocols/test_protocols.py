@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,6 +217,13 @@ def test_a_copy_of_a_set_in_another_folder_is_the_same_to_ranks(tmp_path, ranks)
     paths = [str(tmp_path / place / "pairs.txt") for place in ("one", "two")]
     seen = ranks(2).run(opened, "pairs_list", paths, "")
     assert seen[0] == seen[1] and len(seen[0]) == 8
+
+
+def test_the_example_of_the_page(tmp_path, registered):
+    page = (Path(__file__).parents[4] / "docs" / "evaluation.md").read_text()
+    exec(page.partition("### A protocol of your own")[2].partition("```python\n")[2].partition("```")[0], {})
+    report = evaluate(flat, people(tmp_path / "people", groups=("A",)) + "/A", DATA, protocol="halves", options={"resamples": 0})
+    assert (report.images, description("halves")) == (3, "The first half of a set, for itself.")
 
 
 @dataclass
