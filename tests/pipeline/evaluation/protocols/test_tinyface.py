@@ -144,3 +144,10 @@ def test_folders_that_do_not_fit_end_in_a_sentence(tmp_path, change, sentence):
     change(folder / "Testing_Set")
     with pytest.raises(ValueError, match=sentence):
         module.TinyFace(str(folder), DATA)
+
+
+def test_embeddings_that_are_not_finite_end_in_a_sentence():
+    rows, label, probes = drawn()
+    rows[probes + 5] = torch.nan
+    with pytest.raises(ValueError, match="the gallery of set: the embeddings of 1 of 2560 images are not finite"):
+        module.compare(rows, label, probes, name="set")

@@ -319,3 +319,23 @@ def test_a_crop_whose_landmarks_are_one_point_is_left_out(tmp_path):
     folder = write_ijb(tmp_path / "IJBC")
     changed(folder, POINTS, lambda lines: [f"1.png {'5 ' * 10}0.5", *lines[1:]])
     assert evaluate(flat, str(folder), DATA, protocol="ijb").unreadable == 1
+
+
+def test_allow_missing_leaves_out_what_names_unknown_templates(tmp_path):
+    folder = write_ijb(tmp_path / "IJBC")
+    changed(folder, PAIRS, lambda lines: [*lines, "10 4321 0", "4321 5432 1"])
+    changed(folder, PROBES, lambda lines: [*lines, "777,501,x"])
+    changed(folder, POINTS, lambda lines: lines[1:])
+    report = evaluate(flat, str(folder), DATA, protocol="ijb", options={"allow_missing": True})
+    assert (report.images, report.left_out, report.templates_left_out) == (53, 2, 2)
+    assert (report.groups["1:N"].queries, report.groups["1:N"].left_out) == (12, 1)
+
+
+def test_ranks_embed_and_compare_the_folder_alike(ranks, tmp_path):
+    folder = write_ijb(tmp_path / "IJBC")
+    want = evaluate(flat, str(folder), DATA, protocol="ijb").as_dict()
+    assert ranks(2).run(_evaluate_on_a_rank, str(folder)) == [want, want]
+
+
+def _evaluate_on_a_rank(folder: str) -> dict:
+    return evaluate(flat, folder, DATA, protocol="ijb", rank=dist.get_rank(), world_size=dist.get_world_size()).as_dict()
