@@ -17,6 +17,7 @@ from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.protocols import open_protocol
+from pipeline.evaluation.report_lines import lines
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
 
@@ -82,16 +83,8 @@ def evaluate_checkpoint(
     if not place.is_first:
         return
     if figure:
-        figures.save_png(figures.roc_figure({without_secrets(data): report}, "ROC"), figure)
+        figures.save_png(figures.roc_figure({without_secrets(data): report, **report.groups}, "ROC"), figure)
     if as_json:
         print(json.dumps(report.as_dict()))
         return
-    for name, value in report.numbers().items():
-        if value is None and "/" not in name:  # nothing that the protocol knows
-            continue
-        missing = (
-            "unreached: too few impostor pairs" if report.numbers().get(name.replace("threshold", "tar")) is None else "accepts nothing"
-        )
-        shown = missing if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-        interval = report.intervals.get(name)
-        print(f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
+    print("\n".join(lines(report)))

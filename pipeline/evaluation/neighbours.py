@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.evaluation.embed import Breaks
-from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
+from pipeline.evaluation.tiles import TILE, check_widths, spans, unit_rows, work_on
 
 MOST = 1000  # neighbours of a query; each tile gives at most TILE
 STEPS = 2**19  # a cosine is rounded to a multiple of 1 / STEPS, as in all_pairs.py, so that equal images tie, whatever tile they are in
@@ -34,13 +34,7 @@ def neighbours(
     all-gather of 8 Q k bytes gives all ranks the same result, bit for bit. Memory: 8 Q k bytes a thread, beside both inputs at unit length.
     ValueError for other widths, values that are not finite, and a gallery of fewer than k rows, without the excluded one.
     """
-    for name, rows in zip(names, (queries_QD, gallery_GD), strict=True):
-        if not len(rows):
-            raise ValueError(f"{name}: there are no embeddings to compare.")
-    if queries_QD.shape[1] != gallery_GD.shape[1]:
-        raise ValueError(
-            f"{names[0]} have width {queries_QD.shape[1]} and {names[1]} {gallery_GD.shape[1]}; embed both with the same network."
-        )
+    check_widths(queries_QD, gallery_GD, names)
     there = len(gallery_GD) - (excluded_Q is not None)
     if not 1 <= k <= min(there, MOST):
         raise ValueError(f"{names[1]}: {k} neighbours were asked for, of {there} rows; ask for 1 to {min(there, MOST)}.")

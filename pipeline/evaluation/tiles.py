@@ -38,6 +38,17 @@ def unit_rows(embeddings_ND: Tensor, name: str) -> Tensor:
     return unit_ND
 
 
+def check_widths(queries_QD: Tensor, gallery_GD: Tensor, names: tuple[str, str]) -> None:
+    """ValueError, naming both, where they cannot be compared: nothing in one of them, or other widths."""
+    for name, rows in zip(names, (queries_QD, gallery_GD), strict=True):
+        if not len(rows):
+            raise ValueError(f"{name}: there are no embeddings to compare.")
+    if queries_QD.shape[1] != gallery_GD.shape[1]:
+        raise ValueError(
+            f"{names[0]} have width {queries_QD.shape[1]} and {names[1]} {gallery_GD.shape[1]}; embed both with the same network."
+        )
+
+
 def spans(number: int, size: int = 0) -> list[slice]:
     """0..number in slices of `size`, by default TILE."""
     size = size or TILE
