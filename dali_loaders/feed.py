@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # [b, 3, H, W], RGB, (x - 127.5) / 127.5
     labels: torch.Tensor  # int64 [b]
     indices: np.ndarray  # int64 [b]: dataset index of each row
+    sizes: np.ndarray  # int64 [b, 2]: height and width of its encoded image, which was stretched where that is not H and W
 
 
 @dataclass
@@ -166,7 +167,8 @@ class Feed:
             except UnreadableImagesError as error:
                 self._examine(batch, self._mend(batch, error.why, mend), mend)
             else:
-                return Batch(images, self.decoder.to_device(self._labels[torch.from_numpy(batch.indices)]), batch.indices)
+                labels = self.decoder.to_device(self._labels[torch.from_numpy(batch.indices)])
+                return Batch(images, labels, batch.indices, batch.sizes_b2)
             if not len(batch.indices):
                 return None
             self._start(batch)

@@ -31,13 +31,15 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """embedding: float32 [n, D], finite; of a .npy it stays on the disk. model: SHA-256 of the weights that made them, None if unknown."""
+    """embedding: float32 [n, D], finite; of a .npy it stays on the disk. model: SHA-256 of the weights that made them;
+    flip: whether with the mirror image; None if unknown."""
 
     path: str
     embedding_nD: np.ndarray
     names: Sequence[str]
     identities: Sequence[str]
     model: str | None
+    flip: bool | None = None
 
 
 def beside(out: str) -> list[str]:
@@ -145,7 +147,7 @@ def _read_parquet(path: str) -> Embeddings:
         for name in ("name", "identity")
     }
     names = texts["name"] if "name" in schema.names else list(map(str, range(len(array))))
-    return Embeddings(path, array, names, texts["identity"], _model_of((schema.metadata or {}).get(_ABOUT)))
+    return Embeddings(path, array, names, texts["identity"], *_maker((schema.metadata or {}).get(_ABOUT)))
 
 
 def _read_npy(path: str) -> Embeddings:
@@ -163,11 +165,11 @@ def _read_npy(path: str) -> Embeddings:
     rows = _rows_of(listed) if os.path.isfile(listed) else [("", str(number)) for number in range(len(array))]
     if len(rows) != len(array):
         raise ValueError(f"{path} has {len(array)} rows, but {listed} beside it names {len(rows)} images: they are not of one run")
-    model = None
+    content = None
     if os.path.isfile(described):
         with open(described, "rb", opener=open_regular) as file:
-            model = _model_of(file.read(1 << 20))
-    return Embeddings(path, array, [name for _, name in rows], [identity for identity, _ in rows], model)
+            content = file.read(1 << 20)
+    return Embeddings(path, array, [name for _, name in rows], [identity for identity, _ in rows], *_maker(content))
 
 
 def _rows_of(path: str) -> list[tuple[str, str]]:
@@ -181,9 +183,11 @@ def _rows_of(path: str) -> list[tuple[str, str]]:
         raise ValueError(f"{path} does not list the names of embeddings: {error}") from error
 
 
-def _model_of(content: bytes | None) -> str | None:
+def _maker(content: bytes | None) -> tuple[str | None, bool | None]:
+    """Model and flip, of what `write` says about the rows."""
     try:
-        said = json.loads(content or b"{}").get("model")
+        about = json.loads(content or b"{}")
+        model, flip = about.get("model"), about.get("flip")
     except (ValueError, AttributeError, RecursionError):
-        return None
-    return said if isinstance(said, str) else None
+        return None, None
+    return model if isinstance(model, str) else None, flip if isinstance(flip, bool) else None

@@ -31,7 +31,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 def both(images: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
     dali = Decoder(SIDE, len(images), 1, torch.device("cpu"), channels_last=True)(images, {})
-    return dali, decoding.batch_of([decoding.decoded_file(image, SIDE) for image in images])
+    return dali, decoding.batch_of([decoding.decoded_file(image, SIDE).pixels for image in images])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

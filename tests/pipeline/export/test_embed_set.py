@@ -46,7 +46,7 @@ def test_the_embeddings_of_eval_to_the_bit(made, tmp_path, model):
     out = tmp_path / "out.npy"
     result = embed_set(getattr(made, model), made.data, str(out), chunk=48)
     assert np.array_equal(np.load(out), evaluated(made).numpy())
-    assert result == (78, 16, 0, "DALI") and sorted(os.listdir(tmp_path)) == ["out.csv", "out.json", "out.npy"]
+    assert result == (78, 16, 0, "DALI", None) and sorted(os.listdir(tmp_path)) == ["out.csv", "out.json", "out.npy"]
     source = open_source(made.data)
     rows = list(csv.reader((tmp_path / "out.csv").open()))
     assert rows[0] == ["identity", "name"] and len(rows) == 79
@@ -93,15 +93,15 @@ def test_without_dali(made, tmp_path):
 
 
 def test_one_that_is_broken_off_goes_on(made, tmp_path, monkeypatch, capsys):
-    out, real, seen = tmp_path / "out.parquet", module._embed, []
+    out, real, seen = tmp_path / "out.parquet", module.embed_images, []
 
     def breaking(*arguments):
-        seen.append(int(arguments[3][0]))
+        seen.append(int(arguments[2][0]))
         if len(seen) == 3:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_embed", breaking)
+    monkeypatch.setattr(module, "embed_images", breaking)
     monkeypatch.setattr(module, "CHUNK", 24)
     settings = {"chunk": 24}
     with pytest.raises(KeyboardInterrupt):
@@ -162,14 +162,14 @@ def test_two_commands_do_not_write_one_file(made, tmp_path):
 def test_an_impossible_output_is_refused_before_the_work(made, tmp_path, out, sentence, monkeypatch, capsys):
     (tmp_path / "there.npy").write_bytes(b"x")
     (tmp_path / "no").write_bytes(b"a file, and no folder")
-    monkeypatch.setattr(module, "_embed", lambda *_: pytest.fail("images were embedded"))
+    monkeypatch.setattr(module, "embed_images", lambda *_: pytest.fail("images were embedded"))
     assert main(["embed", made.folder, made.data, str(tmp_path / out)]) == 2
     assert sentence.split("|")[0] in capsys.readouterr().err and (tmp_path / "there.npy").read_bytes() == b"x"
 
 
 def test_a_parquet_that_could_not_be_written_costs_no_work(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setattr(module, "_embed", lambda *_: pytest.fail("images were embedded"))
+    monkeypatch.setattr(module, "embed_images", lambda *_: pytest.fail("images were embedded"))
     with pytest.raises(ValueError, match=r"pyarrow.* is not installed; it comes with the extra parquet"):
         embed_set(made.folder, made.data, str(tmp_path / "out.parquet"))
 
