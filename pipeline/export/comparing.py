@@ -142,8 +142,8 @@ def _check_maker(found: Embeddings, model: Model, remarks: list[str]) -> None:
     if found.flip not in (None, about.flip):
         made, gives = ("with" if flip else "without" for flip in (found.flip, about.flip))
         raise ValueError(
-            f"{found.path} was made {made} the mirror image, but {model.path} embeds {gives} it, and its thresholds are for that: embed again "
-            f"{'without --no-flip' if about.flip else 'as the model does'}"
+            f"{found.path} was made {made} the mirror image, but {model.path} embeds {gives} it, and its thresholds are for that: embed "
+            f"again{' without --no-flip' if about.flip else ''}"
         )
     if found.model is None:
         remarks.append(f"{found.path} does not say which model made it: what is said here holds only if that is {model.path}")

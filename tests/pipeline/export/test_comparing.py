@@ -59,6 +59,9 @@ def test_two_sets_by_their_means(tmp_path):
     expected = means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
     found = match(save(tmp_path / "a.npy", a), save(tmp_path / "b.parquet", b), None)
     assert found.cosine == pytest.approx(expected, abs=1e-6) and found.decision is None
+    assert found.remarks == [
+        f"{tmp_path}/{name} holds 3 identities, and their mean is compared as if they were one" for name in ("a.npy", "b.parquet")
+    ]
 
 
 def test_an_export_without_thresholds_decides_nothing(made, images, tmp_path, capsys):
@@ -79,6 +82,8 @@ def test_an_image_of_another_size_is_said(made, images, tmp_path, capsys):
     import cv2
 
     cv2.imwrite(str(tmp_path / "large.jpg"), np.full((48, 64, 3), 80, np.uint8))
+    assert main(["search", images[0], str(tmp_path), "--model", made.folder]) == 0
+    assert "1 of 4 images are not 32 x 32 pixels and are stretched, such as" in capsys.readouterr().err
     assert main(["match", images[0], str(tmp_path / "large.jpg"), "--model", made.folder]) == 0
     assert "large.jpg (64 x 48 pixels) is stretched to 32 x 32; cut faces out first" in capsys.readouterr().err
 
@@ -91,8 +96,19 @@ def test_embeddings_that_cannot_be_compared(made, tmp_path, end):
         match(a, save(tmp_path / f"b{end}", rng.normal(size=(4, 9))), None)
     with pytest.raises(ValueError, match="were made by different models"):
         match(a, save(tmp_path / f"c{end}", rng.normal(size=(4, 8)), model="b" * 64), None)
+    model = load(made.folder)
     with pytest.raises(ValueError, match="was made by another model than"):
-        match(a, a, load(made.folder))
+        match(a, a, model)
+    with pytest.raises(ValueError, match=r"8 numbers for each image and .*model gives 16"):
+        match(*[save(tmp_path / f"w{end}", rng.normal(size=(4, 8)))] * 2, model, "1e-2")
+    with_mirror, without = (save(tmp_path / f"{flip}{end}", rng.normal(size=(4, 16)), flip=flip) for flip in (True, False))
+    with pytest.raises(ValueError, match="was made with the mirror image and the other without it"):
+        match(with_mirror, without, None)
+    with pytest.raises(
+        ValueError, match=r"False.* was made without the mirror image, but .* embeds with it.*embed again without --no-flip"
+    ):
+        match(without, without, model, "1e-2")
+    assert f"{with_mirror} does not say which model made it" in match(with_mirror, with_mirror, model).remarks[0]
     bad = rng.normal(size=(4, 8))
     bad[2, 5] = np.nan
     with pytest.raises(ValueError, match="the embedding of image 2, row 2, is not finite"):
@@ -157,6 +173,9 @@ def test_search(made, images, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "found.csv")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*command[:-1], "0"]) == 2
+    for out, sentence in (("found.png", "ends in .csv"), ("no/where.csv", "there is no folder")):
+        assert main([*command, "--out", str(tmp_path / out)]) == 2 and sentence in capsys.readouterr().err
+    assert main(["match", *images[:2], "--ema"]) == 2 and "--ema says how --model is read" in capsys.readouterr().err
 
 
 def test_faiss_that_is_not_installed_costs_no_work(made, images, monkeypatch, capsys):
