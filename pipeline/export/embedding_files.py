@@ -63,16 +63,19 @@ def write(files: Sequence[str], parts: Iterable[Rows], count: int, width: int, a
     names, description, rows = files
     with open(description, "x", encoding="utf-8") as file:
         json.dump(about, file, indent=2)
-    array = np.lib.format.open_memmap(rows, "w+", np.float32, (count, width))
-    with open(names, "x", encoding="utf-8", newline="") as file:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+    with (
+        open(names, "x", encoding="utf-8", newline="") as file,
+        open(rows, "xb") as array,
+    ):  # a mapped file would end by SIGBUS on a full disk
+        np.lib.format.write_array_header_1_0(array, header)
         table, at = csv.writer(file), 0
         table.writerow(("identity", "name"))
         for part in parts:
-            array[at : at + len(part.names)] = part.embedding_nD
+            array.write(np.ascontiguousarray(part.embedding_nD, "<f4").data)
             table.writerows((printable(identity), printable(name)) for identity, name in zip(part.identities, part.names, strict=True))
             at += len(part.names)
     assert at == count
-    array.flush()
 
 
 def read(path: str) -> Embeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -170,11 +171,10 @@ def _finite(network: nn.Module, path: str) -> dict[str, Tensor]:
 
 def _write_weights(weights: dict[str, Tensor], path: str) -> None:
     with extra("export"):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     # Clones, since the format has no tied weights: each name gets its own values.
-    save_file(
-        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}, path, {"format": "pt"}
-    )
+    clones = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    _write_bytes(path, save(clones, {"format": "pt"}))
 
 
 def _write_program(network: nn.Module, path: str, image_size: int) -> None:
@@ -184,7 +184,9 @@ def _write_program(network: nn.Module, path: str, image_size: int) -> None:
     except Exception as error:  # whatever a network does that cannot be followed
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"torch.export cannot follow this network ({reason[0][:300]}): leave --torch-export out") from error
-    torch.export.save(program, path)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    _write_bytes(path, content.getbuffer())
 
 
 def _write_prototypes(saved: Checkpoint, folder: str, say: Callable[[str], None]) -> dict[str, str]:
@@ -198,6 +200,12 @@ def _write_prototypes(saved: Checkpoint, folder: str, say: Callable[[str], None]
         _write(os.path.join(folder, prototypes_file.IDENTITIES), json.dumps(names))
         files[prototypes_file.IDENTITIES] = "names of the training identities, by row of the prototypes"
     return files
+
+
+def _write_bytes(path: str, content: bytes | memoryview) -> None:
+    """Written here, because libraries tell of a full disk by errors of their own."""
+    with open(path, "xb") as file:
+        file.write(content)
 
 
 def _write(path: str, content: str) -> None:

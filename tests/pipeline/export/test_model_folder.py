@@ -227,6 +227,22 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("options", [{}, {"program": True}])
+def test_a_disk_that_is_full_for_libraries_leaves_nothing(made, tmp_path, options):
+    """In a process that may write no file of more than 1 MB: what libraries make of that is no OSError."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from pipeline.export.model_folder import export\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        f"try: export({made.run!r}, 'out', **{ ({'onnx': False} | options)!r})\n"
+        "except ValueError as error: print(error)"
+    )
+    most = str((Path(made.folder) / "model.safetensors").stat().st_size if options.get("program") else 1_000_000)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code, most], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert "out cannot be written: File too large" in done.stdout, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def damaged(made, tmp_path) -> Path:
     shutil.copytree(made.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.onnx", "*.pt2"))
     return tmp_path / "copy"
