@@ -18,6 +18,7 @@ from dali_loaders import jpeg, reasons
 from dali_loaders.account import ReadError, Unreadable
 from dali_loaders.config import DataConfig
 from dali_loaders.encoded import MAX_PIXELS, read_image
+from dali_loaders.feed import Seen
 from dali_loaders.packing.pixels import decode
 from dali_loaders.regular import read_regular
 from dali_loaders.skipped import Skipped
@@ -29,7 +30,6 @@ SCALE = torch.tensor(1.0) / torch.tensor(127.5)  # DALI multiplies, and the prod
 class Images(NamedTuple):
     images: Tensor  # float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5, channels last in memory
     indices: np.ndarray  # int64 [b]: numbers of the images in their source
-    sizes: np.ndarray  # int64 [b, 2]: height and width of the encoded images
 
 
 class Decoded(NamedTuple):
@@ -37,7 +37,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]  # height and width before it was stretched
 
 
-def batches(source: Source, data: DataConfig, indices: np.ndarray, batch_size: int, skipped: Skipped) -> Iterator[Images]:
+def batches(source: Source, data: DataConfig, indices: np.ndarray, batch_size: int, skipped: Skipped, seen: Seen) -> Iterator[Images]:
     """What `dali_loaders.evaluation_batches` gives, decoded by OpenCV in `data.threads` threads. Unreadable images are left out."""
 
     def one(index: int) -> Decoded | Unreadable:
@@ -54,8 +54,9 @@ def batches(source: Source, data: DataConfig, indices: np.ndarray, batch_size: i
             good = [(index, image) for index, image in zip(some, found, strict=True) if not isinstance(image, Unreadable)]
             if good:
                 numbers, images = zip(*good, strict=True)
-                sizes = np.array([image.size for image in images], np.int64)
-                yield Images(batch_of([image.pixels for image in images]), np.array(numbers, np.int64), sizes)
+                index_b = np.array(numbers, np.int64)
+                seen(index_b, np.array([image.size for image in images], np.int64))
+                yield Images(batch_of([image.pixels for image in images]), index_b)
 
 
 def decoded_file(image: str | os.PathLike[str] | bytes, side: int) -> Decoded:

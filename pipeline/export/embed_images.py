@@ -61,28 +61,32 @@ def embed_images(model: Model, source: Source, indices: np.ndarray, flip: bool, 
     about, skipped, stretched = model.description, _Listed(source), Stretched()
     data, device = DataConfig(image_size=about.image_size), next(model.network.parameters()).device
     parts, found = [np.zeros((0, about.backbone.width), np.float32)], [np.zeros(0, np.int64)]
-    for batch in _batches(source, data, indices, about.batch_size, device, skipped, uses_dali):
+
+    def seen(index_b: np.ndarray, sizes_b2: np.ndarray) -> None:
+        nonlocal stretched
+        other = np.flatnonzero((sizes_b2 != about.image_size).any(axis=1)).tolist()
+        if other:
+            height, width = sizes_b2[other[0]].tolist()
+            name = printable(source.name(int(index_b[other[0]])))
+            stretched = stretched.and_then(Stretched(len(other), f"{name} ({width} x {height} pixels)"))
+
+    for batch in _batches(source, data, indices, about.batch_size, device, skipped, seen, uses_dali):
         embedding_bD = model.embedded(batch.images.to(device), flip)
         bad = (~torch.isfinite(embedding_bD).all(dim=1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"{model.path} gives an embedding that is not finite for {printable(source.name(int(batch.indices[bad[0]])))}")
-        other = np.flatnonzero((batch.sizes != about.image_size).any(axis=1)).tolist()
-        if other:
-            height, width = batch.sizes[other[0]].tolist()
-            name = printable(source.name(int(batch.indices[other[0]])))
-            stretched = stretched.and_then(Stretched(len(other), f"{name} ({width} x {height} pixels)"))
         parts.append(embedding_bD.cpu().numpy())
         found.append(np.asarray(batch.indices, np.int64))
     return Part(np.concatenate(parts), np.concatenate(found), skipped.listed, stretched)
 
 
 def _batches(
-    source: Source, data: DataConfig, indices: np.ndarray, size: int, device: torch.device, skipped: Skipped, uses_dali: bool
+    source: Source, data: DataConfig, indices: np.ndarray, size: int, device: torch.device, skipped: Skipped, seen: Any, uses_dali: bool
 ) -> Iterator[Any]:
     if uses_dali:
         from dali_loaders.loader import evaluation_batches
 
-        return evaluation_batches(source, data, indices, size, device, channels_last=True, skipped=skipped)
+        return evaluation_batches(source, data, indices, size, device, channels_last=True, skipped=skipped, seen=seen)
     from pipeline.export import decoding
 
-    return decoding.batches(source, data, indices, size, skipped)
+    return decoding.batches(source, data, indices, size, skipped, seen)
