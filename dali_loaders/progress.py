@@ -1,4 +1,6 @@
-"""How far a long task is: tqdm's bar on a terminal, a plain line now and then in a log. Only rank 0 of a job speaks."""
+"""How far a long task is: tqdm's bar on a terminal, a plain line now and then in a log. Only rank 0 of a job speaks.
+
+Without tqdm, as where only an export is used, a terminal gets the lines too."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 from dali_loaders.extras import extra
@@ -59,7 +62,7 @@ class Progress:
         self._done, self._start = 0, time.monotonic()
         self._line_at = self._start + LINE_SECONDS
         self._bar: Any = None
-        if stream is not None and stream.isatty():
+        if stream is not None and stream.isatty() and find_spec("tqdm"):
             form = _WITHOUT
             if self._total:
                 form = _WITH_TOTAL.replace("COUNT", "{n:,}/{total:,}" if self._total < _SCALED else "{n_fmt}/{total_fmt}")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,16 +30,13 @@ def unit_rows(embeddings_ND: Tensor, name: str) -> Tensor:
     bad = 0
     with _one_thread(), torch.no_grad():
         for rows in spans(len(embeddings_ND), 8 * TILE):  # not all at once: 1,000,000 rows are 4 GB in float64
-            exact_nD = embeddings_ND[rows].double()
-            norm_n1 = exact_nD.norm(dim=1, keepdim=True)
-            bad += int((~torch.isfinite(norm_n1)).sum())
-            unit_ND[rows] = exact_nD / torch.where(norm_n1 > 0, norm_n1, 1.0)
-    if bad:
-        raise ValueError(f"{name}: the embeddings of {bad} of {len(embeddings_ND)} images are not finite; the model has diverged.")
+            unit_ND[rows], bad_rows = unit_tile(embeddings_ND[rows])
+            bad += bad_rows
+    check_finite(bad, len(embeddings_ND), name)
     return unit_ND
 
 
-def check_widths(queries_QD: Tensor, gallery_GD: Tensor, names: tuple[str, str]) -> None:
+def check_widths(queries_QD: Tensor, gallery_GD: Tensor | np.ndarray, names: tuple[str, str]) -> None:
     """ValueError, naming both, where they cannot be compared: nothing in one of them, or other widths."""
     for name, rows in zip(names, (queries_QD, gallery_GD), strict=True):
         if not len(rows):
@@ -47,6 +45,18 @@ def check_widths(queries_QD: Tensor, gallery_GD: Tensor, names: tuple[str, str])
         raise ValueError(
             f"{names[0]} have width {queries_QD.shape[1]} and {names[1]} {gallery_GD.shape[1]}; embed both with the same network."
         )
+
+
+def unit_tile(rows_nD: Tensor) -> tuple[Tensor, int]:
+    """The same for a few rows at a time, which the caller checks: float32 [n, D], and the number of rows that are not finite."""
+    exact_nD = rows_nD.double()
+    norm_n1 = exact_nD.norm(dim=1, keepdim=True)
+    return (exact_nD / torch.where(norm_n1 > 0, norm_n1, 1.0)).float(), int((~torch.isfinite(norm_n1)).sum())
+
+
+def check_finite(bad: int, images: int, name: str) -> None:
+    if bad:
+        raise ValueError(f"{name}: the embeddings of {bad} of {images} images are not finite; the model has diverged.")
 
 
 def spans(number: int, size: int = 0) -> list[slice]:

@@ -29,6 +29,17 @@ def clock(monkeypatch):
     return Clock
 
 
+def test_a_terminal_without_tqdm_gets_lines(monkeypatch, clock):
+    """Where only an export is used, the extra train is not installed."""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("embedding", 100) as done:
+        clock.now = module.LINE_SECONDS
+        done.add(50)
+    assert terminal.getvalue().startswith("embedding: 50 of 100 (50%)")
+
+
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_terminal_sees_how_far_it_is_and_nothing_at_the_end(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
