@@ -6,7 +6,7 @@ python -m benchmarks.monitor faces_small --rounds 9
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import record
+from dali_loaders.progress import show_warnings
 from pipeline.commands import Overrides
 from pipeline.config import TrainConfig
 from pipeline.distributed import join
@@ -67,6 +68,7 @@ def _measure(trainer: Trainer, rounds: int) -> dict[str, Any]:
     write = timed(trainer.line.write)
     trainer.classifier.cosines = timed(trainer.classifier.cosines)
     added.append(0.0)
+    trainer.line.begin()
     window(True)  # to warm up
     pairs = []
     for number in range(rounds):
@@ -109,19 +111,22 @@ def _bytes_per_line(trainer: Trainer) -> int:
     return (size() - before) // 10
 
 
+def as_text(row: dict[str, Any]) -> str:
+    return "\n".join(f"{name:20}{value}" for name, value in row.items())
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.monitor", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("--set", nargs="+", action=Overrides, default=[], metavar="section.field=value", help="override fields")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="windows of each kind (9)")
-    parser.add_argument("--csv", metavar="FILE", help="also append a row")
+    parser.add_argument("--csv", default=os.path.join(record.FOLDER, "monitor.csv"), metavar="FILE", help="append a row to it")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    row = measure(resolve(options.recipe, options.set), options.rounds)
-    for name, value in row.items():
-        print(f"{name:20}{value}")
-    if options.csv:
-        record.append(options.csv, row)
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, but at least 1 is needed")
+    show_warnings()
+    config = resolve(options.recipe, options.set)
+    record.report((measure(config, options.rounds) for _ in range(1)), as_text, False, options.csv)
 
 
 if __name__ == "__main__":

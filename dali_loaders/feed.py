@@ -51,15 +51,19 @@ class _Pending:
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # what stands at the places of `wanted`
 
 
+Seen = Callable[
+    [np.ndarray, np.ndarray], None
+]  # gets numbers int64 [b] of decoded images and their sizes before any resizing, int64 [b, 2]
 _Mend = Callable[[_Pending, list[int]], list[int]]  # mends a batch at these places, and says which are to be looked at again
 
 
 class Feed:
-    """From image numbers to batches. `stop`: for others to set when no more are wanted, since reads may be slow."""
+    """From image numbers to batches. `stop`: for others to set when no more are wanted, since reads may be slow. `seen`, if given, is told
+    of each batch, in the thread that feeds."""
 
-    def __init__(self, source: Source, config: DataConfig, decoder: Decoder, skipped: Skipped) -> None:
+    def __init__(self, source: Source, config: DataConfig, decoder: Decoder, skipped: Skipped, seen: Seen | None = None) -> None:
         self._source, self._config, self.decoder, self._skipped = source, config, decoder, skipped
-        self._threads = config.thread_count()
+        self._threads, self._seen = config.thread_count(), seen
         self._labels = torch.from_numpy(source.labels)
         self.stop = threading.Event()
         self._readers = Readers(
@@ -166,6 +170,8 @@ class Feed:
             except UnreadableImagesError as error:
                 self._examine(batch, self._mend(batch, error.why, mend), mend)
             else:
+                if self._seen:
+                    self._seen(batch.indices, batch.sizes_b2)
                 return Batch(images, self.decoder.to_device(self._labels[torch.from_numpy(batch.indices)]), batch.indices)
             if not len(batch.indices):
                 return None

@@ -14,7 +14,7 @@ from dali_loaders.background import Background
 from dali_loaders.config import DataConfig
 from dali_loaders.decode import Decoder
 from dali_loaders.feed import Batch as Batch
-from dali_loaders.feed import Feed
+from dali_loaders.feed import Feed, Seen
 from dali_loaders.order import build_order
 from dali_loaders.skipped import Skipped
 from dali_loaders.sources import Source
@@ -93,11 +93,13 @@ def evaluation_batches(
     channels_last: bool = False,
     dtype: torch.dtype = torch.float32,
     skipped: Skipped | None = None,
+    seen: Seen | None = None,
 ) -> Iterator[Batch]:
     """The images `indices` in this order, as TrainLoader gives them, but not augmented. Rows of unreadable images are left out;
-    `Batch.indices` says which are there, and `skipped` is told the others with their reasons. The last batch may be smaller."""
+    `Batch.indices` says which are there, and `skipped` is told the others with their reasons. `seen` is told the heights and widths of
+    those that are there, before they are stretched, by the time the last batch has come. The last batch may be smaller."""
     skipped = Skipped(source, None) if skipped is None else skipped
-    feed = Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), skipped)
+    feed = Feed(source, config, _decoder(config, batch_size, device, channels_last, dtype), skipped, seen)
     batches = feed.evaluation_batches(np.asarray(indices, np.int64))
     for batch in Background(batches, config.prefetch, feed.decoder.device, feed.stop, feed.doing):
         yield _on_current_stream(batch)

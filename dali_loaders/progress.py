@@ -1,8 +1,11 @@
-"""How far a long task is: tqdm's bar on a terminal, a plain line now and then in a log. Only rank 0 of a job speaks."""
+"""How far a long task is: tqdm's bar on a terminal, a plain line now and then in a log. Only rank 0 of a job speaks.
+
+Without tqdm, as where only an export is used, a terminal gets the lines too."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import threading
@@ -10,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 from dali_loaders.extras import extra
@@ -17,8 +21,9 @@ from dali_loaders.extras import extra
 LINE_SECONDS = 30.0  # between two lines in a log; a task that is done before the first one gives none
 SHORT_SECONDS = 0.5  # what is done by then shows no bar
 _LONGEST = 30  # characters of what a bar is of, so that the time left is in sight on 80 columns
-_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}"
-_WITHOUT = "{desc} {n_fmt}, {elapsed}, {rate_noinv_fmt}"
+_SCALED = 10_000_000  # a total from which counts are shown as 12.3M: bytes, say
+_WITH_TOTAL = "{desc} {percentage:3.0f}% |{bar}| COUNT, {remaining} left, {rate_noinv_fmt}"
+_WITHOUT = "{desc} {n:,}, {elapsed}, {rate_noinv_fmt}"
 
 
 def bar(**options: Any) -> Any:
@@ -57,9 +62,12 @@ class Progress:
         self._done, self._start = 0, time.monotonic()
         self._line_at = self._start + LINE_SECONDS
         self._bar: Any = None
-        if stream is not None and stream.isatty():
-            form = {"bar_format": _WITH_TOTAL if self._total else _WITHOUT, "unit": "", "unit_scale": True}
-            self._bar = bar(desc=_short(what), total=self._total, file=stream, leave=False, delay=SHORT_SECONDS, **form)
+        if stream is not None and stream.isatty() and find_spec("tqdm"):
+            form = _WITHOUT
+            if self._total:
+                form = _WITH_TOTAL.replace("COUNT", "{n:,}/{total:,}" if self._total < _SCALED else "{n_fmt}/{total_fmt}")
+            options = {"bar_format": form, "unit": "", "unit_scale": True, "leave": False, "delay": SHORT_SECONDS}
+            self._bar = bar(desc=_short(what), total=self._total, file=stream, **options)
 
     def add(self, count: int = 1) -> None:
         """More than the total is not done: the last batch of a task may be smaller than the others."""
@@ -103,10 +111,39 @@ def announce(what: str) -> None:
 
 
 def say(message: str, stream: TextIO) -> None:
-    """A line; one of a log has date and time. Nobody may be left to read it."""
-    with suppress(OSError, ValueError):
+    """A line; one of a log has date and time, and one of a terminal stands above its bars. Nobody may be left to read it."""
+    with suppress(OSError, ValueError), _no_bars():
         stream.write(("" if stream.isatty() else f"{clock()}  ") + message + "\n")
         stream.flush()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """What is written inside does not mix with a bar; those that are on the screen are drawn again."""
+    if not _kind_of_bar.cache_info().currsize:
+        yield
+        return
+    kind = _kind_of_bar()
+    with kind.get_lock():
+        shown = [each for each in getattr(kind, "_instances", ()) if each.last_print_t >= each.start_t + each.delay]
+        for each in shown:
+            each.clear(nolock=True)
+        try:
+            yield
+        finally:
+            for each in shown:
+                each.refresh(nolock=True)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            say(self.format(record), sys.stderr)
+
+
+def show_warnings() -> None:
+    """Warnings that modules log are lines like all others, unless the program has handlers of its own."""
+    logging.basicConfig(format="%(message)s", handlers=[_Lines()])
 
 
 def clock() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from dataclasses import fields
@@ -11,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dali_loaders.names import printable
-from dali_loaders.progress import announce
+from dali_loaders.progress import announce, show_warnings
 from pipeline import (
     checkpoint_commands,
     completion,
@@ -49,7 +48,7 @@ def _run(arguments: list[str] | None) -> int:
         if (CHECKOUT / "pyproject.toml").exists():  # a wheel has no benchmarks. They stand above, and only the program knows of them
             import_module("benchmarks.commands").add(commands)
         parser.parse_args(positionals_first(sys.argv[1:] if arguments is None else arguments), options)
-        logging.basicConfig(format="%(message)s")
+        show_warnings()
         with stopping.heeded() if options.command is _train else endings.unwinding_on_signals():
             code = options.command(options) or 0
             endings.flush_output()

@@ -7,6 +7,7 @@ import json
 
 from dali_loaders.config import TIMEOUT
 from dali_loaders.outputs import check_file
+from dali_loaders.progress import announce
 from pipeline.commands import add_overrides, command, count
 
 
@@ -73,6 +74,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _faces(options: argparse.Namespace) -> None:
+    announce("starting")  # as below: what a command imports may take seconds
     from dali_loaders.faces import FacesConfig, write_faces
 
     write_faces(options.out, FacesConfig(options.identities, options.images, options.size, options.seed, options.first_identity))
@@ -81,11 +83,12 @@ def _faces(options: argparse.Namespace) -> None:
 
 def _pack(options: argparse.Namespace) -> int:
     """1 where something was left out."""
+    options.when_broken_off = "; the same command goes on where it stopped" if options.resume else "; nothing was written"
+    check_file(options.out, "the packed set", ".rec", ".tar")
+    announce("starting")
     from dali_loaders import open_source
     from dali_loaders.packing import PackConfig, pack
 
-    options.when_broken_off = "; the same command goes on where it stopped" if options.resume else "; nothing was written"
-    check_file(options.out, "the packed set", ".rec", ".tar")
     config = PackConfig(options.resize, options.quality, options.landmarks, options.shard_size, options.verify)
     source = open_source(options.source, cache=options.cache)
     report = pack(source, options.out, config, workers=options.workers, resume=options.resume, timeout=options.timeout)
@@ -94,9 +97,10 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _pairs(options: argparse.Namespace) -> None:
+    check_file(options.out, "the pair set", ".bin")
+    announce("starting")
     from pipeline.evaluation.make_pairs import pairs_of_list, pairs_of_set
 
-    check_file(options.out, "the pair set", ".bin")
     if options.list:
         print(pairs_of_list(options.list, options.data, options.out, options.landmarks))
     else:
@@ -105,12 +109,13 @@ def _pairs(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Exit code 1 where anything is wrong."""
-    from dali_loaders.checking import check
-
     if options.fix:
         check_file(options.fix, "the clean set", ".rec")
     if options.figure is not None:
         check_file(options.figure, "--figure", ".png", makes_folder=True)
+    announce("starting")
+    from dali_loaders.checking import check
+
     if options.model:  # first, like figures, because the check takes long
         from pipeline.evaluation.near_identities import near_identities, network
 
@@ -148,11 +153,12 @@ def _seconds(text: str) -> float:
 
 
 def _preview(options: argparse.Namespace) -> None:
+    check_file(options.out, "--out", ".png")
+    announce("starting")
     from dali_loaders import open_source
     from dali_loaders.preview import write_preview
     from pipeline.resolve import resolve
 
-    check_file(options.out, "--out", ".png")
     config = resolve(options.recipe, options.set).data
     source = open_source(options.path, config.reader)
     for name in write_preview(options.out, source, config, images=options.images, versions=options.versions, seed=options.seed):

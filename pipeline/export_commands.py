@@ -9,6 +9,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dali_loaders.names import printable
+from dali_loaders.progress import announce
 from pipeline.commands import command
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    announce("starting")
     from pipeline.export.model_folder import export
 
     export(
@@ -76,6 +79,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _embed(options: argparse.Namespace) -> int:
     """1 where images were left out."""
+    announce("starting")
     from pipeline.local_ranks import run_local
 
     settings = options.model, options.images, options.out, options.ema, options.recipe, options.no_flip, options.decoder
@@ -91,11 +95,14 @@ def _embed_on_rank(model: str, images: str, out: str, ema: bool, recipe: str | N
     done = embed_set(model, images, out, ema=ema, recipe=recipe, flip=False if no_flip else None, decoder=decoder)
     if dist.get_rank() == 0:
         print(f"{out}: {done.rows:,} embeddings of width {done.width}, decoded with {done.decoder}")
+        if done.remark:
+            print(done.remark)
         if done.unreadable:
             print(f"{done.unreadable} images cannot be decoded: {out}.unreadable.txt lists them")
 
 
 def _match(options: argparse.Namespace) -> None:
+    announce("starting")
     from pipeline.export.comparing import match
 
     found = match(options.first, options.second, _model(options), options.far)
@@ -107,15 +114,18 @@ def _match(options: argparse.Namespace) -> None:
     print(f"cosine {found.cosine:.4f}")
     if found.threshold is not None:
         verdict = "the same" if found.decision else "different"
-        print(f"{verdict} identity at FAR {found.far} (threshold {found.threshold:.4f}, measured on {found.set})")
+        print(f"{verdict} identity at FAR {found.far} (threshold {found.threshold:.4f}, measured on {printable(found.set or '')})")
 
 
 def _search(options: argparse.Namespace) -> None:
+    announce("starting")
+    from dali_loaders.outputs import check_file
     from pipeline.export.comparing import search, write_csv
     from pipeline.export.new_folder import check_new, new_file
 
-    if options.out:
+    if options.out is not None:
         check_new(options.out)
+        check_file(options.out, "--out", ".csv")
     remarks: list[str] = []
     found = search(options.gallery, options.queries, _model(options), options.top, options.faiss, remarks)
     first = next(found, None)
@@ -132,6 +142,10 @@ def _search(options: argparse.Namespace) -> None:
 
 def _model(options: argparse.Namespace) -> Model | None:
     if options.model is None:
+        if options.ema or options.recipe:
+            raise ValueError(
+                f"{'--ema' if options.ema else '--recipe'} says how --model is read, and there is none: name one, or leave it out"
+            )
         return None
     from pipeline.export.model_folder import open_model
 

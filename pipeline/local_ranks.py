@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
-from dali_loaders.progress import announce
+from dali_loaders.progress import announce, show_warnings
 from pipeline import endings
 from pipeline.distributed import STORE, cores, describe
 from pipeline.stopping import SIGNALS, STOPPED, Repeats, Stopped
@@ -177,7 +177,7 @@ def _rank(
     os.environ.update({"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count, STORE: store})
     if "lo" in dict(map(reversed, socket.if_nameindex())):  # type: ignore[arg-type]
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else on the network needs to reach these processes
-    logging.basicConfig(format="%(message)s")
+    show_warnings()
     command, code = os.getppid(), 0
 
     def tell(kind: str, text: str) -> None:

@@ -65,5 +65,6 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         "labels": "other labels",
         "image_order": "other images, or the same in another order",
         "weights": "other data.weights, or other sizes of the sets",
+        "lists": "other lists of pairs, folds or templates",
     }
     return found + [what for key, what in words.items() if key in changed]

@@ -25,7 +25,7 @@ def summary(folder: str, checkpoints: str = "") -> str:
         # A run that goes on may name another set the same: it is compared with what has as many images only.
         measured = [row for row in measured if _size(row, name) == _size(measured[-1], name)]
         for key, title in SHOWN.items():
-            values = [(row["step"], row[f"{name}/{key}"]) for row in measured if row.get(f"{name}/{key}") is not None]
+            values = [(row["step"], row[f"{name}/{key}"]) for row in measured if isinstance(row.get(f"{name}/{key}"), int | float)]
             if values:
                 before = f"{values[0][1]:.4f} at step {values[0][0]} -> " if len(values) > 1 else ""
                 lines.append(f"{name + ' ' + title:28}{before}{values[-1][1]:.4f} at step {values[-1][0]}")
@@ -37,7 +37,9 @@ def summary(folder: str, checkpoints: str = "") -> str:
     figures = sorted(name for name in _names(folder) if name.startswith("roc-"))  # their names end with the step
     newest = max((_step(name) for name in figures), default="")
     lines += [f"{'ROC figure':28}{os.path.join(folder, name)}" for name in figures if _step(name) == newest]
-    lines.append(f"{'curves':28}tensorboard --logdir {shlex.quote(os.path.join(folder, 'tensorboard'))}")
+    curves = os.path.join(folder, "tensorboard")
+    if os.path.isdir(curves):
+        lines.append(f"{'curves':28}tensorboard --logdir {shlex.quote(curves)}")
     return "\n".join(lines)
 
 

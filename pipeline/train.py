@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
+from dali_loaders.progress import show_warnings
 from pipeline import heartbeat, run_folder, stopping
 from pipeline.config import TrainConfig
 from pipeline.distributed import join
@@ -28,7 +28,7 @@ def train(config: TrainConfig, resume: str = "auto", keep_stop: bool = False) ->
     keep_stop: a file FOLDER/stop that is there already asks this run to stop, and not one before.
     Stopped: the run was asked to stop, and has saved. The process ends with exit code 76 where another rank is lost.
     """
-    logging.basicConfig(format="%(message)s")
+    show_warnings()
     os.umask(os.umask(0o022) | 0o002)  # no file of a run can be written by everybody, whatever the user's mask admits
     folder, minutes = config.run.folder, config.run.timeout
     with stopping.heeded() as stop:

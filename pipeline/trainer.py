@@ -117,7 +117,7 @@ class Trainer:
         told: dict[str, Any] = {"first_step": first, "config": writers, "options": options_of(config), "lease": lease}
         self.monitor = Monitor(run.folder, self.total_steps, place.rank, **told)
         if not is_complete:
-            self.monitor.text(self.step, "config", "```\n" + as_text(config) + "\n```")
+            self.monitor.text(first, "config", "```\n" + as_text(config) + "\n```")
         self.monitor.say(
             f"{len(self.source)} images of {self.num_classes} identities, ranks: {place.world_size} on {place.device.type}, "
             f"steps {self.step} to {self.total_steps}" + (f", resumed from {resumed}" if resumed else "")
@@ -175,7 +175,7 @@ class Trainer:
     def _fit(self) -> dict[str, float]:
         config = self.config
         self._heed(*self.agreement.highest(self.stop.asked()))
-        figures = self.evaluate() if self._owes_evaluation() else {}
+        figures = self.evaluate() if self._owes_evaluation() else None
         self.line.begin()
         while self.step < self.total_steps:
             self.watch.at("a training step", self.step)
@@ -192,12 +192,10 @@ class Trainer:
                     if evaluates:
                         figures = self.evaluate()
                     if saves:
-                        self.save(figures if evaluates else {})
+                        self.save(figures if evaluates else None)
             self._end_step()
         self.finish_saving()
-        figures = figures or self.evaluate()
-        self.monitor.outcome(self.evaluator.newest)
-        return figures
+        return self.evaluate() if figures is None else figures
 
     def _end_step(self) -> None:
         """What all ranks do together between two steps. Asked, on all of them: to stop. 1 all-reduce of 24 bytes between hosts."""
@@ -263,6 +261,8 @@ class Trainer:
             if self.ema:
                 with self.ema.in_place_of(self.engine.module):
                     self.evaluator.run(self.engine.module, self.step, self.monitor, averaged=True, breaks=breaks)
+        if self.step >= self.total_steps:  # before the last save, after which nothing of the run is left to tell
+            self.monitor.outcome(self.evaluator.newest)
         return figures
 
     def _breaks_off(self) -> bool:

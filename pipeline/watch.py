@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from dali_loaders import progress
 from pipeline import heartbeat
 from pipeline.distributed import STORE, Place, describe
 from pipeline.endings import LOST, REFUSED, flush_output
@@ -264,5 +265,5 @@ def failed_collective(error: BaseException | None) -> bool:
 
 
 def _say(message: str) -> None:
-    with suppress(OSError):  # nobody may be left to read it
-        print(message, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        progress.say(message, sys.stderr)

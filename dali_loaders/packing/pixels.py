@@ -63,10 +63,21 @@ def align(image_HW3: np.ndarray, points_52: np.ndarray, side: int = SIDE) -> np.
         image_HW3 = cv2.resize(image_HW3, size, interpolation=cv2.INTER_AREA)
         factor = np.array(size) / (width, height)
         points_52 = (points_52 + 0.5) * factor - 0.5
-        matrix_23 = similarity(points_52, TEMPLATE_52 * (side / SIDE))
+    return warp(image_HW3, points_52, side)
+
+
+def warp(image_HW3: np.ndarray, points_52: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """As `align`, but with bilinear sampling alone, as scripts of published figures have it: it skips pixels of a face of much more than
+    `side`."""
+    matrix_23 = similarity(points_52, TEMPLATE_52 * (side / SIDE))
     return cv2.warpAffine(image_HW3, matrix_23, (side, side), flags=cv2.INTER_LINEAR, borderValue=(0, 0, 0))
 
 
 def encode(image_HW3: np.ndarray, quality: int) -> bytes:
     """As JPEG."""
     return cv2.imencode(".jpg", image_HW3, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def lossless(image_HW3: np.ndarray) -> bytes:
+    """As PNG."""
+    return cv2.imencode(".png", image_HW3, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()

@@ -13,7 +13,8 @@ class Source(Protocol):
     """A labelled set of encoded images. Picklable; `read` may be called from several threads.
 
     Some sources have more, which others look for: `read_many(indices)`, as the function below; `parts`, a sequence of Part, where they
-    are made of several sets; `remarks`, lines about how they were made; `order_checksum()`, in place of that of all names (fingerprint.py).
+    are made of several sets; `remarks`, lines about how they were made; `order_checksum()`, in place of that of all names (fingerprint.py);
+    `lists`, a checksum of what else the files of a set say of its images, such as pairs to compare.
     """
 
     path: str

@@ -12,18 +12,13 @@ from torch import Tensor
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.intervals import Pairs, bootstrap
 from pipeline.evaluation.opis import consistency
-from pipeline.evaluation.report import HISTOGRAM_EDGES, OperatingPoints, Report
+from pipeline.evaluation.report import Report
+from pipeline.evaluation.score_bins import FIRST, STEPS, Counts, bins, histogram, lower_edges, operating_points, total
 from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
 
-# Bins are centred on multiples of 2 / STEPS = 1.9e-6: wide against float32 rounding (1e-7), and the ties that occur in practice
-# (cosines -1, 0 and 1 of equal, dead or orthogonal embeddings) lie in the middle of a bin, so that rounding does not split them.
-STEPS = 2**20
-FIRST = 2  # the bin of cosine -1; bin 0 takes what is no pair of the kind, bin 1 and the last what rounding moved beyond -1 and 1
-BINS = STEPS + 4
 RANKS = (1, 5, 10)
 KEPT = 2_500_000  # pairs (2,236 images) up to which scores are kept, for intervals and consistency of thresholds
 MOST_KEPT = 50_000_000  # the same where intervals are asked for: 600 MB, and minutes
-FLUSH = 2**30  # scores counted in int32 before they go to int64
 
 
 def all_pairs(
@@ -61,14 +56,13 @@ def all_pairs(
     best_N = _best_mates(set_, rank, world_size, group, breaks)
     genuine_K, impostor_K, beaten_N = _count(set_, best_N, rank, world_size, group, breaks)
 
-    lower_edge_K = (np.arange(BINS) - FIRST - 0.5) * (2 / STEPS) - 1
-    points = OperatingPoints.of_counts(lower_edge_K, genuine_K, impostor_K)
+    points = operating_points(genuine_K, impostor_K)
     figures, thresholds = points.figures()
     probes_N = (best_N > 0).cpu().numpy()
     hits = {f"rank{k}": beaten_N[probes_N] < k for k in RANKS}
     figures |= {name: float(hit_n.mean()) for name, hit_n in hits.items()}
     figures |= {"images": len(labels_N), "identities": len(identities), "unreadable": 0}
-    report = Report(figures, thresholds, "threshold_at_eer", points.roc(), _coarse(genuine_K), _coarse(impostor_K))
+    report = Report(figures, thresholds, "threshold_at_eer", points.roc(), histogram(genuine_K), histogram(impostor_K))
     if pairs > KEPT and not resamples:
         return report
     kept = _keep(set_, breaks)
@@ -103,9 +97,7 @@ class _Sorted:
 
     def bins(self, rows: slice, columns: slice, out: Tensor) -> Tensor:
         """float32 [R, M] whose integer part is the bin of a pair's cosine, in the memory of `out`."""
-        bin_RM = out[: (rows.stop - rows.start) * (columns.stop - columns.start)].view(rows.stop - rows.start, -1)
-        torch.mm(self.unit_ND[rows] * (STEPS / 2), self.unit_ND[columns].T, out=bin_RM)
-        return bin_RM.add_(STEPS / 2 + FIRST + 0.5)
+        return bins(self.unit_ND[rows], self.unit_ND[columns], out)
 
     def masks(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
         """bool [R, M]: which entries are a genuine pair, which an impostor pair. None where all are impostor pairs."""
@@ -140,31 +132,13 @@ def _best_mates(set_: _Sorted, rank: int, world_size: int, group: dist.ProcessGr
     return best_N
 
 
-class _Counter:
-    """What one thread has counted."""
+class _Counter(Counts):
+    """What one thread has counted: pairs, and for each image the impostors that reach its nearest mate."""
 
     def __init__(self, scores: Tensor, best_N: Tensor) -> None:
-        device = best_N.device
-        self.scores = scores
-        self.index = torch.empty_like(scores, dtype=torch.int64)
-        self.ones = torch.ones_like(scores, dtype=torch.int32)
-        self.recent_2K = torch.zeros(2, BINS, dtype=torch.int32, device=device)  # twice as fast as int64
-        self.counts_2K = torch.zeros(2, BINS, dtype=torch.int64, device=device)
-        self.counted = 0
+        super().__init__(scores)
         self.goal_N = torch.where(best_N > 0, best_N.float(), torch.inf)  # what an impostor must reach to count
-        self.beaten_N = torch.zeros(len(best_N), dtype=torch.int64, device=device)
-
-    def count(self, kind: int, bin_RM: Tensor) -> None:
-        index = self.index[: bin_RM.numel()].view_as(bin_RM).copy_(bin_RM)
-        self.recent_2K[kind].scatter_add_(0, index.view(-1), self.ones[: bin_RM.numel()])
-        self.counted += bin_RM.numel()
-        if self.counted > FLUSH:
-            self.flush()
-
-    def flush(self) -> None:
-        self.counts_2K += self.recent_2K
-        self.recent_2K.zero_()
-        self.counted = 0
+        self.beaten_N = torch.zeros(len(best_N), dtype=torch.int64, device=scores.device)
 
     def beat(self, span: slice, bin_RM: Tensor) -> None:
         """Rows of the images `span`, columns their impostors. An image that max(RANKS) of them have reached needs no more counting."""
@@ -191,18 +165,10 @@ def _count(
         counter.beat(tile[1], bin_RM.T)
 
     counters = work_on(set_.tiles()[rank::world_size], lambda: _Counter(set_.buffer(), best_N), work, best_N.device, breaks)
-    for counter in counters:
-        counter.flush()
-    counts_2K = sum(counter.counts_2K for counter in counters)
-    beaten_N = sum(counter.beaten_N for counter in counters)
-    assert isinstance(counts_2K, Tensor) and isinstance(beaten_N, Tensor)
+    genuine_K, impostor_K = total(list(counters), world_size, group)
+    beaten_N = torch.stack([counter.beaten_N for counter in counters]).sum(dim=0)
     if world_size > 1:
-        dist.all_reduce(counts_2K, group=group)
         dist.all_reduce(beaten_N, group=group)
-    counts_2K[:, FIRST] += counts_2K[:, FIRST - 1]
-    counts_2K[:, FIRST + STEPS] += counts_2K[:, FIRST + STEPS + 1]
-    counts_2K[:, [0, FIRST - 1, FIRST + STEPS + 1]] = 0
-    genuine_K, impostor_K = counts_2K.cpu().numpy()
     return genuine_K, impostor_K, beaten_N.cpu().numpy()
 
 
@@ -218,12 +184,5 @@ def _keep(set_: _Sorted, breaks: Breaks | None) -> Pairs:
 
     work_on(range(len(tiles)), set_.buffer, work, set_.unit_ND.device, breaks)
     bin_P, first_P, second_P = (np.concatenate(part) for part in zip(*(parts[at] for at in range(len(tiles))), strict=True))
-    score_P = (bin_P.clip(FIRST, FIRST + STEPS) - FIRST - 0.5) * (2 / STEPS) - 1
+    score_P = lower_edges()[bin_P.clip(FIRST, FIRST + STEPS)]
     return Pairs(score_P, first_P == second_P, first_P, second_P, int(set_.labels_N[-1]) + 1)
-
-
-def _coarse(counts_K: np.ndarray) -> np.ndarray:
-    """Counts between HISTOGRAM_EDGES; cosine 1 belongs to the last."""
-    coarse = counts_K[FIRST : FIRST + STEPS].reshape(len(HISTOGRAM_EDGES) - 1, -1).sum(axis=1)
-    coarse[-1] += counts_K[FIRST + STEPS]
-    return coarse

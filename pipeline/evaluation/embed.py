@@ -72,12 +72,8 @@ def embed(
             done.add(batch_size)
             if len(batch.images) == 0:
                 continue
-            feature_bD = model(batch.images).float()
-            if flip:
-                feature_bD = feature_bD + model(torch.flip(batch.images, dims=[3])).float()
-            # A norm that overflows would make a row of zeros of features that have exploded.
-            finite_b1 = feature_bD.norm(dim=1, keepdim=True).isfinite()
-            features.append(torch.where(finite_b1, normalize(feature_bD) if unit else feature_bD, torch.nan))
+            feature_bD = features_of(model, batch.images, flip)
+            features.append(normalize(feature_bD) if unit else feature_bD)
             indices.append(np.asarray(batch.indices, dtype=np.int64))
     if breaks:
         breaks.agree()
@@ -89,6 +85,15 @@ def embed(
     readable = index_n.cpu().numpy()
     _report_unreadable(source, readable, rank)
     return embedding_nD, readable
+
+
+def features_of(model: Callable[[Tensor], Tensor], images_b3HW: Tensor, flip: bool) -> Tensor:
+    """Features float32 [b, D]; with `flip` the sum with those of the mirror image. A row whose norm is not finite is NaN throughout: a
+    norm that overflows would make a row of zeros of features that have exploded."""
+    feature_bD = model(images_b3HW).float()
+    if flip:
+        feature_bD = feature_bD + model(torch.flip(images_b3HW, dims=[3])).float()
+    return torch.where(feature_bD.norm(dim=1, keepdim=True).isfinite(), feature_bD, torch.nan)
 
 
 @contextmanager

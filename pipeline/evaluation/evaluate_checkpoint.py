@@ -21,6 +21,7 @@ from pipeline.distributed import join
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.protocols import open_protocol
 from pipeline.evaluation.report import Report
+from pipeline.evaluation.report_lines import lines
 from pipeline.evaluation.set_names import set_names
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
@@ -89,7 +90,7 @@ def evaluate_checkpoint(
     if not place.is_first:
         return
     if figure:
-        figures.save_png(figures.roc_figure({without_secrets(data): report}, "ROC"), figure)
+        figures.save_png(figures.roc_figure({without_secrets(data): report, **report.groups}, "ROC"), figure)
     if as_json:
         of = {"path": without_secrets(data), **fingerprint(comparison.source), "flip": config.evaluation.flip and not no_flip}
         of |= {"protocol": protocol} if protocol else {}
@@ -97,15 +98,7 @@ def evaluate_checkpoint(
         evaluated |= {"name": set_names([data])[0], "of": of}
         print(json.dumps({**report.as_dict(), "curve": _curve(report), "evaluated": evaluated}))
         return
-    for name, value in report.numbers().items():
-        if value is None and "/" not in name:  # nothing that the protocol knows
-            continue
-        missing = (
-            "unreached: too few impostor pairs" if report.numbers().get(name.replace("threshold", "tar")) is None else "accepts nothing"
-        )
-        shown = missing if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-        interval = report.intervals.get(name)
-        print(f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else ""))
+    print("\n".join(lines(report)))
 
 
 def _absolute(path: str) -> str:

@@ -35,14 +35,38 @@ def bootstrap(
     seed: int = 0,
     breaks: Breaks | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Percentiles 2.5 and 97.5 of the figures of `resamples` sets, each of as many units, drawn with replacement; by name of the figure.
+    """The `percentiles` of what `draws` gives."""
+    return percentiles(draws(pairs, points, shares, resamples, seed=seed, breaks=breaks), resamples)
 
-    `points` are those of `pairs`. `shares`: figures that are the mean of a value for each image or pair: float or bool [n], its unit [n].
+
+def percentiles(drawn: Mapping[str, np.ndarray], resamples: int) -> dict[str, tuple[float, float]]:
+    """Percentiles 2.5 and 97.5 by name of the figure; none for what half of the draws do not allow."""
+    intervals = {}
+    for name, value_R in drawn.items():
+        value_R = value_R[np.isfinite(value_R)]
+        if len(value_R) * 2 > resamples:
+            low, high = np.quantile(value_R, (0.025, 0.975))
+            intervals[name] = (float(low), float(high))
+    return intervals
+
+
+def draws(
+    pairs: Pairs,
+    points: OperatingPoints,
+    shares: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    resamples: int,
+    *,
+    seed: int = 0,
+    breaks: Breaks | None = None,
+) -> dict[str, np.ndarray]:
+    """Figures float64 [resamples] of as many sets, each of as many units, drawn with replacement; by name, NaN where a draw has none.
+
+    `points` are those of `pairs`. `shares`: figures that are the mean of a value for each image or pair: float or bool [n], its unit [n] or
+    the units [n, 2] of a pair.
     An identity drawn w times is w identities: its genuine pairs count w times, an impostor pair of two identities the product of theirs,
     and copies of one identity are not compared with each other. Who is the nearest impostor of an image does not change. A drawn pair
     counts as often as it was drawn.
-    Draws without a genuine or without an impostor pair are left out. All ranks may call it and get the same.
-    No interval for fewer than FEWEST units, for a figure that the set does not reach, and for what half of the draws do not allow.
+    All ranks may call it and get the same. Nothing for fewer than FEWEST units, and for a figure that the set does not reach.
     """
     if resamples < 1 or pairs.units < FEWEST:
         return {}
@@ -53,21 +77,12 @@ def bootstrap(
             break
         found = curves.figures(weight_RU)
         for name, (value_n, unit_n) in shares.items():
-            of_unit_2U = [np.bincount(unit_n, values, pairs.units) for values in (value_n, None)]
-            with np.errstate(invalid="ignore"):
-                found[name] = (weight_RU @ of_unit_2U[0]) / (weight_RU @ of_unit_2U[1])
+            found[name] = _share(weight_RU, value_n, unit_n)
         for name, value_R in found.items():
             drawn.setdefault(name, []).append(value_R)
     if breaks:
         breaks.agree()
-    intervals = {}
-    for name, parts in drawn.items():
-        value_R = np.concatenate(parts)
-        value_R = value_R[np.isfinite(value_R)]
-        if len(value_R) * 2 > resamples:
-            low, high = np.quantile(value_R, (0.025, 0.975))
-            intervals[name] = (float(low), float(high))
-    return intervals
+    return {name: np.concatenate(parts) for name, parts in drawn.items()}
 
 
 def _weights(units: int, resamples: int, rows: int, seed: int) -> Iterator[np.ndarray]:
@@ -77,6 +92,17 @@ def _weights(units: int, resamples: int, rows: int, seed: int) -> Iterator[np.nd
         yield rng.multinomial(units, np.full(units, 1 / units), size=min(rows, resamples - start)).astype(np.int32)
 
 
+def _share(weight_RU: np.ndarray, value_n: np.ndarray, unit_n: np.ndarray) -> np.ndarray:
+    """float64 [R]: the mean of `value_n`, weighted by how often each image or pair was drawn; NaN where none was."""
+    with np.errstate(invalid="ignore"):
+        if unit_n.ndim == 1:
+            sum_U, number_U = (np.bincount(unit_n, values, weight_RU.shape[1]) for values in (value_n, None))
+            return (weight_RU @ sum_U) / (weight_RU @ number_U)
+        first_n, second_n = unit_n.T
+        weight_Rn = weight_RU[:, first_n] * np.where(first_n == second_n, 1, weight_RU[:, second_n])
+        return (weight_Rn @ value_n.astype(float)) / weight_Rn.sum(axis=1)
+
+
 class _Curves:
     """The operating points of the set, whose accepted pairs are summed with other weights for each draw."""
 
@@ -84,7 +110,7 @@ class _Curves:
         order = np.argsort(-pairs.score_P, kind="stable")
         genuine, impostor = order[pairs.same_P[order]], order[~pairs.same_P[order]]
         self.genuine_G, self.first_I, self.second_I = pairs.first_P[genuine], pairs.first_P[impostor], pairs.second_P[impostor]
-        self.whole = pairs.units == len(pairs.score_P)  # units are pairs
+        self.whole = np.array_equal(self.first_I, self.second_I)  # units are pairs
         self.points = points
         # Impostor pairs down to the last one of each score, and the point that accepts these and every genuine pair above the next one.
         self.ends_K = np.flatnonzero(np.append(np.diff(-pairs.score_P[impostor]) > 0, True)) + 1

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 
 from dali_loaders import open_source
-from dali_loaders.account import Account, ReadError
+from dali_loaders.account import ReadError
 from dali_loaders.packing.alignment import SIDE
 from dali_loaders.packing.images import Images
 from dali_loaders.packing.landmarks import read_landmarks, relative_names
 from dali_loaders.packing.reading import in_order, worker_count
-from dali_loaders.regular import read_regular
 from dali_loaders.sources import Source
 from pipeline.evaluation.bin_pairs import write_bin
+from pipeline.evaluation.listed_files import ListedFiles
 from pipeline.evaluation.pair_lists import balanced, find_images, read_list
 from pipeline.evaluation.random_pairs import random_pairs
 
@@ -59,7 +58,7 @@ def pairs_of_list(path: str, folder: str, out: str, landmarks: str = "") -> str:
     listed = read_list(path)
     order = balanced(listed)
     files = find_images(listed, path, folder)
-    source = _Files(folder, list(dict.fromkeys(files)))
+    source = ListedFiles(folder, list(dict.fromkeys(files)))
     read = dict(zip(source.files, in_order(_images(source, landmarks), np.arange(len(source)), worker_count(0)), strict=True))
     broken = {file: image for file, image in read.items() if isinstance(image, ReadError)}
     if broken:
@@ -86,22 +85,3 @@ def _images(source: Source, landmarks: str) -> Images:
 def _check_name(out: str) -> None:
     if not out.endswith(".bin"):
         raise ValueError(f"the pair set would be named {out}; give it a name that ends in .bin.")
-
-
-class _Files:
-    """Files of a folder as a source, each its own identity."""
-
-    def __init__(self, path: str, files: Sequence[str]) -> None:
-        self.path, self.files = path, files
-        self.labels = np.arange(len(files), dtype=np.int64)
-        self.identities = list(files)
-        self.account = Account(len(files), len(files))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> bytes:
-        return read_regular(self.files[index])
-
-    def name(self, index: int) -> str:
-        return self.files[index]

@@ -16,6 +16,7 @@ from dali_loaders.sources import Source
 from pipeline import checkpoint
 from pipeline.config import TrainConfig
 from pipeline.distributed import join
+from pipeline.evaluation.embed import features_of
 from pipeline.evaluation.evaluate_checkpoint import load_backbone
 
 MOST = 1000  # pairs that are kept, the nearest first
@@ -53,22 +54,23 @@ def near_identities(model: Network, data: str, above: float, reader: str = "nati
 
 def class_centers(model: nn.Module, source: Source, data: DataConfig, batch_size: int, flip: bool, device: torch.device) -> Tensor:
     """float32 [C, D] of unit length: the normalised mean of the unit embeddings of each identity's readable images, zero where it has none.
-    Embeddings are added as they come, so that memory grows with the identities alone."""
+    Embeddings are added as they come, so that memory grows with the identities alone. ValueError where they are not finite."""
     from dali_loaders.loader import evaluation_batches  # here, so that reports and figures need no DALI
 
     model.eval()
     centers_CD = torch.zeros(0)
     with torch.no_grad(), progress("embedding", len(source)) as done:
         for batch in evaluation_batches(source, data, np.arange(len(source)), batch_size, device, channels_last=True):
-            features_bD = model(batch.images).float()
-            if flip:
-                features_bD = features_bD + model(torch.flip(batch.images, dims=[3])).float()
+            features_bD = features_of(model, batch.images, flip)
             if not centers_CD.numel():
                 centers_CD = torch.zeros(len(source.identities), features_bD.shape[1], device=device)
             centers_CD.index_add_(0, batch.labels, normalize(features_bD))
             done.add(len(batch.indices))
     if not centers_CD.numel():
         raise ValueError(f"{source.path}: none of its {len(source)} images can be decoded; run the check without a model.")
+    diverged = int((~torch.isfinite(centers_CD).all(dim=1)).sum())
+    if diverged:
+        raise ValueError(f"{source.path}: the network gives features that are not finite for {diverged} identities; it has diverged.")
     return normalize(centers_CD)
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.evaluation.embed import Breaks
-from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
+from pipeline.evaluation.tiles import TILE, check_finite, check_widths, spans, unit_rows, unit_tile, work_on
 
 MOST = 1000  # neighbours of a query; each tile gives at most TILE
 STEPS = 2**19  # a cosine is rounded to a multiple of 1 / STEPS, as in all_pairs.py, so that equal images tie, whatever tile they are in
@@ -17,7 +17,7 @@ _ROWS = 2**32  # above the number of a row: a neighbour is one integer, rounded 
 
 def neighbours(
     queries_QD: Tensor,
-    gallery_GD: Tensor,
+    gallery_GD: Tensor | np.ndarray,
     k: int,
     *,
     rank: int = 0,
@@ -29,35 +29,34 @@ def neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [Q, k] of the gallery, the nearest first, and their cosines float32 [Q, k], rounded to 1.9e-6.
 
-    Both are float [n, D] on one device and need no unit length. `excluded_Q`: a row of the gallery for each query that is not to be found,
-    as the query itself. With world_size > 1 every rank passes all rows and searches every world_size-th block of the gallery; one
-    all-gather of 8 Q k bytes gives all ranks the same result, bit for bit. Memory: 8 Q k bytes a thread, beside both inputs at unit length.
+    Both are float [n, D] and need no unit length. Of the gallery, which may be a mapped file, a tile is held at a time; each is read once.
+    `excluded_Q`: a row of the gallery for each query that is not to be found, as the query itself. With world_size > 1 every rank passes
+    all rows and searches every world_size-th tile of the gallery; one all-reduce of 8 bytes and one all-gather of 8 Q k give all ranks the
+    same result, bit for bit. Memory: 8 Q k bytes a thread, and the queries at unit length.
     ValueError for other widths, values that are not finite, and a gallery of fewer than k rows, without the excluded one.
     """
-    for name, rows in zip(names, (queries_QD, gallery_GD), strict=True):
-        if not len(rows):
-            raise ValueError(f"{name}: there are no embeddings to compare.")
-    if queries_QD.shape[1] != gallery_GD.shape[1]:
-        raise ValueError(
-            f"{names[0]} have width {queries_QD.shape[1]} and {names[1]} {gallery_GD.shape[1]}; embed both with the same network."
-        )
+    check_widths(queries_QD, gallery_GD, names)
     there = len(gallery_GD) - (excluded_Q is not None)
     if not 1 <= k <= min(there, MOST):
         raise ValueError(f"{names[1]}: {k} neighbours were asked for, of {there} rows; ask for 1 to {min(there, MOST)}.")
     device = queries_QD.device
     queries_QD = unit_rows(queries_QD, names[0])
-    gallery_GD = queries_QD if gallery_GD is queries_QD else unit_rows(gallery_GD, names[1])
     excluded = None if excluded_Q is None else torch.from_numpy(np.asarray(excluded_Q, np.int64)).to(device)
-    # Whole blocks of the gallery for one thread, whose queries then find most of their neighbours early.
+    # Whole tiles of the gallery for one thread, whose queries then find most of their neighbours early.
     queries = spans(len(queries_QD), TILE)
 
-    def start() -> tuple[Tensor, Tensor, Tensor]:
+    def start() -> tuple[Tensor, Tensor, Tensor, list[int]]:
         best_Qk = torch.full((len(queries_QD), k), -(2**62), dtype=torch.int64, device=device)
-        return best_Qk, torch.full((len(queries_QD),), -torch.inf, device=device), torch.empty(TILE * TILE, device=device)
+        return best_Qk, torch.full((len(queries_QD),), -torch.inf, device=device), torch.empty(TILE * TILE, device=device), []
 
-    def work(state: tuple[Tensor, Tensor, Tensor], columns: slice) -> None:
-        best_Qk, worst_Q, buffer = state
-        block_MD = gallery_GD[columns] * STEPS
+    def work(state: tuple[Tensor, Tensor, Tensor, list[int]], columns: slice) -> None:
+        best_Qk, worst_Q, buffer, bad = state
+        rows_MD = gallery_GD[columns]
+        if isinstance(rows_MD, np.ndarray):
+            rows_MD = torch.from_numpy(np.array(rows_MD))  # a copy, since mapped files are not to be written
+        block_MD, bad_rows = unit_tile(rows_MD.to(device))
+        bad.append(bad_rows)
+        block_MD *= STEPS
         for rows in queries:
             cosine_RM = buffer[: (rows.stop - rows.start) * len(block_MD)].view(rows.stop - rows.start, -1)
             torch.mm(queries_QD[rows], block_MD.T, out=cosine_RM)
@@ -71,7 +70,11 @@ def neighbours(
                 worst_Q[rows][near] = (merged[:, -1] >> 32).float()
 
     states = work_on(spans(len(gallery_GD), TILE)[rank::world_size], start, work, device, breaks)
-    best_Qk = torch.cat([best for best, _, _ in states], dim=1).topk(k, dim=1).values
+    best_Qk = torch.cat([best for best, _, _, _ in states], dim=1).topk(k, dim=1).values
+    bad_1 = torch.tensor([sum(sum(bad) for _, _, _, bad in states)], device=device)
+    if world_size > 1:
+        dist.all_reduce(bad_1, group=group)
+    check_finite(int(bad_1), len(gallery_GD), names[1])
     if world_size > 1:
         parts = [torch.empty_like(best_Qk) for _ in range(world_size)]
         dist.all_gather(parts, best_Qk, group=group)

@@ -14,6 +14,10 @@ from dali_loaders.regular import open_regular
 IMAGE_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")  # aligned copies of LFW have other ones than the originals
 _EXPECTED = "expected LFW's lines (name i j, or name i name j) or CALFW's and CPLFW's (image label, two lines a pair)"
 _SHOWN = 3
+REMEDY = {
+    True: " --allow-missing leaves their pairs out.",
+    False: " Name the folder where they are with --images.",
+}  # whether some are there
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ def read_list(path: str) -> PairList:
 
 
 def _lfw(path: str, lines: list[tuple[int, list[str]]]) -> PairList:
-    """The first line is "folds n", n genuine and n impostor pairs in each fold; or n alone, for one fold; some copies have none."""
+    """The first line is "folds n", n genuine and n impostor pairs in each fold; or n alone, for one fold. Some copies have none, as RFW's
+    lists: they are in ten folds where each tenth has as many genuine pairs as the others."""
     folds, each = 1, None
     if all(field.isdecimal() for field in lines[0][1]):
         *several, each = map(int, lines[0][1])
@@ -62,6 +67,8 @@ def _lfw(path: str, lines: list[tuple[int, list[str]]]) -> PairList:
             f"{path} has {issame.count(True)} genuine and {issame.count(False)} impostor pairs, but its first line says {folds * each} of "
             "each; copy the list again."
         )
+    if each is None and len(issame) % 10 == 0 and len(set(np.reshape(issame, (10, -1)).sum(axis=1))) == 1:
+        folds = 10
     return PairList(pairs, issame, folds)
 
 
@@ -95,25 +102,37 @@ def _two_lines_a_pair(path: str, lines: list[tuple[int, list[str]]]) -> PairList
 
 
 def find_images(listed: PairList, path: str, folder: str) -> list[str]:
-    """Files of both images of every pair: FOLDER/NAME/NAME_0001.jpg, as LFW has them, or FOLDER/NAME_0001.jpg, as CALFW and CPLFW.
+    """Files of both images of every pair, as `find` has them. ValueError, with their number, where some are missing."""
+    found = find(listed, path, folder)
+    return [found[name] for pair in listed.pairs for name in pair]
 
-    ValueError, with their number, where some are missing: a score on fewer pairs could not be compared."""
+
+def find(listed: PairList, path: str, folder: str, allow_missing: bool | None = None) -> dict[str, str]:
+    """The file of each name: FOLDER/NAME/NAME_0001.jpg, as LFW has them, or FOLDER/NAME_0001.jpg, as CALFW and CPLFW; or with other
+    extensions. A name with folders is one below FOLDER.
+
+    ValueError, with their number, where some are missing, unless `allow_missing`, and where all are. None: there is no such option."""
     outside = next((name for pair in listed.pairs for name in pair if name.startswith("/") or ".." in name.split("/")), None)
     if outside is not None:
         raise ValueError(
             f"{path} names {printable(outside)[:100]}, which lies outside {folder}: a list may name files of its folder alone."
         )
-    found: dict[str, str | None] = {}
+    found, missing = {}, []
     for name in dict.fromkeys(name for pair in listed.pairs for name in pair):
-        found[name] = next((file for file in _places(folder, name) if os.path.isfile(file)), None)
-    missing = [name for name, file in found.items() if file is None]
-    if missing:
-        more = ", ..." if len(missing) > _SHOWN else ""
+        file = next((file for file in _places(folder, name) if os.path.isfile(file)), None)
+        if file is None:
+            missing.append(name)
+        else:
+            found[name] = file
+    if missing and not (allow_missing and found):
+        first = ", ".join(map(printable, missing[:_SHOWN])) + ", ..." * (len(missing) > _SHOWN)
+        remedy = "" if allow_missing is None else REMEDY[bool(found)]
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(found)} images of {path} ({', '.join(missing[:_SHOWN])}{more}): looked for "
-            f"{os.path.join(folder, missing[0])}, and in folders of the persons' names; a score on fewer pairs could not be compared."
+            f"{folder} lacks {len(missing)} of the {len(found) + len(missing)} images of {path} ({first}): looked for "
+            f"{os.path.join(folder, printable(missing[0]))}, and in folders of the persons' names; a score on fewer pairs could not be "
+            f"compared.{remedy}"
         )
-    return [file for pair in listed.pairs for file in (found[name] for name in pair) if file is not None]
+    return found
 
 
 def _places(folder: str, name: str) -> Iterator[str]:

@@ -118,16 +118,19 @@ class OperatingPoints:
             at = int(np.searchsorted(self.false_accepts_P * inverse, self.impostor_pairs, side="right")) - 1
         return self.true_accepts_P[at] / self.genuine_pairs, float(self.threshold_P[at]) if at else None
 
-    def figures(self) -> tuple[dict[str, float | int | None], dict[str, float | None]]:
-        """`eer`, `tar_at_far/*`, `fnmr_at_fmr/*` and numbers of pairs; the thresholds."""
+    def figures(self, nearest: bool = False) -> tuple[dict[str, float | int | None], dict[str, float | None]]:
+        """`eer`, `tar_at_far/*`, `fnmr_at_fmr/*` and numbers of pairs; the thresholds. With `nearest` these take the point whose rate is
+        nearest, and `tar_at_far_conservative/*` and `threshold_at_far_conservative/*` stand beside them."""
         eer, at = self.equal_error_rate()
         figures: dict[str, float | int | None] = {"eer": eer}
         thresholds: dict[str, float | None] = {"threshold_at_eer": at}
-        found = {name: self.at_far(inverse) for name, inverse in FARS.items()}
-        shown = {name: value for place, (name, value) in enumerate(found.items()) if place < ALWAYS or value[0] is not None}
-        figures |= {f"tar_at_far/{name}": None if tar is None else float(tar) for name, (tar, _) in shown.items()}
-        figures |= {f"fnmr_at_fmr/{name}": None if tar is None else float(1 - tar) for name, (tar, _) in shown.items()}
-        thresholds |= {f"threshold_at_far/{name}": threshold for name, (_, threshold) in shown.items()}
+        for suffix, way in (("", nearest), ("_conservative", False))[: 1 + nearest]:
+            found = {name: self.at_far(inverse, way) for name, inverse in FARS.items()}
+            shown = {name: value for place, (name, value) in enumerate(found.items()) if place < ALWAYS or value[0] is not None}
+            figures |= {f"tar_at_far{suffix}/{name}": None if tar is None else float(tar) for name, (tar, _) in shown.items()}
+            if not suffix:
+                figures |= {f"fnmr_at_fmr/{name}": None if tar is None else float(1 - tar) for name, (tar, _) in shown.items()}
+            thresholds |= {f"threshold_at_far{suffix}/{name}": threshold for name, (_, threshold) in shown.items()}
         return figures | {"genuine_pairs": self.genuine_pairs, "impostor_pairs": self.impostor_pairs}, thresholds
 
     def roc(self) -> tuple[np.ndarray, np.ndarray]:

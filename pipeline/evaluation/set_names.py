@@ -65,7 +65,7 @@ def _check_distinct(paths: Sequence[str]) -> None:
         key = _identity(path)
         if key in seen:
             other = f" and {path} are" if seen[key] != path else " is named twice:"
-            raise ValueError(f"evaluation: {seen[key]}{other} the same set; name it once in evaluation.data and evaluation.pairs")
+            raise ValueError(f"evaluation: {seen[key]}{other} the same set; name it once in evaluation.data, pairs and protocols")
         seen[key] = path
 
 

@@ -4,14 +4,16 @@ alone: not on how many threads or ranks there are, nor on which of them computes
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dali_loaders.progress import progress
 from pipeline.evaluation.embed import Breaks
 
 # Rows and columns. 1024 x 1024 float32 are 4 MiB, which stay in a core's caches from the product to the last pass over them.
@@ -28,13 +30,33 @@ def unit_rows(embeddings_ND: Tensor, name: str) -> Tensor:
     bad = 0
     with _one_thread(), torch.no_grad():
         for rows in spans(len(embeddings_ND), 8 * TILE):  # not all at once: 1,000,000 rows are 4 GB in float64
-            exact_nD = embeddings_ND[rows].double()
-            norm_n1 = exact_nD.norm(dim=1, keepdim=True)
-            bad += int((~torch.isfinite(norm_n1)).sum())
-            unit_ND[rows] = exact_nD / torch.where(norm_n1 > 0, norm_n1, 1.0)
-    if bad:
-        raise ValueError(f"{name}: the embeddings of {bad} of {len(embeddings_ND)} images are not finite; the model has diverged.")
+            unit_ND[rows], bad_rows = unit_tile(embeddings_ND[rows])
+            bad += bad_rows
+    check_finite(bad, len(embeddings_ND), name)
     return unit_ND
+
+
+def check_widths(queries_QD: Tensor, gallery_GD: Tensor | np.ndarray, names: tuple[str, str]) -> None:
+    """ValueError, naming both, where they cannot be compared: nothing in one of them, or other widths."""
+    for name, rows in zip(names, (queries_QD, gallery_GD), strict=True):
+        if not len(rows):
+            raise ValueError(f"{name}: there are no embeddings to compare.")
+    if queries_QD.shape[1] != gallery_GD.shape[1]:
+        raise ValueError(
+            f"{names[0]} have width {queries_QD.shape[1]} and {names[1]} {gallery_GD.shape[1]}; embed both with the same network."
+        )
+
+
+def unit_tile(rows_nD: Tensor) -> tuple[Tensor, int]:
+    """The same for a few rows at a time, which the caller checks: float32 [n, D], and the number of rows that are not finite."""
+    exact_nD = rows_nD.double()
+    norm_n1 = exact_nD.norm(dim=1, keepdim=True)
+    return (exact_nD / torch.where(norm_n1 > 0, norm_n1, 1.0)).float(), int((~torch.isfinite(norm_n1)).sum())
+
+
+def check_finite(bad: int, images: int, name: str) -> None:
+    if bad:
+        raise ValueError(f"{name}: the embeddings of {bad} of {images} images are not finite; the model has diverged.")
 
 
 def spans(number: int, size: int = 0) -> list[slice]:
@@ -44,10 +66,11 @@ def spans(number: int, size: int = 0) -> list[slice]:
 
 
 def work_on(
-    tiles: Iterable[T], start: Callable[[], S], work: Callable[[S, T], None], device: torch.device, breaks: Breaks | None = None
+    tiles: Sequence[T], start: Callable[[], S], work: Callable[[S, T], None], device: torch.device, breaks: Breaks | None = None
 ) -> list[S]:
     """Calls `work(state, tile)` for every tile, on as many threads as torch uses, each with its own `state` from `start()`; returns the
-    states. `breaks` is asked before each tile; then all ranks agree, as Breaks says. On a GPU there is one thread."""
+    states. `breaks` is asked before each tile; then all ranks agree, as Breaks says. On a GPU there is one thread. Rank 0 shows how far
+    its own tiles are."""
     lock, left, ended = threading.Lock(), iter(tiles), threading.Event()
 
     def take() -> T | None:
@@ -62,12 +85,14 @@ def work_on(
             try:
                 while (tile := take()) is not None:
                     work(state, tile)
+                    with lock:
+                        done.add()
             except BaseException:
                 ended.set()
                 raise
             return state
 
-    with _full_precision():
+    with _full_precision(), progress("comparing, in tiles", len(tiles)) as done:
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         if threads == 1:
             states = [on_a_thread()]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 
 from dali_loaders.config import DataConfig
 from dali_loaders.names import printable
-from dali_loaders.skipped import Skipped
+from pipeline.evaluation.neighbours import MOST, neighbours
 from pipeline.export import embedding_files
+from pipeline.export.embed_images import embed_images
 from pipeline.export.embedding_files import Embeddings
-from pipeline.export.images import is_image, open_images
+from pipeline.export.faiss_search import check_faiss, searcher
+from pipeline.export.images import open_images
 from pipeline.export.loading import Model
-from pipeline.export.nearest import check_faiss, nearest
+
+QUERIES = 1 << 14  # that go through the gallery together
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ def match(first: str, second: str, model: Model | None, far: str | None = None) 
     remarks: list[str] = []
     a, b = (embeddings_of(path, model, remarks) for path in (first, second))
     check_comparable(a, b)
+    for found in (a, b):
+        if (people := len(set(found.identities))) > 1:
+            remarks.append(f"{found.path} holds {people} identities, and their mean is compared as if they were one")
     centre_2D = np.stack([_centre(a), _centre(b)])
     cosine = float(centre_2D[0] @ centre_2D[1])
     decision = None if threshold is None else cosine >= threshold
@@ -58,19 +67,28 @@ def search(gallery: str, queries: str, model: Model | None, k: int, faiss: bool,
         raise ValueError(f"--top is {k}, but must be at least 1")
     if faiss:
         check_faiss()
+    elif k > MOST:
+        raise ValueError(f"--top is {k}, but must be at most {MOST}; more are found with --faiss")
     there, asked = embeddings_of(gallery, model, remarks), embeddings_of(queries, model, remarks)
     check_comparable(there, asked)
-    cosines_Qk, rows_Qk = nearest(there.embedding_nD, asked.embedding_nD, k, faiss)
-    for query, (cosines, rows) in enumerate(zip(cosines_Qk.tolist(), rows_Qk.tolist(), strict=True)):
-        for place, (cosine, row) in enumerate(zip(cosines, rows, strict=True), start=1):
-            yield {
-                "query": printable(asked.names[query]),
-                "query_identity": printable(asked.identities[query]),
-                "place": place,
-                "name": printable(there.names[row]),
-                "identity": printable(there.identities[row]),
-                "cosine": round(cosine, 6),
-            }
+    k = min(k, len(there.names))
+    nearest = searcher(there.embedding_nD) if faiss else partial(_neighbours, there.embedding_nD)
+    for start in range(0, len(asked.names), QUERIES):
+        rows_qk, cosines_qk = nearest(asked.embedding_nD[start : start + QUERIES], k)
+        for query, (rows, cosines) in enumerate(zip(rows_qk.tolist(), cosines_qk.tolist(), strict=True), start):
+            for place, (row, cosine) in enumerate(zip(rows, cosines, strict=True), start=1):
+                yield {
+                    "query": printable(asked.names[query]),
+                    "query_identity": printable(asked.identities[query]),
+                    "place": place,
+                    "name": printable(there.names[row]),
+                    "identity": printable(there.identities[row]),
+                    "cosine": round(cosine, 6),
+                }
+
+
+def _neighbours(gallery_GD: np.ndarray, queries_qD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    return neighbours(torch.from_numpy(np.array(queries_qD)), gallery_GD, k)
 
 
 def write_csv(found: Iterator[dict[str, Any]], file: TextIO) -> int:
@@ -86,47 +104,60 @@ def write_csv(found: Iterator[dict[str, Any]], file: TextIO) -> int:
 
 def embeddings_of(path: str, model: Model | None, remarks: list[str]) -> Embeddings:
     """What a file of embeddings holds, or those that the model makes of images, decoded without DALI. `remarks` gets lines on images that
-    cannot be decoded."""
+    cannot be decoded or are stretched, and on a file whose model is unknown."""
     if os.path.isfile(path) and embedding_files.is_embeddings(path):
         found = embedding_files.read(path)
-        if model is not None and found.model not in (None, model.description.weights):
-            raise ValueError(f"{path} was made by another model than {model.path}: their cosines mean nothing")
+        if model is not None:
+            _check_maker(found, model, remarks)
         return found
     if path.endswith(".npy"):
         raise ValueError(f"{path} does not exist")
     if model is None:
         raise ValueError(f"{path} is no file of embeddings, and images need the model that embeds them: name it with --model FOLDER")
-    from pipeline.export import decoding
+    about = model.description
+    source = open_images(path, DataConfig(image_size=about.image_size))
+    part = embed_images(model, source, np.arange(len(source)), about.flip, uses_dali=False)
+    if not len(part.index_n):
+        raise ValueError(f"{path}: no image can be decoded ({part.unreadable[0][1]})")
+    if part.unreadable:
+        reasons = Counter(reason for _, reason in part.unreadable)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3)) + (", ..." if len(reasons) > 3 else "")
+        remarks.append(f"{path}: {len(part.unreadable)} of {len(source)} images cannot be decoded and are left out: {why}")
+    if remark := part.stretched.remark(path, len(part.index_n), about):
+        remarks.append(remark)
+    numbers = part.index_n.tolist()
+    identities = [source.identities[source.labels[index]] for index in numbers]
+    return Embeddings(path, part.embedding_nD, [source.name(index) for index in numbers], identities, about.weights, about.flip)
 
-    data = DataConfig(image_size=model.description.image_size)
-    source = open_images(path, data)
-    if is_image(path):
-        remarks += decoding.remarks_on(path, model.description)
-    skipped = Skipped(source, None)
-    device = next(model.network.parameters()).device
-    parts, numbers = [], []
-    for batch in decoding.batches(source, data, np.arange(len(source)), model.description.batch_size, skipped):
-        parts.append(model(batch.images.to(device)).cpu().numpy())
-        numbers.append(batch.indices)
-    if not parts:
-        raise ValueError(f"{path}: no image can be decoded ({skipped.why()})")
-    if len(skipped):
-        remarks.append(f"{path}: {len(skipped)} of {len(source)} images cannot be decoded and are left out: {skipped.why()}")
-    embedding_nD, index_n = np.concatenate(parts), np.concatenate(numbers).tolist()
-    bad = np.flatnonzero(~np.isfinite(embedding_nD).all(axis=1))
-    if len(bad):
-        raise ValueError(f"{model.path} gives an embedding that is not finite for {source.name(index_n[bad[0]])}")
-    identities = [source.identities[source.labels[index]] for index in index_n]
-    return Embeddings(path, embedding_nD, [source.name(index) for index in index_n], identities, model.description.weights)
+
+def _check_maker(found: Embeddings, model: Model, remarks: list[str]) -> None:
+    about = model.description
+    if found.model not in (None, about.weights):
+        raise ValueError(f"{found.path} was made by another model than {model.path}: their cosines mean nothing")
+    width = found.embedding_nD.shape[1]
+    if width != about.backbone.width:
+        raise ValueError(
+            f"{found.path} has {width} numbers for each image and {model.path} gives {about.backbone.width}: it is another model's"
+        )
+    if found.flip not in (None, about.flip):
+        made, gives = ("with" if flip else "without" for flip in (found.flip, about.flip))
+        raise ValueError(
+            f"{found.path} was made {made} the mirror image, but {model.path} embeds {gives} it, and its thresholds are for that: embed "
+            f"again{' without --no-flip' if about.flip else ''}"
+        )
+    if found.model is None:
+        remarks.append(f"{found.path} does not say which model made it: what is said here holds only if that is {model.path}")
 
 
 def check_comparable(a: Embeddings, b: Embeddings) -> None:
-    """ValueError for embeddings of two widths, or of two models."""
+    """ValueError for embeddings of two widths, or of two models, or with and without the mirror image."""
     widths = [found.embedding_nD.shape[1] for found in (a, b)]
     if widths[0] != widths[1]:
         raise ValueError(f"{a.path} has {widths[0]} numbers for each image and {b.path} {widths[1]}: they are of different models")
     if None not in (a.model, b.model) and a.model != b.model:
         raise ValueError(f"{a.path} and {b.path} were made by different models: their cosines mean nothing")
+    if None not in (a.flip, b.flip) and a.flip != b.flip:
+        raise ValueError(f"one of {a.path} and {b.path} was made with the mirror image and the other without it: embed both alike")
 
 
 def _centre(found: Embeddings) -> np.ndarray:

@@ -18,11 +18,11 @@ from dali_loaders import jpeg, reasons
 from dali_loaders.account import ReadError, Unreadable
 from dali_loaders.config import DataConfig
 from dali_loaders.encoded import MAX_PIXELS, read_image
+from dali_loaders.feed import Seen
 from dali_loaders.packing.pixels import decode
 from dali_loaders.regular import read_regular
 from dali_loaders.skipped import Skipped
 from dali_loaders.sources import Source
-from pipeline.export.description import Description
 
 SCALE = torch.tensor(1.0) / torch.tensor(127.5)  # DALI multiplies, and the product differs from the quotient in the last bit
 
@@ -32,12 +32,17 @@ class Images(NamedTuple):
     indices: np.ndarray  # int64 [b]: numbers of the images in their source
 
 
-def batches(source: Source, data: DataConfig, indices: np.ndarray, batch_size: int, skipped: Skipped) -> Iterator[Images]:
+class Decoded(NamedTuple):
+    pixels: np.ndarray  # uint8 RGB [side, side, 3]
+    size: tuple[int, int]  # height and width before it was stretched
+
+
+def batches(source: Source, data: DataConfig, indices: np.ndarray, batch_size: int, skipped: Skipped, seen: Seen) -> Iterator[Images]:
     """What `dali_loaders.evaluation_batches` gives, decoded by OpenCV in `data.threads` threads. Unreadable images are left out."""
 
-    def one(index: int) -> np.ndarray | Unreadable:
+    def one(index: int) -> Decoded | Unreadable:
         encoded = read_image(source, index)
-        return encoded if isinstance(encoded, Unreadable) else _pixels(encoded, data.image_size)
+        return encoded if isinstance(encoded, Unreadable) else _decoded(encoded, data.image_size)
 
     with ThreadPoolExecutor(data.thread_count()) as threads:
         for start in range(0, len(indices), batch_size):
@@ -48,32 +53,22 @@ def batches(source: Source, data: DataConfig, indices: np.ndarray, batch_size: i
                     skipped.add(index, image.reason)
             good = [(index, image) for index, image in zip(some, found, strict=True) if not isinstance(image, Unreadable)]
             if good:
-                yield Images(batch_of([image for _, image in good]), np.array([index for index, _ in good], np.int64))
+                numbers, images = zip(*good, strict=True)
+                index_b = np.array(numbers, np.int64)
+                seen(index_b, np.array([image.size for image in images], np.int64))
+                yield Images(batch_of([image.pixels for image in images]), index_b)
 
 
-def decoded_file(image: str | os.PathLike[str] | bytes, side: int) -> np.ndarray:
-    """uint8 RGB [side, side, 3] of an image file, given as its path or its contents. ValueError if it cannot be decoded."""
+def decoded_file(image: str | os.PathLike[str] | bytes, side: int) -> Decoded:
+    """An image file, given as its path or its contents. ValueError if it cannot be decoded."""
     try:
         encoded = image if isinstance(image, bytes) else read_regular(os.fspath(image))
     except OSError as error:
         raise ValueError(f"{called(image)} cannot be read: {error.strerror or error}") from error
-    pixels = _pixels(encoded, side)
-    if isinstance(pixels, Unreadable):
-        raise ValueError(f"{called(image)} cannot be decoded: {pixels.reason}")
-    return pixels
-
-
-def remarks_on(path: str, about: Description) -> list[str]:
-    """What a person should know of an image before its cosines are believed."""
-    try:
-        size = size_of(read_regular(path))
-    except OSError:  # which decoding will say
-        return []
-    side = about.image_size
-    if size is None or size == (side, side):
-        return []
-    advice = "; cut faces out first (protoshard data pack --landmarks)" if about.landmarks else ""
-    return [f"{path} is {size[1]} x {size[0]} pixels and is stretched to {side} x {side}{advice}"]
+    decoded = _decoded(encoded, side)
+    if isinstance(decoded, Unreadable):
+        raise ValueError(f"{called(image)} cannot be decoded: {decoded.reason}")
+    return decoded
 
 
 def called(image: str | os.PathLike[str] | bytes) -> str:
@@ -102,11 +97,13 @@ def size_of(encoded: bytes) -> tuple[int, int] | None:
     return None if frame is None else (frame.height, frame.width)
 
 
-def _pixels(encoded: bytes, side: int) -> np.ndarray | Unreadable:
+def _decoded(encoded: bytes, side: int) -> Decoded | Unreadable:
     claimed = size_of(encoded)
     if claimed and claimed[0] * claimed[1] > MAX_PIXELS:
         return Unreadable(reasons.too_large(*claimed))
     try:
-        return stretched(cv2.cvtColor(decode(encoded), cv2.COLOR_BGR2RGB), side)
+        image_HW3 = cv2.cvtColor(decode(encoded), cv2.COLOR_BGR2RGB)
     except ReadError as error:
         return Unreadable(str(error))
+    height, width = image_HW3.shape[:2]
+    return Decoded(stretched(image_HW3, side), (height, width))

@@ -78,7 +78,9 @@ class Description:
             )
         if far not in self.thresholds.cosine_at_far:
             known = ", ".join(self.thresholds.cosine_at_far)
-            raise ValueError(f"{path} has no threshold at FAR {far}, only at {known} of {self.thresholds.set}: choose one of these")
+            raise ValueError(
+                f"{path} has no threshold at FAR {far}, only at {known} of {printable(self.thresholds.set)}: choose one of these"
+            )
         return self.thresholds.cosine_at_far[far]
 
 

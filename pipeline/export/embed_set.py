@@ -6,32 +6,32 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import filecmp
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+import zlib
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from dali_loaders.config import DataConfig
 from dali_loaders.extras import MissingPackageError
 from dali_loaders.graphs import dali_modules
 from dali_loaders.names import printable
 from dali_loaders.progress import progress
-from dali_loaders.skipped import Skipped
+from dali_loaders.remote import is_remote, without_secrets
 from dali_loaders.sources import Source
 from pipeline.agreement import Agreement
 from pipeline.distributed import join
 from pipeline.export import embedding_files
+from pipeline.export.embed_images import Part, Stretched, embed_images
 from pipeline.export.embedding_files import Rows
 from pipeline.export.images import open_images
-from pipeline.export.loading import Model
 from pipeline.export.model_folder import open_model
-from pipeline.export.new_folder import check_new, sync
+from pipeline.export.new_folder import check_new, refuse_remote, sync
 from pipeline.same_data import open_on_all_ranks
 
 PARTIAL, JOB = ".partial", "job.json"
@@ -43,19 +43,7 @@ class Result(NamedTuple):
     width: int
     unreadable: int
     decoder: str  # "DALI" or "OpenCV"
-
-
-class _Listed(Skipped):
-    """Also which image has which reason."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, None)
-        self.listed: list[tuple[int, str]] = []
-
-    def add(self, index: int, reason: str) -> None:
-        if index not in self:
-            self.listed.append((index, reason))
-        super().add(index, reason)
+    remark: str | None  # on images that were stretched
 
 
 def embed_set(
@@ -75,6 +63,7 @@ def embed_set(
     decoder: "dali", "opencv", or "auto" for DALI where it is installed
     Until OUT is there, OUT.partial holds what is done; the same command goes on from it. ValueError where OUT exists, where OUT.partial is
     of another job or in use, and for an embedding that is not finite."""
+    refuse_remote(out)
     embedding_files.check(out)
     folder, lock, fault = out + PARTIAL, None, None
     check_new(out)
@@ -90,7 +79,8 @@ def embed_set(
     uses_dali = _uses_dali(decoder)
     flip = about.flip if flip is None else flip
     chunk = max(1, chunk // about.batch_size) * about.batch_size
-    job = {"model": about.weights, "flip": flip, "decoder": "dali" if uses_dali else "opencv", "chunk": chunk, "set": fingerprint}
+    names = {"set": fingerprint, "place": _place(images)}
+    job = {"model": about.weights, "flip": flip, "decoder": "dali" if uses_dali else "opencv", "chunk": chunk, **names}
     try:
         if place.is_first:
             lock, fault = _begin(folder, job)
@@ -100,18 +90,21 @@ def embed_set(
         chunks = range(-(-len(source) // chunk))
         todo = agreement.of_first([number for number in chunks if _read(folder, number) is None] if place.is_first else [])
         mine = todo[place.rank :: place.world_size]
-        with progress("embedding", sum(min(chunk, len(source) - number * chunk) for number in mine)) as done:
+        images_here = sum(min(chunk, len(source) - number * chunk) for number in mine)
+        with progress(f"embedding {os.path.basename(source.path)}", images_here) as done:
             for number in mine:
                 indices = np.arange(number * chunk, min((number + 1) * chunk, len(source)))
-                _write(folder, number, *_embed(model, source, data, indices, flip, uses_dali))
+                _write(folder, number, embed_images(model, source, indices, flip, uses_dali))
                 done.add(len(indices))
         agreement.gather(None)
         result = None
         if place.is_first:
-            result = _finish(folder, out, source, list(chunks), job, "DALI" if uses_dali else "OpenCV")
+            result = _finish(folder, out, source, list(chunks), job)
         result = agreement.of_first(result)
         assert result is not None
-        return result
+        rows, width, unreadable, stretched = result
+        remark = stretched.remark(without_secrets(images), rows, about)
+        return Result(rows, width, unreadable, "DALI" if uses_dali else "OpenCV", remark)
     except OSError as error:
         raise ValueError(f"{printable(folder)} cannot be written ({error.strerror or error}): the same command goes on from it") from error
     finally:
@@ -129,6 +122,19 @@ def _uses_dali(decoder: str) -> bool:
             raise
         return False
     return True
+
+
+def _place(images: str) -> str:
+    """What differs where a set of the same names lies elsewhere, or its file has another size or time."""
+    places: list[Any] = []
+    for path in images.split(","):
+        if is_remote(path.strip()):
+            places.append(path.strip())
+            continue
+        path = os.path.realpath(path.strip())
+        status = os.stat(path) if os.path.isfile(path) else None
+        places.append([path, *((status.st_size, status.st_mtime_ns) if status else ())])
+    return f"{zlib.crc32(json.dumps(places).encode()):08x}"  # no path of this machine, since it comes into the files
 
 
 def _begin(folder: str, job: dict[str, Any]) -> tuple[int | None, str | None]:
@@ -156,94 +162,71 @@ def _begin(folder: str, job: dict[str, Any]) -> tuple[int | None, str | None]:
     return descriptor, None
 
 
-def _embed(
-    model: Model, source: Source, data: DataConfig, indices: np.ndarray, flip: bool, uses_dali: bool
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
-    """Embeddings float32 [n, D], the numbers of their images int64 [n], and what is unreadable."""
-    skipped = _Listed(source)
-    size, device = model.description.batch_size, next(model.network.parameters()).device
-    parts, found = [np.zeros((0, model.description.backbone.width), np.float32)], [np.zeros(0, np.int64)]
-    for batch in _batches(source, data, indices, size, device, skipped, uses_dali):
-        embedding_bD = model.embedded(batch.images.to(device), flip)
-        bad = (~torch.isfinite(embedding_bD).all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"{model.path} gives an embedding that is not finite for {source.name(int(batch.indices[bad[0]]))}")
-        parts.append(embedding_bD.cpu().numpy())
-        found.append(np.asarray(batch.indices, np.int64))
-    return np.concatenate(parts), np.concatenate(found), skipped.listed
-
-
-def _batches(
-    source: Source, data: DataConfig, indices: np.ndarray, size: int, device: torch.device, skipped: Skipped, uses_dali: bool
-) -> Iterator[Any]:
-    if uses_dali:
-        from dali_loaders.loader import evaluation_batches
-
-        return evaluation_batches(source, data, indices, size, device, channels_last=True, skipped=skipped)
-    from pipeline.export import decoding
-
-    return decoding.batches(source, data, indices, size, skipped)
-
-
 def _chunk_file(folder: str, number: int) -> str:
     return os.path.join(folder, f"chunk-{number:06d}.npz")
 
 
-def _write(folder: str, number: int, embedding_nD: np.ndarray, index_n: np.ndarray, unreadable: list[tuple[int, str]]) -> None:
+def _write(folder: str, number: int, part: Part) -> None:
     path = _chunk_file(folder, number)
-    reasons = np.frombuffer(json.dumps(unreadable).encode(), np.uint8)
+    account = np.frombuffer(json.dumps([part.unreadable, part.stretched]).encode(), np.uint8)
     with open(f"{path}.tmp", "wb") as file:
-        np.savez(file, embedding=embedding_nD, index=index_n, unreadable=reasons)
+        np.savez(file, embedding=part.embedding_nD, index=part.index_n, account=account)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
 
 
-def _read(folder: str, number: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]] | None:
+def _read(folder: str, number: int) -> Part | None:
     """What `_write` wrote; None where that is missing or damaged (a zip archive has checksums), and is to be done."""
     try:
         with np.load(_chunk_file(folder, number), allow_pickle=False) as file:
-            return file["embedding"], file["index"], json.loads(file["unreadable"].tobytes())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+            unreadable, stretched = json.loads(file["account"].tobytes())
+            return Part(file["embedding"], file["index"], unreadable, Stretched(*stretched))
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, EOFError):
         return None
 
 
-def _finish(folder: str, out: str, source: Source, chunks: list[int], job: dict[str, Any], decoder: str) -> Result:
-    count, width, unreadable = 0, 0, list[tuple[int, str]]()
+def _finish(folder: str, out: str, source: Source, chunks: list[int], job: dict[str, Any]) -> tuple[int, int, int, Stretched]:
+    """Joins the chunks. Rows, width, number of unreadable images, and those that were stretched."""
+    count, width, unreadable, stretched = 0, 0, list[tuple[int, str]](), Stretched()
     for number in chunks:
-        embedding_nD, _, bad = _chunk(folder, number)
-        count, width, unreadable = count + len(embedding_nD), embedding_nD.shape[1], unreadable + bad
+        part = _chunk(folder, number)
+        count, width, unreadable = count + len(part.embedding_nD), part.embedding_nD.shape[1], unreadable + part.unreadable
+        stretched = stretched.and_then(part.stretched)
     lines = "".join(f"{printable(source.name(index))}\t{printable(reason)}\n" for index, reason in unreadable)
     if not count:
-        raise ValueError(f"{source.path}: none of its {len(source)} images can be decoded, such as {lines.splitlines()[0]!r}")
+        shutil.rmtree(folder, ignore_errors=True)  # or the same command would find these images unreadable again, mended or not
+        name, _, reason = lines.partition("\n")[0].partition("\t")
+        raise ValueError(f"{source.path}: none of its {len(source)} images can be decoded, such as {name}: {reason}")
     files = embedding_files.beside(out)
     inside = [os.path.join(folder, os.path.basename(file)) for file in files]
-    if unreadable:
-        files, inside = [_unreadable(out), *files], [os.path.join(folder, "unreadable.txt"), *inside]
-    for file in inside:
+    listing = os.path.join(folder, "unreadable.txt")
+    for file in (listing, *inside):
         with suppress(FileNotFoundError):
             os.remove(file)  # of one that was broken off here
+    embedding_files.write(inside, (_rows(folder, number, source) for number in chunks), count, width, {**job, "rows": count})
     if unreadable:
-        with open(inside[0], "x", encoding="utf-8") as listing:
-            listing.write(lines)
-    ours = inside[1:] if unreadable else inside
-    embedding_files.write(ours, (_rows(folder, number, source) for number in chunks), count, width, {**job, "rows": count})
-    for file, path in zip(inside, files, strict=True):  # OUT is the last
+        with open(listing, "x", encoding="utf-8") as text:
+            text.write(lines)
+        files, inside = [_unreadable(out), *files], [listing, *inside]
+    for path, file in zip(files, inside, strict=True):
         sync(file)
-        if path == out:
+        if path == out or not (os.path.isfile(path) and filecmp.cmp(path, file, shallow=False)):  # else ours, of one broken off here
             check_new(path)
+    for path, file in zip(files, inside, strict=True):  # OUT is the last
         os.rename(file, path)
     sync(os.path.dirname(os.path.abspath(out)))
     shutil.rmtree(folder, ignore_errors=True)
-    return Result(count, width, len(unreadable), decoder)
+    return count, width, len(unreadable), stretched
 
 
 def _rows(folder: str, number: int, source: Source) -> Rows:
-    embedding_nD, index_n, _ = _chunk(folder, number)
-    return Rows(embedding_nD, [source.name(i) for i in index_n.tolist()], [source.identities[source.labels[i]] for i in index_n.tolist()])
+    part = _chunk(folder, number)
+    index_n = part.index_n.tolist()
+    return Rows(part.embedding_nD, [source.name(i) for i in index_n], [source.identities[source.labels[i]] for i in index_n])
 
 
-def _chunk(folder: str, number: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
+def _chunk(folder: str, number: int) -> Part:
     found = _read(folder, number)
     if found is None:
         raise ValueError(f"{_chunk_file(folder, number)} has gone or is damaged: give the same command again")

@@ -31,13 +31,15 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """embedding: float32 [n, D], finite; of a .npy it stays on the disk. model: SHA-256 of the weights that made them, None if unknown."""
+    """embedding: float32 [n, D], finite; of a .npy it stays on the disk. model: SHA-256 of the weights that made them;
+    flip: whether with the mirror image; None if unknown."""
 
     path: str
     embedding_nD: np.ndarray
     names: Sequence[str]
     identities: Sequence[str]
     model: str | None
+    flip: bool | None = None
 
 
 def beside(out: str) -> list[str]:
@@ -61,16 +63,19 @@ def write(files: Sequence[str], parts: Iterable[Rows], count: int, width: int, a
     names, description, rows = files
     with open(description, "x", encoding="utf-8") as file:
         json.dump(about, file, indent=2)
-    array = np.lib.format.open_memmap(rows, "w+", np.float32, (count, width))
-    with open(names, "x", encoding="utf-8", newline="") as file:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+    with (
+        open(names, "x", encoding="utf-8", newline="") as file,
+        open(rows, "xb") as array,
+    ):  # a mapped file would end by SIGBUS on a full disk
+        np.lib.format.write_array_header_1_0(array, header)
         table, at = csv.writer(file), 0
         table.writerow(("identity", "name"))
         for part in parts:
-            array[at : at + len(part.names)] = part.embedding_nD
+            array.write(np.ascontiguousarray(part.embedding_nD, "<f4").data)
             table.writerows((printable(identity), printable(name)) for identity, name in zip(part.identities, part.names, strict=True))
             at += len(part.names)
     assert at == count
-    array.flush()
 
 
 def read(path: str) -> Embeddings:
@@ -145,7 +150,7 @@ def _read_parquet(path: str) -> Embeddings:
         for name in ("name", "identity")
     }
     names = texts["name"] if "name" in schema.names else list(map(str, range(len(array))))
-    return Embeddings(path, array, names, texts["identity"], _model_of((schema.metadata or {}).get(_ABOUT)))
+    return Embeddings(path, array, names, texts["identity"], *_maker((schema.metadata or {}).get(_ABOUT)))
 
 
 def _read_npy(path: str) -> Embeddings:
@@ -163,11 +168,11 @@ def _read_npy(path: str) -> Embeddings:
     rows = _rows_of(listed) if os.path.isfile(listed) else [("", str(number)) for number in range(len(array))]
     if len(rows) != len(array):
         raise ValueError(f"{path} has {len(array)} rows, but {listed} beside it names {len(rows)} images: they are not of one run")
-    model = None
+    content = None
     if os.path.isfile(described):
         with open(described, "rb", opener=open_regular) as file:
-            model = _model_of(file.read(1 << 20))
-    return Embeddings(path, array, [name for _, name in rows], [identity for identity, _ in rows], model)
+            content = file.read(1 << 20)
+    return Embeddings(path, array, [name for _, name in rows], [identity for identity, _ in rows], *_maker(content))
 
 
 def _rows_of(path: str) -> list[tuple[str, str]]:
@@ -181,9 +186,11 @@ def _rows_of(path: str) -> list[tuple[str, str]]:
         raise ValueError(f"{path} does not list the names of embeddings: {error}") from error
 
 
-def _model_of(content: bytes | None) -> str | None:
+def _maker(content: bytes | None) -> tuple[str | None, bool | None]:
+    """Model and flip, of what `write` says about the rows."""
     try:
-        said = json.loads(content or b"{}").get("model")
+        about = json.loads(content or b"{}")
+        model, flip = about.get("model"), about.get("flip")
     except (ValueError, AttributeError, RecursionError):
-        return None
-    return said if isinstance(said, str) else None
+        return None, None
+    return model if isinstance(model, str) else None, flip if isinstance(flip, bool) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dali_loaders.extras import extra
+from dali_loaders.regular import open_regular
 from pipeline import backbones
+from pipeline.evaluation.embed import features_of
 from pipeline.export import description
 from pipeline.export.description import CONFIG, WEIGHTS, Description
 
 with extra("export"):
     from safetensors import SafetensorError, safe_open
+
+log = logging.getLogger(__name__)
 
 
 class Model(nn.Module):
@@ -38,30 +43,31 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def embedded(self, images_b3HW: Tensor, flip: bool) -> Tensor:
-        """The same with or without the features of the mirror image."""
+        """The same with or without the features of the mirror image. Of features that are not finite a row of NaN."""
         side = self.description.image_size
         if images_b3HW.ndim != 4 or images_b3HW.shape[1:] != (3, side, side):
             raise ValueError(f"{self.path} takes images [b, 3, {side}, {side}], not {list(images_b3HW.shape)}: resize or cut them first")
-        features_bD = self.network(images_b3HW).float()
-        if flip:
-            features_bD = features_bD + self.network(torch.flip(images_b3HW, dims=[3])).float()
-        return normalize(features_bD)
+        return normalize(features_of(self.network, images_b3HW, flip))
 
     def embed(self, images: Sequence[str | os.PathLike[str] | bytes]) -> Tensor:
         """Embeddings float32 [n, D] of image files, given as paths or as their contents, on the CPU. Images of another size are stretched,
-        as in training; cut faces out before. ValueError for one that cannot be decoded, and for an embedding that is not finite."""
+        as in training, and the log says so; cut faces out before. ValueError for one that cannot be decoded, and for an embedding that is
+        not finite."""
         from pipeline.export import decoding  # here, because a model that is given tensors needs no OpenCV
 
-        device = next(self.network.parameters()).device
-        parts = []
+        device, side = next(self.network.parameters()).device, self.description.image_size
+        parts, other = [], []
         for start in range(0, len(images), self.description.batch_size):
             some = images[start : start + self.description.batch_size]
-            batch = decoding.batch_of([decoding.decoded_file(image, self.description.image_size) for image in some])
-            embedding_bD = self(batch.to(device)).cpu()
+            decoded = [decoding.decoded_file(image, side) for image in some]
+            other += [image for image, (_, size) in zip(some, decoded, strict=True) if size != (side, side)]
+            embedding_bD = self(decoding.batch_of([pixels for pixels, _ in decoded]).to(device)).cpu()
             bad = (~torch.isfinite(embedding_bD).all(dim=1)).nonzero().flatten().tolist()
             if bad:
                 raise ValueError(f"{self.path} gives an embedding that is not finite for {decoding.called(some[bad[0]])}")
             parts.append(embedding_bD)
+        if other:
+            log.warning("%d images are not %d x %d pixels and are stretched, such as %s", len(other), side, side, decoding.called(other[0]))
         return torch.cat(parts) if parts else torch.zeros(0, self.description.backbone.width)
 
 
@@ -92,6 +98,8 @@ def network_of(about: Description, folder: str) -> nn.Module:
     a config.json can claim any number of weights."""
     path = os.path.join(folder, WEIGHTS)
     try:
+        with open(path, "rb", opener=open_regular):  # or a named pipe would be waited for
+            pass
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it has no other
             with suppress(RuntimeError, NotImplementedError), torch.device("meta"):  # networks of one's own may need real numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import join
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.evaluate_checkpoint import load_backbone
+from pipeline.evaluation.set_names import set_names
 from pipeline.export import description, model_card, onnx_file, prototypes_file, thresholds
 from pipeline.export.description import CONFIG, WEIGHTS, Description
 from pipeline.export.loading import Model, digest_of, load
@@ -41,14 +43,17 @@ def open_model(path: str, *, ema: bool = False, recipe: str | None = None, devic
 
 def describe(saved: Checkpoint, config: TrainConfig, network: nn.Module, ema: bool) -> Description:
     """Of the weights of a checkpoint, with the thresholds of the evaluation whose figures it carries."""
+    evaluation, only = config.evaluation, None
+    if not evaluation.flip:  # pair sets and other protocols add the mirror image nevertheless, so their thresholds are not for this model
+        only = set_names([path for _, _, path in evaluation.sets()])[0] if evaluation.data else ""
     origin = {name: saved.info.get(name) for name in ("step", "epoch", "num_classes", "when")} | {"ema": ema}
     return Description(
         config.backbone,
         config.data.image_size,
         digest_of(network.state_dict()),
-        flip=config.evaluation.flip,
-        batch_size=config.evaluation.batch_size,
-        thresholds=thresholds.of_figures(_figures(saved), ema),
+        flip=evaluation.flip,
+        batch_size=evaluation.batch_size,
+        thresholds=thresholds.of_figures(_figures(saved), ema, only),
         origin=origin,
     )
 
@@ -98,23 +103,37 @@ def export(
         description.read(partial)
     said = "no thresholds (--data SET measures them)"
     if about.thresholds:
+        if _trained_on(data or config.evaluation.data, config):
+            say(
+                f"{about.thresholds.set} is a set that the model was trained on: of identities that it has not seen its thresholds accept "
+                "more than they say; measure them on such identities with --data SET"
+            )
         said = f"thresholds at FAR {', '.join(about.thresholds.cosine_at_far)} of {about.thresholds.set}"
     say(f"{out}: {about.backbone.name} of step {saved.info.get('step')}, {said}")
 
 
 def _measured(network: nn.Module, config: TrainConfig, about: Description, data: str) -> tuple[Description, dict[str, str]]:
     """The description with thresholds of the set `data`, and all figures of the set as texts."""
+    if data.endswith(".bin") and not about.flip:
+        raise ValueError(
+            f"--data {data}: a pair set is compared with mirror images added, which this model does not add (evaluation.flip), so its "
+            "thresholds would be wrong: name a labelled folder, .tar or .rec"
+        )
     device = join().device
     report = evaluate(network.to(device), data, config.data, batch_size=about.batch_size, flip=about.flip, device=device)
     network.cpu()
-    values = report.as_dict()
-    intervals = values.pop("intervals", {})
-    measured = thresholds.of_report(values, data)
+    measured = thresholds.of_report(report, data)
     figures = {}
-    for name, value in _flat({name: value for name, value in values.items() if name != "tables"}).items():
-        low, high = intervals.get(name, (None, None))
+    for name, value in report.numbers().items():
+        low, high = report.intervals.get(name, (None, None))
         figures[f"{measured.set}/{name}"] = _text(value) + (f" ({_text(low)} to {_text(high)})" if low is not None else "")
     return replace(about, thresholds=measured), figures
+
+
+def _trained_on(data: str, config: TrainConfig) -> bool:
+    """Whether that set is one of those that the model was trained on."""
+    ours, theirs = ({os.path.realpath(path.strip()) for path in paths.split(",") if path} for paths in (data, config.data.train))
+    return bool(ours & theirs)
 
 
 def _figures(saved: Checkpoint) -> dict[str, Any]:
@@ -152,11 +171,10 @@ def _finite(network: nn.Module, path: str) -> dict[str, Tensor]:
 
 def _write_weights(weights: dict[str, Tensor], path: str) -> None:
     with extra("export"):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     # Clones, since the format has no tied weights: each name gets its own values.
-    save_file(
-        {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}, path, {"format": "pt"}
-    )
+    clones = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    _write_bytes(path, save(clones, {"format": "pt"}))
 
 
 def _write_program(network: nn.Module, path: str, image_size: int) -> None:
@@ -166,7 +184,9 @@ def _write_program(network: nn.Module, path: str, image_size: int) -> None:
     except Exception as error:  # whatever a network does that cannot be followed
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"torch.export cannot follow this network ({reason[0][:300]}): leave --torch-export out") from error
-    torch.export.save(program, path)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    _write_bytes(path, content.getbuffer())
 
 
 def _write_prototypes(saved: Checkpoint, folder: str, say: Callable[[str], None]) -> dict[str, str]:
@@ -182,11 +202,12 @@ def _write_prototypes(saved: Checkpoint, folder: str, say: Callable[[str], None]
     return files
 
 
-def _write(path: str, content: str) -> None:
-    with open(path, "x", encoding="utf-8", errors="surrogateescape") as file:
+def _write_bytes(path: str, content: bytes | memoryview) -> None:
+    """Written here, because libraries tell of a full disk by errors of their own."""
+    with open(path, "xb") as file:
         file.write(content)
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    nested = {f"{name}/{key}": item for name, value in values.items() if isinstance(value, dict) for key, item in value.items()}
-    return {name: value for name, value in values.items() if not isinstance(value, dict)} | nested
+def _write(path: str, content: str) -> None:
+    with open(path, "x", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(content)

@@ -10,12 +10,16 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from dali_loaders.names import printable
+from dali_loaders.outputs import check_folder
+from dali_loaders.remote import is_remote, without_secrets
 
 
 @contextmanager
 def new_folder(path: str) -> Iterator[str]:
     """An empty folder to write to, which gets the name `path` once all is written. Whatever breaks this off leaves nothing at `path`; a
     kill leaves PATH.partial-XXXX, which may be removed. ValueError if something is at `path`, or no folder can be made there."""
+    refuse_remote(path)
+    check_folder(path, "OUT")
     path = os.path.abspath(path)
     check_new(path)
     parent, name = os.path.split(path)
@@ -26,8 +30,10 @@ def new_folder(path: str) -> Iterator[str]:
         raise ValueError(f"{printable(path)} cannot be written: {error.strerror or error}") from error
     try:
         yield partial
-        os.chmod(partial, 0o777 & ~_umask())  # mkdtemp keeps others out
+        mask = _umask()
+        os.chmod(partial, 0o777 & ~mask)  # mkdtemp keeps others out, and so does safetensors
         for file in os.listdir(partial):
+            os.chmod(os.path.join(partial, file), 0o666 & ~mask)
             sync(os.path.join(partial, file))
         sync(partial)
         check_new(path)
@@ -61,6 +67,14 @@ def new_file(path: str) -> Iterator[TextIO]:
 def check_new(path: str) -> None:
     if os.path.lexists(path):
         raise ValueError(f"{printable(path)} exists already, and nothing is overwritten: choose another name, or remove it")
+
+
+def refuse_remote(path: str) -> None:
+    """ValueError for an address, which would become a folder called "s3:"."""
+    if is_remote(path):
+        raise ValueError(
+            f"{without_secrets(path)} is an address, but models and embeddings are written to this machine: name a path, then copy"
+        )
 
 
 def sync(path: str) -> None:

@@ -31,7 +31,8 @@ Options = Mapping[str, str | float]
 
 def check(config: MonitorConfig) -> None:
     """ValueError for a writer whose package is missing. Without tensorboard, which is the default's, a run only says so."""
-    if "wandb" in config.writers and find_spec("wandb") is None:
+    package = find_spec("wandb") if "wandb" in config.writers else None
+    if "wandb" in config.writers and (package is None or package.origin is None):  # None: a folder of that name, as W&B itself makes one
         raise ValueError("monitor.writers has wandb, which is not installed: pip install 'protoshard[wandb]', or take it out")
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from dali_loaders.progress import bar, clock, columns, time_left
+from dali_loaders.progress import bar, clock, columns, say, time_left
 
 # In the order in which a terminal that is too narrow leaves them out, from the last on.
 SHOWN = {
@@ -60,14 +60,8 @@ class Console:
         self._bar.refresh()
 
     def say(self, message: str) -> None:
-        """Writes a line of its own; the bar stays below it."""
-        if self._bar is None:
-            self._stream.write(f"{clock()}  {message}\n")
-            return
-        self._bar.clear()
-        self._stream.write(f"{message}\n")
-        if self._start is not None:
-            self._bar.refresh()
+        """Writes a line of its own; bars stay below it."""
+        say(message, self._stream)
 
     def close(self) -> None:
         """Keeps the last state of the bar on the screen, with the cursor below it."""

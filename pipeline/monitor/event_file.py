@@ -23,11 +23,11 @@ _count = itertools.count()
 
 
 class EventFile:
-    """A new file in `folder`, whose readers forget older events from `first_step` on. It is made with the first record, and begins with
-    `head`, what readers should know before that."""
+    """A new file in `folder`, whose readers forget older events from `first_step` on (None: nothing). It is made with the first record,
+    and begins with `head`, what readers should know before that. Its name ends in `ending`."""
 
-    def __init__(self, folder: Path, first_step: int, head: Sequence[Summary] = ()) -> None:
-        self._folder, self._first_step, self._head = folder, first_step, head
+    def __init__(self, folder: Path, first_step: int | None, head: Sequence[Summary] = (), ending: str = "") -> None:
+        self._folder, self._first_step, self._head, self._ending = folder, first_step, head, ending
         self._file: Appending | None = None
         self._is_empty = True
         self._due: list[bytes] = []  # of a record that is being made
@@ -37,13 +37,13 @@ class EventFile:
         now = time.time()
         events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
         if self._file is None:
-            self._file = Appending(self._folder / _name(self._folder))
+            self._file = Appending(self._folder / f"{_name(self._folder)}{self._ending}")
         if self._is_empty:
-            start = SessionLog(status=SessionLog.START)
             version: dict[str, Any] = {"wall_time": now, "file_version": "brain.Event:2"}
+            first = [] if self._first_step is None else [SessionLog(status=SessionLog.START)]
             events[:0] = [
                 Event(**version),
-                Event(wall_time=now, step=self._first_step, session_log=start),
+                *(Event(wall_time=now, step=self._first_step, session_log=start) for start in first),
                 *(Event(wall_time=now, step=self._first_step, summary=summary) for summary in self._head),
             ]
         for event in events:

@@ -19,12 +19,12 @@ GROUPED = {
     "skipped_images": "data/skipped_images",
     "save_stall": "data/save_stall",
 }
-# The first page: rows of three charts, each with the names of its curves, as regular expressions.
+# The first page: rows of three charts, each with the names of its curves, as regular expressions of whole names.
 FIRST_PAGE = {
     "How the run is": {
         "loss": ["train/loss"],
         "error on other identities (EER)": ["evaluation/.*/eer"],
-        "cosines: target, nearest other prototype of a sample, nearest other prototype of a prototype": [
+        "cosines: target, hardest other, between prototypes": [
             "cosines/target",
             "cosines/hardest_non_target",
             "prototypes/nearest_cosine",

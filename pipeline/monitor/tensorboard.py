@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import summary
 
-from pipeline.monitor.event_file import EventFile
+from pipeline.monitor.event_file import NAME, EventFile
 from pipeline.monitor.names import FIRST_PAGE, grouped, of_set
 from pipeline.monitor.pictures import jpeg_of, size_of, tiled
 from pipeline.monitor.writer import Writer
 
 PROJECTOR = "projector"  # the folder of vectors, in that of the run
+OUTCOME = ".hparams"  # how the file of options and last figures ends
 
 
 class TensorBoard(Writer):
@@ -28,7 +29,9 @@ class TensorBoard(Writer):
 
     def __init__(self, folder: Path, name: str, first_step: int) -> None:
         self._folder = folder / _run_in(folder, name)
-        pages = {page: {title: ["Multiline", tags] for title, tags in charts.items()} for page, charts in FIRST_PAGE.items()}
+        # TensorBoard takes what begins so: without the $, train/loss would find train/loss_scale too.
+        whole = {page: {title: [f"{tag}$" for tag in tags] for title, tags in charts.items()} for page, charts in FIRST_PAGE.items()}
+        pages = {page: {title: ["Multiline", tags] for title, tags in charts.items()} for page, charts in whole.items()}
         self._file = EventFile(self._folder, first_step, [summary.custom_scalars(pages)])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -61,7 +64,7 @@ class TensorBoard(Writer):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "vectors.bytes").write_bytes(np.ascontiguousarray(vectors_nD, dtype="<f4").tobytes())
         (folder / "labels.tsv").write_text("".join(f"{' '.join(label.split())}\n" for label in labels), encoding="utf-8")
-        (folder / "thumbnails.jpg").write_bytes(jpeg_of(tiled(images_nHWC, math.ceil(math.sqrt(len(images_nHWC))))))
+        (folder / "thumbnails.jpg").write_bytes(jpeg_of(_square(images_nHWC)))
         _, height, width, _ = images_nHWC.shape
         rows, columns = vectors_nD.shape
         (folder / "entry").write_text(
@@ -73,8 +76,13 @@ class TensorBoard(Writer):
         (self._folder / "projector_config.pbtxt").write_text("".join(entry.read_text() for entry in entries))
 
     def outcome(self, options: Mapping[str, str | float], figures: Mapping[str, float]) -> None:
+        """In a file of its own, which replaces that of an earlier start: readers keep the first options that they find in a run."""
         reached = {f"evaluation/{name}": value for name, value in figures.items() if not isinstance(value, int)}
-        self._file.add(0, *summary.hparams(dict(options), reached))
+        for old in self._folder.glob(f"{NAME}*{OUTCOME}"):
+            old.unlink()
+        file = EventFile(self._folder, None, ending=OUTCOME)
+        file.add(0, *summary.hparams(dict(options), reached))
+        file.close()
 
     def close(self) -> None:
         self._file.close()
@@ -84,9 +92,15 @@ class TensorBoard(Writer):
         self._file.add(step, Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
 
 
+def _square(images_nHWC: np.ndarray) -> np.ndarray:
+    """One image with as many rows of them as columns: the projector divides an image's number by the rows to find its row."""
+    side = math.ceil(math.sqrt(len(images_nHWC)))
+    return tiled(np.pad(images_nHWC, [(0, side**2 - len(images_nHWC)), (0, 0), (0, 0), (0, 0)]), side)
+
+
 def _run_in(folder: Path, name: str) -> str:
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        found = []
-    return found[0] if found else name
+    """Other folders may lie there too, a notebook's or a profiler's."""
+    found: list[str] = []
+    with suppress(OSError):  # a file system that gives no answer
+        found = sorted({path.parent.name for path in folder.glob(f"*/{NAME}*")})
+    return name if name in found or not found else found[0]

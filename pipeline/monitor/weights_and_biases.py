@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +92,12 @@ def _at_most_512(counts_k: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _id_of(path: Path, first_step: int) -> str:
-    """Made anew by a run that begins."""
-    try:
-        if first_step > 0:
-            return path.read_text().strip()
-    except OSError:
-        pass
+    """Made anew by a run that begins, and where the file holds none."""
+    with suppress(OSError, UnicodeDecodeError):
+        if first_step > 0 and re.fullmatch(r"[0-9a-f]{16}", name := path.read_text(encoding="utf-8").strip()):
+            return name
     name = secrets.token_hex(8)
-    try:
+    with suppress(OSError):  # then it will be another run after a restart
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{name}\n")
-    except OSError:  # then it will be another run after a restart
-        pass
+        path.write_text(f"{name}\n", encoding="utf-8")
     return name

@@ -13,7 +13,7 @@ from pipeline.report.run_files import Evaluation, RunFiles
 
 MAIN = ("accuracy", "eer", "tar_at_far/1e-2", "tar_at_far/1e-3", "tar_at_far/1e-4", "tar_at_far/1e-6", "rank1", "opis")
 MOST_MAIN = 7
-LOWER = re.compile(r"(.*/)?(eer|opis|std|threshold_std|(fnmr|fnir|fpir)(_at_.*)?)")  # figures of which less is better
+LOWER = re.compile(r"(.*/)?(eer|opis|std|threshold_std|spread|spread_std|(fnmr|fnir|fpir)(_at_.*)?)")  # figures of which less is better
 HIGHER = re.compile(r"(.*/)?(accuracy|(tar|tpir|dir)(_at_.*)?|rank\d+|top\d+)")
 SIZES = ("images", "identities", "genuine_pairs", "impostor_pairs")
 

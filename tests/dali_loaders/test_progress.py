@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import sys
 
@@ -28,6 +29,17 @@ def clock(monkeypatch):
     return Clock
 
 
+def test_a_terminal_without_tqdm_gets_lines(monkeypatch, clock):
+    """Where only an export is used, the extra train is not installed."""
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("embedding", 100) as done:
+        clock.now = module.LINE_SECONDS
+        done.add(50)
+    assert terminal.getvalue().startswith("embedding: 50 of 100 (50%)")
+
+
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_terminal_sees_how_far_it_is_and_nothing_at_the_end(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -42,9 +54,9 @@ def test_a_terminal_sees_how_far_it_is_and_nothing_at_the_end(monkeypatch, colum
         done.add(9000)
     lines = terminal.getvalue().split("\r")
     assert all(len(line) <= columns for line in lines)
-    assert any("checking a file…" in line and " 50% |" in line and "4.00k/8.00k" in line for line in lines) or columns == 40
+    assert any("checking a file…" in line and " 50% |" in line and "4,000/8,000" in line for line in lines) or columns == 40
     assert columns == 40 or any(" left, " in line and "/s" in line for line in lines)
-    assert columns == 40 or "8.00k/8.00k" in lines[-3]
+    assert columns == 40 or "8,000/8,000" in lines[-3]
     assert lines[-2].isspace() and lines[-1] == ""
 
 
@@ -55,7 +67,7 @@ def test_without_a_total(monkeypatch):
         done._bar.mininterval = done._bar.delay = 0
         done.add(5)
         raise ZeroDivisionError
-    assert "reading 5.00, " in terminal.getvalue() and terminal.getvalue().endswith("\r")
+    assert "reading 5, " in terminal.getvalue() and terminal.getvalue().endswith("\r")
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch, clock):
@@ -117,3 +129,32 @@ def test_a_bar_is_drawn_only_a_few_times_a_second(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(0.9, "0m01s"), (75, "1m15s"), (3661, "1h01m"), (3 * 86400 - 1, "2d23h"), (59.9, "1m00s")])
 def test_time_left(seconds, text):
     assert time_left(seconds) == f"{text} left"
+
+
+def test_a_line_on_a_terminal_does_not_mix_with_the_bars(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(module, "SHORT_SECONDS", 0.0)
+    with progress("checking", 100) as done:
+        done._bar.mininterval = 0
+        done.add(50)
+        announce("a line")
+    monkeypatch.setattr(module, "SHORT_SECONDS", 1e9)
+    with progress("short", 100):
+        announce("another")
+    before, after = terminal.getvalue().split("a line\n")
+    assert before.rpartition("\r")[0].rpartition("\r")[2].isspace() and before.endswith("\r")  # the bar was erased
+    assert "checking  50%" in after and "short" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_warnings_are_lines_like_all_others(monkeypatch, is_terminal):
+    stream = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    module.show_warnings()
+    module.show_warnings()
+    logging.getLogger("dali_loaders.reading").warning("reading %s failed", "a.jpg")
+    time = "" if is_terminal else r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
+    assert re.fullmatch(time + "reading a.jpg failed\n", stream.getvalue())

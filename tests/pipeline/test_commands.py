@@ -143,7 +143,9 @@ MISTAKES = {
 def test_mistakes_end_in_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, error = said(arguments.split(), capsys)
-    assert (code, out, error) == (2, "", f"protoshard{sentence.format(here=tmp_path)}\n")
+    *starting, refused = error.splitlines()
+    assert (code, out, refused) == (2, "", f"protoshard{sentence.format(here=tmp_path)}")
+    assert len(starting) <= 1 and all(line.endswith("  starting") for line in starting)
     assert os.listdir(tmp_path) == []
 
 

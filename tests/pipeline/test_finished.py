@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dali_loaders import open_source
 from dali_loaders.faces import FacesConfig, write_faces
@@ -127,11 +128,16 @@ def test_broken_off_in_the_last_save(data, pairs, undisturbed, tmp_path):
             raise InterruptionError
         save(self, figures)
 
-    with mock.patch.object(Trainer, "save", broken), pytest.raises(InterruptionError):
-        train(config(data, pairs, tmp_path / "run"))
+    for _ in range(2):
+        with mock.patch.object(Trainer, "save", broken), pytest.raises(InterruptionError):
+            train(config(data, pairs, tmp_path / "run"))
+        assert len(list(tmp_path.rglob("events.*.hparams"))) == 1  # a run that is broken off behind the save has told all
     assert train(config(data, pairs, tmp_path / "run")) == undisturbed[1]
     assert lines(tmp_path / "run") == lines(undisturbed[0])
     assert results(tmp_path / "run") == results(undisturbed[0])  # with the curve of step 0 in each
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "run")).Reload()
+    assert [event.step for event in shown.Images("evaluation/faces/roc")] == [0, STEPS]
+    assert len(list(tmp_path.rglob("events.*.hparams"))) == 1
 
 
 def test_another_set_is_evaluated_and_said_to_be(data, pairs, undisturbed, tmp_path, capsys):

@@ -15,12 +15,25 @@ from tests.pipeline.runs import configuration, faces
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 
 
-@pytest.mark.parametrize("command", ["train no_such_recipe --ranks 2", "eval no_such_run --data x.tar"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train no_such_recipe --ranks 2",
+        "eval no_such_run --data x.tar",
+        "data faces x.tar",
+        "data check x.tar",
+        "data pack x.tar y.rec",
+        "data pairs x.tar y.bin",
+        "data preview x.tar faces_small",
+    ],
+)
 def test_the_first_line_comes_before_anything_that_takes_seconds_is_imported(command):
     code = """
         import sys
-        import pipeline.cli as cli
-        cli.announce = lambda what: sys.exit(print(what, "torch" in sys.modules))
+        from pipeline import cli
+        from pipeline import data_commands, evaluation_commands
+        first = lambda what: sys.exit(print(what, "torch" in sys.modules))
+        cli.announce = data_commands.announce = evaluation_commands.announce = first
         cli.main(sys.argv[1].split())
     """
     ended = subprocess.run([sys.executable, "-c", re.sub("^ +", "", code, flags=re.MULTILINE), command], capture_output=True, text=True)

@@ -42,7 +42,8 @@ def test_bad_input_ends_in_a_sentence(faces, tmp_path, monkeypatch, capsys, data
     monkeypatch.chdir(tmp_path)
     assert main(["data", "preview", data, recipe, *options]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("protoshard: ") and said.count("\n") == 1 and sentence in said
+    *starting, refused = said.splitlines()
+    assert all(line.endswith("  starting") for line in starting) and refused.startswith("protoshard: ") and sentence in refused
     assert not (tmp_path / "preview.png").exists()
 
 

@@ -39,8 +39,8 @@ def measure(steps, sample_rate, most, kind="sgd", options=None):
     return values, histograms, classifier.prototypes.detach().clone(), moved
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("most", [10, 1024])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("most", [9, 1024])  # neither 9 nor 37 classes are as many for each of 2 ranks
 def test_norms_and_nearest_cosines(ranks, size, most):
     results = ranks(size).run(measure, 1, 1.0, most)
     prototypes = torch.cat([result[2] for result in results]).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dali_loaders.config import DataConfig
+from dali_loaders.identities import checksum
 from dali_loaders.sources import Source
 from pipeline.evaluation.bin_pairs import MemorySource, read_bin, score_pairs
 from pipeline.evaluation.embedder import Embedder
@@ -22,7 +23,7 @@ class Bin:
 
     def __init__(self, path: str, data: DataConfig, *, resamples: int | None = None) -> None:
         images, self.issame_P = read_bin(path)
-        self.source: Source = MemorySource(path, images)
+        self.source: Source = MemorySource(path, images, checksum([str(int(same)) for same in self.issame_P]))
         self.resamples = resamples
 
     def evaluate(self, embedder: Embedder) -> Report:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from dali_loaders.config import DataConfig
 from dali_loaders.sources import Source
+from partial_fc.fields import hint_at
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.report import Report
 
@@ -16,7 +17,7 @@ class Comparison(Protocol):
     """What a registered class is an instance of. It is called with the path, the DataConfig and, by name, those options that its signature
     has; it raises ValueError for files that cannot be compared."""
 
-    source: Source  # every image that is embedded, once
+    source: Source  # every image that is embedded, once; `source.lists` is a checksum of what is compared, where files say that
 
     def evaluate(self, embedder: Embedder) -> Report: ...
 
@@ -66,13 +67,13 @@ def open_protocol(name: str | None, path: str, data: DataConfig, options: Mappin
     that the protocol does not have, and where the protocol refuses the files. None is an option that is not given."""
     name = name or of_path(path)
     if name not in _PROTOCOLS:
-        raise ValueError(f"there is no protocol {name!r}; there are {', '.join(names())}")
+        raise ValueError(f"there is no protocol {name!r} ({hint_at(name, names())}); `protoshard protocols` lists what there is.")
     open_ = _PROTOCOLS[name]
     given = {option: value for option, value in (options or {}).items() if value is not None}
     known = inspect.signature(open_).parameters
     if unknown := [OPTIONS[option] for option in given if option not in known]:
         has = [shown for option, shown in OPTIONS.items() if option in known]
-        raise ValueError(f"the protocol {name} of {path} has no option {unknown[0]}; it has {', '.join(has) or 'none'}")
+        raise ValueError(f"the protocol {name} of {path} has no option {unknown[0]}; it has {', '.join(has) or 'none'}.")
     return open_(path, data, **given)
 
 

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation import all_pairs as module
+from pipeline.evaluation import score_bins
 from pipeline.evaluation.all_pairs import all_pairs
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.report import HISTOGRAM_EDGES, Report
@@ -169,7 +170,7 @@ def test_threads_change_no_bit_and_keep_their_number():
 
 
 def test_counts_that_overflow_int32_are_kept(monkeypatch):
-    monkeypatch.setattr(module, "FLUSH", 100)
+    monkeypatch.setattr(score_bins, "FLUSH", 100)
     monkeypatch.setattr(module, "TILE", 8)
     embeddings, labels = clusters(15, 4, 1.2)
     assert_equals_exact(all_pairs(embeddings, labels, resamples=0), embeddings, labels)

@@ -63,6 +63,26 @@ def test_shares_are_means_over_images_of_the_drawn_identities():
     assert found["mean"] == pytest.approx(tuple(np.quantile(want, (0.025, 0.975))), abs=1e-12)
 
 
+@pytest.mark.parametrize("number", [90, 30, 31])
+def test_a_list_of_pairs_of_identities(number):
+    """As many pairs as identities are no reason to draw pairs."""
+    rng = np.random.default_rng(number)
+    first, second = rng.integers(0, 30, (2, number))
+    second[: number // 2] = first[: number // 2]
+    same = first == second
+    pairs = Pairs(np.round(0.3 * same + 0.4 * rng.normal(size=number), 2), same, first, second, 30)
+    right = rng.random(number) < 0.8
+    shares = {"accuracy": (right, np.stack([first, second], axis=1))}
+    found = bootstrap(pairs, OperatingPoints.of_scores(pairs.score_P, pairs.same_P), shares, 60)
+    want = looped(pairs, 60)
+    for name in ("eer", "tar_at_far/1e-1"):
+        assert found[name] == pytest.approx(tuple(np.quantile(want[name], (0.025, 0.975))), abs=1e-12), name
+    accuracies = []
+    for weight in np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=60):
+        accuracies.append(np.repeat(right, np.where(same, weight[first], weight[first] * weight[second])).mean())
+    assert found["accuracy"] == pytest.approx(tuple(np.quantile(accuracies, (0.025, 0.975))), abs=1e-12)
+
+
 def test_few_identities_have_no_intervals():
     pairs = some_pairs(20, 9, 1000, 0)
     assert bootstrap(pairs, OperatingPoints.of_scores(pairs.score_P, pairs.same_P), {}, 50) == {}

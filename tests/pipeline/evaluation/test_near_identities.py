@@ -60,6 +60,17 @@ def test_one_person_under_two_names(colors, flip):
     assert cosines[0] > 0.99
 
 
+def test_a_network_that_has_diverged_finds_no_pairs_silently(colors):
+    pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
+
+    class Exploded(MeanColor):
+        def forward(self, images_bCHW: torch.Tensor) -> torch.Tensor:
+            return super().forward(images_bCHW) * 1e30
+
+    with pytest.raises(ValueError, match="features that are not finite for 4 identities"):
+        class_centers(Exploded(), open_source(str(colors)), DataConfig(image_size=32, threads=1), 4, False, torch.device("cpu"))
+
+
 def test_a_set_of_which_nothing_can_be_embedded(tmp_path):
     pytest.importorskip("nvidia.dali", reason="decoding needs NVIDIA DALI")
     (tmp_path / "set" / "none").mkdir(parents=True)

@@ -66,6 +66,28 @@ def test_ranks_change_no_bit(ranks, size):
         assert all(np.array_equal(one, other) for one, other in zip(found, want, strict=True))
 
 
+def test_a_gallery_in_a_mapped_file_is_the_same(tmp_path):
+    torch.manual_seed(2)
+    queries, gallery = torch.randn(9, 20), torch.randn(2100, 20)
+    np.save(tmp_path / "gallery.npy", gallery.numpy())
+    found = neighbours(queries, np.load(tmp_path / "gallery.npy", mmap_mode="r"), 5)
+    assert all(np.array_equal(one, other) for one, other in zip(found, neighbours(queries, gallery, 5), strict=True))
+
+
+def test_a_row_that_is_not_finite_is_told_by_all_ranks(ranks):
+    """Also by those in whose tiles it is not, or they would go on."""
+    gallery = torch.ones(3000, 4)
+    gallery[1500, 2] = torch.inf
+    said = ranks(2).run(_refused, torch.ones(2, 4), gallery)
+    assert said == ["the gallery: the embeddings of 1 of 3000 images are not finite; the model has diverged."] * 2
+
+
+def _refused(*rows: torch.Tensor) -> str:
+    with pytest.raises(ValueError) as error:
+        _of_a_rank(*rows)
+    return str(error.value)
+
+
 def _of_a_rank(queries: torch.Tensor, gallery: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return neighbours(queries, gallery, 5, rank=dist.get_rank(), world_size=dist.get_world_size())
 

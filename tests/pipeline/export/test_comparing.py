@@ -5,21 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dali_loaders import open_source
 from pipeline.cli import main
-from pipeline.export import embedding_files, load, nearest
+from pipeline.export import comparing, embedding_files, load
 from pipeline.export.comparing import match
 from pipeline.export.embed_set import embed_set
 from pipeline.export.embedding_files import Rows
+from pipeline.export.faiss_search import searcher
 
 
 @pytest.fixture
@@ -59,6 +59,9 @@ def test_two_sets_by_their_means(tmp_path):
     expected = means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
     found = match(save(tmp_path / "a.npy", a), save(tmp_path / "b.parquet", b), None)
     assert found.cosine == pytest.approx(expected, abs=1e-6) and found.decision is None
+    assert found.remarks == [
+        f"{tmp_path}/{name} holds 3 identities, and their mean is compared as if they were one" for name in ("a.npy", "b.parquet")
+    ]
 
 
 def test_an_export_without_thresholds_decides_nothing(made, images, tmp_path, capsys):
@@ -79,8 +82,10 @@ def test_an_image_of_another_size_is_said(made, images, tmp_path, capsys):
     import cv2
 
     cv2.imwrite(str(tmp_path / "large.jpg"), np.full((48, 64, 3), 80, np.uint8))
+    assert main(["search", images[0], str(tmp_path), "--model", made.folder]) == 0
+    assert "1 of 4 images are not 32 x 32 pixels and are stretched, such as" in capsys.readouterr().err
     assert main(["match", images[0], str(tmp_path / "large.jpg"), "--model", made.folder]) == 0
-    assert "large.jpg is 64 x 48 pixels and is stretched to 32 x 32; cut faces out first" in capsys.readouterr().err
+    assert "large.jpg (64 x 48 pixels) is stretched to 32 x 32; cut faces out first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end", [".npy", ".parquet"])
@@ -91,8 +96,19 @@ def test_embeddings_that_cannot_be_compared(made, tmp_path, end):
         match(a, save(tmp_path / f"b{end}", rng.normal(size=(4, 9))), None)
     with pytest.raises(ValueError, match="were made by different models"):
         match(a, save(tmp_path / f"c{end}", rng.normal(size=(4, 8)), model="b" * 64), None)
+    model = load(made.folder)
     with pytest.raises(ValueError, match="was made by another model than"):
-        match(a, a, load(made.folder))
+        match(a, a, model)
+    with pytest.raises(ValueError, match=r"8 numbers for each image and .*model gives 16"):
+        match(*[save(tmp_path / f"w{end}", rng.normal(size=(4, 8)))] * 2, model, "1e-2")
+    with_mirror, without = (save(tmp_path / f"{flip}{end}", rng.normal(size=(4, 16)), flip=flip) for flip in (True, False))
+    with pytest.raises(ValueError, match="was made with the mirror image and the other without it"):
+        match(with_mirror, without, None)
+    with pytest.raises(
+        ValueError, match=r"False.* was made without the mirror image, but .* embeds with it.*embed again without --no-flip"
+    ):
+        match(without, without, model, "1e-2")
+    assert f"{with_mirror} does not say which model made it" in match(with_mirror, with_mirror, model).remarks[0]
     bad = rng.normal(size=(4, 8))
     bad[2, 5] = np.nan
     with pytest.raises(ValueError, match="the embedding of image 2, row 2, is not finite"):
@@ -157,6 +173,9 @@ def test_search(made, images, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "found.csv")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*command[:-1], "0"]) == 2
+    for out, sentence in (("found.png", "ends in .csv"), ("no/where.csv", "there is no folder")):
+        assert main([*command, "--out", str(tmp_path / out)]) == 2 and sentence in capsys.readouterr().err
+    assert main(["match", *images[:2], "--ema"]) == 2 and "--ema says how --model is read" in capsys.readouterr().err
 
 
 def test_faiss_that_is_not_installed_costs_no_work(made, images, monkeypatch, capsys):
@@ -166,27 +185,26 @@ def test_faiss_that_is_not_installed_costs_no_work(made, images, monkeypatch, ca
     assert "faiss is not installed; it comes with the extra search" in capsys.readouterr().err
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
-def test_nearest_against_a_plain_sort(gallery, queries, k, tall, wide, seed):
-    rng = np.random.default_rng(seed)
-    gallery_GD, query_QD = (rng.integers(-1, 2, (count, 4)).astype(np.float32) for count in (gallery, queries))  # with many ties
-    unit = [each / np.maximum(np.linalg.norm(each.astype(np.float64), axis=1, keepdims=True), 1e-12) for each in (gallery_GD, query_QD)]
-    expected = np.round(unit[1] @ unit[0].T, 6)
-    before, nearest.QUERIES, nearest.GALLERY = (nearest.QUERIES, nearest.GALLERY), tall, wide
-    try:
-        cosines, rows = nearest.nearest(gallery_GD, query_QD, k)
-    finally:
-        nearest.QUERIES, nearest.GALLERY = before
-    k = min(k, gallery)
-    assert rows.shape == cosines.shape == (queries, k) and all(len(set(row)) == k for row in rows.tolist())
-    assert np.allclose(np.take_along_axis(expected, rows, 1), cosines, atol=2e-6)
-    assert np.allclose(-np.sort(-expected, axis=1)[:, :k], cosines, atol=2e-6)
+def test_search_in_parts_is_a_plain_sort(tmp_path, monkeypatch, capsys):
+    """Queries go through a mapped gallery a few at a time; more than the gallery has are not found."""
+    rng = np.random.default_rng(0)
+    gallery_GD, query_QD = rng.normal(size=(30, 6)), rng.normal(size=(11, 6))
+    monkeypatch.setattr(comparing, "QUERIES", 4)
+    command = ["search", save(tmp_path / "gallery.npy", gallery_GD), save(tmp_path / "query.npy", query_QD), "--top"]
+    assert main([*command, "99"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    cosines = np.array([float(row["cosine"]) for row in rows]).reshape(11, 30)
+    found = np.array([int(row["name"].removeprefix("image ")) for row in rows]).reshape(11, 30)
+    unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (query_QD, gallery_GD)]
+    expected = unit[0] @ unit[1].T
+    assert np.array_equal(found, np.argsort(-expected, axis=1)) and np.allclose(cosines, -np.sort(-expected, axis=1), atol=3e-6)
+    assert main([*command, "1001"]) == 2
+    assert "must be at most 1000; more are found with --faiss" in capsys.readouterr().err
 
 
 def test_faiss_gives_the_same():
     pytest.importorskip("faiss")
     rng = np.random.default_rng(3)
     gallery_GD, query_QD = rng.normal(size=(500, 16)), rng.normal(size=(20, 16))
-    ours, theirs = (nearest.nearest(gallery_GD, query_QD, 7, faiss) for faiss in (False, True))
-    assert np.array_equal(ours[1], theirs[1]) and np.allclose(ours[0], theirs[0], atol=1e-6)
+    ours, theirs = (find(query_QD, 7) for find in (partial(comparing._neighbours, gallery_GD), searcher(gallery_GD)))
+    assert np.array_equal(ours[0], theirs[0]) and np.allclose(ours[1], theirs[1], atol=2e-6)

@@ -31,7 +31,7 @@ def picture(height: int, width: int) -> np.ndarray:
 
 def both(images: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
     dali = Decoder(SIDE, len(images), 1, torch.device("cpu"), channels_last=True)(images, {})
-    return dali, decoding.batch_of([decoding.decoded_file(image, SIDE) for image in images])
+    return dali, decoding.batch_of([decoding.decoded_file(image, SIDE).pixels for image in images])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -67,6 +67,9 @@ def test_batches_leave_out_what_is_unreadable():
     huge = good[:16] + (1 << 15).to_bytes(4, "big") * 2 + good[24:]  # a header may claim gigabytes
     source = MemorySource("set.bin", [good, b"", good[:900], good, huge])
     skipped = Skipped(source, None)
-    batches = list(decoding.batches(source, DataConfig(image_size=SIDE, threads=2), np.arange(5), 2, skipped))
+    sizes: list[list[int]] = []
+    settings = DataConfig(image_size=SIDE, threads=2), np.arange(5), 2, skipped, lambda _, sizes_b2: sizes.extend(sizes_b2.tolist())
+    batches = list(decoding.batches(source, *settings))
+    assert sizes == [[SIDE, SIDE]] * 2
     assert [batch.indices.tolist() for batch in batches] == [[0], [3]] and len(skipped) == 3
     assert set(skipped.reasons) == {"empty", "cut off", "too large (32768 x 32768 pixels)"}

@@ -46,7 +46,7 @@ def test_the_embeddings_of_eval_to_the_bit(made, tmp_path, model):
     out = tmp_path / "out.npy"
     result = embed_set(getattr(made, model), made.data, str(out), chunk=48)
     assert np.array_equal(np.load(out), evaluated(made).numpy())
-    assert result == (78, 16, 0, "DALI") and sorted(os.listdir(tmp_path)) == ["out.csv", "out.json", "out.npy"]
+    assert result == (78, 16, 0, "DALI", None) and sorted(os.listdir(tmp_path)) == ["out.csv", "out.json", "out.npy"]
     source = open_source(made.data)
     rows = list(csv.reader((tmp_path / "out.csv").open()))
     assert rows[0] == ["identity", "name"] and len(rows) == 79
@@ -67,13 +67,33 @@ def test_parquet_and_npy_hold_the_same(made, few, tmp_path):
     assert table.column_names == ["name", "identity", "embedding"] and table["identity"][0].as_py() == "id0"
 
 
+@pytest.mark.parametrize("decoder", ["dali", "opencv"])
+def test_stretched_images_are_counted(made, few, tmp_path, capsys, decoder):
+    """By their headers or once decoded, in whichever chunk they are; also of a format whose header only the decoder knows."""
+    image = cv2.imread(str(few / "id1" / "01.jpg"))
+    cv2.imwrite(str(few / "id2" / "zz.bmp"), cv2.resize(image, (32, 33)))
+    result = embed_set(made.folder, str(few), str(tmp_path / "out.npy"), decoder=decoder, chunk=24)
+    assert result.remark == (
+        f"{few}: 2 of 29 images are not 32 x 32 pixels and are stretched, such as {few}/id0/06.jpg (70 x 50 pixels); "
+        "cut faces out first (protoshard data pack --landmarks)"
+    )
+    (few / "id0" / "06.jpg").unlink(), (few / "id2" / "zz.bmp").unlink()
+    assert main(["embed", made.folder, str(few), str(tmp_path / "none.npy")]) == 1
+    assert "are stretched" not in capsys.readouterr().out
+
+
 def _embed(model: str, images: str, out: str) -> None:
     embed_set(model, images, out, chunk=24)
 
 
 def test_ranks_give_the_same(made, tmp_path, ranks):
     """With as many threads each, that is."""
-    ranks(1).run(_embed, made.folder, made.data, str(tmp_path / "1.npy"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _embed(made.folder, made.data, str(tmp_path / "1.npy"))
+    finally:
+        torch.set_num_threads(threads)
     ranks(2).run(_embed, made.folder, made.data, str(tmp_path / "2.npy"))
     assert np.array_equal(np.load(tmp_path / "1.npy"), np.load(tmp_path / "2.npy"))
 
@@ -93,15 +113,15 @@ def test_without_dali(made, tmp_path):
 
 
 def test_one_that_is_broken_off_goes_on(made, tmp_path, monkeypatch, capsys):
-    out, real, seen = tmp_path / "out.parquet", module._embed, []
+    out, real, seen = tmp_path / "out.parquet", module.embed_images, []
 
     def breaking(*arguments):
-        seen.append(int(arguments[3][0]))
+        seen.append(int(arguments[2][0]))
         if len(seen) == 3:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_embed", breaking)
+    monkeypatch.setattr(module, "embed_images", breaking)
     monkeypatch.setattr(module, "CHUNK", 24)
     settings = {"chunk": 24}
     with pytest.raises(KeyboardInterrupt):
@@ -135,6 +155,23 @@ def test_one_that_is_broken_off_while_it_is_joined_goes_on(made, tmp_path, monke
     assert np.array_equal(read(tmp_path / "out.npy"), evaluated(made).numpy())
 
 
+def test_a_file_that_appears_meanwhile_is_kept(made, tmp_path, monkeypatch):
+    """OUT.csv could be a table of the user's; only one that a former try has put there is replaced."""
+    real = module.embedding_files.write
+
+    def appearing(*arguments):
+        (tmp_path / "out.csv").write_text("mine")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.embedding_files, "write", appearing)
+        with pytest.raises(ValueError, match=r"out\.csv exists already"):
+            embed_set(made.folder, made.data, str(tmp_path / "out.npy"))
+    assert (tmp_path / "out.csv").read_text() == "mine" and not (tmp_path / "out.npy").exists()
+    (tmp_path / "out.csv").unlink()
+    embed_set(made.folder, made.data, str(tmp_path / "out.npy"))  # from what is done
+
+
 def test_a_part_of_other_embeddings_is_not_gone_on_with(made, few, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -147,6 +184,27 @@ def test_a_part_of_other_embeddings_is_not_gone_on_with(made, few, tmp_path, mon
         embed_set(made.folder, made.data, str(tmp_path / "out.npy"))
 
 
+def test_a_set_elsewhere_with_the_same_names_is_another_job(made, few, tmp_path, monkeypatch):
+    shutil.copytree(few, tmp_path / "others")
+    out = str(tmp_path / "out.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            embed_set(made.folder, str(few), out)
+    with pytest.raises(ValueError, match="holds a part of other embeddings"):
+        embed_set(made.folder, str(tmp_path / "others"), out)
+    monkeypatch.chdir(few.parent)
+    embed_set(made.folder, "few/../few", out)  # the same one under another name
+
+
+def test_a_tar_that_was_written_anew_is_another_job(made, tmp_path):
+    shutil.copy(made.data, tmp_path / "set.tar")
+    before = module._place(str(tmp_path / "set.tar"))
+    assert module._place(f" {tmp_path}/./set.tar") == before
+    os.utime(tmp_path / "set.tar", (1, 1))
+    assert module._place(str(tmp_path / "set.tar")) != before
+
+
 def test_two_commands_do_not_write_one_file(made, tmp_path):
     lock, fault = module._begin(str(tmp_path / "out.npy.partial"), {})
     assert fault is None
@@ -157,19 +215,24 @@ def test_two_commands_do_not_write_one_file(made, tmp_path):
 
 @pytest.mark.parametrize(
     ("out", "sentence"),
-    [("out.txt", "must end in .parquet or .npy"), ("there.npy", "exists already"), ("no/where/out.npy", "cannot be written|embeddings")],
+    [
+        ("out.txt", "must end in .parquet or .npy"),
+        ("there.npy", "exists already"),
+        ("no/where/out.npy", "cannot be written|embeddings"),
+        ("s3://K:S@bucket/out.npy", "s3://***@bucket/out.npy is an address"),
+    ],
 )
 def test_an_impossible_output_is_refused_before_the_work(made, tmp_path, out, sentence, monkeypatch, capsys):
     (tmp_path / "there.npy").write_bytes(b"x")
     (tmp_path / "no").write_bytes(b"a file, and no folder")
-    monkeypatch.setattr(module, "_embed", lambda *_: pytest.fail("images were embedded"))
-    assert main(["embed", made.folder, made.data, str(tmp_path / out)]) == 2
+    monkeypatch.setattr(module, "embed_images", lambda *_: pytest.fail("images were embedded"))
+    assert main(["embed", made.folder, made.data, out if "://" in out else str(tmp_path / out)]) == 2
     assert sentence.split("|")[0] in capsys.readouterr().err and (tmp_path / "there.npy").read_bytes() == b"x"
 
 
 def test_a_parquet_that_could_not_be_written_costs_no_work(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setattr(module, "_embed", lambda *_: pytest.fail("images were embedded"))
+    monkeypatch.setattr(module, "embed_images", lambda *_: pytest.fail("images were embedded"))
     with pytest.raises(ValueError, match=r"pyarrow.* is not installed; it comes with the extra parquet"):
         embed_set(made.folder, made.data, str(tmp_path / "out.parquet"))
 
@@ -204,7 +267,9 @@ def test_no_image_can_be_decoded(made, tmp_path, capsys):
     (tmp_path / "bad" / "a").mkdir(parents=True)
     (tmp_path / "bad" / "a" / "1.jpg").write_bytes(b"")
     assert main(["embed", made.folder, str(tmp_path / "bad"), str(tmp_path / "out.npy")]) == 2
-    assert "none of its 1 images can be decoded" in capsys.readouterr().err
+    assert "none of its 1 images can be decoded, such as" in capsys.readouterr().err
+    (tmp_path / "bad" / "a" / "1.jpg").write_bytes(open_source(made.data).read(0))  # mended
+    assert main(["embed", made.folder, str(tmp_path / "bad"), str(tmp_path / "out.npy")]) == 0
 
 
 def test_a_folder_without_identities_and_one_image(made, few, tmp_path):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,8 +26,8 @@ from pipeline import checkpoint
 from pipeline.cli import main
 from pipeline.evaluation.embed import embed
 from pipeline.evaluation.evaluate_checkpoint import load_backbone
-from pipeline.export import load, model_card, prototypes_file
-from pipeline.export.model_folder import export, open_model
+from pipeline.export import load, model_card, model_folder, prototypes_file
+from pipeline.export.model_folder import describe, export, open_model
 from pipeline.starting_weights import backbone_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -128,6 +131,51 @@ def test_nothing_is_overwritten(made, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err and os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [("out.zip", "OUT is a folder, but .* is the name of a file"), ("s3://K:S@bucket/model", r"s3://\*\*\*@bucket/model is an address")],
+)
+def test_what_is_no_name_for_a_folder_is_refused(made, tmp_path, monkeypatch, out, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        export(made.run, out)
+    assert os.listdir(tmp_path) == []
+
+
+def test_whoever_may_read_one_file_may_read_all(made):
+    assert len({(Path(made.folder) / name).stat().st_mode for name in os.listdir(made.folder)}) == 1
+
+
+def test_thresholds_without_the_mirror_image(made, tmp_path):
+    """Pair sets are compared with it in any case, so that a model without it cannot have theirs."""
+    saved = checkpoint.locate(made.run)
+    network, config = load_backbone(saved, torch.device("cpu"))
+    for evaluation, expected in (
+        ({"pairs": ("faces.bin",), "data": ""}, None),
+        ({"pairs": ("lfw.bin",)}, "faces"),
+        ({"pairs": ("faces.bin",), "data": "", "flip": True}, "faces"),
+    ):
+        changed = replace(config, evaluation=replace(config.evaluation, **{"flip": False, **evaluation}))
+        found = describe(saved, changed, network, False).thresholds
+        assert (found and found.set) == expected
+    without = replace(describe(saved, config, network, False), flip=False)
+    with pytest.raises(ValueError, match="a pair set is compared with mirror images added, which this model does not add"):
+        model_folder._measured(network, config, without, "lfw.bin")
+
+
+def test_intervals_and_the_set_of_the_thresholds(made, tmp_path):
+    """A run keeps no intervals with its figures; --data measures them. Thresholds of what was trained on are said to be that."""
+    assert "Without intervals: `protoshard export --data SET`" in (Path(made.folder) / "README.md").read_text()
+    said: list[str] = []
+    export(made.run, str(tmp_path / "out"), onnx=False, data=made.data, say=said.append)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"\| faces/eer \| 0\.\d{4} \(0\.\d{4} to 0\.\d{4}\) \|", card) and "In brackets: the 95 % interval" in card
+    assert said[0].startswith("faces is a set that the model was trained on") and said[0] in made.said
+    shutil.copy(made.data, tmp_path / "others.tar")
+    export(made.run, str(tmp_path / "other"), onnx=False, data=str(tmp_path / "others.tar"), say=said.append)
+    assert len(said) == 3
+
+
 def test_an_incomplete_checkpoint_is_refused(made, tmp_path, capsys):
     for name in ("step-00000003.partial", "step-00000003"):
         (tmp_path / name).mkdir()
@@ -179,6 +227,22 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("options", [{}, {"program": True}])
+def test_a_disk_that_is_full_for_libraries_leaves_nothing(made, tmp_path, options):
+    """In a process that may write no file of more than 1 MB: what libraries make of that is no OSError."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from pipeline.export.model_folder import export\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))\n"
+        f"try: export({made.run!r}, 'out', **{ ({'onnx': False} | options)!r})\n"
+        "except ValueError as error: print(error)"
+    )
+    most = str((Path(made.folder) / "model.safetensors").stat().st_size if options.get("program") else 1_000_000)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code, most], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert "out cannot be written: File too large" in done.stdout, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def damaged(made, tmp_path) -> Path:
     shutil.copytree(made.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.onnx", "*.pt2"))
     return tmp_path / "copy"
@@ -194,6 +258,10 @@ def test_parts_of_a_folder_do_not_load(made, tmp_path):
     flipped[-1] ^= 1
     (copy / "model.safetensors").write_bytes(flipped)
     with pytest.raises(ValueError, match="it has changed, or is of another export"):
+        load(copy)
+    os.remove(copy / "model.safetensors")
+    os.mkfifo(copy / "model.safetensors")  # nobody will write to it
+    with pytest.raises(ValueError, match=r"cannot be read \(is a named pipe, not a file\)"):
         load(copy)
     os.remove(copy / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*whole only with it"):
@@ -274,6 +342,16 @@ def test_weights_that_are_not_finite_are_refused(made, tmp_path, monkeypatch):
 def test_images_of_another_size_are_refused(made):
     with pytest.raises(ValueError, match=r"takes images \[b, 3, 32, 32\], not \[2, 3, 112, 112\]"):
         load(made.folder)(torch.zeros(2, 3, 112, 112))
+
+
+def test_images_of_another_size_are_said_and_exploded_features_refused(made, tmp_path, caplog):
+    model = load(made.folder)
+    image = cv2.imencode(".png", np.full((40, 32, 3), 9, np.uint8))[1].tobytes()
+    model.embed([image])
+    assert "1 images are not 32 x 32 pixels and are stretched, such as an image given as bytes" in caplog.text
+    model.network.register_forward_hook(lambda *arguments: arguments[2] * 1e30)  # of which the norm overflows, to a row of zeros
+    with pytest.raises(ValueError, match="an embedding that is not finite for an image given as bytes"):
+        model.embed([image])
 
 
 def test_loading_keeps_the_random_numbers_of_the_caller(made):

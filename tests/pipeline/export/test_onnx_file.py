@@ -46,8 +46,10 @@ def test_cosines_with_torch(tmp_path, name):
 
 
 @pytest.mark.long
-def test_cosines_with_torch_of_a_thousand_images(tmp_path):
-    network, path = written(tmp_path, "iresnet18", 112)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["iresnet18", "iresnet50"])
+def test_cosines_with_torch_of_a_thousand_images(tmp_path, name):
+    network, path = written(tmp_path, name, 112)
     images = torch.rand(1000, 3, 112, 112) * 2 - 1
     worst = onnx_file.worst_cosine(network, path, 112, images)
     print(f"the smallest cosine is 1 - {1 - worst:.1e}")

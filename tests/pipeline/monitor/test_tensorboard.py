@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import matplotlib.figure
 import numpy as np
@@ -44,7 +45,8 @@ def test_the_run_has_the_name_of_its_folder_and_keeps_it(tmp_path):
         monitor = Monitor(folder, total_steps=5, console=False, first_step=first)
         monitor.scalars(first, {"loss": 1.0})
         monitor.close()
-    assert [entry.name for entry in (tmp_path / "renamed" / "tensorboard").iterdir()] == ["run"]
+        (folder / "tensorboard" / ".notebook").mkdir(exist_ok=True)  # somebody else's
+    assert sorted(entry.name for entry in (tmp_path / "renamed" / "tensorboard").iterdir()) == [".notebook", "run"]
     assert [event.step for event in events_of(tmp_path / "renamed").Scalars("train/loss")] == [0, 3]
 
 
@@ -63,19 +65,26 @@ def test_every_figure_has_a_group(name, shown):
     assert grouped(name) == shown
 
 
-def test_the_first_page_finds_the_curves(monitor, tmp_path):
+def test_each_chart_of_the_first_page_finds_its_curves_and_no_others(monitor, tmp_path):
+    """Those that a name begins with would be found too: TensorBoard calls `re.match`."""
     monitor.scalars(1, LINE)
-    monitor.evaluation(1, "test", {"eer": 0.1, "tar_at_far/1e-3": 0.5, "rank1": 0.9, "images": 400}, 0.3)
+    others = {"threshold_at_far/1e-3": 0.4, "rank10": 1.0, "fnmr_at_fmr/1e-3": 0.5, "accuracy_spread": 0.01}
+    monitor.evaluation(1, "test", {"eer": 0.1, "tar_at_far/1e-3": 0.5, "rank1": 0.9, "accuracy": 0.9, "images": 400, **others}, 0.3)
     monitor.close()
     events = events_of(tmp_path / "run")
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(FIRST_PAGE)
-    import re
-
     tags = events.Tags()["scalars"]
-    for category in layout.category:
-        for chart in category.chart:
-            assert any(re.fullmatch(pattern, tag) for pattern in chart.multiline.tag for tag in tags), chart.title
+    found = {
+        chart.title: {tag for tag in tags if any(re.match(pattern, tag) for pattern in chart.multiline.tag)}
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert all(found.values()), found
+    assert found["loss"] == {"train/loss"} and "train/loss_scale" in tags
+    assert found["best threshold"] == {"evaluation/test/threshold"}
+    assert found["rank-1 and accuracy"] == {"evaluation/test/rank1", "evaluation/test/accuracy"}
+    assert found["TAR at FAR"] == {"evaluation/test/tar_at_far/1e-3"}
 
 
 def test_sizes_of_a_set_are_in_a_table_and_no_curves(monitor, tmp_path):
@@ -105,7 +114,11 @@ def test_the_projector_finds_vectors_labels_and_thumbnails(monitor, tmp_path):
     np.testing.assert_array_equal(np.asarray(read).reshape(5, 8), vectors + 9)
     assert (folder / entry.metadata_path).read_text() == "anna\nb c\nø\nd\ne\n"
     sheet = pixels_of((folder / entry.sprite.image_path).read_bytes())
-    assert sheet.shape == (8, 12, 3) and list(entry.sprite.single_image_dim) == [4, 4]
+    assert sheet.shape == (12, 12, 3) and list(entry.sprite.single_image_dim) == [4, 4]
+    size = sheet.shape[0] // 4
+    for number, image in enumerate(images):  # where the projector's shader looks for them: by rows, which must be as many as columns
+        row, column = number // size, number % size
+        assert np.abs(sheet[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].mean() - image.mean()) < 8
 
 
 def test_options_and_last_figures_are_one_row(monitor, tmp_path):
@@ -118,6 +131,24 @@ def test_options_and_last_figures_are_one_row(monitor, tmp_path):
     content = events_of(tmp_path / "run").summary_metadata["_hparams_/experiment"].plugin_data.content
     metrics = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
     assert [metric.name.tag for metric in metrics] == ["evaluation/test/eer"]
+
+
+def test_a_run_that_goes_on_with_other_options_shows_the_last_ones(tmp_path):
+    """Readers keep the first that they find in a run, so there must be no others."""
+    for epochs, first in ((8.0, 0), (16.0, 5)):
+        monitor = Monitor(tmp_path / "run", 10, console=False, first_step=first, options={"run.epochs": epochs})
+        for step in range(first, 10):
+            monitor.scalars(step, {"loss": epochs})
+        monitor.outcome({"test/eer": 0.1})
+        monitor.outcome({"test/eer": 0.1})
+        monitor.close()
+    events = events_of(tmp_path / "run")
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams["run.epochs"].number_value == 16
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (step, 8.0 if step < 5 else 16.0) for step in range(10)
+    ]
+    assert len(list((tmp_path / "run" / "tensorboard" / "run").iterdir())) == 3
 
 
 def test_pictures(monitor, tmp_path):

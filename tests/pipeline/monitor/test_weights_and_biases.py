@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 import types
 
 import numpy as np
@@ -72,6 +73,15 @@ def test_a_run_that_goes_on_is_the_same_run(tmp_path, runs):
     assert first == second != third and all(run.options["resume"] == "allow" for run in runs)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"../other\n"])
+def test_a_number_that_was_not_written_whole_is_made_anew(tmp_path, runs, content):
+    (tmp_path / "run" / "wandb").mkdir(parents=True)
+    (tmp_path / "run" / "wandb" / "id").write_bytes(content)
+    for _ in range(2):
+        Monitor(tmp_path / "run", 10, console=False, config=WANDB, first_step=5).close()
+    assert runs[0].options["id"] == runs[1].options["id"] and len(runs[0].options["id"]) == 16
+
+
 def test_what_goes_wrong_in_it_does_not_end_the_run(tmp_path, runs):
     stream = io.StringIO()
     monitor = Monitor(tmp_path / "run", 10, config=WANDB, stream=stream)
@@ -102,6 +112,15 @@ def test_a_missing_package_ends_in_a_sentence_before_anything_is_read(tmp_path, 
     module.check(MonitorConfig())
 
 
+def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
+    """W&B makes one where it is started, and Python takes any folder for a package."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="wandb, which is not installed"):
+        module.check(WANDB)
+
+
 def test_the_package_itself_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'protoshard[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -113,4 +132,7 @@ def test_the_package_itself_offline(tmp_path, monkeypatch):
     monitor.outcome({"test/eer": 0.1})
     monitor.close()
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    assert b"train/loss" in file.read_bytes() and b"evaluation/test/eer" in file.read_bytes()
+    deadline = time.monotonic() + 30  # a process of its own writes, and does so after `finish` has returned
+    while not (b"train/loss" in file.read_bytes() and b"evaluation/test/eer" in file.read_bytes()):
+        assert time.monotonic() < deadline, file.stat().st_size
+        time.sleep(0.1)
