@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,9 @@ COMMON = "*: at the threshold that all have in common."
 def title_of(name: str) -> str:
     """ "tar_at_far/1e-3" -> "TAR at FAR 1e-3"."""
     group, _, rate = name.rpartition("/")
-    if group and rate.startswith("1e-"):
-        kind, _, at = group.partition("_at_")
-        return f"{kind.upper()} at {at.upper()} {rate}"
+    kind, _, at = group.partition("_at_")
+    if at and re.fullmatch(r"[\d.e-]+", rate):
+        return f"{kind if kind == 'threshold' else kind.upper()} at {at.upper()} {rate}"
     return NAMES.get(name, name.replace("_", " "))
 
 

@@ -165,9 +165,13 @@ def _groups(entry: Entry, whose: str) -> list[Safe]:
     if not names:
         return []
     values, intervals = entry.newest.values, entry.newest.intervals
-    shown = [figure for figure in main_figures([entry]) if any(f"{name}/{figure}" in values for name in names)]
-    rows = [[name, *(of_value(values.get(f"{name}/{figure}"), intervals.get(f"{name}/{figure}")) for figure in shown)] for name in names]
-    parts = [_heading(whose, "groups"), table(["group", *map(title_of, shown)], rows)]
+    own = [key.removeprefix(f"{name}/") for name in names for key in values if key.startswith(f"{name}/")]
+    figures_of = [figure for figure in dict.fromkeys(own) if not figure.startswith("fnmr_at_fmr/")]
+    rows = [
+        [title_of(figure), *(of_value(values.get(f"{name}/{figure}"), intervals.get(f"{name}/{figure}")) for name in names)]
+        for figure in figures_of
+    ]
+    parts = [_heading(whose, "groups"), table(["figure", *names], rows)]
     if curves := entry.curve.groups if entry.curve else {}:
         titles = (("ROC of groups", figures.roc_figure), ("DET of groups", figures.det_figure))
         drawn = [_figure(draw(curves, title), f"{title}: {', '.join(curves)}") for title, draw in titles]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.report.cells import title_of
 from pipeline.report.entries import Entry, are_of_one_set, best_of, by_set, main_figures
 from pipeline.report.run_files import Evaluation, RunFiles
 
@@ -63,3 +64,18 @@ def test_figures_of_a_protocol_that_has_others():
         "a", RunFiles("a", "a"), False, [Evaluation(1, {"top1": 0.5, "fpir_at_x": 0.1, "probes": 3, "fnmr_at_fmr/1e-1": 0})], {}, {}
     )
     assert main_figures([one]) == ["top1", "fpir_at_x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("tar_at_far/1e-3", "TAR at FAR 1e-3"),
+        ("tpir_at_fpir/0.01", "TPIR at FPIR 0.01"),
+        ("threshold_at_fpir/0.1", "threshold at FPIR 0.1"),
+        ("tar_at_common", "tar at common"),
+        ("eer", "EER"),
+        ("odd/name", "odd/name"),
+    ],
+)
+def test_titles_of_figures(name, title):
+    assert title_of(name) == title

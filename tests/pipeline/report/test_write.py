@@ -92,6 +92,7 @@ def test_names_are_shown_and_not_run(tmp_path):
     seen = page(run, out=tmp_path / "out.html")
     assert seen.text.count(HOSTILE) > 5 and "set <b>$x{$" in seen.text and "</td>" in seen.text
     assert any(HOSTILE in alt for alt in seen.alts) and "impostor pairs that" not in seen.text
+    assert f"{folders.report(2).thresholds['threshold_at_far/1e-2']:.4f}" in seen.text and "threshold at FAR 1e-2" in seen.text
     assert "the groups and their mean false reject rate meet" in seen.text
 
 
