@@ -281,6 +281,11 @@ def test_a_folder_of_another_kind_and_half_of_the_lists_for_search_end_in_a_sent
     with pytest.raises(ValueError, match=r"meta has none of ijbb_face_tid_mid.txt and ijbc_face_tid_mid.txt"):
         module.Ijb(str(tmp_path), DATA)
     folder = write_ijb(tmp_path / "IJBC")
+    (folder / "loose_crop").rename(tmp_path / "crops")
+    with pytest.raises(ValueError, match=r"IJBC/loose_crop is no folder; expected the images of .*meta there"):
+        module.Ijb(str(folder), DATA)
+    assert len(module.Ijb(str(folder), DATA, images=str(tmp_path / "crops")).source) == 54
+    (tmp_path / "crops").rename(folder / "loose_crop")
     (folder / "meta" / G1).unlink()
     with pytest.raises(
         ValueError, match=r"gallery_G1.csv is missing: 1:N needs ijbc_1N_gallery_G1.csv, ijbc_1N_gallery_G2.csv, ijbc_1N_pr"
