@@ -51,7 +51,7 @@ def _protocols(options: argparse.Namespace) -> None:
 
     for name in names():
         print(name)
-        print(textwrap.fill(description(name), WIDTH, initial_indent="    ", subsequent_indent="    "))
+        print(textwrap.fill(description(name), WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def _draws(text: str) -> int:

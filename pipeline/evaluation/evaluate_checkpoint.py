@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from pipeline.config import TrainConfig, from_dict
 from pipeline.distributed import join
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.protocols import open_protocol
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.report_lines import lines
 from pipeline.resolve import resolve
 from pipeline.starting_weights import backbone_of
-
-WIDTH = 120  # columns of a table of groups
-NARROWEST = 17  # of its columns, for "accepts nothing"
 
 
 def load_backbone(saved: Checkpoint, device: torch.device, ema: bool = False, recipe: str | None = None) -> tuple[nn.Module, TrainConfig]:
@@ -90,36 +87,4 @@ def evaluate_checkpoint(
     if as_json:
         print(json.dumps(report.as_dict()))
         return
-    print("\n".join([*lines(report), *lines_of_groups(report.groups)]))
-
-
-def lines(report: Report) -> Iterator[str]:
-    """A line for each figure and threshold of the report, with its interval."""
-    for name, shown in _shown(report).items():
-        interval = report.intervals.get(name)
-        yield f"{name.replace('/', '='):28}{shown}" + (f"  ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
-
-
-def lines_of_groups(groups: Mapping[str, Report]) -> Iterator[str]:
-    """The groups side by side, as many as a terminal has room for; JSON has their intervals."""
-    width = max([NARROWEST, *(len(group) + 2 for group in groups)])
-    at_once = max(1, (WIDTH - 28) // width)
-    names = list(groups)
-    for start in range(0, len(names), at_once):
-        shown = {name: _shown(groups[name], short=True) for name in names[start : start + at_once]}
-        yield f"\n{'':28}" + "".join(f"{name:{width}}" for name in shown).rstrip()
-        for figure in dict.fromkeys(figure for column in shown.values() for figure in column):
-            yield (f"{figure.replace('/', '='):28}" + "".join(f"{column.get(figure, '-'):{width}}" for column in shown.values())).rstrip()
-
-
-def _shown(report: Report, short: bool = False) -> dict[str, str]:
-    """Figures and thresholds by name, as people read them."""
-    numbers = {**report.figures, **report.thresholds}
-    found = {}
-    for name, value in numbers.items():
-        if value is None and "/" not in name:  # nothing that the protocol knows
-            continue
-        unreached = numbers.get(name.replace("threshold", "tar")) is None
-        missing = "unreached" + ": too few impostor pairs" * (not short) if unreached else "accepts nothing"
-        found[name] = missing if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    return found
+    print("\n".join(lines(report)))

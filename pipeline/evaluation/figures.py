@@ -22,8 +22,6 @@ with extra("train"):
 LOWEST_FAR = 1e-4  # of an ROC; of a set with more impostor pairs, the lowest power of ten that it reaches
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: told apart by colour-blind readers and in grey
 
-STYLES = ("-", "--", "-.")  # of lines, where there are more curves than colours
-
 
 def roc_figure(reports: Mapping[str, Report], title: str) -> Figure:
     """TAR over FAR (logarithmic, 1e-4 or less to 1), one curve per named report, its EER in the legend and a dot on the curve."""
@@ -31,9 +29,9 @@ def roc_figure(reports: Mapping[str, Report], title: str) -> Figure:
     lowest = _lowest_far(reports)
     for i, (name, report) in enumerate(reports.items()):
         far_P, tar_P = _visible(report, lowest)
-        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+        color = COLORS[i % len(COLORS)]
         label = f"{name} (EER {report.eer:.2%})"
-        axes.plot(far_P, tar_P, color=color, linestyle=style, linewidth=1.8, drawstyle="steps-post", label=label, clip_on=False, zorder=3)
+        axes.plot(far_P, tar_P, color=color, linewidth=1.8, drawstyle="steps-post", label=label, clip_on=False, zorder=3)
         if report.eer >= lowest:
             axes.plot(report.eer, 1 - report.eer, "o", color=color, markersize=5, clip_on=False, zorder=4)
     chance = np.geomspace(lowest, 1, 200)
@@ -53,11 +51,9 @@ def det_figure(reports: Mapping[str, Report], title: str) -> Figure:
     for i, (name, report) in enumerate(reports.items()):
         far_P, tar_P = _visible(report, lowest)
         rejects = tar_P < 1
-        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+        color = COLORS[i % len(COLORS)]
         label = f"{name} (EER {report.eer:.2%})"
-        axes.plot(
-            far_P[rejects], 1 - tar_P[rejects], color=color, linestyle=style, linewidth=1.8, drawstyle="steps-post", label=label, zorder=3
-        )
+        axes.plot(far_P[rejects], 1 - tar_P[rejects], color=color, linewidth=1.8, drawstyle="steps-post", label=label, zorder=3)
         if report.eer >= lowest:
             axes.plot(report.eer, report.eer, "o", color=color, markersize=5, zorder=4)
     axes.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1, linestyle=":", label="equal rates")

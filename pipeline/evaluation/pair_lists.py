@@ -14,6 +14,10 @@ from dali_loaders.regular import open_regular
 IMAGE_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")  # aligned copies of LFW have other ones than the originals
 _EXPECTED = "expected LFW's lines (name i j, or name i name j) or CALFW's and CPLFW's (image label, two lines a pair)"
 _SHOWN = 3
+REMEDY = {
+    True: " --allow-missing leaves their pairs out.",
+    False: " Name the folder where they are with --images.",
+}  # whether some are there
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,11 @@ def find(listed: PairList, path: str, folder: str, allow_missing: bool | None = 
             found[name] = file
     if missing and not (allow_missing and found):
         first = ", ".join(map(printable, missing[:_SHOWN])) + ", ..." * (len(missing) > _SHOWN)
+        remedy = "" if allow_missing is None else REMEDY[bool(found)]
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(found) + len(missing)} images of {path} ({first}): "
-            f"looked for {os.path.join(folder, printable(missing[0]))}, and in folders of the persons' names; a score on fewer pairs could not be "
-            "compared." + " --allow-missing leaves their pairs out." * (allow_missing is not None and bool(found))
+            f"{folder} lacks {len(missing)} of the {len(found) + len(missing)} images of {path} ({first}): looked for "
+            f"{os.path.join(folder, printable(missing[0]))}, and in folders of the persons' names; a score on fewer pairs could not be "
+            f"compared.{remedy}"
         )
     return found
 

@@ -16,7 +16,7 @@ from dali_loaders.sources import IMAGE_EXTENSIONS, Source
 from pipeline.evaluation.embedder import Embedder
 from pipeline.evaluation.listed_files import ListedFiles
 from pipeline.evaluation.listed_pairs import ListedPairs, list_checksum
-from pipeline.evaluation.pair_lists import PairList
+from pipeline.evaluation.pair_lists import REMEDY, PairList
 from pipeline.evaluation.protocols.registry import register
 from pipeline.evaluation.report import Report
 
@@ -51,9 +51,7 @@ class Ytf:
             names = ", ".join(map(printable, missing[:_SHOWN])) + ", ..." * (len(missing) > _SHOWN)
             raise ValueError(
                 f"{folder} has no frames of {len(missing)} of the {len(frames)} videos of {path} ({names}): looked for images in "
-                f"{os.path.join(folder, printable(missing[0]))}; a score on fewer pairs could not be compared."
-                + " --allow-missing leaves their pairs out."
-                * bool(there)
+                f"{os.path.join(folder, printable(missing[0]))}; a score on fewer pairs could not be compared.{REMEDY[bool(there)]}"
             )
         self.video_N = np.repeat(np.arange(len(there)), [len(frames[video]) for video in there])
         self.pairs = ListedPairs.of(listed, path, {video: number for number, video in enumerate(there)}, os.path.dirname)

@@ -96,7 +96,7 @@ def test_what_is_refused_before_anything_is_embedded(tmp_path):
     def never(images):
         raise AssertionError("embedded")
 
-    with pytest.raises(ValueError, match=r"lacks 60 of the 60 images(?!.*--allow-missing)"):
+    with pytest.raises(ValueError, match=r"lacks 60 of the 60 images(?!.*--allow-missing).* Name the folder where they are with --images"):
         evaluate(never, path, DATA, protocol="pairs_list", options={"allow_missing": True, "images": str(tmp_path / "none")})
     (tmp_path / "one.txt").write_text("Ann_0_0\t1\t2\n" * 4)
     with pytest.raises(ValueError, match=r"one.txt: no impostor pair is among its 4 pairs with both images"):
