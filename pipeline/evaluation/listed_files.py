@@ -49,6 +49,8 @@ def are_there(folder: str, names: Sequence[str], list_path: str, allow_missing: 
         raise ValueError(
             f"{list_path} names {printable(outside)[:100]}, which lies outside {folder}: a list may name files of its folder alone."
         )
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is no folder; expected the images of {list_path} there.")
     there_n = np.empty(len(names), bool)
     with progress(f"looking for the images of {os.path.basename(list_path)}", len(names)) as done:
         for number, name in enumerate(names):

@@ -107,15 +107,16 @@ class OperatingPoints:
 
     def at_far(self, inverse: int, nearest: bool = False) -> tuple[float | None, float | None]:
         """TAR and threshold at a false accept rate of 1 / inverse: the best point with at most that rate or, with `nearest`, as the
-        scripts for IJB have it, the point whose rate is nearest (of two the one that accepts more). TAR is None below `inverse` impostor
-        pairs, the threshold also where nothing can be accepted."""
+        scripts for IJB have it, the corner of the curve whose rate is nearest (of several the one that accepts most). TAR is None below
+        `inverse` impostor pairs, the threshold also where nothing can be accepted."""
         if self.impostor_pairs < inverse:
             return None, None
         if nearest:
-            distance_P = np.abs(self.false_accepts_P * inverse - self.impostor_pairs)
-            at = len(distance_P) - 1 - int(np.argmin(distance_P[::-1]))
+            corner_n = self._corners()
+            distance_n = np.abs(self.false_accepts_P[corner_n] - self.impostor_pairs / inverse)
+            at = int(corner_n[len(corner_n) - 1 - int(np.argmin(distance_n[::-1]))])
         else:
-            at = int(np.searchsorted(self.false_accepts_P * inverse, self.impostor_pairs, side="right")) - 1
+            at = int(np.searchsorted(self.false_accepts_P, self.impostor_pairs // inverse, side="right")) - 1
         return self.true_accepts_P[at] / self.genuine_pairs, float(self.threshold_P[at]) if at else None
 
     def figures(self, nearest: bool = False) -> tuple[dict[str, float | int | None], dict[str, float | None]]:
@@ -140,6 +141,13 @@ class OperatingPoints:
         targets[-1] = 1.0
         keep = np.unique(np.searchsorted(far_P, targets, side="right") - 1)
         return far_P[keep], tar_P[keep]
+
+    def _corners(self) -> np.ndarray:
+        """Numbers of the points that scikit-learn's roc_curve leaves, by which those scripts choose: not those in the middle of a straight
+        line of equal steps. The point that accepts nothing stays."""
+        bends = np.diff(self.false_accepts_P[1:], 2).astype(bool) | np.diff(self.true_accepts_P[1:], 2).astype(bool)
+        last = len(self.threshold_P) - 1
+        return np.unique(np.concatenate([[0, 1], np.flatnonzero(bends) + 2, [last]]))
 
     def _rates(self) -> tuple[np.ndarray, np.ndarray]:
         return self.true_accepts_P / self.genuine_pairs, self.false_accepts_P / self.impostor_pairs

@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 class Ijb:
     """IJB-B or IJB-C in InsightFace's packing (a folder with loose_crop and meta): TAR@FAR of pairs of templates, and 1:N search.
 
-    Loose crops are warped by their five landmarks when they are read. A feature is that of the image plus that of its mirror image, not
-    normalised, times the detector's score; a template is the sum over its media of the means of their features (templates.py).
+    Loose crops are warped by their five landmarks when they are read, to the size of the network's images. A feature is that of the image
+    plus that of its mirror image, not normalised, times the detector's score; a template is the sum over its media of the means of their
+    features (templates.py).
     `tar_at_far` is at the point whose rate is nearest, as the scripts have it; `tar_at_far_conservative` never exceeds the rate.
     The group "1:N" is there where meta has the lists of galleries and probes: all probes against both galleries as one. `tpir_at_fpir`
     is the share of probes whose mate is above the n-th highest impostor similarity, n = probes x FPIR rounded up.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.evaluation import cross_pairs as module
 from pipeline.evaluation.cross_pairs import RANKS, cross, cross_pairs
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.report import OperatingPoints, Report
 
 
 def exact(queries: torch.Tensor, gallery: torch.Tensor, of_queries: np.ndarray, of_gallery: np.ndarray) -> dict:
@@ -140,3 +140,11 @@ def test_what_cannot_be_compared_ends_in_a_sentence(of, sentence):
     queries, gallery, of_queries, of_gallery = of
     with pytest.raises(ValueError, match=sentence):
         cross_pairs(queries, gallery, np.array(of_queries, int), np.array(of_gallery, int), names=("probes", "x.tar"))
+
+
+def test_rates_of_more_pairs_than_int64_holds_times_the_inverse():
+    """Half a million images have 1.2e11 impostor pairs; 1e8 times that many overflow."""
+    points = OperatingPoints(np.array([np.inf, 0.9, 0.5, 0.1]), np.array([0, 4, 8, 10]), np.array([0, 1200, 1260, 120_000_000_000]))
+    assert points.at_far(10**8) == (0.4, 0.9)
+    assert points.at_far(10**8, nearest=True) == (0.4, 0.9)
+    assert points.at_far(10**7, nearest=True) == points.at_far(10**7) == (0.8, 0.5)

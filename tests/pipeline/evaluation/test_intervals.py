@@ -1,5 +1,6 @@
 """Intervals and OPIS against plain loops that copy the drawn identities, on random and tied scores."""
 
+import itertools
 import time
 
 import numpy as np
@@ -164,7 +165,10 @@ def test_points_equal_a_loop_over_thresholds(scored, inverse, nearest):
         return
     candidates = [(t, (score[~same] >= t).sum(), (score[same] >= t).mean()) for t in (np.inf, *sorted(set(score), reverse=True))]
     allowed = (~same).sum() / inverse
-    if nearest:
+    if nearest:  # of the corners that scikit-learn leaves: not what lies between two equal steps
+        steps = [(after[1] - at[1], round((after[2] - at[2]) * same.sum())) for at, after in itertools.pairwise(candidates[1:])]
+        middle = [place + 2 for place, (step, following) in enumerate(itertools.pairwise(steps)) if step == following]
+        candidates = [candidate for place, candidate in enumerate(candidates) if place not in middle]
         distance = [abs(accepts * inverse - (~same).sum()) for _, accepts, _ in candidates]
         threshold, _, tar = [c for c, d in zip(candidates, distance, strict=True) if d == min(distance)][-1]
     else:

@@ -91,11 +91,16 @@ def exact_templates(features: np.ndarray, scores: np.ndarray, template: np.ndarr
 
 
 def exact_tar(score: np.ndarray, same: np.ndarray, rate: float) -> tuple[float, float]:
-    """At the rate nearest to `rate`, of two the one that accepts more; and at most at that rate."""
-    thresholds = np.append(np.inf, np.unique(score)[::-1])
-    far, tar = (np.array([(score[kind] >= at).mean() for at in thresholds]) for kind in (~same, same))
-    distance = np.abs(far - rate)
-    return tar[np.flatnonzero(distance <= distance.min() + 1e-15)[-1]], tar[far <= rate + 1e-15][-1]
+    """At the corner of the curve nearest to `rate`, of several the one that accepts most; and at most at that rate. scikit-learn's
+    roc_curve, which the script calls, drops a point that lies as far from the one before as from the next, in both directions."""
+    thresholds = np.unique(score)[::-1]
+    false, true = ([int((score[kind] >= at).sum()) for at in thresholds] for kind in (~same, same))
+    steps = [(false[at] - false[at - 1], true[at] - true[at - 1]) for at in range(1, len(false))]
+    kept = [at for at in range(len(false)) if at in (0, len(false) - 1) or steps[at - 1] != steps[at]]
+    corners = [(0.0, 0.0), *((false[at] / (~same).sum(), true[at] / same.sum()) for at in kept)]
+    closest = min(abs(far - rate) for far, _ in corners)
+    nearest = max(tar for far, tar in corners if abs(far - rate) <= closest + 1e-15)
+    return nearest, max(tar for far, tar in zip([0, *false], [0, *true], strict=True) if far <= rate * (~same).sum() + 1e-9) / same.sum()
 
 
 def exact_one_to_many(probes: list, gallery: list, mate: list[int]) -> dict:
@@ -281,6 +286,11 @@ def test_a_folder_of_another_kind_and_half_of_the_lists_for_search_end_in_a_sent
     with pytest.raises(ValueError, match=r"meta has none of ijbb_face_tid_mid.txt and ijbc_face_tid_mid.txt"):
         module.Ijb(str(tmp_path), DATA)
     folder = write_ijb(tmp_path / "IJBC")
+    (folder / "loose_crop").rename(tmp_path / "crops")
+    with pytest.raises(ValueError, match=r"IJBC/loose_crop is no folder; expected the images of .*meta there"):
+        module.Ijb(str(folder), DATA)
+    assert len(module.Ijb(str(folder), DATA, images=str(tmp_path / "crops")).source) == 54
+    (tmp_path / "crops").rename(folder / "loose_crop")
     (folder / "meta" / G1).unlink()
     with pytest.raises(
         ValueError, match=r"gallery_G1.csv is missing: 1:N needs ijbc_1N_gallery_G1.csv, ijbc_1N_gallery_G2.csv, ijbc_1N_pr"
