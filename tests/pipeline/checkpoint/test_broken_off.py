@@ -41,11 +41,19 @@ def is_sound(folder, step):
     return True
 
 
-def test_killed_at_any_call(tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with the checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two")
+    save(folder, 1), save(folder, 2)
+    return folder
+
+
+def test_killed_at_any_call(two, tmp_path):
     """Two checkpoints are there, and a third one is on its way, which replaces both."""
     for number in itertools.count():
         shutil.rmtree(tmp_path)
-        save(tmp_path, 1), save(tmp_path, 2)
+        shutil.copytree(two, tmp_path)
         try:
             with breaking(number, KilledError, lasts=True) as calls:
                 save(tmp_path, 3, keep=1)
@@ -87,11 +95,11 @@ def test_a_process_that_ends_at_any_call(tmp_path):
 
 
 @pytest.mark.parametrize(("error", "asynchronous"), [(full, True), (broken, False)])
-def test_any_call_fails_and_the_run_goes_on(tmp_path, error, asynchronous):
+def test_any_call_fails_and_the_run_goes_on(two, tmp_path, error, asynchronous):
     """Either the save succeeds in spite of it, or it is said, on every rank, and the earlier ones stay. The next one tries again."""
     for number in itertools.count():
         shutil.rmtree(tmp_path)
-        save(tmp_path, 1), save(tmp_path, 2)
+        shutil.copytree(two, tmp_path)
         with breaking(number, error) as calls:
             savers = save(tmp_path, 3, asynchronous=asynchronous)
         if len(calls) <= number:
