@@ -41,7 +41,8 @@ from pipeline.starting_weights import Start
 log = logging.getLogger(__name__)
 
 MOVED = ("prototypes", "optimizer.")  # beginnings of the names of what only an optimizer's step changes; a loss may set what it learns
-TO_COMPARE = ("accuracy", "eer", "rank1", "tar_at_far")  # beginnings of the figures by which a checkpoint can be the best
+# Beginnings of the figures by which a checkpoint can be the best, also of a group of a set.
+TO_COMPARE = ("accuracy", "eer", "map", "mfr", "rank", "spread", "tar_at_far", "tpir_at_fpir")
 
 
 class Run(Protocol):
@@ -76,7 +77,8 @@ def saver(run: Run) -> Saver:
     """ValueError for a figure, in checkpoint.best, that no evaluation of this run gives."""
     best = run.config.checkpoint.best
     sets = [name + end for name in run.evaluator.names.values() for end in ("", AVERAGED)[: 1 + bool(run.ema)]]
-    if best and not any(best.startswith(tuple(f"{name}/{figure}" for figure in TO_COMPARE)) for name in sets):
+    of_sets = [best.removeprefix(f"{name}/").split("/") for name in sets if best.startswith(f"{name}/")]
+    if best and not any(part.startswith(TO_COMPARE) for parts in of_sets for part in parts):
         remedy = f"such as {sets[0]}/eer" if sets else "and there is none: name a set with evaluation.data, .pairs or .protocols"
         raise ValueError(f"checkpoint.best is {best!r}, but must be a figure of one of this run's evaluation sets, {remedy}")
     owner = {} if run.lease is None else {"check_owner": run.lease.check}

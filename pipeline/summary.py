@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from pipeline import checkpoint
+from pipeline.monitor.json_lines import evaluated
 
 SHOWN = {"eer": "EER", "tar_at_far/1e-2": "TAR@FAR=1e-2", "rank1": "rank-1", "accuracy": "accuracy"}
 
@@ -20,7 +21,7 @@ def summary(folder: str, checkpoints: str = "") -> str:
     have been full."""
     speeds, rows = _read(os.path.join(folder, "metrics.jsonl"))
     lines = [""]
-    for name in dict.fromkeys(key.removesuffix("/eer") for row in rows for key in row if key.endswith("/eer")):
+    for name in dict.fromkeys(name for row in rows for name in evaluated(row)):
         measured = [row for row in rows if f"{name}/eer" in row]
         # A run that goes on may name another set the same: it is compared with what has as many images only.
         measured = [row for row in measured if _size(row, name) == _size(measured[-1], name)]
@@ -54,7 +55,7 @@ def _read(path: str) -> tuple[array[float], list[dict[str, Any]]]:
                 row = json.loads(line)
                 if row.get("images_per_second") is not None:
                     speeds.append(row["images_per_second"])
-                if isinstance(row["step"], int) and any(key.endswith("/eer") for key in row):
+                if isinstance(row["step"], int) and evaluated(row):
                     rows.append(row)
             except (ValueError, KeyError, TypeError, AttributeError):  # not written whole
                 continue

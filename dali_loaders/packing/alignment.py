@@ -14,11 +14,14 @@ def similarity(points_52: np.ndarray, target_52: np.ndarray) -> np.ndarray:
     """The matrix float64 [2, 3] of the similarity, without reflection, that brings points closest to their targets in the least squares.
 
     In complex numbers it is z -> a z + b, linear in a and b, so that the best a is a quotient of two sums; it equals Umeyama's solution
-    (PAMI 1991, equations 40 to 42) in two dimensions. ValueError where all points are one."""
+    (PAMI 1991, equations 40 to 42) in two dimensions. ValueError where all points are one, or nowhere."""
     points, target = _complex(points_52), _complex(target_52)
     p, q = points - points.mean(), target - target.mean()
     spread = float(np.vdot(p, p).real)
-    if not spread > 1e-12 * max(1.0, float(np.abs(points).max()) ** 2):
+    extent = float(np.abs(points).max())
+    if not extent < 1e100:  # whose square is a number
+        raise ValueError("the landmarks are too far away")
+    if not spread > 1e-12 * max(1.0, extent**2):
         raise ValueError("the landmarks are one point")
     a = np.vdot(p, q) / spread
     b = target.mean() - a * points.mean()

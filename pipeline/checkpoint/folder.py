@@ -23,7 +23,7 @@ NAME = "step-{:08d}"
 SUPERSEDED = ".superseded"
 FOLDER, ABOUT = "checkpoints", "run.json"  # in a run's folder: its checkpoints, and what it is
 MOST_ABOUT = 1 << 20  # bytes that are read of a run.json, which has 500
-LOWER_IS_BETTER = ("eer", "loss")  # last parts of the names of such figures
+LOWER_IS_BETTER = ("eer", "loss", "spread", "spread_std")  # last parts of the names of such figures
 
 
 def complete(folder: str | Store) -> list[str]:

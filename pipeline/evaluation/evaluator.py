@@ -18,7 +18,7 @@ from pipeline.evaluation import Report, evaluate, sheets
 from pipeline.evaluation.curves_so_far import CurvesSoFar
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.kept import FILE, Kept
-from pipeline.evaluation.protocols import open_protocol
+from pipeline.evaluation.protocols import OPTIONS, open_protocol
 from pipeline.evaluation.report import HISTOGRAM_EDGES
 from pipeline.evaluation.set_names import AVERAGED, CURVES, HARD_PAIRS, file_name, set_names
 from pipeline.monitor import Monitor, of_set
@@ -171,7 +171,9 @@ def _try(field: str, protocol: str | None, path: str, data: DataConfig) -> tuple
         bytes_of = os.path.getsize(path) if os.path.isfile(path) else None
         return source.account.remarks(path), {"path": without_secrets(_absolute(path)), "bytes": bytes_of, **facts}
     except ValueError as error:
-        raise ValueError(f"evaluation.{field}: {error} Name another set, or none with --set evaluation.{field}=") from error
+        of_eval = any(option in str(error) for option in OPTIONS.values())
+        hint = " (Options are of `protoshard eval`; of a run, images must lie or be linked where the protocol looks.)" * of_eval
+        raise ValueError(f"evaluation.{field}: {error}{hint} Name another set, or none with --set evaluation.{field}=") from error
 
 
 def _absolute(path: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dali_loaders.identities import checksum
+from dali_loaders.names import printable
 from pipeline.evaluation.bin_pairs import chosen_distances, score_pairs
 from pipeline.evaluation.pair_lists import PairList, balanced
 from pipeline.evaluation.report import Report
@@ -57,7 +58,11 @@ class ListedPairs:
     def of(cls, listed: PairList, path: str, number_of: Mapping[str, int], person_of: Callable[[str], str]) -> ListedPairs:
         """`number_of` has the names that are there. A list with one fold is cut into ten, as `balanced` has it. `person_of` gives who is in
         an image by its name; it is not believed where that contradicts the list. ValueError, naming `path`, where one kind of pairs is
-        missing."""
+        missing, and for a pair that is said to be of both kinds."""
+        kind_of: dict[tuple[str, ...], bool] = {}
+        for pair, is_same in zip(listed.pairs, listed.issame, strict=True):
+            if kind_of.setdefault(tuple(sorted(pair)), is_same) != is_same:
+                raise ValueError(f"{path} names {' and '.join(map(printable, pair))} as one person and as two; copy the list again.")
         order = balanced(listed) if listed.folds == 1 else range(len(listed.pairs))
         folds = listed.folds if listed.folds > 1 else min(10, len(order))
         there = [place for place in range(len(order)) if all(name in number_of for name in listed.pairs[order[place]])]

@@ -43,6 +43,14 @@ def read_lists(folder: str) -> MegaFaceLists:
     identity_P = np.array([number[path.split("/")[-2]] for path in probes], np.int64)
     noise_P = np.array([path.split("/")[-1] in noises[0] for path in probes])
     noise_G = np.array(["/".join(path.split("/")[-3:]) in noises[1] for path in distractors])
+    for name, list_name, noise_n in zip(there, (_PROBES, _DISTRACTORS), (noise_P, noise_G), strict=False):
+        if not noise_n.any():
+            raise ValueError(
+                f"{os.path.join(folder, name)} names none of the images of {list_name}, so nothing would be refined; expected names as "
+                "they are there, with their extensions. Take both lists of noise away for the score without them."
+            )
+    if noise_G.all():
+        raise ValueError(f"{os.path.join(folder, _NOISES[1])} names every image of {_DISTRACTORS}; expected distractors that are no noise.")
     only_noise = np.setdiff1d(identity_P, identity_P[~noise_P])
     if len(only_noise):
         raise ValueError(

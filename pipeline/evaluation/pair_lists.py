@@ -11,7 +11,8 @@ import numpy as np
 from dali_loaders.names import printable
 from dali_loaders.regular import open_regular
 
-IMAGE_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp")  # aligned copies of LFW have other ones than the originals
+_LOWER = (".jpg", ".png", ".jpeg", ".webp", ".bmp")
+IMAGE_EXTENSIONS = (*_LOWER, *map(str.upper, _LOWER))  # aligned copies of LFW have other ones than the originals
 _EXPECTED = "expected LFW's lines (name i j, or name i name j) or CALFW's and CPLFW's (image label, two lines a pair)"
 _SHOWN = 3
 REMEDY = {
@@ -39,16 +40,21 @@ def read_list(path: str) -> PairList:
     if not lines:
         raise ValueError(f"{path} is empty; {_EXPECTED}.")
     fields = lines[0][1]
-    if all(field.isdecimal() for field in fields) or len(fields) in (3, 4):
+    if _is_header(fields) or len(fields) in (3, 4):
         return _lfw(path, lines)
     return _two_lines_a_pair(path, lines)
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Names may be numbers too."""
+    return len(fields) < 3 and all(field.isdecimal() for field in fields)
 
 
 def _lfw(path: str, lines: list[tuple[int, list[str]]]) -> PairList:
     """The first line is "folds n", n genuine and n impostor pairs in each fold; or n alone, for one fold. Some copies have none, as RFW's
     lists: they are in ten folds where each tenth has as many genuine pairs as the others."""
     folds, each = 1, None
-    if all(field.isdecimal() for field in lines[0][1]):
+    if _is_header(lines[0][1]):
         *several, each = map(int, lines[0][1])
         folds = several[0] if several else 1
         lines = lines[1:]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pipeline.evaluation.report import Report
 
 WIDTH = 120  # columns of groups side by side
+NOT_KNOWN = ("identities", "rank1")  # None where a protocol has no such thing; every other None is unreached
 NARROWEST = 17  # of one of them, for "accepts nothing"
 
 
@@ -43,7 +44,7 @@ def _shown(report: Report, short: bool = False) -> dict[str, str]:
     numbers = {**report.figures, **report.thresholds}
     found = {}
     for name, value in numbers.items():
-        if value is None and "/" not in name:  # nothing that the protocol knows
+        if value is None and name in NOT_KNOWN:
             continue
         unreached = numbers.get(name.replace("threshold", "tar")) is None
         missing = "unreached" + ": too few impostor pairs" * (not short) if unreached else "accepts nothing"

@@ -70,6 +70,7 @@ def read_lists(folder: str, allow_missing: bool = False) -> TemplateLists:
     if not missing:
         parts, of_probes = [_subjects(file) for file in galleries], _subjects(probes)
         gallery = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        gallery = _one_subject_each(gallery, of_probes, [*galleries, probes])
         _check_subjects(gallery[1], of_probes[1], galleries, probes)
         lists = replace(lists, gallery=gallery, probes=of_probes)
     known = np.unique(lists.template_N)
@@ -95,13 +96,14 @@ def _faces(path: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         except ValueError as error:
             raise _no_line(path, number, line, _FACES) from error
         names.append(name)
-    template_N, media_N = np.array(ids, np.int64).T
+    template_N, media_N = _int64(ids, path).T
     return names, template_N, media_N
 
 
 def _points(path: str, names: list[str], allow_missing: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of the images that have landmarks; landmarks and scores of all images. A line is that of the image with its name; where a
-    name comes again, as often in both lists and in the same order, that of its turn."""
+    name comes again, as often in both lists and in the same order, that of its turn. A line of no image is refused: the list of images
+    may be cut off, and its last template would lack some."""
     found, rows = [], []
     for number, line in _lines(path, _POINTS):
         name, *fields = line.split()
@@ -120,6 +122,11 @@ def _points(path: str, names: list[str], allow_missing: bool) -> tuple[np.ndarra
         place_of = {name: place for place, name in enumerate(found)}
         if len(place_of) < len(found):
             raise ValueError(f"{path} has several lines for one image, and not in the order of the list of faces; copy both lists again.")
+        if (unused := place_of.keys() - set(names)) and not allow_missing:
+            raise ValueError(
+                f"{path} has landmarks of {len(unused)} images that the list of faces does not name, such as {printable(min(unused))[:100]}"
+                "; copy both lists again. --allow-missing passes over them."
+            )
         place_N = np.array([place_of.get(name, -1) for name in names])
     numbers = np.flatnonzero(place_N >= 0)
     if len(numbers) < len(names) and not (allow_missing and len(numbers)):
@@ -176,7 +183,30 @@ def _subjects(path: str) -> tuple[np.ndarray, np.ndarray]:
             )
     if not subject_of:
         raise ValueError(f"{path} names no template; expected {_SUBJECTS}.")
-    return np.array(list(subject_of), np.int64), np.array(list(subject_of.values()), np.int64)
+    template_n, subject_n = _int64(list(subject_of.items()), path).T
+    return template_n, subject_n
+
+
+def _int64(ids: list[tuple[int, int]], path: str) -> np.ndarray:
+    try:
+        return np.array(ids, np.int64)
+    except OverflowError as error:
+        raise ValueError(f"{path} has the number {max(map(max, ids))}, which is too large; expected numbers of 64 bits.") from error
+
+
+def _one_subject_each(
+    gallery: tuple[np.ndarray, np.ndarray], probes: tuple[np.ndarray, np.ndarray], files: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gallery, with a template that both of its lists name once. ValueError where lists give one template two subjects."""
+    templates, subjects = (np.concatenate(parts) for parts in zip(gallery, probes, strict=True))
+    _, first, of = np.unique(templates, return_index=True, return_inverse=True)
+    if len(other := np.flatnonzero(subjects[first][of] != subjects)):
+        raise ValueError(
+            f"{', '.join(files)} give template {templates[other[0]]} two subjects, {subjects[first][of][other[0]]} and "
+            f"{subjects[other[0]]}; copy them again."
+        )
+    once = np.sort(np.unique(gallery[0], return_index=True)[1])
+    return gallery[0][once], gallery[1][once]
 
 
 def _check_subjects(gallery: np.ndarray, probes: np.ndarray, galleries: list[str], probe_path: str) -> None:

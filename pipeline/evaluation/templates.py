@@ -10,7 +10,7 @@ from torch import Tensor
 from dali_loaders.progress import progress
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.score_bins import Counts, bins, total
-from pipeline.evaluation.tiles import TILE, spans, unit_rows, work_on
+from pipeline.evaluation.tiles import TILE, check_finite, spans, unit_rows, work_on
 
 _ROWS = 8192  # features in float64 at a time
 
@@ -28,13 +28,16 @@ def pool(feature_ND: Tensor, weight_N: np.ndarray, template_N: np.ndarray, media
     share_N = np.asarray(weight_N, np.float64) / count_M[media_place_N.reshape(-1)]
     order = np.argsort(place_N, kind="stable")
     sum_TD = np.zeros((len(ids_T), feature_ND.shape[1]))
+    bad = 0
     with progress("pooling templates", len(order)) as done:
         for rows in spans(len(order), _ROWS):
             which = order[rows]
             weighted_nD = feature_ND[torch.from_numpy(which).to(feature_ND.device)].double().cpu().numpy() * share_N[which, None]
+            bad += int((~np.isfinite(weighted_nD).all(axis=1)).sum())
             of, starts = np.unique(place_N[which], return_index=True)
             sum_TD[of] += np.add.reduceat(weighted_nD, starts, axis=0)
             done.add(len(which))
+    check_finite(bad, len(order), name)
     return unit_rows(torch.from_numpy(sum_TD).to(feature_ND.device), name), ids_T
 
 

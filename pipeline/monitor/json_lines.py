@@ -57,6 +57,15 @@ def threshold_of(set_name: str) -> str:
     return f"evaluation/{set_name}/threshold"
 
 
+def evaluated(row: Mapping[str, Any]) -> list[str]:
+    """The sets whose figures a line of metrics holds. Groups of a set, SET/GROUP/eer, are none, and have no such threshold; it is the last
+    of those that begin like it, as of the groups of a set called "evaluation". Lines of the first versions have none."""
+    thresholds = [name for name in row if name.startswith("evaluation/") and name.endswith("/threshold") and name.count("/") > 1]
+    if thresholds:
+        return [thresholds[-1].split("/", 1)[1].rpartition("/")[0]]
+    return [name.removesuffix("/eer") for name in row if name.endswith("/eer")]
+
+
 def last_step(path: Path) -> float:
     """The step of the last line; 0 where there is none."""
     if not path.is_file():

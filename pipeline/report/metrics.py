@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.monitor.json_lines import evaluated
+
 LARGEST = 1e300  # of a number; JSON may have larger ones than a float holds
 COUNTS = {"images", "identities", "genuine_pairs", "impostor_pairs", "unreadable", "pairs", "folds"}  # which lines have as floats
 LONGEST = 1 << 20  # bytes of a line that is read
@@ -41,15 +43,12 @@ def read(path: Path, names: frozenset[str]) -> Metrics:
         found.step = max(found.step, step)
         if when is not None:
             found.began, found.ended = (when if math.isnan(found.began) else found.began), when
-        evaluated = [
-            name.split("/", 1)[1].rpartition("/")[0] for name in row if name.startswith("evaluation/") and name.endswith("/threshold")
-        ]
-        # Lines of the first versions have no such threshold.
-        for name in evaluated or [name.removesuffix("/eer") for name in row if name.endswith("/eer")]:
+        sets = evaluated(row)
+        for name in sets:
             values = {key.removeprefix(f"{name}/"): value for key, value in row.items() if key.startswith(f"{name}/")}
             values |= {key: int(values[key]) for key in values.keys() & COUNTS}
             found.evaluations[step, name] = values
-        if evaluated or any(name.endswith("/eer") for name in row):
+        if sets:
             continue
         found.last |= row
         for name in row.keys() & names:

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import checkpoint, run_checkpoints, same_run
 from pipeline.checkpoint import CheckpointConfig
+from pipeline.checkpoint.folder import best_of
 from pipeline.checkpoint.stores import _LocalSink
 from pipeline.config import as_dict
 from pipeline.evaluation.evaluate_checkpoint import evaluate_checkpoint
@@ -250,6 +251,22 @@ def test_a_run_keeps_its_best(ranks, data, tmp_path, caplog):
             ranks(1).run(train_losses, run_of(data, tmp_path / "x", evaluation=evaluation, checkpoint={"best": best}))
     with pytest.raises(AssertionError, match=r"and there is none: name a set with evaluation\.data"):
         ranks(1).run(train_losses, run_of(data, tmp_path / "x", checkpoint={"best": "faces/eer"}))
+
+
+@pytest.mark.parametrize("best", ["a/people/mfr", "a/people/African/tar_at_far/1e-6", "a/people/1:N/rank5", "a/people/spread"])
+def test_figures_of_groups_and_of_protocols_can_be_the_best(best):
+    run = mock.MagicMock(evaluator=SimpleNamespace(names={"x": "a/people"}), ema=None)
+    run.config.checkpoint.best = best
+    with mock.patch.object(run_checkpoints, "Saver"):
+        run_checkpoints.saver(run)
+        run.config.checkpoint.best = best.replace("people", "other")
+        with pytest.raises(ValueError, match="must be a figure of one of this run's evaluation sets, such as a/people/eer"):
+            run_checkpoints.saver(run)
+
+
+@pytest.mark.parametrize(("figure", "kept"), [("x/spread", 1), ("x/Asian/eer", 1), ("x/mfr", 2)])
+def test_which_of_two_is_the_better_one(figure, kept):
+    assert best_of({"step-00000001": 0.1, "step-00000002": 0.2}, figure) == f"step-0000000{kept}"
 
 
 def test_a_figure_that_the_evaluation_does_not_give_is_said(caplog):

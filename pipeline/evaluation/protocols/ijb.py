@@ -100,6 +100,9 @@ def compare(
     report = Report(figures, thresholds, "threshold_at_eer", points.roc(), histogram(genuine_K), histogram(impostor_K))
     if lists.gallery is not None and lists.probes is not None:
         probes, gallery = (_Subjects(id_T, *part) for part in (lists.probes, lists.gallery))
+        other = _contradicted(len(id_T), (probes, gallery), first_P, second_P, same_P)
+        if other and rank == 0:
+            logger.warning("%s: the label of %d pairs is not what the subjects of the lists for 1:N say; copy the lists again", name, other)
         probes.keep(np.isin(probes.subject_n, gallery.subject_n))
         if not len(probes.row_n):
             raise ValueError(f"{name}: no probe and its mate in the gallery have images; 1:N needs one.")
@@ -138,6 +141,15 @@ class _Subjects:
     @property
     def left_out(self) -> int:
         return self._listed - len(self.row_n)
+
+
+def _contradicted(templates: int, parts: tuple[_Subjects, ...], first_P: np.ndarray, second_P: np.ndarray, same_P: np.ndarray) -> int:
+    """Pairs of rows that have one subject and are called two, or the other way round."""
+    subject_T, known_T = np.zeros(templates, np.int64), np.zeros(templates, bool)
+    for part in parts:
+        subject_T[part.row_n], known_T[part.row_n] = part.subject_n, True
+    same_subject_P = subject_T[first_P] == subject_T[second_P]
+    return int(((same_subject_P != same_P) & known_T[first_P] & known_T[second_P]).sum())
 
 
 def _rows(id_T: np.ndarray, wanted_n: np.ndarray) -> np.ndarray:

@@ -75,13 +75,16 @@ def compare(
 ) -> Report:
     """The report on embeddings float [n, D] of the images `number_n`, rising: of `lists`, probes first, then distractors.
 
-    ValueError, naming the set, for values that are not finite, and where no identity has two probes or there is no distractor."""
+    ValueError, naming the set, for values that are not finite, and where no identity has two probes or there is no distractor, without
+    noise for a refined score."""
     ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "group": group, "breaks": breaks}
     first, noisy = np.searchsorted(number_n, [len(lists.probes), len(lists.probes) + lists.clean])
     probe_n = number_n[:first]
     identity_P, noise_P = lists.identity_P[probe_n], lists.noise_P[probe_n]
     names = f"the probes of {name}", f"the distractors of {name}"
     check_widths(embedding_nD[:first], embedding_nD[first:], names)
+    if lists.refined and first == noisy:
+        raise ValueError(f"{names[1]} are all noise, or cannot be read; expected some that are not.")
     if np.bincount(identity_P).max() < 2:
         raise ValueError(f"{names[0]}: no identity has two images, so there is no genuine pair.")
     probe_PD, clean_GD = unit_rows(embedding_nD[:first], names[0]), unit_rows(embedding_nD[first:noisy], names[1])

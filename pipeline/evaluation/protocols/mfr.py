@@ -154,6 +154,11 @@ def _groups(path: str) -> tuple[list[str], list[str]]:
 def _people(path: str, crossed: bool) -> FolderSource:
     """A folder of identities. ValueError where they make no genuine or no impostor pair; `crossed` ones are compared with others."""
     source = FolderSource(path)
+    if deeper := [identity for identity in source.identities if "/" in identity]:
+        raise ValueError(
+            f"{path} has folders of images inside folders, such as {printable(deeper[0])}; expected GROUP/IDENTITY/IMAGE, so the set may "
+            "lie one folder further down, or up."
+        )
     if not crossed and (len(source.identities) < 2 or np.bincount(source.labels).max() < 2):
         raise ValueError(f"{path} needs two identities, and one of them two images; add images, or take the folder out.")
     return source

@@ -65,6 +65,10 @@ def of_path(path: str) -> str:
 def open_protocol(name: str | None, path: str, data: DataConfig, options: Mapping[str, Any] | None = None) -> Comparison:
     """Opens `path` for the protocol of that name, by default `of_path`. ValueError for a name that is not known, for options, of OPTIONS,
     that the protocol does not have, and where the protocol refuses the files. None is an option that is not given."""
+    if name is None and path.endswith(".txt"):
+        raise ValueError(
+            f"{path} is a list, whose protocol must be named, such as --protocol pairs_list; `protoshard protocols` lists them."
+        )
     name = name or of_path(path)
     if name not in _PROTOCOLS:
         raise ValueError(f"there is no protocol {name!r} ({hint_at(name, names())}); `protoshard protocols` lists what there is.")

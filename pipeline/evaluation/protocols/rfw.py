@@ -43,6 +43,8 @@ class Rfw:
     ) -> None:
         root = os.path.join(path, "test") if os.path.isdir(os.path.join(path, "test")) else path
         folder = images or os.path.join(root, "data")
+        if not os.path.isdir(os.path.join(root, "txts")):
+            raise ValueError(f"{root} has no folder txts; expected RFW's folder, with test/txts/RACE/RACE_pairs.txt and test/data/RACE.")
         self.groups: dict[str, ListedPairs] = {}
         files: list[str] = []
         missing: list[str] = []

@@ -35,9 +35,10 @@ class TinyFace:
     def __init__(self, path: str, data: DataConfig) -> None:
         below = os.path.join(path, "Testing_Set")
         root = below if os.path.isdir(below) else path
-        files, labels = [], []
+        files, labels, beside = [], [], []
         for place, folder in enumerate(_FOLDERS):
-            names = _images(os.path.join(root, folder))
+            names, others = _images(os.path.join(root, folder))
+            beside += [os.path.join(folder, name) for name in others]
             files += [os.path.join(root, folder, name) for name in names]
             labels.append(np.array([DISTRACTOR if place == 2 else _identity(root, folder, name) for name in names], np.int64))
         self.probes = len(labels[0])
@@ -49,6 +50,8 @@ class TinyFace:
                 "copy both folders again."
             )
         self.source: Source = ListedFiles(root, files, of_arrays(self.label_N, np.array([self.probes])))
+        for name in beside:
+            self.source.account.pass_over("beside the images", printable(name))
         self.path = path
 
     def evaluate(self, embedder: Embedder) -> Report:
@@ -79,15 +82,16 @@ def compare(
     return report
 
 
-def _images(folder: str) -> list[str]:
-    """In the order of their names; what does not end like an image is passed over, such as lists."""
+def _images(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the images, sorted, and of what else is there: folders, and what does not end like an image, such as lists."""
     try:
-        names = sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."))
+        found = sorted(os.listdir(folder))
     except OSError as error:
         raise ValueError(f"{folder} cannot be listed ({error.strerror}); expected TinyFace's folders {', '.join(_FOLDERS)}.") from error
+    names = [name for name in found if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
     if not names:
         raise ValueError(f"{folder} has no images; expected TinyFace's folders {', '.join(_FOLDERS)}.")
-    return names
+    return names, sorted(set(found) - set(names))
 
 
 def _identity(root: str, folder: str, name: str) -> int:

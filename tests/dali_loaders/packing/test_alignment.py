@@ -57,6 +57,9 @@ def test_mirrored_points_do_not_reflect_the_image():
     assert is_mirrored(mirrored) and not is_mirrored(TEMPLATE_52)
     with pytest.raises(ValueError, match="one point"):
         similarity(np.full((5, 2), 3.7), TEMPLATE_52)
+    for far in (1e300, np.inf, np.nan):
+        with pytest.raises(ValueError, match="the landmarks are too far away"):
+            similarity(np.full((5, 2), far), TEMPLATE_52)
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.0, 4.0, 11.3])

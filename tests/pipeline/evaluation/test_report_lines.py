@@ -11,12 +11,13 @@ def report(figures, thresholds=None, **more):
 
 
 def test_figures_intervals_and_what_is_missing():
-    figures = {"eer": 0.25, "tar_at_far/1e-3": 0.5, "tar_at_far/1e-6": None, "rank1": None, "images": 7}
+    figures = {"eer": 0.25, "tar_at_far/1e-3": 0.5, "tar_at_far/1e-6": None, "mfr": None, "rank1": None, "images": 7}
     thresholds = {"threshold_at_far/1e-3": None, "threshold_at_far/1e-6": None}
     assert list(lines(report(figures, thresholds, intervals={"eer": (0.2, 0.31)}))) == [
         "eer                         0.2500  (0.2000 to 0.3100)",
         "tar_at_far=1e-3             0.5000",
         "tar_at_far=1e-6             unreached: too few impostor pairs",
+        "mfr                         unreached: too few impostor pairs",
         "images                      7",
         "threshold_at_far=1e-3       accepts nothing",
         "threshold_at_far=1e-6       unreached: too few impostor pairs",

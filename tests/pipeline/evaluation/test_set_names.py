@@ -104,6 +104,17 @@ def test_another_set_under_the_same_name_is_not_compared(tmp_path):
     assert "0.4000 at step 2 -> 0.3000 at step 3" in summary(str(tmp_path))
 
 
+def test_groups_of_a_set_are_no_sets(tmp_path):
+    """Nor those of a set whose name looks like the place of the thresholds."""
+    for at, name in enumerate(("rfw", "evaluation")):
+        numbers = {"eer": 0.1, "accuracy": 0.9, "threshold": 0.2, "African/eer": 0.3, "African/threshold": 0.4, "African/accuracy": 0.7}
+        line = {"step": 1, **{f"{name}/{key}": value for key, value in numbers.items()}, f"evaluation/{name}/threshold": 0.2}
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert [text.split()[:2] for text in summary(str(folder)).splitlines() if text] == [[name, "EER"], [name, "accuracy"]]
+
+
 def test_a_set_that_cannot_be_read_is_refused_at_the_start(sets):
     (sets / "cut.bin").write_bytes((sets / "test.bin").read_bytes()[:100])
     with pytest.raises(ValueError, match=r"evaluation\.pairs: .*cut\.bin: it cannot be read .*expected .* --set evaluation\.pairs="):

@@ -230,7 +230,7 @@ def _of_a_rank(lists: TemplateLists, features: torch.Tensor) -> Report:
 def test_features_that_are_not_finite_end_in_a_sentence():
     lists, features = random_set(subjects=4)
     features[3, 2] = torch.nan
-    with pytest.raises(ValueError, match="ijb: the embeddings of 1 of 12 images are not finite"):
+    with pytest.raises(ValueError, match="ijb: the embeddings of 1 of 48 images are not finite"):
         module.compare(lists, features, name="ijb")
 
 
@@ -240,7 +240,7 @@ def changed(folder: Path, name: str, change: object) -> None:
 
 
 FACES, POINTS, PAIRS = "ijbc_face_tid_mid.txt", "ijbc_name_5pts_score.txt", "ijbc_template_pair_label.txt"
-G1, PROBES = "ijbc_1N_gallery_G1.csv", "ijbc_1N_probe_mixed.csv"
+G1, G2, PROBES = "ijbc_1N_gallery_G1.csv", "ijbc_1N_gallery_G2.csv", "ijbc_1N_probe_mixed.csv"
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,11 @@ G1, PROBES = "ijbc_1N_gallery_G1.csv", "ijbc_1N_probe_mixed.csv"
         (
             FACES,
             lambda lines: lines[3:],
-            "names 1 templates that no line of .*face_tid_mid.txt gives an image, such as 10;.*--allow-missing",
+            "has landmarks of 3 images that the list of faces does not name, such as 1.png; copy both lists again.*--allow-missing",
         ),
         (FACES, lambda lines: [*lines, "77.png 3 4"], r"no landmarks of 1 of 55 images \(77.png\)"),
+        (FACES, lambda lines: lines[:-1], r"5pts_score.txt has landmarks of 1 images that the list of faces does not name, such as 54.png"),
+        (FACES, lambda lines: [*lines, f"1.png {10**20} 4"], "face_tid_mid.txt has the number 1000.*, which is too large"),
         (POINTS, lambda lines: [line.rsplit(" ", 1)[0] for line in lines], "5pts_score.txt, line 1 is '1.png .*; expected NAME x1 y1"),
         (POINTS, lambda lines: [lines[0], lines[1].replace(".", "x", 2)], "5pts_score.txt, line 2 is .*; expected NAME x1 y1"),
         (POINTS, lambda lines: [lines[0].rsplit(" ", 1)[0] + " nan"], "5pts_score.txt, line 1 is"),
@@ -271,8 +273,10 @@ G1, PROBES = "ijbc_1N_gallery_G1.csv", "ijbc_1N_probe_mixed.csv"
         (G1, lambda lines: [*lines, "10,999,x"], "gallery_G1.csv, line 11 gives template 10 the subject 999, an earlier line 500"),
         (G1, lambda lines: [*lines, "17,500,x"], "have 2 templates of subject 500; expected one of each"),
         (G1, lambda lines: [*lines, "5,x"], "gallery_G1.csv, line 11 is '5,x'"),
-        (PROBES, lambda lines: [*lines, "10,777,x"], "probe_mixed.csv has 1 subjects that are in no gallery, such as 777"),
+        (PROBES, lambda lines: [*lines, "4321,777,x"], "probe_mixed.csv has 1 subjects that are in no gallery, such as 777"),
         (PROBES, lambda lines: lines[:1], "probe_mixed.csv names no template"),
+        (PROBES, lambda lines: [*lines, "10,501,x"], "probe_mixed.csv give template 10 two subjects, 500 and 501; copy them again"),
+        (G2, lambda lines: [*lines, "10,999,x"], "G1.csv, .*G2.csv, .* give template 10 two subjects, 500 and 999; copy them again"),
     ],
 )
 def test_lists_that_do_not_fit_end_in_a_sentence(tmp_path, name, change, sentence):
@@ -309,6 +313,17 @@ def test_names_are_matched_where_lists_stand_in_another_order(tmp_path):
     assert np.array_equal(before.points_N52, after.points_N52) and np.array_equal(before.score_N, after.score_N)
 
 
+def test_a_template_in_both_galleries_counts_once_and_labels_that_contradict_subjects_are_told(tmp_path, caplog):
+    folder = write_ijb(tmp_path / "IJBC")
+    want = evaluate(flat, str(folder), DATA, protocol="ijb").groups["1:N"].as_dict()
+    changed(folder, G2, lambda lines: [*lines, "10,500,x"])
+    changed(folder, PAIRS, lambda lines: [lines[0][:-1] + "0", *lines[1:], "10 31 1"])
+    assert "label" not in caplog.text
+    report = evaluate(flat, str(folder), DATA, protocol="ijb")
+    assert report.groups["1:N"].as_dict() == want
+    assert "the label of 2 pairs is not what the subjects of the lists for 1:N say" in caplog.text
+
+
 def test_missing_images_are_refused_or_left_out_and_counted(tmp_path, caplog):
     """All of template 10, which is one of the gallery, and one frame of another; a file that is no image counts as unreadable."""
     folder = write_ijb(tmp_path / "IJBC")
@@ -335,7 +350,7 @@ def test_allow_missing_leaves_out_what_names_unknown_templates(tmp_path):
     folder = write_ijb(tmp_path / "IJBC")
     changed(folder, PAIRS, lambda lines: [*lines, "10 4321 0", "4321 5432 1"])
     changed(folder, PROBES, lambda lines: [*lines, "777,501,x"])
-    changed(folder, POINTS, lambda lines: lines[1:])
+    changed(folder, POINTS, lambda lines: [*lines[1:], lines[0].replace("1.png", "other.png")])
     report = evaluate(flat, str(folder), DATA, protocol="ijb", options={"allow_missing": True})
     assert (report.images, report.left_out, report.templates_left_out) == (53, 2, 2)
     assert (report.groups["1:N"].queries, report.groups["1:N"].left_out) == (12, 1)

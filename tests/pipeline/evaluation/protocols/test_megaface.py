@@ -48,6 +48,9 @@ def write_megaface(folder: Path, noises: bool = True) -> Path:
     return folder
 
 
+EVERY = "".join(f"{place % 3}/user{place // 2}/{place}.png\n" for place in range(12))
+
+
 def _write(folder: Path, name: str, image: np.ndarray) -> str:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(folder / name), image)
@@ -181,9 +184,12 @@ def test_missing_images_are_refused_or_left_out_and_counted(tmp_path):
         ("facescrub_lst", "a.png\n", "facescrub_lst, line 1 is 'a.png'; expected IDENTITY/IMAGE"),
         ("facescrub_lst", "\n", "facescrub_lst is empty; expected lines IDENTITY/IMAGE"),
         ("facescrub_lst", "a/b.png\nc/d.png\na/b.png\n", "facescrub_lst names a/b.png more than once"),
-        ("facescrub_lst", "../x/b.png\n", "names ../x/b.png, which lies outside"),
+        ("facescrub_lst", "../x/b.png\nAnn_Lee/Ann_Lee_21.png\nAnn_Lee/a.png\n", "names ../x/b.png, which lies outside"),
         ("megaface_lst", "a/b.png\n", "megaface_lst, line 1 is 'a/b.png'; expected FOLDER/FOLDER/IMAGE"),
         ("megaface_lst", None, "megaface_lst cannot be read .*expected facescrub_lst, megaface_lst and the folders"),
+        ("megaface_noises.txt", "2/user2/5.jpg\n", "noises.txt names none of the images of megaface_lst, so nothing would be refined"),
+        ("facescrub_noises.txt", "", "facescrub_noises.txt names none of the images of facescrub_lst.* Take both lists of noise away"),
+        ("megaface_noises.txt", EVERY, "megaface_noises.txt names every image of megaface_lst; expected distractors that are no noise"),
         ("megaface_noises.txt", None, "has facescrub_noises.txt and no megaface_noises.txt; expected both"),
         ("facescrub_noises.txt", "Bob_20.png\nBob_21.png\nBob_22.png\n", "names every image of 1 identities of facescrub_lst, such as Bob"),
     ],

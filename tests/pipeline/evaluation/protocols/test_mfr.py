@@ -155,6 +155,13 @@ def test_what_cannot_be_compared(mfr, tmp_path):
         evaluate(flat, str(tmp_path / "empty"), DATA, protocol="mfr")
 
 
+def test_a_folder_too_high_is_refused(mfr, tmp_path):
+    """Its parts would be taken for identities of one group."""
+    shutil.copytree(mfr, tmp_path / "high" / "inner")
+    with pytest.raises(ValueError, match=r"inner has folders of images inside folders, such as African/.*; expected GROUP/IDENTITY/IMAGE"):
+        open_protocol("mfr", str(tmp_path / "high"), DATA)
+
+
 def test_groups_that_are_called_like_figures(mfr):
     (mfr / "East_Asian").rename(mfr / "images")
     with pytest.raises(ValueError, match="a group is called images, as a figure of reports is"):

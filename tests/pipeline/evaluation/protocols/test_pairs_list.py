@@ -108,6 +108,21 @@ def test_what_is_refused_before_anything_is_embedded(tmp_path):
         evaluate(never, str(tmp_path / "none.txt"), DATA, protocol="pairs_list")
 
 
+def test_a_list_that_contradicts_itself_is_refused(tmp_path):
+    write_images(tmp_path, ["A_1.jpg", "A_2.jpg"], lambda name: name[0])
+    (tmp_path / "list.txt").write_text("A_1.jpg 1\nA_2.jpg 1\nA_2.jpg 0\nA_1.jpg 0\n")
+    with pytest.raises(ValueError, match=r"list.txt names A_2.jpg and A_1.jpg as one person and as two; copy the list again"):
+        evaluate(flat, str(tmp_path / "list.txt"), DATA, protocol="pairs_list")
+
+
+def test_names_that_are_numbers_and_extensions_in_capitals(tmp_path):
+    """A first line of three numbers is a pair."""
+    write_images(tmp_path, [f"{name}/{name}_000{number}.JPG" for name in (17, 18) for number in (1, 2)], lambda name: name[:2])
+    (tmp_path / "pairs.txt").write_text("17\t1\t2\n17\t1\t18\t2\n18\t1\t2\n")
+    report = evaluate(flat, str(tmp_path / "pairs.txt"), DATA, protocol="pairs_list")
+    assert (report.pairs, report.images, report.identities, report.genuine_pairs) == (3, 4, 2, 2)
+
+
 def test_unreadable_images_and_embeddings_that_are_not_finite(tmp_path, caplog):
     path, options = lfw(tmp_path), {"images": str(tmp_path / "lfw")}
     with pytest.raises(ValueError, match=r"pairs.txt: 60 of 60 embeddings are not finite"):

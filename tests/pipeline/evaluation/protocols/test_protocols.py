@@ -62,6 +62,11 @@ def test_unknown_names_and_options(tmp_path):
     assert set(OPTIONS) == {"images", "allow_missing", "resamples", "cleaning"}
 
 
+def test_a_list_needs_a_named_protocol():
+    with pytest.raises(ValueError, match=r"lfw/pairs.txt is a list, whose protocol must be named, such as --protocol pairs_list"):
+        open_protocol(None, "lfw/pairs.txt", DATA)
+
+
 def test_two_protocols_may_not_have_one_name(registered):
     class Mine:
         """One. Two."""
@@ -162,6 +167,10 @@ def test_protocols_of_a_run(tmp_path):
             ("mfrr:{}/people",),
             r"evaluation.protocols: there is no protocol 'mfrr' \(did you mean 'mfr'\?\); `protoshard protocols` lists what there is",
         ),
+        (
+            ("pairs_list:{}/list.txt",),
+            r"with --images. \(Options are of `protoshard eval`; of a run, images must lie or be linked where the protocol looks.\) Name",
+        ),
         (("pairs_list:{}/pairs.txt",), r"evaluation.protocols: .*pairs.txt cannot be read as a list of pairs"),
         (
             ("mfr:{}/people", "all_pairs:{}/people"),
@@ -171,6 +180,7 @@ def test_protocols_of_a_run(tmp_path):
 )
 def test_sets_that_cannot_be_opened_cost_no_training(tmp_path, protocols, words):
     people(tmp_path / "people")
+    (tmp_path / "list.txt").write_text("Ann 1 2\nAnn 1 Bo 1\n")
     evaluation = EvaluationConfig(protocols=tuple(protocol.format(tmp_path) for protocol in protocols))
     with pytest.raises(ValueError, match=words):
         train(configuration(faces(str(tmp_path)), str(tmp_path / "run"), 1, evaluation=evaluation))

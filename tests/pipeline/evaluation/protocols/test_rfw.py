@@ -86,6 +86,8 @@ def test_missing_images_and_lists(rfw):
     report = evaluate(flat, str(rfw / "test"), DATA, protocol="rfw", options={"allow_missing": True, "resamples": 0})
     assert report.left_out == report.groups["Asian"].left_out > 0 and report.groups["Indian"].left_out == 0
     (rfw / "test" / "txts" / "Indian" / "Indian_pairs.txt").unlink()
+    with pytest.raises(ValueError, match=r"data has no folder txts; expected RFW's folder, with test/txts/RACE/RACE_pairs.txt"):
+        evaluate(flat, str(rfw / "test" / "data"), DATA, protocol="rfw")
     with pytest.raises(ValueError, match=r"Indian_pairs.txt cannot be read as a list of pairs"):
         evaluate(flat, str(rfw), DATA, protocol="rfw", options={"allow_missing": True})
 

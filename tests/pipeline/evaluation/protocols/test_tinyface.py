@@ -122,6 +122,9 @@ def test_the_folder_of_the_set(tmp_path):
     assert (report.rank1, report.figures["map"], report.genuine_pairs, report.impostor_pairs) == (1.0, 1.0, 4, 17)
     assert (report.queries, report.gallery, report.distractors, report.unreadable) == (3, 7, 3, 0)
     assert evaluate(flat, str(folder / "Testing_Set"), DATA, protocol="tinyface").as_dict() == report.as_dict()
+    (folder / "Testing_Set" / "Gallery_Match" / "more").mkdir()
+    (remark,) = module.TinyFace(str(folder), DATA).source.account.remarks("tinyface")[1:]
+    assert remark == "  1 beside the images: Gallery_Match/more"
     (folder / "Testing_Set" / "Gallery_Distractor" / "2.jpg").write_bytes(b"no image")
     report = evaluate(flat, str(folder), DATA, protocol="tinyface")
     assert (report.distractors, report.unreadable) == (2, 1)
