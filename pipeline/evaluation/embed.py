@@ -60,7 +60,10 @@ def embed(
     from dali_loaders.loader import evaluation_batches  # here, so that reports and figures need no DALI
 
     device = torch.device(device)
-    share = np.arange(len(source) * rank // world_size, len(source) * (rank + 1) // world_size)
+    # Whole batches, which are the same on any number of ranks: the last bits of a network's features depend on the size of its batch.
+    batches = -(-len(source) // batch_size)
+    first, last = (min(batches * at // world_size * batch_size, len(source)) for at in (rank, rank + 1))
+    share = np.arange(first, last)
     features: list[Tensor] = []
     indices: list[np.ndarray] = []
     if isinstance(model, DistributedDataParallel):
