@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dali_loaders.names import printable, quoted
-from pipeline.evaluation.curves_so_far import Curve
+from pipeline.evaluation.curves_so_far import Curve, checked
 from pipeline.evaluation.set_names import AVERAGED
 from pipeline.report.run_files import RunFiles, evaluation
 
@@ -74,7 +74,5 @@ def _curve(step: int, values: Mapping[str, Any], curve: Any) -> Curve | None:
         return None
     roc = np.array(curve["far"], float), np.array(curve["tar"], float)
     histograms = np.array([curve["genuine"], curve["impostor"]], np.int64)
-    if roc[0].shape != roc[1].shape or histograms.shape != (2, 256):
-        raise ValueError("curves of other lengths")
     pairs = int(values["genuine_pairs"]), int(values["impostor_pairs"])
-    return Curve(step, float(values["eer"]), *pairs, roc, float(values["threshold_at_eer"]), histograms)
+    return checked(Curve(step, float(values["eer"]), *pairs, roc, float(values["threshold_at_eer"]), histograms))

@@ -130,7 +130,7 @@ def _read_evaluations(run: RunFiles, folder: Path) -> None:
                 given_up.append(one.step)
             else:
                 found[one.step, str(row["name"])] = one
-    if found and (rows is None or read < len(rows)):
+    if found and (rows is None or read < len(rows) or any(one.of is None for one in found.values())):
         run.missing.append("There is no whole evaluations.json: figures that are not in it are those of metrics.jsonl, without intervals.")
     if given_up:
         run.missing.append(
