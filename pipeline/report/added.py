@@ -30,6 +30,8 @@ def add(path: str, runs: Sequence[RunFiles]) -> None:
         raise ValueError(f"{shown} cannot be read ({error.strerror})") from None
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
         content = None
+    if content is None and not os.path.getsize(path):
+        raise ValueError(f"{shown} is empty: `protoshard eval` wrote nothing into it, and says why on the console")
     if not isinstance(content, dict) or not isinstance(evaluated := content.get("evaluated"), dict):
         raise ValueError(f"{shown} is not what `protoshard eval RUN --data SET --json` prints, in this version: make it anew")
     run = _run_of(str(evaluated.get("checkpoint")), runs, shown)
