@@ -172,6 +172,18 @@ def test_a_row_that_is_not_whole_is_missed(tmp_path):
     assert "There is no whole evaluations.json" in found.missing[0]
 
 
+def test_numbers_that_cannot_be_drawn_are_damage(tmp_path):
+    run = folders.run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(metrics_line(10**299))
+    rows = json.loads((run / "evaluations.json").read_text())["evaluations"]
+    rows[1]["intervals"]["eer"] = [-1e308, 1e308]
+    (run / "evaluations.json").write_text(json.dumps({"evaluations": rows}))
+    found = run_files.read(str(run), "run")
+    assert found.metrics.step == 100 and found.metrics.damaged == 1
+    assert not found.evaluations["test"][-1].intervals and "There is no whole evaluations.json" in found.missing[1]
+
+
 def test_what_a_run_gave_up_is_left_out(tmp_path, undrawn):
     """It went back to step 50, and metrics.jsonl is cut there. Before, the set of step 10 was another one."""
     run = folders.run(tmp_path / "run", reports={step: folders.report(step) for step in (10, 40, 100)})
