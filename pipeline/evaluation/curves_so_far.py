@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.report import Report
+from pipeline.evaluation.report import HISTOGRAM_EDGES, Report
+
+MOST = 1 << 26  # bytes of a file, unpacked; 100 groups have 4 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +89,37 @@ def labelled(curves: Mapping[int, Curve]) -> dict[str, Curve]:
 
 
 def read(path: Path) -> tuple[str, dict[int, Curve]]:
-    """What the set is, as JSON, and its curves by step; "" and none where the file cannot be read."""
+    """What the set is, as JSON, and its curves by step; "" and none where the file cannot be read, or holds what is no curve."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            if sum(part.file_size for part in arrays.zip.infolist()) > MOST:
+                return "", {}
             steps = sorted(int(name.split("/")[0]) for name in arrays.files if name.count("/") == 1 and name.endswith("/numbers"))
             return str(arrays["of"]), {at: _curve(f"{at}", arrays) for at in steps}
-    except (OSError, ValueError, KeyError, EOFError, IndexError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # of zipfile, zlib, tokenize, numpy: no list holds all that they raise of a damaged archive
         return "", {}
+
+
+def checked(curve: Curve) -> Curve:
+    """The same. ValueError where figures could not draw it, as of a file that was damaged."""
+    far_P, tar_P = curve.roc
+    rates_2P = np.stack([far_P, tar_P])
+    if rates_2P.ndim != 2 or rates_2P.dtype.kind != "f" or not rates_2P.size:
+        raise ValueError("the ROC is no list of points")
+    # Also false of NaN.
+    if not ((rates_2P >= 0) & (rates_2P <= 1)).all() or not (np.diff(rates_2P) >= 0).all() or far_P[0] != 0:
+        raise ValueError("the ROC does not rise from a false accept rate of 0 within 0 and 1")
+    if not 0 <= curve.eer <= 1 or not -1.01 <= (curve.threshold_at_eer or 0) <= 1.01:
+        raise ValueError("the EER is no rate, or its threshold no cosine")
+    pairs = curve.genuine_pairs, curve.impostor_pairs
+    if not all(1 <= number < 2**53 for number in pairs):
+        raise ValueError("there are no pairs")
+    if (counts := curve.histograms) is not None:
+        if counts.shape != (2, len(HISTOGRAM_EDGES) - 1) or counts.dtype.kind != "i":
+            raise ValueError("the histograms have other bins")
+        if counts.min() < 0 or (counts.max(axis=1) > pairs).any():
+            raise ValueError("the histograms count other pairs")
+    return curve
 
 
 def _known(path: Path, of: str) -> dict[int, Curve]:
@@ -123,6 +147,7 @@ def _curve(place: str, arrays: Any) -> Curve:
     far_P, tar_P = arrays[f"{place}/roc"]
     histograms = arrays.get(f"{place}/histograms")
     names = json.loads(str(arrays[f"{place}/groups"])) if f"{place}/groups" in arrays else []
-    groups = {name: _curve(f"{place}/{number}", arrays) for number, name in enumerate(names)}
+    groups = {str(name): _curve(f"{place}/{number}", arrays) for number, name in enumerate(names)}
     step = int(place.split("/")[0])
-    return Curve(step, eer, int(genuine), int(impostors), (far_P, tar_P), threshold[0] if threshold else None, histograms, groups)
+    curve = Curve(step, eer, int(genuine), int(impostors), (far_P, tar_P), threshold[0] if threshold else None, histograms, groups)
+    return checked(curve)

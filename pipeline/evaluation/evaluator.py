@@ -85,7 +85,7 @@ class Evaluator:
             for path, set_name in self.names.items():
                 for name in (set_name, set_name + AVERAGED)[: 1 + averaged]:
                     of = self.sets[path]
-                    if (values := self.kept.values(step, name, of)) is not None:
+                    if BEST_COSINE in (values := self.kept.values(step, name, of) or {}):
                         self.done[name] = values
         self.done_at, self.done = step, agreement.of_first(self.done)
 

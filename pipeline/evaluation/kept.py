@@ -23,8 +23,9 @@ class Kept:
         self._rows = [row for row in rows_of(self._path) or () if row["step"] < first_step]
 
     def values(self, step: int, name: str, of: dict[str, Any]) -> dict[str, float] | None:
-        """What was measured at `step`; None if nothing was, or on another set of that name."""
-        return next((row["values"] for row in self._rows if (row["step"], row["name"], row["of"]) == (step, name, of)), None)
+        """What was measured at `step`; None if nothing was, or on another set of that name, or the row is damaged."""
+        found = (row["values"] for row in self._rows if (row["step"], row["name"], row["of"]) == (step, name, of))
+        return next((values for values in found if all(isinstance(value, int | float) for value in values.values())), None)
 
     def add(self, step: int, name: str, of: dict[str, Any], values: dict[str, float], report: Report | None = None) -> None:
         """`report`: where intervals and tables are found. OSError if the file cannot be written; then it is as it was before."""
@@ -49,7 +50,7 @@ def rows_of(path: str) -> list[dict[str, Any]] | None:
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 rows = json.load(file)["evaluations"]
-            return [row for row in rows if row.keys() >= KEYS and row["step"] >= 0]
+            return [row for row in rows if row.keys() >= KEYS and row["step"] >= 0 and isinstance(row["values"], dict)]
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dali_loaders.extras import extra
 from dali_loaders.packing.alignment import SIDE, TEMPLATE_52
+from dali_loaders.progress import announce
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig
@@ -85,6 +86,7 @@ def export(
         about = describe(saved, config, network, ema)
         figures = {name: _text(value) for name, value in _figures(saved).items() if thresholds.is_of(name, ema)}
         if data:
+            announce(f"measuring thresholds on {data}")
             about, figures = _measured(network, config, about, data)
         if faces:
             points = TEMPLATE_52 * (about.image_size / SIDE)
@@ -154,6 +156,7 @@ def _write_onnx(network: nn.Module, folder: str, image_size: int, wanted: bool |
         say(f"{onnx_file.FILE} is left out: {lacking}")
     if lacking or wanted is False:
         return {}
+    announce(f"writing {onnx_file.FILE}, and comparing it with torch")
     file = os.path.join(folder, onnx_file.FILE)
     onnx_file.write(network, file, image_size)
     worst = onnx_file.worst_cosine(network, file, image_size)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dali_loaders.names import printable, quoted
-from pipeline.evaluation.curves_so_far import Curve
+from pipeline.evaluation.curves_so_far import Curve, checked
 from pipeline.evaluation.set_names import AVERAGED
 from pipeline.report.run_files import RunFiles, evaluation
 
@@ -30,6 +30,8 @@ def add(path: str, runs: Sequence[RunFiles]) -> None:
         raise ValueError(f"{shown} cannot be read ({error.strerror})") from None
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
         content = None
+    if content is None and not os.path.getsize(path):
+        raise ValueError(f"{shown} is empty: `protoshard eval` wrote nothing into it, and says why on the console")
     if not isinstance(content, dict) or not isinstance(evaluated := content.get("evaluated"), dict):
         raise ValueError(f"{shown} is not what `protoshard eval RUN --data SET --json` prints, in this version: make it anew")
     run = _run_of(str(evaluated.get("checkpoint")), runs, shown)
@@ -74,7 +76,5 @@ def _curve(step: int, values: Mapping[str, Any], curve: Any) -> Curve | None:
         return None
     roc = np.array(curve["far"], float), np.array(curve["tar"], float)
     histograms = np.array([curve["genuine"], curve["impostor"]], np.int64)
-    if roc[0].shape != roc[1].shape or histograms.shape != (2, 256):
-        raise ValueError("curves of other lengths")
     pairs = int(values["genuine_pairs"]), int(values["impostor_pairs"])
-    return Curve(step, float(values["eer"]), *pairs, roc, float(values["threshold_at_eer"]), histograms)
+    return checked(Curve(step, float(values["eer"]), *pairs, roc, float(values["threshold_at_eer"]), histograms))

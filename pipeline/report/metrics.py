@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.monitor.json_lines import evaluated
 
+MOST_STEPS = 2**53  # of a run; axes of more cannot be drawn
 LARGEST = 1e300  # of a number; JSON may have larger ones than a float holds
 COUNTS = {"images", "identities", "genuine_pairs", "impostor_pairs", "unreadable", "pairs", "folds"}  # which lines have as floats
 LONGEST = 1 << 20  # bytes of a line that is read
@@ -70,7 +71,7 @@ def _rows(path: Path, found: Metrics) -> Iterator[dict[str, Any]]:
             row: Any = None
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            if not isinstance(row, dict) or not is_number(row.get("step")) or row["step"] < 0:
+            if not isinstance(row, dict) or not is_number(row.get("step")) or not 0 <= row["step"] < MOST_STEPS:
                 found.damaged += 1
                 continue
             yield {name: value for name, value in row.items() if is_number(value)}

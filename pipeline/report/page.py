@@ -136,11 +136,13 @@ def _training(runs: Sequence[RunFiles]) -> Safe:
     if not figures:
         return tag("p", "There are no lines of training in metrics.jsonl.")
     batches = {run.config.get("run.batch") for run in runs if run.config}
-    note = "Steps of these runs are not equally long: run.batch differs." if len(batches) > 1 else ""
+    losses = {tuple(item for item in run.config.items() if item[0].startswith("loss.")) for run in runs if run.config}
+    notes = ["Steps of these runs are not equally long: run.batch differs."] if len(batches) > 1 else []
+    notes += ["Values of the loss are not comparable: its name or options differ."] if len(losses) > 1 else []
     return joined(
         [
             key({run.label: style_of(number) for number, run in enumerate(runs)}),
-            tag("p", note) if note else "",
+            tag("p", " ".join(notes)) if notes else "",
             tag("div", *figures, class_="figures"),
         ]
     )

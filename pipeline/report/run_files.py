@@ -130,7 +130,7 @@ def _read_evaluations(run: RunFiles, folder: Path) -> None:
                 given_up.append(one.step)
             else:
                 found[one.step, str(row["name"])] = one
-    if found and (rows is None or read < len(rows)):
+    if found and (rows is None or read < len(rows) or any(one.of is None for one in found.values())):
         run.missing.append("There is no whole evaluations.json: figures that are not in it are those of metrics.jsonl, without intervals.")
     if given_up:
         run.missing.append(
@@ -165,6 +165,11 @@ def evaluation(row: Mapping[str, Any]) -> Evaluation:
     """Of a row of evaluations.json, or of what `protoshard eval --json` printed. Raises what a row of another form raises."""
     values = {str(name): value for name, value in row["values"].items() if metrics.is_number(value) and name != "best_cosine"}
     intervals = {str(name): (float(low), float(high)) for name, (low, high) in row.get("intervals", {}).items()}
+    if (
+        not all(metrics.is_number(end) for ends in row.get("intervals", {}).values() for end in ends)
+        or not 0 <= row["step"] < metrics.MOST_STEPS
+    ):
+        raise ValueError("an end of an interval is no number, or the step is none")
     tables = {str(name): [dict(item) for item in table] for name, table in row.get("tables", {}).items()}
     of = row.get("of")
     return Evaluation(int(row["step"]), values, intervals, tables, of if isinstance(of, dict) else None)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import distributed
-from pipeline.distributed import NCCL_MINUTES, STORE, gpu_fault, join
+from pipeline.distributed import ARENAS, NCCL_MINUTES, STORE, gpu_fault, join
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +132,31 @@ def test_freed_memory_is_kept():
     """A tensor of the size of one that was freed soon causes no page faults. In a process of its own, whose memory is orderly."""
     run = subprocess.run([sys.executable, "-c", FILLING], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1000  # of 16,384 pages
+
+
+ARENAS_OF_THREADS = """
+import ctypes, threading
+from pipeline.distributed import share_freed_memory
+share_freed_memory()
+c_library = ctypes.CDLL(None)
+c_library.malloc.restype = c_library.fopen.restype = ctypes.c_void_p
+c_library.malloc_info.argtypes, c_library.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+all_at_once = threading.Barrier(40)
+def take():
+    c_library.malloc(100)
+    all_at_once.wait()
+threads = [threading.Thread(target=take) for _ in range(40)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+file = c_library.fopen(b"/dev/stdout", b"a")
+c_library.malloc_info(0, file)
+c_library.fclose(file)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_threads_share_arenas():
+    """Or else each evaluation, which has new threads, would leave some memory behind."""
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    run = subprocess.run([sys.executable, "-c", ARENAS_OF_THREADS], capture_output=True, text=True, check=True, env=environment)
+    assert 1 <= run.stdout.count("<heap nr=") <= ARENAS

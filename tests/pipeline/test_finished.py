@@ -163,3 +163,12 @@ def test_a_file_that_is_not_whole_is_forgotten(tmp_path, content):
     (tmp_path / "evaluations.json").write_bytes(content)
     kept = Kept(str(tmp_path), 9)
     assert kept.values(0, "a", {}) is None
+
+
+@pytest.mark.parametrize("values", [[], 7, {"eer": "low"}, {"eer": None}])
+def test_damaged_values_are_not_taken_for_measured(tmp_path, values):
+    row = {"step": 0, "name": "a", "of": {}, "values": {"eer": 0.5}}
+    (tmp_path / "evaluations.json").write_text(json.dumps({"evaluations": [row]}))
+    assert Kept(str(tmp_path), 9).values(0, "a", {}) == {"eer": 0.5}
+    (tmp_path / "evaluations.json").write_text(json.dumps({"evaluations": [row | {"values": values}]}))
+    assert Kept(str(tmp_path), 9).values(0, "a", {}) is None

@@ -7,13 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.evaluation.curves_so_far import CurvesSoFar, read
+from pipeline.evaluation.curves_so_far import MOST, CurvesSoFar, read
+
+PAIRS = 255 * 128  # the sum of the histogram below
 
 
 def report(eer, **groups):
     roc = np.array([0.0, eer, 1.0]), np.array([0.0, 1 - eer, 1.0])
     counts = {"genuine_histogram": np.arange(256), "impostor_histogram": np.arange(256) * 2}
-    return SimpleNamespace(eer=eer, threshold_at_eer=eer / 2, genuine_pairs=10, impostor_pairs=100, roc=roc, groups=groups, **counts)
+    return SimpleNamespace(
+        eer=eer, threshold_at_eer=eer / 2, genuine_pairs=PAIRS, impostor_pairs=2 * PAIRS, roc=roc, groups=groups, **counts
+    )
 
 
 def test_the_first_the_best_and_the_newest_are_drawn(tmp_path):
@@ -38,7 +42,7 @@ def test_they_are_the_same_after_any_number_of_restarts(tmp_path):
         again.write()
     assert list(found) == list(expected) == ["step 0", "step 10, the best", "step 20"]
     for name, curve in found.items():
-        assert curve.eer == expected[name].eer and (curve.genuine_pairs, curve.impostor_pairs) == (10, 100)
+        assert curve.eer == expected[name].eer and (curve.genuine_pairs, curve.impostor_pairs) == (PAIRS, 2 * PAIRS)
         np.testing.assert_array_equal(curve.roc, expected[name].roc)
 
 
@@ -70,3 +74,32 @@ def test_a_file_of_an_earlier_version(tmp_path):
     (curve,) = read(tmp_path / "curves.npz")[1].values()
     assert (curve.step, curve.eer, curve.threshold_at_eer, curve.histograms) == (7, 0.1, None, None)
     assert list(CurvesSoFar(tmp_path / "curves.npz").with_newest(9, report(0.2))) == ["step 7, the best", "step 9"]
+
+
+DAMAGES = {
+    "numbers": [
+        [0.1, 0, 9, 0.3], [0.1, 9, np.nan, 0.3], [0.1, 1e300, 9, 0.3], [np.nan, 9, 9, 0.3], [7, 9, 9, 0.3], [0.1, 9, 9, np.nan], [0.1],
+    ],
+    "roc": [
+        np.zeros((2, 0)), np.ones((2, 3)), np.full((2, 3), np.nan), [[0, 0.5, 1], [0, 2, 5.0]], [[0, 0.5, 0.1], [0, 0.5, 1]],
+        np.zeros((3, 3)), np.zeros(3), [[0j, 1], [0, 1]], [["0", "1"], ["0", "1"]], [[0, 1], [0, 1]],
+    ],
+    "histograms": [np.zeros((2, 9), int), np.full((2, 256), -1), np.full((2, 256), 2**62), np.zeros((2, 256)), ["a"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "content"), [(part, content) for part, several in DAMAGES.items() for content in several])
+def test_what_no_figure_could_draw_is_forgotten(tmp_path, part, content):
+    curves = CurvesSoFar(tmp_path / "curves.npz")
+    curves.with_newest(5, report(0.1))
+    curves.write()
+    with np.load(tmp_path / "curves.npz") as whole:
+        arrays = dict(whole)
+    assert len(read(tmp_path / "curves.npz")[1]) == 1
+    np.savez_compressed(tmp_path / "curves.npz", **(arrays | {f"5/{part}": np.array(content)}))
+    assert read(tmp_path / "curves.npz") == ("", {})
+
+
+def test_a_file_that_unpacks_to_more_than_curves_have_is_forgotten(tmp_path):
+    np.savez_compressed(tmp_path / "curves.npz", of=np.array("null"), **{"5/roc": np.zeros((2, MOST // 16 + 1))})
+    assert read(tmp_path / "curves.npz") == ("", {})

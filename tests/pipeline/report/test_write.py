@@ -65,6 +65,7 @@ def test_two_runs_are_compared(tmp_path):
     seen = page(*runs, out=tmp_path / "out.html")
     assert "b has the best EER" in seen.text and "Its interval overlaps with that of no other run." in seen.text
     assert "loss.name" in seen.text and "not a field" in seen.text and "★" in seen.text
+    assert "Values of the loss are not comparable" in seen.text
     assert "train.tar: 2 seen, 1 used" in seen.text and "complete, 100 steps" in seen.text
     assert len(seen.alts) > 10 and sum(alt == "" for alt in seen.alts) == 4  # of two keys, whose names stand beside them
     assert os.path.getsize(tmp_path / "out.html") < 2e6
@@ -78,7 +79,7 @@ def test_other_images_are_not_compared(tmp_path, undrawn):
 
 def test_equal_configurations(tmp_path, undrawn):
     seen = page(folders.run(tmp_path / "a"), folders.run(tmp_path / "b"), out=tmp_path / "out.html")
-    assert "The configurations are equal but for run.folder." in seen.text
+    assert "The configurations are equal but for run.folder." in seen.text and "not comparable" not in seen.text
 
 
 def test_names_are_shown_and_not_run(tmp_path):
@@ -161,6 +162,28 @@ def test_damaged_files_leave_the_rest(tmp_path, undrawn, content):
     assert f"{folders.report(1).eer:.4f}" in seen.text and "What is not here" in seen.text
 
 
+def test_a_row_that_is_not_whole_is_missed(tmp_path):
+    """The other rows are, so the file as a whole tells nothing."""
+    run = folders.run(tmp_path / "run")
+    rows = json.loads((run / "evaluations.json").read_text())["evaluations"]
+    (run / "evaluations.json").write_text(json.dumps({"evaluations": [rows[0], {"step": 100}]}))
+    found = run_files.read(str(run), "run")
+    assert found.evaluations["test"][-1].values["eer"] == folders.report(1).eer
+    assert "There is no whole evaluations.json" in found.missing[0]
+
+
+def test_numbers_that_cannot_be_drawn_are_damage(tmp_path):
+    run = folders.run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(metrics_line(10**299))
+    rows = json.loads((run / "evaluations.json").read_text())["evaluations"]
+    rows[1]["intervals"]["eer"] = [-1e308, 1e308]
+    (run / "evaluations.json").write_text(json.dumps({"evaluations": rows}))
+    found = run_files.read(str(run), "run")
+    assert found.metrics.step == 100 and found.metrics.damaged == 1
+    assert not found.evaluations["test"][-1].intervals and "There is no whole evaluations.json" in found.missing[1]
+
+
 def test_what_a_run_gave_up_is_left_out(tmp_path, undrawn):
     """It went back to step 50, and metrics.jsonl is cut there. Before, the set of step 10 was another one."""
     run = folders.run(tmp_path / "run", reports={step: folders.report(step) for step in (10, 40, 100)})
@@ -193,6 +216,7 @@ def test_results_of_eval_are_added_to_their_run(tmp_path, undrawn):
     with pytest.raises(ValueError, match="is of none of the runs named: name its run too"):
         page(runs[0], out=tmp_path / "out.html", more=[str(tmp_path / "b.json")])
     for content, said in (
+        ("", "c.json is empty"),
         ("{}", "is not what `protoshard eval"),
         ("x", "is not what"),
         (json.dumps({"evaluated": {"checkpoint": f"{runs[0]}/c"}}), "is damaged"),
