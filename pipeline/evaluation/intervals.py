@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dali_loaders.progress import progress
 from pipeline.evaluation.embed import Breaks
 from pipeline.evaluation.report import FARS, OperatingPoints
 
@@ -72,14 +73,16 @@ def draws(
         return {}
     curves = _Curves(pairs, points)
     drawn: dict[str, list[np.ndarray]] = {}
-    for weight_RU in _weights(pairs.units, resamples, max(1, _BLOCK // max(1, len(pairs.score_P))), seed):
-        if breaks and breaks.wanted():
-            break
-        found = curves.figures(weight_RU)
-        for name, (value_n, unit_n) in shares.items():
-            found[name] = _share(weight_RU, value_n, unit_n)
-        for name, value_R in found.items():
-            drawn.setdefault(name, []).append(value_R)
+    with progress("drawing for intervals", resamples) as done:
+        for weight_RU in _weights(pairs.units, resamples, max(1, _BLOCK // max(1, len(pairs.score_P))), seed):
+            if breaks and breaks.wanted():
+                break
+            found = curves.figures(weight_RU)
+            for name, (value_n, unit_n) in shares.items():
+                found[name] = _share(weight_RU, value_n, unit_n)
+            for name, value_R in found.items():
+                drawn.setdefault(name, []).append(value_R)
+            done.add(len(weight_RU))
     if breaks:
         breaks.agree()
     return {name: np.concatenate(parts) for name, parts in drawn.items()}

@@ -160,7 +160,7 @@ def _write_onnx(network: nn.Module, folder: str, image_size: int, wanted: bool |
     file = os.path.join(folder, onnx_file.FILE)
     onnx_file.write(network, file, image_size)
     worst = onnx_file.worst_cosine(network, file, image_size)
-    say(f"{onnx_file.FILE}: cosines with torch from {worst:.9f} on, in batches of {', '.join(map(str, onnx_file.BATCHES))}")
+    say(f"{onnx_file.FILE}: smallest cosine with torch {worst:.9f}, in batches of {', '.join(map(str, onnx_file.BATCHES))}")
     return {onnx_file.FILE: "the network as ONNX: images to features that are not normalised, without the mirror image"}
 
 

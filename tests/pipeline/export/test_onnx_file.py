@@ -57,7 +57,7 @@ def test_cosines_with_torch_of_a_thousand_images(tmp_path, name):
 
 
 def test_an_export_says_how_near_it_is(made):
-    assert re.fullmatch(r"model\.onnx: cosines with torch from (1\.0+|0\.99999\d+) on, in batches of 1, 7, 64", made.said[0])
+    assert re.fullmatch(r"model\.onnx: smallest cosine with torch (1\.0+|0\.99999\d+), in batches of 1, 7, 64", made.said[0])
 
 
 def test_a_file_that_gives_other_features_is_refused(tmp_path):
