@@ -27,7 +27,7 @@ from tests.pipeline.runs import BATCH, IMAGES, configuration
 
 def recipe():
     every = {every} * BATCH / IMAGES
-    evaluation = EvaluationConfig(data={data!r}, every_epochs=2 * every)
+    evaluation = EvaluationConfig(data={data!r}, every_epochs=4 * every)
     options = {{"save_every": {every}, "evaluation": evaluation, "run": {{"ema": 0.9, "log_every": 20}}}}
     made = configuration({data!r}, "", {steps}, backbone="small", **options)
     return replace(made, backbone=replace(made.backbone, dropout=0.2))
