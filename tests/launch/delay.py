@@ -1,7 +1,5 @@
-"""A slow cable: passes Ethernet frames between two network cards and holds each back, as `tc netem delay`, which not every kernel has.
-
-    python delay.py CARD CARD MILLISECONDS
-"""
+"""A slow cable, `delay.py CARD CARD MILLISECONDS`: passes Ethernet frames between two network cards and holds each back for that long, as
+`tc netem delay`, which not every kernel has."""
 
 import heapq
 import select

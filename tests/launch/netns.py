@@ -17,6 +17,7 @@ from tests.launch.namespaces import PROGRAM
 ROOT = Path(__file__).resolve().parents[2]
 DELAY = Path(__file__).with_name("delay.py")
 SSHD = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ.get("PATH", ""))
+PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "mount": "mount", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
 SECONDS = 20  # for a host to boot
 CONFIG = """PermitRootLogin yes
 StrictModes no
@@ -63,12 +64,13 @@ def why_not() -> str | None:
     """Why this machine can have no separate hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "separate hosts are network namespaces of Linux, which only root can make"
-    for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("mount", "mount"), ("ssh", "openssh-client"), ("ssh-keygen", "openssh-client")):  # fmt: skip
+    for program, package in PROGRAMS.items():
         if shutil.which(program) is None:
             return f"separate hosts need the program {program} (package {package})"
     if SSHD is None:
         return "separate hosts need the program sshd (package openssh-server)"
-    making = "ip link add near type veth peer name far && ip link add switch type bridge && tc qdisc add dev near root tbf rate 1mbit burst 9kb latency 9ms"
+    making = "ip link add near type veth peer name far && ip link add switch type bridge"
+    making += " && tc qdisc add dev near root tbf rate 1mbit burst 9kb latency 9ms"
     tried = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "sh", "-c", making], capture_output=True, text=True)
     return f"this kernel makes no network namespaces with bridges: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -83,7 +85,11 @@ class Machine:
     def start(self, setup: str, folder: Path) -> None:
         (folder / "setup.sh").write_text(setup)
         self.process = subprocess.Popen(
-            [*PROGRAM, "boot", "sh", str(folder / "setup.sh")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            [*PROGRAM, "boot", "sh", str(folder / "setup.sh")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         assert self.process.stdout is not None
         self.first = int(self.process.stdout.readline().split()[1])
@@ -108,7 +114,9 @@ class Machine:
         """`command` on this machine. Signals to the process that is returned reach it, SIGKILL too."""
         return subprocess.Popen([*PROGRAM, "enter", str(self.first), str(cwd), *map(str, command)], **{"text": True, **options})
 
-    def run(self, command: Sequence[str], cwd: str | os.PathLike[str] = "/", timeout: float = 60, **options: Any) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    def run(
+        self, command: Sequence[str], cwd: str | os.PathLike[str] = "/", timeout: float = 60, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Output and exit code of `command` on this machine; stderr is in stdout unless given."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         entering = [*PROGRAM, "enter", str(self.first), str(cwd), *map(str, command)]
@@ -137,7 +145,7 @@ class Host(Machine):
     """A host with its own addresses, processes, name, /tmp, /run and /dev/shm, whose sshd lets the others in as root.
 
     `ssh NAME`, `ssh 10.77.0.N` and `ssh fd77::N` work on every host, with host keys checked. Its own name means 127.0.1.1 there, as Debian
-    has it; other names mean nothing outside of ssh. Folders of the tests (tmp_path), the checkout and everything outside of /tmp are shared."""
+    has it; other names mean nothing outside of ssh. Folders of tests (tmp_path), the checkout and what lies outside of /tmp are shared."""
 
     def __init__(self, number: int, name: str, network: "Network") -> None:
         super().__init__()
@@ -286,8 +294,7 @@ class Network(Machine):
     def plug_in(self, host: Host) -> None:
         assert host.process is not None
         self.sh(
-            f"ip link add {host.port} type veth peer name eth0 netns /proc/{host.first}/ns/net"
-            f" && ip link set {host.port} master switch up"
+            f"ip link add {host.port} type veth peer name eth0 netns /proc/{host.first}/ns/net && ip link set {host.port} master switch up"
         )
 
     def heal(self) -> None:

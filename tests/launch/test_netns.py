@@ -1,13 +1,9 @@
 """That the hosts of the launch tests are like separate machines."""
 
-import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 
@@ -28,12 +24,12 @@ def test_hosts_are_apart(hosts, tmp_path):
     first, second = hosts[:2]
     assert [host.sh("hostname").strip() for host in hosts] == ["node1", "node2", "node3"]
     for target in (second.name, second.address, second.address6):
-        assert first.run(["ssh", "-o", "BatchMode=yes", target, "hostname; getent hosts $(hostname)"]).stdout.split()[:2] == ["node2", "127.0.1.1"]
+        said = first.run(["ssh", "-o", "BatchMode=yes", target, "hostname; getent hosts $(hostname)"]).stdout
+        assert said.split()[:2] == ["node2", "127.0.1.1"]
     first.sh(f"touch /tmp/mine /dev/shm/mine {tmp_path}/ours")
     assert sorted(first.left()) == ["/dev/shm/mine", "/tmp/mine"] and second.left() == []
     assert second.sh(f"ls {tmp_path}").split() == ["ours"]
     first.sh("rm /tmp/mine /dev/shm/mine")
-    assert subprocess.run(["pgrep", "-f", "nothing-like-this"]).returncode == 1
     assert not [name for name in psutil.net_if_addrs() if name.startswith(("port", "eth0@", "switch"))]
 
 
@@ -76,22 +72,20 @@ def test_faults_and_what_heals_them(hosts, network):
 
 
 def test_a_limited_link(hosts):
-    """8 MB at 50 Mbit/s take 1.3 s or more, delayed or not."""
+    """2 MB at 40 Mbit/s take 0.4 s or more, delayed or not."""
     first, second = hosts[:2]
+    second.limit("40mbit")
     for milliseconds in (0, 5):
-        second.limit("50mbit")
         if milliseconds:
             second.delay(milliseconds)
-        before = time.monotonic()
-        assert first.run(["ssh", "node2", "cat > /dev/null"], stdin=subprocess.DEVNULL, timeout=60).returncode == 0
-        sending = time.monotonic()
-        done = first.run(["sh", "-c", "head -c 8000000 /dev/urandom | ssh node2 'wc -c'"])
-        assert done.stdout.strip() == "8000000" and time.monotonic() - sending >= 1.2, (done.stdout, sending - before)
+        began = time.monotonic()
+        assert first.run(["sh", "-c", "head -c 2000000 /dev/urandom | ssh node2 'wc -c'"]).stdout.strip() == "2000000"
+        assert time.monotonic() - began >= 0.35
 
 
 def test_nothing_stays_when_the_tests_are_killed(network, tmp_path):
     script = f"""
-import sys, time
+import time
 from pathlib import Path
 from tests.launch.netns import Network
 network = Network(Path({str(tmp_path)!r}), count=1)
