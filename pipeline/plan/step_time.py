@@ -115,7 +115,7 @@ def classifier_cost(job: Job, links: Links, gather_dtype: str) -> Cost:
 
 
 def control_cost(job: Job, links: Links, log_every: int) -> Cost:
-    """Every log_every steps a line of metrics: 2 small all-reduces, and cosines, for which features are gathered once more, and 4 numbers of
+    """Every log_every steps a line of metrics: 2 small all-reduces, and cosines, for which features are gathered again, and 4 numbers of
     every rank for every sample."""
     cosines = links.all_gather(16 * links.ranks) + links.all_gather((4 * job.width + 8 + 16 * links.ranks) * job.gathered)
     line = links.all_reduce(8) + links.all_reduce(24) + cosines
