@@ -133,7 +133,9 @@ def srun(arguments: list[str]) -> int:
     codes = Path(os.environ["SLURM_STUB"], "codes")
     if codes.exists() and (lines := codes.read_text().split()):  # in place of tasks
         codes.write_text(" ".join(lines[1:]))
-        return int(lines[0])
+        if lines[0].endswith("refused"):
+            Path(os.environ["PROTOSHARD_REFUSED"]).touch()
+        return int(lines[0].removesuffix("refused"))
     tasks = int(os.environ["SLURM_NTASKS"])
     per_node = tasks // int(os.environ["SLURM_JOB_NUM_NODES"])
     processes = []

@@ -1,5 +1,5 @@
-"""launch/rayjob.yaml against the schemas of Kubernetes and the fields of KubeRay, and launch/Dockerfile against what it copies and installs.
-No cluster and no builder of images runs here."""
+"""launch/rayjob.yaml against the schemas of Kubernetes and the fields of KubeRay, launch/Dockerfile against what it copies and installs. No
+cluster and no builder of images runs here."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ CLUSTER = {
 }  # fmt: skip
 HEAD = {"serviceType", "headService", "enableIngress", "rayStartParams", "template", "resources", "labels"}
 WORKERS = {
-    "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template", "scaleStrategy", "idleTimeoutSeconds",
-    "suspend", "resources", "labels",
+    "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template", "scaleStrategy",
+    "idleTimeoutSeconds", "suspend", "resources", "labels",
 }  # fmt: skip
 
 
