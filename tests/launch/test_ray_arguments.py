@@ -21,6 +21,7 @@ from ray.train.v2.api.callback import UserCallback
 from torch.distributed.run import get_args_parser
 
 from launch import job, multinode, ray_driver, ray_node, variables
+from launch.following import Client
 from launch.ray_worker import Backend, BadInputError, OnFailure, ProcessGroup, why_no_gpu
 from pipeline.resolve import resolve
 
@@ -108,23 +109,26 @@ def test_two_jobs_of_one_run_do_not_share_a_folder_of_ray(tmp_path):
 
 
 def test_job_client_has_what_is_called(capsys):
-    client = create_autospec(JobSubmissionClient, instance=True)  # its methods refuse other arguments than the real ones
+    client = create_autospec(Client, instance=True)  # its methods refuse other arguments than the real ones
 
     async def log(job_id):
         yield "step 1\n"
 
     client.tail_job_logs.side_effect = log
+    client.get_job_logs.return_value = "step 1\nstep 2\n"
     client.get_job_info.return_value = SimpleNamespace(status=JobStatus.SUCCEEDED)
     client.get_job_status.return_value = JobStatus.STOPPED
     env_vars = variables.passed_on(multinode.parser().parse_args(["stub"]))
     ending = job.Ending("run", "stop", 1.0)
-    assert job.run(client, "true", env_vars, check=lambda: None, ending=ending) == 0
+    assert job.run(client, job.Task("protoshard-1", "true", env_vars, ending), check=lambda: None) == 0
     job.stop(client, "protoshard-1")
-    assert capsys.readouterr().out == "step 1\n"
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
     bind(JobSubmissionClient, "http://127.0.0.1:8265")
     RuntimeEnv(**client.submit_job.call_args.kwargs["runtime_env"])
     assert client.submit_job.call_args.kwargs.keys() <= inspect.signature(JobSubmissionClient.submit_job).parameters.keys()
-    assert job.ask(client, "protoshard-1", ending) is False  # a stopped job has not asked
+    assert job.ask(client, "protoshard-1", ending) == "stop cannot be written on the cluster"  # a stopped job has not asked
+    requests = inspect.signature(JobSubmissionClient._do_request).parameters
+    assert [name for name in inspect.signature(Client._do_request).parameters if name != "options"] == list(requests)[:3]
 
 
 def test_overridden_methods_have_the_parameters_of_ray():
