@@ -1,5 +1,6 @@
 """Jobs on a cluster that others keep: found by name or id, attached to, and asked to stop, by whoever reaches the cluster."""
 
+import secrets
 import time
 from contextlib import suppress
 from typing import Any
@@ -8,7 +9,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from launch.console import say, shown
 from launch.following import Client, Log, follow, reason_of, within
-from launch.job import PATIENCE, Ending, Task, ask, attach_command, exit_code, new_id, submit
+from launch.job import PATIENCE, Ending, Task, ask, attach_command, exit_code, submit
 
 ANSWER_SECONDS = 60.0  # for lists and whole logs
 BEGIN_SECONDS = 60.0  # that a detached job has to begin
@@ -58,7 +59,7 @@ def id_for(client: Client, name: str, entrypoint: str) -> tuple[str, JobDetails 
     """The id of the next job of that name, and the running one if there is one: then that id is its. Two that ask at once get the same id,
     which the cluster takes once. ValueError: another command runs under that name."""
     if not name:
-        return new_id(), None
+        return f"protoshard-{secrets.token_hex(4)}", None
     named = [details for details in jobs(client) if name_of(details) == name]
     for details in named:
         if not details.status.is_terminal():

@@ -46,10 +46,6 @@ class Task:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def new_id() -> str:
-    return f"protoshard-{secrets.token_hex(4)}"
-
-
 def connect(address: str, patience: float = 0.0) -> Client:
     """Client of the job server of `address`: its http://host:port, or host:port of the head's control store.
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch import job_logs
 from launch.checkout import checkout, python
 from launch.console import say
 from launch.hosts import Host, read_hosts
@@ -66,12 +68,14 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
     from launch import cluster
 
-    with cluster.started(hosts, root=checkout(options), python=python(options), ranks_per_node=options.ranks_per_node) as running:
+    job_id = new_id()
+    place = {"root": checkout(options), "python": python(options), "logs": logs_of(options, config, job_id)}
+    with cluster.started(hosts, **place, ranks_per_node=options.ranks_per_node) as running:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token)  # read when Ray is imported
         from launch import job
 
         client = job.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
-        task = job.Task(job.new_id(), entrypoint(options), passed_on(options), ending(options, config))
+        task = job.Task(job_id, entrypoint(options), passed_on(options), ending(options, config))
         Interrupted.has_begun = True
         return job.run(client, task, running.check)
 
@@ -91,6 +95,15 @@ def submit(options: argparse.Namespace, config: "TrainConfig") -> int:
         say(f"job {job_id} of that name runs already: following it, and starting no second")
         return attached.attach(client, job_id, options.address)
     return job.run(client, task, lambda: None, address=options.address)
+
+
+def logs_of(options: argparse.Namespace, config: "TrainConfig", job_id: str) -> str:
+    """The folder of a job's logs, on all hosts."""
+    return os.path.join(options.remote_dir or os.getcwd(), config.run.folder, job_logs.FOLDER, job_id)
+
+
+def new_id() -> str:
+    return f"protoshard-{secrets.token_hex(4)}"
 
 
 def ending(options: argparse.Namespace, config: "TrainConfig") -> "Ending":

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -16,8 +17,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup
-from ray.train.v2.api.callback import UserCallback
 from torch.distributed.run import get_args_parser
 
 from launch import job, multinode, ray_driver, ray_node, variables
@@ -54,7 +56,8 @@ def trainer(monkeypatch, tmp_path):
         monkeypatch.setattr(ray_driver.TorchTrainer, "fit", fit)
         monkeypatch.chdir(tmp_path)
         arguments = ["faces_small", f"--folder={tmp_path}", *(f"--set={override}" for override in overrides)]
-        assert ray_driver.fit(ray_driver.parser().parse_args(arguments)) == {"eer": 0.1}
+        with ExitStack() as kept:
+            assert ray_driver.fit(ray_driver.parser().parse_args(arguments), kept) == {"eer": 0.1}
         return made[0]
 
     return make
@@ -66,7 +69,12 @@ def test_trainer_on_gpus(trainer):
     assert (made.scaling_config.num_workers, made.scaling_config.use_gpu) == (16, True)
     assert made.scaling_config.resources_per_worker == {"CPU": 8.0, "GPU": 1}
     assert (made.backend_config.backend, made.backend_config.timeout_s) == ("nccl", 300)
-    assert made.run_config.failure_config.max_failures == 3 and made.run_config.failure_config.controller_failure_limit == 10
+    decided = made.run_config.failure_config  # not by Ray
+    assert {decided.max_failures, decided.controller_failure_limit, decided.max_preemption_failures} == {-1}
+    (callback,) = made.run_config.callbacks
+    assert (callback.outages.allowed, callback.starts) == (3, 10)
+    assert isinstance(next(kind for kind in made._create_default_callbacks() if isinstance(kind, NCCLRASCallback)), NCCLRASCallback)
+    assert NCCLRASCallback()._action == "fail" and NCCLRASCallback()._confirm_duration_s == 300
 
 
 def test_trainer_without_gpus(trainer):
@@ -132,7 +140,13 @@ def test_job_client_has_what_is_called(capsys):
 
 
 def test_overridden_methods_have_the_parameters_of_ray():
-    for ours, theirs in ((Backend.on_start, _TorchBackend.on_start), (OnFailure.after_exception, UserCallback.after_exception)):
+    pairs = [(Backend.on_start, _TorchBackend.on_start)]
+    for kind, names in (
+        (WorkerGroupCallback, ("after_worker_group_poll_status", "after_worker_group_training_start")),
+        (ControllerCallback, ("before_controller_execute_failure_decision",)),
+    ):
+        pairs += [(getattr(OnFailure, name), getattr(kind, name)) for name in names]
+    for ours, theirs in pairs:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
     bind(ExecutionGroup.execute, None, why_no_gpu)
     assert ProcessGroup(timeout_s=60).backend_cls is Backend
@@ -164,7 +178,7 @@ class Group:
 def test_gpus_that_torch_cannot_use_end_in_a_sentence(monkeypatch):
     monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(BadInputError, match=r"Ray has a GPU for a rank on .*, but torch .* is built without CUDA"):
-        Backend().on_start(Group(), ProcessGroup(backend="nccl"))
+        Backend()._join(Group(), ProcessGroup(backend="nccl"))
     monkeypatch.setattr("pipeline.distributed.gpu_fault", lambda ranks: None)
     assert why_no_gpu() is None
 
