@@ -27,7 +27,7 @@ KILLED = """The actor died unexpectedly before finishing this task.
 	pid: 12
 	ip: 10.0.0.2
 The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a
-connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) ray
+connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer, (2) ray
 stop --force was called, or (3) the worker crashed unexpectedly due to SIGSEGV or another unexpected error."""
 OF_NODE = (
     "The actor died unexpectedly.\n\tip: 10.0.0.3\nThe actor is dead because its node has died. Node Id: 5. missing too many heartbeats"
