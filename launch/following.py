@@ -24,6 +24,9 @@ UNKNOWN = 3  # answers in a row that the head does not know the job
 LOG_SECONDS = 5.0  # for the rest of the log of a job that has ended
 
 
+_OF_RAY = re.compile(r"^(\S+ \S+\s+INFO job_manager\.py:\d+ -- .*|Running entrypoint for job .*)\n", re.MULTILINE)  # of its first lines
+
+
 class Client(JobSubmissionClient):
     """Whose every request has a time limit: a head that was cut off would hold its caller for ever."""
 
@@ -57,6 +60,7 @@ class Log:
         with self._alone:
             fresh = text[max(0, self.printed - start) :]
             self.printed = max(self.printed, start + len(text))
+            fresh = _OF_RAY.sub("", fresh)
             try:
                 if fresh and not self._is_unheard:
                     print(fresh, end="", flush=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-FOLDER = "logs"  # in the run's folder
+FOLDER = "logs"  # in the run's folder, as pipeline/lease_files.py has it, which the launcher does not import for this
 KEPT = 20  # jobs of a run, the newest
 LARGEST_OF_RAY, ALL_OF_RAY = 1_000_000, 20_000_000  # bytes that are kept of one of Ray's files, and of all files of a host
 DRAIN_SECONDS = 5.0

@@ -161,6 +161,7 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
         failure = Failure(worker_group_status.errors, self.folder, self.old)
         for error in failure.errors.values():
             if isinstance(error, BadInputError):
+                self.is_counted = True
                 raise error  # a callback's own error is what Ray Train does not retry
         self.old |= {beat.run for beat in failure.beats.values()}
         failure.write(self.logs)

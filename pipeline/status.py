@@ -19,9 +19,8 @@ from pipeline.checkpoint.folder import ABOUT, FOLDER, MOST_ABOUT, complete, plac
 from pipeline.checkpoint.stores import store_of
 from pipeline.heartbeat import shown
 from pipeline.lease import BEAT
-from pipeline.lease_files import LARGEST, NAME
+from pipeline.lease_files import LARGEST, LOGS, NAME
 
-LOGS = "logs"  # in the run's folder: what launch/multinode.sh keeps of its jobs
 TAIL = 1 << 18  # bytes of metrics.jsonl that are read
 MOST_SHOWN = 16  # ranks in the table
 

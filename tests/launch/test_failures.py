@@ -128,8 +128,12 @@ def test_what_is_said_is_what_is_done(tmp_path, capsys):
     poll(callback, r1=KeyError("x"))
     with pytest.raises(GivingUpError, match=r"^Failure 2, 1 allowed .*KeyError.*: giving up; the same command continues"):
         poll(callback, r1=KeyError("x"))
+    capsys.readouterr()
+    callback.after_worker_group_training_start(None)
     with pytest.raises(BadInputError, match="no image"):
-        poll(callback, r1=BadInputError("no image"))
+        callback.after_worker_group_poll_status(SimpleNamespace(errors={1: BadInputError("no image")}))
+    callback.before_controller_execute_failure_decision(None)  # on that error, which ends the job
+    assert capsys.readouterr().out == ""
 
 
 def test_starts_without_a_place_are_counted_in_a_row(tmp_path, capsys):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import job_logs, log_file
+from launch import job, job_logs, log_file
+from pipeline import lease_files, run_checkpoints
+from pipeline.agreement import Agreement
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCK = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
@@ -94,6 +96,23 @@ def test_the_newest_jobs_of_a_run_are_kept(tmp_path):
     assert not (tmp_path / "logs" / "job-0").exists() and (tmp_path / "logs" / f"job-{job_logs.KEPT + 2}").exists()
     (tmp_path / "file").touch()
     job_logs.begin(str(tmp_path / "file"), "new")  # cannot be made, which is for the run to say
+
+
+def test_logs_of_a_job_stay_with_its_run(tmp_path, monkeypatch):
+    """--resume none renames the folder in which they were begun. Nothing but logs is no earlier run."""
+    monkeypatch.setenv(job.OF_JOB, "job-2")
+    assert (job.OF_JOB, job_logs.FOLDER) == (run_checkpoints.OF_JOB, lease_files.LOGS)
+    run = tmp_path / "run"
+    for name in ("job-1", "job-2"):
+        job_logs.begin(str(run), name)
+    with (run / "logs" / "job-2" / "rank-0.log").open("w") as file:
+        run_checkpoints.set_aside(str(run), Agreement())
+        assert not (tmp_path / "run.1").exists()
+        (run / "metrics.jsonl").touch()
+        run_checkpoints.set_aside(str(run), Agreement())
+        file.write("goes on")
+    assert (run / "logs" / "job-2" / "rank-0.log").read_text() == "goes on"
+    assert [path.name for path in (tmp_path / "run.1" / "logs").iterdir()] == ["job-1"]
 
 
 def test_logs_of_ray_are_bounded(tmp_path, monkeypatch):
