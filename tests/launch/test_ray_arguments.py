@@ -24,6 +24,7 @@ from torch.distributed.run import get_args_parser
 
 from launch import job, multinode, ray_driver, ray_node, variables
 from launch.following import Client
+from launch.options import check_jobs
 from launch.ray_worker import Backend, BadInputError, OnFailure, ProcessGroup, why_no_gpu
 from pipeline.resolve import resolve
 
@@ -202,7 +203,8 @@ def test_the_weights_of_a_new_run_reach_the_job():
 def test_launcher_commands_of_the_docs(page):
     for words in commands(page, "launch/multinode.sh"):
         options = multinode.parser().parse_args(words)
-        if options.recipe != "RECIPE":
+        check_jobs(options)
+        if options.recipe not in (None, "RECIPE"):
             resolve(options.recipe, options.overrides)
 
 
