@@ -1,4 +1,4 @@
-"""Jobs on one Ray node of this machine that others keep: by name, attached to, stopped, and followed through a lost contact and a killed worker.
+"""Jobs on a Ray node of this machine that others keep: by name, attached to, stopped, followed through a lost contact and a killed worker.
 The trainer is stub/pipeline."""
 
 from __future__ import annotations
