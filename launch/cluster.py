@@ -57,6 +57,7 @@ class Node:
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         self._writing = threading.Lock()
+        self.is_up = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -143,6 +144,7 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         deadline = time.monotonic() + READY_SECONDS
         nodes[0].send(orders[0])
         ready = nodes[0].expect("ready", deadline)
+        nodes[0].is_up = True
         say(f"Ray is up on {hosts[0].name}, the head")
         for node, order in zip(nodes[1:], orders[1:], strict=True):
             node.send({**order, "head": ready["head"]})
@@ -152,7 +154,8 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         yield Cluster(ready["dashboard"], token, nodes)
     finally:
         over.set()
-        say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
+        if any(node.is_up for node in nodes):
+            say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
         for node in reversed(nodes):
             node.close()
         deadline = time.monotonic() + STOP_SECONDS
