@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import multinode
+from launch import multinode, variables
 from launch.ray_driver import computing_nodes, layout
 from launch.ray_driver import parser as driver_parser
 from launch.ray_worker import BadInputError
@@ -87,7 +87,7 @@ def test_the_interpreter_is_looked_for_in_the_remote_checkout(monkeypatch):
 
 
 def passed_on(*arguments):
-    return multinode.passed_on(multinode.parser().parse_args(["stub", *arguments]))
+    return variables.passed_on(multinode.parser().parse_args(["stub", *arguments]))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_variables_by_name(monkeypatch):
 
 def test_the_docs_list_the_variables():
     page = (ROOT / "docs" / "clusters.md").read_text()
-    assert [name for name in (*multinode.PASSED_ON, *multinode.SAME_MACHINES, *multinode.OF_THIS_MACHINE) if f"`{name}`" not in page] == []
+    assert [name for name in (*variables.PASSED_ON, *variables.SAME_MACHINES, *variables.OF_THIS_MACHINE) if f"`{name}`" not in page] == []
 
 
 def test_layout_of_ranks():

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.worker_group import ExecutionGroup
 from ray.train.v2.api.callback import UserCallback
 from torch.distributed.run import get_args_parser
 
-from launch import job, multinode, ray_driver, ray_node
+from launch import job, multinode, ray_driver, ray_node, variables
 from launch.ray_worker import Backend, BadInputError, OnFailure, ProcessGroup, why_no_gpu
 from pipeline.resolve import resolve
 
@@ -116,9 +116,9 @@ def test_job_client_has_what_is_called(capsys):
     client.tail_job_logs.side_effect = log
     client.get_job_info.return_value = SimpleNamespace(status=JobStatus.SUCCEEDED)
     client.get_job_status.return_value = JobStatus.STOPPED
-    variables = multinode.passed_on(multinode.parser().parse_args(["stub"]))
+    env_vars = variables.passed_on(multinode.parser().parse_args(["stub"]))
     ending = job.Ending("run", "stop", 1.0)
-    assert job.run(client, "true", variables, check=lambda: None, ending=ending) == 0
+    assert job.run(client, "true", env_vars, check=lambda: None, ending=ending) == 0
     job.stop(client, "protoshard-1")
     assert capsys.readouterr().out == "step 1\n"
     bind(JobSubmissionClient, "http://127.0.0.1:8265")
@@ -137,7 +137,7 @@ def test_overridden_methods_have_the_parameters_of_ray():
 def test_names_of_variables_exist_in_ray():
     folders = [Path(ray.__file__).parent / name for name in ("_private", "_common", "train/v2/_internal")]
     text = "".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
-    names = {name for name in multinode.passed_on(multinode.parser().parse_args(["stub"])) if name.startswith("RAY_")}
+    names = {name for name in variables.passed_on(multinode.parser().parse_args(["stub"])) if name.startswith("RAY_")}
     names |= {
         "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN",

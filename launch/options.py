@@ -1,0 +1,57 @@
+"""The command line of `launch/multinode.sh`, and what of it can be refused before anything is started."""
+
+import argparse
+import importlib.util
+from typing import TYPE_CHECKING
+
+from dali_loaders.extras import missing
+from launch.variables import chosen_variables
+from pipeline.commands import Overrides
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig  # not here: importing it takes seconds
+
+EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
+  launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt \\
+      --set data.train=/data/glint360k/train.rec run.folder=/shared/runs/r100 run.batch=2048 optimizer.lr=0.2"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/multinode.sh",
+        description="Run a recipe through Ray Train: on a running cluster (--address), on the hosts of a file over ssh (--hosts), "
+        "or on this machine alone. Workers that die are restarted from the newest checkpoint; what was started is stopped at the end.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="as for `protoshard train`")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks; the first is the head")
+    where.add_argument("--address", metavar="RAY_ADDRESS", help="a running Ray cluster: http://head:8265 or head:6379")
+    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
+    parser.add_argument("--set", dest="overrides", nargs="+", action=Overrides, default=[], metavar="section.field=value")
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
+    parser.add_argument("--from", dest="overrides", action="append", type="start.weights={}".format, default=[],
+                        metavar="CHECKPOINT|RUN|FILE", help="begin a new run with that backbone, as for `protoshard train`")  # fmt: skip
+    parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after a worker died (default: 3)")
+    parser.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
+                        help="variables for the ranks beside those of docs/clusters.md; without VALUE, as in this shell")  # fmt: skip
+    parser.add_argument("--remote-dir", metavar="DIR", help="the checkout on the hosts, and where relative paths start there "
+                        "(default: the path of this checkout, and the current folder)")  # fmt: skip
+    return parser
+
+
+def check(options: argparse.Namespace) -> "TrainConfig":
+    """The resolved recipe. ValueError for what can be known to be wrong before anything is started."""
+    if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
+        raise missing("ray", "train")
+    if "start.weights=" in options.overrides:
+        raise ValueError("--from is given an empty path: name a checkpoint, a run or a weight file, or leave it out")
+    if options.ranks_per_node is not None and options.ranks_per_node < 1:
+        raise ValueError(f"--ranks-per-node is {options.ranks_per_node}; a node needs at least 1 rank.")
+    if options.max_failures < 0:
+        raise ValueError(f"--max-failures is {options.max_failures}; give 0 for no restart, or how many to allow.")
+    chosen_variables(options.env)
+    from pipeline.resolve import resolve
+
+    return resolve(options.recipe, options.overrides)
