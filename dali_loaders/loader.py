@@ -25,10 +25,11 @@ class TrainLoader:
     float16) and in the memory format `channels_last` if asked.
 
     Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of the order (UniformOrder, or GroupedOrder where
-    config.images_per_identity is above 1); rank r takes its part of them (order.part_of_rank): whole groups, and at most one of them more or
-    less than another rank. An unreadable image is replaced by the next readable one (dataset index + 1, wrapping; with groups, of its own identity if there is one),
-    logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a ValueError. So is one
-    whose read takes longer than config.timeout; where that is the storage's fault, StorageError ends the iteration (readers.py).
+    config.images_per_identity is above 1); rank r takes its part of them (order.part_of_rank): whole groups, at most one more or less than
+    another rank. An unreadable image is replaced by the next readable one (dataset index + 1, wrapping; with groups, of its own identity if
+    there is one), logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a
+    ValueError. So is one whose read takes longer than config.timeout; where that is the storage's fault, StorageError ends the iteration
+    (readers.py).
     """
 
     def __init__(

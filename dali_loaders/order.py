@@ -210,8 +210,8 @@ def build_order(source: Source, images_per_identity: int, seed: int) -> Order:
 
 
 def part_of_rank(batch: int, rank: int, ranks: int, group: int = 1) -> range:
-    """The places, in a batch of `batch` positions, that are this rank's: contiguous, in the order of ranks, in whole groups of `group`. Parts
-    differ by at most one group, and the first ranks have more. Where there are fewer groups than ranks, the last ranks have none."""
+    """The places, in a batch of `batch` positions, that are this rank's: contiguous, in the order of ranks, in whole groups of `group`.
+    Parts differ by at most one group, and the first ranks have more. Where there are fewer groups than ranks, the last ranks have none."""
     assert batch % group == 0 and 0 <= rank < ranks
     share, more = divmod(batch // group, ranks)
     first = rank * share + min(rank, more)

@@ -172,8 +172,9 @@ class PartialFC(nn.Module):
     @eager
     def begin_step(self, labels_b: Tensor, counts: Sequence[int] | None = None) -> None:
         """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank, and
-        `counts` is of them, as in `forward`. The optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
-        all-gather of 2 N numbers and 1 of the labels (8 bytes each), and with hard_negatives what `nearest_classes` says."""
+        `counts` is of them, as in `forward`. The optimizer's `step` closes it. Without this call every `forward` is a step of its own.
+        Communicates, if classes are sampled, 1 all-gather of 2 N numbers and 1 of the labels (8 bytes each), and with hard_negatives what
+        `nearest_classes` says."""
         check_labels(labels_b)
         self._check_shard()
         if self.config.sample_rate < 1:

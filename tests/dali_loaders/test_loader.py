@@ -116,7 +116,9 @@ def test_a_gpu_is_told_to_thread_and_decoder(monkeypatch, folder, decoder):
 
 @pytest.mark.parametrize("batch", [20, 9])
 def test_every_rank_needs_a_whole_group(folder, batch):
-    with pytest.raises(ValueError, match=rf"batch of {batch} does not divide among 4 ranks in groups of 3 images; .* multiple of 3 from 12"):
+    with pytest.raises(
+        ValueError, match=rf"batch of {batch} does not divide among 4 ranks in groups of 3 images; .* multiple of 3 from 12"
+    ):
         TrainLoader(open_source(str(folder)), GROUPS, seed=1, global_batch=batch, world_size=4)
 
 

