@@ -171,10 +171,9 @@ class PartialFC(nn.Module):
 
     @eager
     def begin_step(self, labels_b: Tensor, counts: Sequence[int] | None = None) -> None:
-        """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank, and
-        `counts` is of them, as in `forward`. The optimizer's `step` closes it. Without this call every `forward` is a step of its own.
-        Communicates, if classes are sampled, 1 all-gather of 2 N numbers and 1 of the labels (8 bytes each), and with hard_negatives what
-        `nearest_classes` says."""
+        """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` and `counts` are of all of them. The
+        optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
+        all-gather of 2 N numbers and 1 of the labels (8 bytes each), and with hard_negatives what `nearest_classes` says."""
         check_labels(labels_b)
         self._check_shard()
         if self.config.sample_rate < 1:
@@ -278,18 +277,15 @@ class PartialFC(nn.Module):
 
     @eager
     def forward(self, features_bD: Tensor, labels_b: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless there are counts
-        or uneven_batches.
+        """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows.
 
         features_bD  float [b, D], with gradient
         labels_b     int64 [b], global class ids
-        counts       b of every rank, 0 allowed, the same list on all of them, if they differ and are known: then the host waits for nothing
+        counts       b of every rank (0 is allowed), if they differ and are known: then the host waits for nothing
 
-        Communicates 1 all-gather of 2 N numbers (8 bytes each), 1 of B D floats (2 or 4 bytes: gather_dtype), 1 of B labels (8 bytes) and
-        what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. With uneven_batches
-        and without counts the host waits for the first. Where ranks bring different numbers of rows, these travel padded to the largest, m:
-        N m rows instead of B. NaN, infinity and labels that are not classes
-        end in a ValueError or a skipped step: see `is_finite`."""
+        Communicates 1 all-gather of 2 N numbers (for which the host waits with uneven_batches), 1 of B D floats (gather_dtype), 1 of B labels
+        and what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D float32. Different numbers of rows travel padded to the
+        largest. NaN, infinity and labels that are not classes end in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         features_BD, labels_B, counts = self._gather(features_bD, labels_b, counts, gather_dtype)
         number = self.current.number

@@ -28,20 +28,23 @@ def check(config: TrainConfig, ranks: int) -> None:
         )
     least = min(counts(config, ranks))
     if least == 0:
-        raise ValueError(_too_many(config, ranks, group, f"give each of {ranks} ranks at least {group}"))
+        raise ValueError(_too_many(config, ranks, group))
     if least == 1 and _takes_batch_statistics(config):
-        what = f"of which backbone {config.backbone.name} takes batch statistics, so give each of {ranks} ranks at least 2"
-        raise ValueError(_too_many(config, ranks, 2, what))
+        raise ValueError(_too_many(config, ranks, 2, f", of which backbone {config.backbone.name} takes batch statistics"))
 
 
-def _too_many(config: TrainConfig, ranks: int, least: int, what: str) -> str:
+def _too_many(config: TrainConfig, ranks: int, least: int, why: str = "") -> str:
     batch, parts = config.run.batch, config.run.accumulation
     size = batch // parts
     images = f"{size} image{'s' * (size > 1)}"
     micro = f"micro-batches of {images}" if parts > 1 else images
-    most = f"at most {size // least} rank{'s' * (size // least > 1)}, " if size >= least else ""
-    fewer = f"a run.accumulation that divides {batch} and is at most {batch // (least * ranks)}, " * (parts > 1 and batch >= least * ranks)
-    return f"run.batch is {batch}: its {micro} cannot {what}; use {most}{fewer}or a run.batch of at least {least * ranks * parts}"
+    each = f"each of {ranks} ranks" if ranks > 1 else "its rank"
+    remedies = [f"at most {size // least} rank{'s' * (size // least > 1)}"] if size >= least else []
+    if parts > 1 and batch >= least * ranks:
+        remedies.append(f"a run.accumulation that divides {batch} and is at most {batch // (least * ranks)}")
+    remedies.append(f"a run.batch of at least {least * ranks * parts}")
+    said = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 1 else remedies[0]
+    return f"run.batch is {batch}: its {micro} cannot give {each} at least {least}{why}; use {said}"
 
 
 def _takes_batch_statistics(config: TrainConfig) -> bool:

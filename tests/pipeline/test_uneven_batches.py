@@ -100,7 +100,7 @@ def test_batch_statistics_need_two_images(data, tmp_path):
     config = config_of(data, tmp_path, batch=5)
     uneven_batches.check(config, 3)  # small_nobn has none
     config = replace(config, backbone=BackboneConfig("small", width=16))
-    with pytest.raises(ValueError, match="small takes batch statistics, so give each of 3 ranks at least 2; use at most 2 ranks, or a run"):
+    with pytest.raises(ValueError, match="of 3 ranks at least 2, of which backbone small takes batch statistics; use at most 2 ranks, or"):
         uneven_batches.check(config, 3)
     uneven_batches.check(config, 2)
     uneven_batches.check(replace(config, optimizer=replace(config.optimizer, frozen=("*",))), 5)
