@@ -284,8 +284,8 @@ class PartialFC(nn.Module):
         counts       b of every rank (0 is allowed), if they differ and are known: then the host waits for nothing
 
         Communicates 1 all-gather of 2 N numbers (for which the host waits with uneven_batches), 1 of B D floats (gather_dtype), 1 of B
-        labels and what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D float32. Different numbers of rows travel padded
-        to the largest. NaN, infinity and labels that are not classes end in a ValueError or a skipped step: see `is_finite`."""
+        labels and what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D float32. Different numbers of rows travel
+        padded. NaN, infinity and labels that are not classes end in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
         features_BD, labels_B, counts = self._gather(features_bD, labels_b, counts, gather_dtype)
         number = self.current.number
