@@ -67,6 +67,7 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     if not os.path.isdir(options.folder):
         raise BadInputError(f"Folder {options.folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
     os.chdir(options.folder)
+    from pipeline import uneven_batches
     from pipeline.resolve import resolve
 
     try:
@@ -82,6 +83,10 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     ray.init(logging_level=logging.WARNING)
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
     ranks, resources = layout(nodes, options.ranks_per_node)
+    try:
+        uneven_batches.check(config, ranks)
+    except ValueError as error:
+        raise BadInputError(str(error)) from None
     gpu = " and a GPU" if "GPU" in resources else ""
     if gpu:
         detect_hangs(60 * config.run.timeout)
