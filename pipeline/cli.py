@@ -20,6 +20,7 @@ from pipeline import (
     plan_commands,
     recipe_commands,
     report_commands,
+    status_commands,
     stopping,
 )
 from pipeline.commands import Parser, Version, command, count, positionals_first
@@ -82,9 +83,12 @@ def _train(options: argparse.Namespace) -> None:
     from pipeline.resolve import resolve
     from pipeline.summary import summary
     from pipeline.train import train_recipe
+    from pipeline.uneven_batches import check
 
     announce(f"reading the recipe {printable(options.recipe)}")
     config = resolve(options.recipe, options.set)
+    if options.ranks > 1:  # else torchrun may have started more
+        check(config, options.ranks)
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
         try:
@@ -128,6 +132,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
 
     evaluation_commands.add(commands)
     report_commands.add(commands)
+    status_commands.add(commands)
     data_commands.add(commands)
     checkpoint_commands.add(commands)
     export_commands.add(commands)

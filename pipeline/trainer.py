@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dali_loaders import TrainLoader, open_data
 from dali_loaders.names import printable
@@ -22,7 +22,7 @@ from dali_loaders.remote import without_secrets
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, combinations, determinism, monitor, run_checkpoints, training_step
+from pipeline import backbones, combinations, determinism, monitor, run_checkpoints, training_step, uneven_batches
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import NotFiniteError, OwnerError
 from pipeline.config import TrainConfig, as_text, options_of
@@ -36,6 +36,7 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.lease import Lease
 from pipeline.metrics_line import MetricsLine
 from pipeline.monitor import Monitor, MonitorConfig
+from pipeline.own_time import OwnTime
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
 from pipeline.stopping import Asked, Stop, Stopped, unsaved
@@ -57,12 +58,9 @@ class Trainer:
         self.watch = watch or Watch(run.folder, place, run.timeout, Stop())
         self.stop, self.agreement = self.watch.stop, Agreement(run.timeout)
         group = config.data.images_per_identity
-        if run.batch % (run.accumulation * place.world_size * group):
-            groups = f" and data.images_per_identity = {group}" if group > 1 else ""
-            raise ValueError(
-                f"run.batch is {run.batch}, which {place.world_size} ranks with run.accumulation = {run.accumulation}{groups} do not "
-                f"divide: use a multiple of {run.accumulation * place.world_size * group}"
-            )
+        uneven_batches.check(config, place.world_size)
+        counts = uneven_batches.counts(config, place.world_size)
+        self.counts = None if len({*counts}) == 1 else counts  # images of each rank in a micro-batch, where they differ
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
         self._begins("opening the data", config.data.train)
@@ -89,16 +87,11 @@ class Trainer:
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = self._build_classifier_optimizer()
 
-        norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm1d) and part.training]
-        if run.batch == run.accumulation * place.world_size and norms:
-            raise ValueError(
-                f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
-                f"statistics: use at least {2 * run.batch}"
-            )
         self.consumed = 0  # samples
         self.course = Course(GradScaler(place.device.type, enabled=config.engine.precision == "float16"))
         self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
         self.cosines = torch.zeros(1), torch.zeros(1)  # target and hardest non-target, of the last step that is logged
+        self.own_time = OwnTime(place.device)
         self.rate = 0.0  # of the backbone, in the last step
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None
