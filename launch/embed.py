@@ -176,6 +176,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             # Read when Ray is imported. It would take another address of this machine for 127.0.0.1.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
         reach(address)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: lines for those who develop Ray
         import ray
 
         try:
