@@ -118,7 +118,7 @@ def write(out: str, number: int, job: dict[str, Any], part: Part, source: Source
 
 
 def checksum(rows: Rows) -> int:
-    return zlib.crc32("\n".join([*rows.names, *rows.identities]).encode(), zlib.crc32(np.ascontiguousarray(rows.embedding_nD)))
+    return zlib.crc32("\n".join([*rows.names, *rows.identities]).encode(), zlib.crc32(np.ascontiguousarray(rows.embedding_nD).data))
 
 
 def account(out: str, number: int, job: dict[str, Any]) -> Account | None:

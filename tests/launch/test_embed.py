@@ -163,7 +163,7 @@ def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkey
     assert "Traceback" not in ended.stderr
     assert_same(out, made)
     assert (out / name_of(2)).stat().st_mtime_ns == done
-    assert left_behind() == before
+    assert left_behind() <= before
 
 
 @pytest.mark.long
@@ -183,7 +183,7 @@ def test_whatever_dies_it_goes_on(made, tmp_path):
         job.send_signal(signal.SIGKILL)
         job.communicate()
         deadline = time.monotonic() + 60
-        while left_behind() != before:
+        while not left_behind() <= before:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         if job.returncode == 1:
