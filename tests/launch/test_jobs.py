@@ -200,7 +200,9 @@ def test_a_job_by_name(node, tmp_path):
         left.process.send_signal(signal.SIGINT)
         assert left.wait() == 130 and "job faces goes on" in left.said, left.said
         status = [sys.executable, "-m", "pipeline.cli", "status", "faces", "--address", node.dashboard]
-        asked = subprocess.run(status, cwd=tmp_path, env={**node.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE)
+        asked = subprocess.run(
+            status, cwd=tmp_path, env={**node.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert asked.returncode == 0 and "job faces: RUNNING" in asked.stderr and "job         faces, logs in" in asked.stdout, asked
         stop = Launcher(node, tmp_path, "--stop", "faces")
         assert stop.wait() == 0 and "asking job faces to save and stop, and waiting up to 60 min" in stop.said, stop.said
