@@ -26,6 +26,7 @@ from launch import job_logs
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
+TOKEN = "token"  # a file in the folder of the head
 ALIVE = "alive"  # a file in the node's folder, locked while the node lives
 NODE = "PROTOSHARD_RAY_NODE"  # the variable by which all that a node has started is known
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
@@ -51,6 +52,8 @@ def run(order: dict[str, Any]) -> None:
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
     alive = os.open(os.path.join(folder, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(alive, fcntl.LOCK_EX)
+    if order["head"] is None:
+        write_token(os.path.join(folder, TOKEN), order["token"])
     node = None
     try:
         node = subprocess.Popen(
@@ -63,7 +66,7 @@ def run(order: dict[str, Any]) -> None:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-        follow(node, order)
+        follow(node, order, folder)
     finally:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -91,6 +94,12 @@ def listen(heard: queue.Queue[str | None]) -> None:
             limit = SILENT_SECONDS if json.loads(line).get("beats") else limit
     heard.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def write_token(path: str, token: str) -> None:
+    """For this user alone, who may want to see Ray's dashboard, which asks for it."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{token}\n")
 
 
 def end_with_parent() -> None:
@@ -142,7 +151,7 @@ def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     return env
 
 
-def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
+def follow(node: subprocess.Popen[str], order: dict[str, Any], folder: str) -> None:
     """Announces the node once it runs; returns when standard input closes or the node ends."""
     assert node.stdout is not None
     tail: deque[str] = deque(maxlen=8)
@@ -155,7 +164,13 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
         return
     threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # keeps reading, because a full pipe would block Ray
     if order["head"] is None:
-        say("ready", head=f"{order['address']}:{order['port']}", dashboard=f"http://{order['address']}:{order['dashboard_port']}")
+        address = order["address"]
+        say(
+            "ready",
+            head=f"{address}:{order['port']}",
+            dashboard=f"http://{address}:{order['dashboard_port']}",
+            token_file=os.path.join(folder, TOKEN),
+        )
     else:
         say("ready")
     node.wait()  # unless `listen` ends this process
