@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -220,3 +221,50 @@ def test_a_job_that_is_stopped_before_its_run_has_begun(node, tmp_path):
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 75 and "asking the run to save and stop, and waiting up to 60 min (run.timeout) for it" in job.said, job.said
     assert steps(tmp_path) <= 2
+
+
+def losses(run: Path) -> dict[int, float]:
+    path = run / "metrics.jsonl"
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_killed_driver_and_the_job_submitted_again(node, tmp_path):
+    """The real trainer: it goes on from the newest checkpoint, with the losses of a run that was not disturbed."""
+    env = {**node.env, "PYTHONPATH": str(ROOT)}
+    protoshard = [sys.executable, "-m", "pipeline.cli"]
+    drawing = [*protoshard, "data", "faces", "faces.tar", "--identities", "24", "--images", "12", "--size", "32"]
+    subprocess.run(drawing, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=PATIENCE)
+    settings = [
+        "data.train=faces.tar",
+        "data.image_size=32",
+        "run.batch=32",
+        "run.epochs=33",
+        "run.log_every=1",
+        "backbone.name=small_nobn",
+    ]
+    settings += ["checkpoint.every_steps=10", "backbone.width=32", "engine.precision=float32", "evaluation.data="]
+    quiet = [*protoshard, "train", "faces_small", "--ranks", "2", "--set", *settings, "run.folder=quiet"]
+    subprocess.run(quiet, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=2 * PATIENCE)
+    command = ("faces_small", "--set", *settings, "run.folder=killed")
+    real = Node(node.dashboard, env)
+    first = Launcher(real, tmp_path, *command)
+    until(lambda: len(losses(tmp_path / "killed")) > 25, first)
+    (driver,) = (
+        process for process in psutil.process_iter(["cmdline"]) if {"launch.ray_driver", f"--folder={tmp_path}"} <= set(process.info["cmdline"])
+        and "-c" not in process.info["cmdline"]
+    )  # fmt: skip
+    began = time.monotonic()
+    driver.kill()
+    assert first.wait() == 1 and "was ended by SIGKILL (out of memory?)" in first.said, first.said
+    lines = len(losses(tmp_path / "killed"))
+    second = Launcher(real, tmp_path, *command)
+    until(lambda: "resumed from" in second.said and len(losses(tmp_path / "killed")) > lines, second)
+    print(f"on {time.monotonic() - began:.0f} s after SIGKILL to the driver, of which the first command took {lines} steps")
+    assert second.wait() == 0, second.said
+    killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")
+    assert len(undisturbed) == 297
+    print(f"largest relative deviation of losses: {max(abs(killed.get(step, 0) / loss - 1) for step, loss in undisturbed.items()):.1e}")
+    assert killed == pytest.approx(undisturbed, rel=1e-4)
