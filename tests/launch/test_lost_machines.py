@@ -28,6 +28,7 @@ class Run:
         (folder / "hosts.txt").write_text("".join(f"{host.name} slots=1\n" for host in ranks))
         self.folder, self.log, self.ranks = folder, folder / f"log-{time.monotonic():.0f}.txt", ranks
         command = ["bash", str(ROOT / "launch" / "multinode.sh"), "stub", "--hosts", "hosts.txt", "--set", "steps=400", "pause=0.2"]
+        command += ["--env", "PYTHONSAFEPATH=1"]  # hosts start Ray in the checkout, whose trainer would come before the stub
         env = {**os.environ, "PYTHONPATH": f"{STUB}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
         with self.log.open("w") as file:
             self.process = desk.popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
@@ -38,7 +39,8 @@ class Run:
 
     def until_step(self, more: int) -> None:
         before = steps(self.folder)
-        wait(lambda: steps(self.folder) > before + more, lambda: f"{self.process.poll()} {self.said}")
+        wait(lambda: steps(self.folder) > before + more or self.process.poll() is not None, lambda: self.said)
+        assert self.process.poll() is None, self.said
 
 
 def steps(folder: Path) -> int:
