@@ -20,6 +20,8 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from launch.log_file import NOISE
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "multinode.sh"
@@ -171,7 +173,7 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
         code = job.wait()
         proxy.close()
     said = job.said
-    assert code == 0 and "contact with the job server is back" in said and "Traceback" not in said, said
+    assert code == 0 and "contact with the job server is back" in said and "HTTPConnectionPool" not in said, said
     (line,) = [line for line in said.splitlines() if "Failure" in line]
     assert re.search(r"Failure 1, 3 allowed before the next checkpoint \(rank 1.* died without a word \(killed\? out of memory\?\)", line)
     assert len(line) < 400
@@ -179,7 +181,7 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
     assert {path.name for path in logs.iterdir()} == {"driver.log", "rank-0.log", "rank-1.log", "failures.txt"}
     kept = (logs / "driver.log").read_text().splitlines()
     shown = [line for line in said.splitlines() if "job server" not in line and "submitted" not in line]
-    assert shown == kept  # once each, in order
+    assert shown == [line for line in kept if not NOISE.search(line.encode())]  # once each, in order
     assert f"logs of all ranks: {logs}" in said and "workers placed: ranks 0 to 1 on" in said and "process group made, with gloo" in said
     assert "c10d" not in said and "Gloo" not in said
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  |\s|$", line) for line in said.splitlines())
