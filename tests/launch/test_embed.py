@@ -59,12 +59,12 @@ def made(tmp_path_factory) -> Made:
     return Made(folder, model, str(images), list(read.names), read.embedding_nD, Path(f"{out}.unreadable.txt").read_text())
 
 
-def assert_same(out: Path, made: Made) -> None:
-    """As `protoshard embed` made it, to the bit, and nothing half-written beside it."""
+def assert_same(out: Path, made: Made, error: float = 0.0) -> None:
+    """As `protoshard embed` made it, and nothing half-written beside it. error: workers of Ray compute in another number of threads."""
     table = pq.read_table(out)
     assert table.column("name").to_pylist() == made.names
     values = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    assert np.array_equal(values, made.embedding_nD)
+    assert np.abs(values - made.embedding_nD).max() <= error
     assert (out / "_unreadable.txt").read_text() == made.unreadable and made.unreadable.count("\n") == 2
     done = json.loads((out / "_done.json").read_text())
     assert (done["rows"], done["unreadable"], done["files"]) == (76, 2, 4)
@@ -167,7 +167,7 @@ def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkey
     assert ended.returncode == 1 and "1 of 4 files are there" in ended.stderr, ended.stderr
     assert "76 embeddings of 16 numbers in 4 files" in ended.stdout and "2 images cannot be read and are left out" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert_same(out, made)
+    assert_same(out, made, 1e-6)
     assert (out / name_of(2)).stat().st_mtime_ns == done
     assert left_behind() <= before
 
@@ -195,7 +195,7 @@ def test_whatever_dies_it_goes_on(made, tmp_path):
         if job.returncode == 1:
             break
     assert job.returncode == 1
-    assert_same(out, made)
+    assert_same(out, made, 1e-6)
 
 
 def workers_below(pid: int) -> list[psutil.Process]:
