@@ -16,10 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.console import say
 from launch.hosts import Host
 
 HELLO_SECONDS = 60  # ssh, and Python from a shared file system
 READY_SECONDS = 120
+BEAT_SECONDS = 10.0  # between signs of life, of which a node may miss some (SILENT_SECONDS)
 STOP_SECONDS = 30  # longer than the node's own STOP_SECONDS
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 
@@ -54,6 +56,7 @@ class Node:
             start_new_session=True,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
+        self._writing = threading.Lock()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -87,15 +90,16 @@ class Node:
             return "check that the dependencies are installed"
         return f"check that `ssh -o BatchMode=yes {self.host.target}` works and that the same checkout and .venv are there (--remote-dir)"
 
-    def send(self, order: dict[str, Any]) -> None:
+    def send(self, order: dict[str, Any] | None) -> None:
+        """None: a sign of life"""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # expect() tells why it ended
-            self.process.stdin.write(json.dumps(order) + "\n")
+        with self._writing, suppress(BrokenPipeError, ValueError):  # ValueError: it is closed. expect() tells why a node ended
+            self.process.stdin.write((json.dumps(order) if order else "") + "\n")
             self.process.stdin.flush()
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
+        with self._writing, suppress(BrokenPipeError):
             self.process.stdin.close()
 
     def wait(self, deadline: float) -> None:
@@ -106,11 +110,22 @@ class Node:
             self.process.wait()
 
 
+def beat(nodes: list[Node], over: threading.Event) -> None:
+    """A thread: tells the nodes that this machine still lives. Where it goes down, no connection is closed."""
+    while not over.wait(BEAT_SECONDS):
+        for node in list(nodes):
+            node.send(None)
+
+
 @contextmanager
-def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None) -> Iterator[Cluster]:
-    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used."""
+def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None, logs: str = "") -> Iterator[Cluster]:
+    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used.
+
+    logs: a folder of all hosts, in which Ray's own logs of each are kept at the end"""
     token = secrets.token_hex(16)
     nodes: list[Node] = []
+    over = threading.Event()
+    threading.Thread(target=beat, args=(nodes, over), daemon=True).start()
     try:
         for host in hosts:
             nodes.append(Node(host, root, python))
@@ -121,17 +136,23 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         alone = len(hosts) == 1 and hosts[0].local
         orders: list[dict[str, Any]] = [
             {"address": address, "alone": alone, "token": token, "head": None, "slots": host.slots or ranks_per_node}
+            | {"logs": os.path.join(logs, f"ray-{host.name}") if logs else None, "beats": True}
             for address, host in zip(addresses, hosts, strict=True)
         ]
+        say(f"reached {', '.join(host.name for host in hosts)}; starting Ray")
         deadline = time.monotonic() + READY_SECONDS
         nodes[0].send(orders[0])
         ready = nodes[0].expect("ready", deadline)
+        say(f"Ray is up on {hosts[0].name}, the head")
         for node, order in zip(nodes[1:], orders[1:], strict=True):
             node.send({**order, "head": ready["head"]})
         for node in nodes[1:]:
             node.expect("ready", deadline)
+            say(f"Ray is up on {node.host.name}")
         yield Cluster(ready["dashboard"], token, nodes)
     finally:
+        over.set()
+        say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
         for node in reversed(nodes):
             node.close()
         deadline = time.monotonic() + STOP_SECONDS

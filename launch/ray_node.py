@@ -1,8 +1,13 @@
 """One Ray node, alive only as long as its standard input: launch/cluster.py starts this on every machine, directly or over ssh.
-The node stops when its input closes, which a killed launcher or a lost connection does too, so nothing is left running."""
+The node stops when its input closes, which a killed launcher or a lost connection does too, or when its launcher, whose machine may be gone
+without a word, gives no sign of life on it. So nothing is left running."""
 
+import ctypes
+import fcntl
+import glob
 import json
 import os
+import queue
 import select
 import shutil
 import signal
@@ -15,8 +20,12 @@ from collections import deque
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from launch import job_logs
+
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
+SILENT_SECONDS = 60.0  # of a launcher that has promised beats
+ALIVE = "alive"  # a file in the node's folder, locked while the node lives
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 
 
@@ -26,15 +35,20 @@ def main() -> None:
         signal.signal(number, leave)
     connection = os.environ.get("SSH_CONNECTION", "").split()  # client address, client port, server address, server port
     say("hello", address=connection[2] if len(connection) == 4 else "127.0.0.1")
-    line = sys.stdin.readline()
+    heard: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=listen, args=(heard,), daemon=True).start()
+    line = heard.get()
     if line:
         run(json.loads(line))
 
 
 def run(order: dict[str, Any]) -> None:
     """Order: address (of this node), alone (whether no other machine has a part in the cluster), token, head (address of the head's control
-    store, or null to be the head), slots (or null)."""
+    store, or null to be the head), slots (or null), logs (a folder, or null: where Ray's own logs are kept at the end)."""
+    remove_left()
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
+    alive = os.open(os.path.join(folder, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(alive, fcntl.LOCK_EX)
     node = None
     try:
         node = subprocess.Popen(
@@ -45,6 +59,7 @@ def run(order: dict[str, Any]) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         follow(node, order)
     finally:
@@ -52,7 +67,45 @@ def run(order: dict[str, Any]) -> None:
             signal.signal(number, signal.SIG_IGN)
         if node is not None:
             stop(node)
+        if order.get("logs"):
+            job_logs.keep_those_of_ray(f"{folder}/r/session_latest", order["logs"])
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def listen(heard: queue.Queue[str | None]) -> None:
+    """A thread: lines of the launcher. Ends this process where they end, or where there is none for SILENT_SECONDS, once the first one has
+    promised beats."""
+    rest, limit = b"", None
+    while select.select([0], [], [], limit)[0]:
+        try:
+            data = os.read(0, 1 << 16)
+        except OSError:
+            break
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        for line in filter(None, lines):
+            heard.put(line.decode())
+            limit = SILENT_SECONDS if json.loads(line).get("beats") else limit
+    heard.put(None)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """In the new process: the kernel ends it where this one is killed, which then can stop nothing."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def remove_left() -> None:
+    """Folders of nodes that were killed: nobody holds their lock any more."""
+    for path in glob.glob(f"/tmp/protoshard-ray-*/{ALIVE}"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def start_command(order: dict[str, Any], folder: str) -> list[str]:
@@ -102,9 +155,7 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
         say("ready", head=f"{order['address']}:{order['port']}", dashboard=f"http://{order['address']}:{order['dashboard_port']}")
     else:
         say("ready")
-    while node.poll() is None:
-        if select.select([sys.stdin], [], [], 0.5)[0]:  # nothing follows the order, so readable means closed
-            return
+    node.wait()  # unless `listen` ends this process
 
 
 def stop(node: subprocess.Popen[str]) -> None:
