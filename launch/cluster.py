@@ -18,6 +18,7 @@ from typing import Any
 
 from launch.console import say
 from launch.hosts import Host
+from launch.returns import Returns
 
 HELLO_SECONDS = 60  # ssh, and Python from a shared file system
 READY_SECONDS = 120
@@ -30,13 +31,11 @@ SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Ser
 class Cluster:
     dashboard: str  # http://host:port of the job server
     token: str = field(repr=False)
-    nodes: list["Node"]
+    returns: Returns
 
     def check(self) -> None:
-        """Raises RuntimeError when a node has gone: this cluster has no other machine to take its place."""
-        for node in self.nodes:
-            if node.process.poll() is not None:
-                raise RuntimeError(f"Host {node.host.name} has left the Ray cluster; start again without it, or when it is back.")
+        """Sees to hosts that were lost. RuntimeError when the head is one of them."""
+        self.returns.check()
 
 
 class Node:
@@ -97,6 +96,9 @@ class Node:
             self.process.stdin.write((json.dumps(order) if order else "") + "\n")
             self.process.stdin.flush()
 
+    def has_left(self) -> bool:
+        return self.process.poll() is not None
+
     def close(self) -> None:
         assert self.process.stdin is not None
         with self._writing, suppress(BrokenPipeError):
@@ -124,7 +126,7 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
     logs: a folder of all hosts, in which Ray's own logs of each are kept at the end"""
     token = secrets.token_hex(16)
     nodes: list[Node] = []
-    over = threading.Event()
+    over, returns = threading.Event(), None
     threading.Thread(target=beat, args=(nodes, over), daemon=True).start()
     try:
         for host in hosts:
@@ -149,9 +151,14 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         for node in nodes[1:]:
             node.expect("ready", deadline)
             say(f"Ray is up on {node.host.name}")
-        yield Cluster(ready["dashboard"], token, nodes)
+        for order in orders[1:]:
+            order["head"] = ready["head"]
+        returns = Returns(nodes, [host.name for host in hosts], orders, lambda place: Node(hosts[place], root, python), say)
+        yield Cluster(ready["dashboard"], token, returns)
     finally:
         over.set()
+        if returns is not None:
+            returns.close()
         say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
         for node in reversed(nodes):
             node.close()

@@ -34,7 +34,8 @@ class ElasticTrainer(TorchTrainer):
         self._ranks, self._folder = ranks, folder
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        options["scaling_policy"] = Places(self.scaling_config, self._ranks, os.path.abspath(self._folder))
+        config: Any = self.scaling_config  # typed as that of V1
+        options["scaling_policy"] = Places(config, self._ranks, os.path.abspath(self._folder))
         return super()._initialize_and_run_controller(**options)
 
 
@@ -62,7 +63,7 @@ class Places(ScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()
         nodes = reached(usable(ray.nodes(), draining()))
-        free = None if self.has_run else ray._private.state.state._available_resources_per_node()
+        free = None if self.has_run else ray._private.state.state.available_resources_per_node()
         count = min(self.ranks.most, sum(places(nodes, self._each, free).values()))
         if count < self.ranks.least:
             self._wait(count)
@@ -137,9 +138,7 @@ def lost(nodes: list[dict[str, Any]]) -> list[str]:
     return sorted({node["NodeManagerHostname"] for node in nodes if not node["Alive"]} - here)
 
 
-def places(
-    nodes: list[dict[str, Any]], each: dict[str, float], free: dict[str, dict[str, float]] | None = None
-) -> dict[str, int]:
+def places(nodes: list[dict[str, Any]], each: dict[str, float], free: dict[str, dict[str, float]] | None = None) -> dict[str, int]:
     """Ranks for which every node has a place, by what a rank reserves; with `free` (by node), by what nobody else has reserved."""
     has = {node["NodeID"]: node["Resources"] if free is None else free.get(node["NodeID"], {}) for node in nodes}
     return {

@@ -16,6 +16,7 @@ from launch.checkout import checkout, python
 from launch.console import say
 from launch.hosts import Host, read_hosts
 from launch.options import check, check_jobs, needs_ray, parser
+from launch.ranks import check_hosts, parse
 from launch.variables import passed_on
 from pipeline import stopping
 from pipeline.commands import positionals_first
@@ -66,6 +67,8 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
     hosts = read_hosts(options.hosts) if options.hosts else [Host("localhost", "localhost", None, True)]
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
+    if options.ranks is not None:
+        check_hosts(parse(options.ranks), hosts, options.ranks_per_node)
     from launch import cluster
 
     job_id = new_id()
@@ -119,6 +122,8 @@ def entrypoint(options: argparse.Namespace) -> str:
     command += [f"--set={override}" for override in options.overrides]
     if options.ranks_per_node is not None:
         command.append(f"--ranks-per-node={options.ranks_per_node}")
+    if options.ranks is not None:
+        command.append(f"--ranks={options.ranks}")
     return shlex.join(command)
 
 

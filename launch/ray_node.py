@@ -23,6 +23,12 @@ from typing import Any, NoReturn
 from launch import job_logs
 
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
+# Of the head, which gives up a host that is cut off: after about 14 s, where Ray's own settings take 72.
+HEALTH = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2500",
+    "RAY_health_check_failure_threshold": "4",
+}
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
 ALIVE = "alive"  # a file in the node's folder, locked while the node lives
@@ -132,6 +138,8 @@ def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     if interface:  # gloo would take the address of the host's name, which Debian maps to 127.0.1.1
         env.setdefault("GLOO_SOCKET_IFNAME", interface)
     env.pop(MEETING_FOLDER, None)
+    for name, value in HEALTH.items():
+        env.setdefault(name, value)
     if order["alone"]:
         # Otherwise Ray takes another address for 127.0.0.1. Its servers listen on every interface, unless the node's address is this one.
         env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", MEETING_FOLDER: folder}

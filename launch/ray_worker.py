@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,8 +17,11 @@ from launch import job_logs
 from launch.failures import Failure, Outages
 from launch.ray_node import MEETING_FOLDER
 from pipeline.beats import read_all
+from pipeline.stopping import ATTEMPT
 
 STOPPED = "stopped"
+# Of the process that starts the ranks, again and again: Ray's controller of one job.
+JOB, ATTEMPTS = secrets.token_hex(8), itertools.count(1)
 
 
 class BadInputError(RuntimeError):
@@ -42,6 +44,7 @@ class Backend(_TorchBackend):
     Ranks of one machine meet in a file, because the store of torch, where Ray lets them meet, listens on every interface and to anyone."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(begin_attempt, f"{JOB} {next(ATTEMPTS)}")
         hosts = ray.get(
             [
                 worker_group.execute_single_async(rank, keep_log, backend_config.logs, rank)  # before they meet, which they say much about
@@ -71,6 +74,11 @@ class Backend(_TorchBackend):
                 for rank in range(len(worker_group))
             ]
         )
+
+
+def begin_attempt(attempt: str) -> None:
+    """On a worker: by this number it takes the run's folder from workers that were cut off, and loses it to later ones."""
+    os.environ[ATTEMPT] = attempt
 
 
 def keep_log(folder: str, rank: int) -> str:
@@ -105,7 +113,7 @@ def why_no_gpu() -> str | None:
 
 
 def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The train loop of one Ray worker; a restart runs it again, on all ranks.
+    """The train loop of one Ray worker; a restart runs it again, on all ranks, and so does RegroupError, after a save.
 
     Settings: recipe and overrides (resolved here, because a loss that a recipe file defines cannot be sent), resume, folder (where
     relative paths start), earlier (`checkpoints` when the job began). Returns the last evaluation's figures, or {STOPPED: a sentence}."""
@@ -115,13 +123,15 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
     os.chdir(folder)
     from pipeline.distributed import describe
     from pipeline.resolve import resolve
-    from pipeline.stopping import Stopped
+    from pipeline.stopping import Regrouped, Stopped
     from pipeline.train import train
 
     try:
         config = resolve(settings["recipe"], settings["overrides"])
-        resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
+        resume = "auto" if checkpoints(place_of_checkpoints(config)) - settings["earlier"] else settings["resume"]
         return train(config, resume=resume, keep_stop=True)  # which the driver has removed, if it was there before
+    except Regrouped as regrouped:
+        raise RegroupError(str(regrouped)) from None
     except Stopped as stopped:
         return {STOPPED: str(stopped)}  # an exception would be a failure, after which Ray starts the ranks again
     except ValueError as error:
@@ -131,10 +141,22 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
         raise BadInputError(sentence) from None
 
 
-def checkpoints(run_folder: str) -> set[tuple[str, int]]:
-    """Name and time of the complete checkpoints in a run's folder. Those that a job has added are where its restarts go on, whatever
-    --resume said: another attempt at `none` or PATH would throw them away."""
-    return {(path.name, path.stat().st_mtime_ns) for path in Path(run_folder, "checkpoints").glob("step-*[0-9]")}
+def place_of_checkpoints(config: Any) -> str:
+    """A folder or an address, the same for whoever works in another folder."""
+    place = config.checkpoint.folder or os.path.join(config.run.folder, "checkpoints")
+    return place if "://" in place else os.path.abspath(place)
+
+
+def checkpoints(place: str) -> set[tuple[str, int]]:
+    """The complete checkpoints of a run. Those that a job has added are where its restarts go on, whatever --resume said: another attempt
+    at `none` or PATH would throw them away."""
+    from pipeline.checkpoint import marks
+
+    return marks(place)
+
+
+class RegroupError(RuntimeError):
+    """No failure: the ranks have saved, and are to start anew on the hosts that are there now."""
 
 
 class GivingUpError(RuntimeError):
@@ -146,14 +168,21 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
     over the whole life of a job; here both counts begin anew once the run has got on.
 
     folder      the run's, as the head sees it
+    saved       where its checkpoints are
     logs        where failures.txt is written
     starts      in a row that may find no place for the ranks"""
 
-    def __init__(self, max_failures: int, folder: str, logs: str = "", starts: int = 10):
-        self.logs, self.folder, self.starts = logs, folder, starts
-        self.outages = Outages(max_failures, lambda: checkpoints(folder))
+    def __init__(self, max_failures: int, folder: str, saved: str, logs: str = "", starts: int = 10):
+        self.logs, self.folder, self.saved, self.starts = logs, folder, saved, starts
+        self.outages = Outages(max_failures, self._progress)
         self.old = {beat.run for beat in read_all(folder)}
         self.is_training, self.is_counted, self.waited = False, False, 0
+
+    def _progress(self) -> object:
+        try:
+            return checkpoints(self.saved)
+        except OSError:  # a store that gives no answer is no progress
+            return None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if not worker_group_status.errors:
@@ -163,6 +192,9 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
             if isinstance(error, BadInputError):
                 self.is_counted = True
                 raise error  # a callback's own error is what Ray Train does not retry
+            if isinstance(error, RegroupError):
+                self.is_counted = True
+                return told("the ranks have saved and start anew")
         self.old |= {beat.run for beat in failure.beats.values()}
         failure.write(self.logs)
         if failure.is_preemption:

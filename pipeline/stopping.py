@@ -84,8 +84,8 @@ class Stop:
             raise self.raised
 
     def watch(self, folder: str, rank: int, keep: bool = False) -> None:
-        """From here on rank 0 looks for FOLDER/stop. One that an earlier run left is removed, unless `keep`. FOLDER/regroup counts only where
-        ranks are started again, and one from before this start asks for nothing any more.
+        """From here on rank 0 looks for FOLDER/stop. One that an earlier run left is removed, unless `keep`. FOLDER/regroup counts only
+        where ranks are started again, and one from before this start asks for nothing any more.
 
         ValueError: it cannot be removed."""
         self.rank = rank
