@@ -56,6 +56,7 @@ class Node:
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         self._writing = threading.Lock()
+        self.is_up = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -145,6 +146,7 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         deadline = time.monotonic() + READY_SECONDS
         nodes[0].send(orders[0])
         ready = nodes[0].expect("ready", deadline)
+        nodes[0].is_up = True
         say(f"Ray is up on {hosts[0].name}, the head")
         for node, order in zip(nodes[1:], orders[1:], strict=True):
             node.send({**order, "head": ready["head"]})
@@ -159,7 +161,8 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         over.set()
         if returns is not None:
             returns.close()
-        say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
+        if any(node.is_up for node in nodes):
+            say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
         for node in reversed(nodes):
             node.close()
         deadline = time.monotonic() + STOP_SECONDS

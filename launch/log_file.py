@@ -15,6 +15,7 @@ TOLD = re.compile(rb"warn|error|fail|fault|fatal|critical|exception|killed|died|
 # What torch's meeting of ranks, and Ray, say at every start: it is in the file.
 NOISE = re.compile(
     rb"\[c10d\]|\[Gloo\]|ProcessGroup(Gloo|NCCL|Wrapper)\.|TCPStore|socket\.cpp|Setting up process group|"
+    rb"A worker died or was killed while executing a task by an unexpected system error|"  # said again, with the rank, in a line
     rb"Started distributed worker processes|^- \(ip=|ray/train/v2/|RAY_ACCEL_ENV_VAR|FutureWarning|DeprecationWarning|warnings\.warn\("
 )
 OF_RAY = re.compile(rb"^\((?:\w+ )?pid=\d+(?:, ip=[^)]+)?\) ")
@@ -77,6 +78,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     path, prefix, which = sys.argv[1:4]
     file, shown = File(path), Shown(prefix.encode(), which == "all")
+    file.write(b"")  # so that it is there
     console: int | None = 1
     rest = b""
     while True:
