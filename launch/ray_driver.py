@@ -110,7 +110,7 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
         raise BadInputError(f"checkpoint.folder={config.checkpoint.folder} gives no answer ({error}); see to it") from None
     storage = storage_folder(config.run.folder)
     callbacks: list[Any] = [
-        OnFailure(options.max_failures, os.path.abspath(config.run.folder), place_of_checkpoints(config), logs, NODE_WAITS)
+        OnFailure(options.max_failures, os.path.abspath(config.run.folder), logs, NODE_WAITS, place_of_checkpoints(config))
     ]  # more than a UserCallback, which alone is typed
     trainer = ElasticTrainer(
         run_rank,

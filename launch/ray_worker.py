@@ -168,12 +168,12 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
     over the whole life of a job; here both counts begin anew once the run has got on.
 
     folder      the run's, as the head sees it
-    saved       where its checkpoints are
     logs        where failures.txt is written
-    starts      in a row that may find no place for the ranks"""
+    starts      in a row that may find no place for the ranks
+    saved       where the run's checkpoints are, if not in FOLDER/checkpoints"""
 
-    def __init__(self, max_failures: int, folder: str, saved: str, logs: str = "", starts: int = 10):
-        self.logs, self.folder, self.saved, self.starts = logs, folder, saved, starts
+    def __init__(self, max_failures: int, folder: str, logs: str = "", starts: int = 10, saved: str = ""):
+        self.logs, self.folder, self.starts, self.saved = logs, folder, starts, saved or os.path.join(folder, "checkpoints")
         self.outages = Outages(max_failures, self._progress)
         self.old = {beat.run for beat in read_all(folder)}
         self.is_training, self.is_counted, self.waited = False, False, 0

@@ -54,7 +54,7 @@ def trainer(monkeypatch, tmp_path):
             return SimpleNamespace(return_value={"eer": 0.1})
 
         monkeypatch.setattr(ray_driver, "ray", SimpleNamespace(init=lambda **named: bind(ray.init, **named), nodes=lambda: nodes))
-        monkeypatch.setattr(ray_driver.TorchTrainer, "fit", fit)
+        monkeypatch.setattr(ray_driver.ElasticTrainer, "fit", fit)
         monkeypatch.chdir(tmp_path)
         arguments = ["faces_small", f"--folder={tmp_path}", *(f"--set={override}" for override in overrides)]
         with ExitStack() as kept:
