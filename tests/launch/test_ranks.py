@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("ray", reason="the launcher needs Ray")
 from ray.train.v2.api.config import ScalingConfig
@@ -14,8 +15,10 @@ from launch import elastic
 from launch.elastic import Places, answers_at, lost, places
 from launch.hosts import Host
 from launch.ranks import Ranks, check_hosts, parse
-from launch.ray_worker import GivingUpError
+from launch.ray_driver import chosen
+from launch.ray_worker import GivingUpError, checkpoints
 from launch.returns import Returns
+from pipeline import checkpoint
 
 
 @pytest.mark.parametrize(("text", "ranks"), [("3", (3, 3)), ("2:3", (2, 3)), (" 4:4 ", (4, 4))])
@@ -46,6 +49,16 @@ def test_more_ranks_than_slots_are_refused_before_anything_starts():
     with pytest.raises(ValueError, match="--ranks 2:4: the hosts have a place for 3 ranks; lower it, or give hosts more slots=N"):
         check_hosts(Ranks(2, 4), hosts, None)
     check_hosts(Ranks(2, 4), [Host("a", "a", None, False)], None)  # its GPUs are not known yet
+
+
+def test_more_ranks_than_gpus_are_refused():
+    assert chosen(None, 3, "") == (3, 3) and chosen("2:4", 3, "") == (2, 4)
+    with pytest.raises(
+        ValueError, match="--ranks 4: the cluster has a place for 3 ranks, each with a GPU of its own; lower it, or"
+    ):
+        chosen("4", 3, " and a GPU")
+    with pytest.raises(ValueError, match="--ranks 4:6: the cluster has a place for 1 rank, each with its share of the processors"):
+        chosen("4:6", 1, "")
 
 
 def node(name, alive=True, **resources):
@@ -210,3 +223,16 @@ def test_a_lost_host_is_tried_until_it_is_back(caplog):
     with pytest.raises(RuntimeError, match="Host a, the head of the Ray cluster, was lost, and the job with it: the same"):
         returns.check()
     returns.close()
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_what_a_job_has_saved_is_known_wherever_it_is(tmp_path, where):
+    """A checkpoint of the same name is another one after --resume none has begun the run anew."""
+    place = str(tmp_path / "checkpoints") if where == "folder" else f"memory://{tmp_path.name}/checkpoints"
+    assert checkpoints(place) == set()
+    checkpoint.save(place, 10, {"x": checkpoint.whole(torch.zeros(3))}, {"run": "first"})
+    first = checkpoints(place)
+    assert {name for name, _ in first} == {"step-00000010"} == {name for name, _ in checkpoints(place)}
+    checkpoint.store_of(place).remove("step-00000010")
+    checkpoint.save(place, 10, {"x": checkpoint.whole(torch.ones(3))}, {"run": "second"})
+    assert len(checkpoints(place) - first) == 1
