@@ -53,9 +53,7 @@ def test_more_ranks_than_slots_are_refused_before_anything_starts():
 
 def test_more_ranks_than_gpus_are_refused():
     assert chosen(None, 3, "") == (3, 3) and chosen("2:4", 3, "") == (2, 4)
-    with pytest.raises(
-        ValueError, match="--ranks 4: the cluster has a place for 3 ranks, each with a GPU of its own; lower it, or"
-    ):
+    with pytest.raises(ValueError, match="--ranks 4: the cluster has a place for 3 ranks, each with a GPU of its own; lower it, or"):
         chosen("4", 3, " and a GPU")
     with pytest.raises(ValueError, match="--ranks 4:6: the cluster has a place for 1 rank, each with its share of the processors"):
         chosen("4:6", 1, "")
