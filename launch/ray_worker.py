@@ -213,6 +213,8 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Also for what is no error of a rank: a start for which there is no place, a hang that Ray found."""
+        if getattr(failure_decision, "name", "") == "RAISE":  # what has been decided elsewhere, with a sentence of its own
+            return
         if self.is_training and not self.is_counted:
             self._count("the ranks stand still in a collective of NCCL, as Ray's hang detector says")
         elif not self.is_counted:
