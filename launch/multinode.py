@@ -16,7 +16,7 @@ from launch.checkout import checkout, python
 from launch.console import say
 from launch.hosts import Host, read_hosts
 from launch.options import check, check_jobs, needs_ray, parser
-from launch.ranks import check_hosts, parse
+from launch.ranks import check_slots, parse
 from launch.variables import passed_on
 from pipeline import stopping
 from pipeline.commands import positionals_first
@@ -68,7 +68,7 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
     if options.ranks is not None:
-        check_hosts(parse(options.ranks), hosts, options.ranks_per_node)
+        check_slots(parse(options.ranks), hosts, options.ranks_per_node)
     from launch import cluster
 
     job_id = new_id()

@@ -34,7 +34,7 @@ def parse(text: str) -> Ranks:
     return Ranks(least, most)
 
 
-def check_hosts(ranks: Ranks, hosts: Sequence[Host], ranks_per_node: int | None) -> None:
+def check_slots(ranks: Ranks, hosts: Sequence[Host], ranks_per_node: int | None) -> None:
     """ValueError where it is known before anything starts that the hosts have no place for so many."""
     slots = [host.slots or ranks_per_node for host in hosts]
     places = sum(filter(None, slots))

@@ -14,7 +14,7 @@ from ray.train.v2.api.config import ScalingConfig
 from launch import elastic
 from launch.elastic import Places, answers_at, lost, places
 from launch.hosts import Host
-from launch.ranks import Ranks, check_hosts, parse
+from launch.ranks import Ranks, check_slots, parse
 from launch.ray_driver import chosen
 from launch.ray_worker import GivingUpError, checkpoints
 from launch.returns import Returns
@@ -45,10 +45,10 @@ def test_what_is_no_number_of_ranks(text, words):
 
 def test_more_ranks_than_slots_are_refused_before_anything_starts():
     hosts = [Host(name, name, slots, False) for name, slots in (("a", 2), ("b", 1))]
-    check_hosts(Ranks(2, 3), hosts, None)
+    check_slots(Ranks(2, 3), hosts, None)
     with pytest.raises(ValueError, match="--ranks 2:4: the hosts have a place for 3 ranks; lower it, or give hosts more slots=N"):
-        check_hosts(Ranks(2, 4), hosts, None)
-    check_hosts(Ranks(2, 4), [Host("a", "a", None, False)], None)  # its GPUs are not known yet
+        check_slots(Ranks(2, 4), hosts, None)
+    check_slots(Ranks(2, 4), [Host("a", "a", None, False)], None)  # its GPUs are not known yet
 
 
 def test_more_ranks_than_gpus_are_refused():
