@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = {name: Path(find_data(f"dogs/{name}.tar")) for name in ("train", "test")}
 if not all(path.exists() for path in DATA.values()):
     pytest.skip("the dogs set is not here", allow_module_level=True)
-EPOCHS, BATCH, EVERY = 3, 64, 10
+EPOCHS, BATCH, EVERY = 2, 64, 10
 SETTINGS = [f"data.train={DATA['train'].resolve()}", f"evaluation.data={DATA['test'].resolve()}", "data.image_size=32", "data.threads=1"]
 SETTINGS += [f"run.batch={BATCH}", "run.log_every=1", "engine.precision=float32", "backbone.width=64"]
 SETTINGS += [f"checkpoint.every_steps={EVERY}", "evaluation.at_start=false", "run.timeout=5"]
