@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -33,7 +34,9 @@ HEALTH = {
 QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "30000", "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "2"}
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
+TOKEN = "token"  # a file in the folder of the head
 ALIVE = "alive"  # a file in the node's folder, locked while the node lives
+NODE = "PROTOSHARD_RAY_NODE"  # the variable by which all that a node has started is known
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 
 
@@ -57,6 +60,8 @@ def run(order: dict[str, Any]) -> None:
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
     alive = os.open(os.path.join(folder, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(alive, fcntl.LOCK_EX)
+    if order["head"] is None:
+        write_token(os.path.join(folder, TOKEN), order["token"])
     node = None
     try:
         node = subprocess.Popen(
@@ -69,12 +74,12 @@ def run(order: dict[str, Any]) -> None:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-        follow(node, order)
+        follow(node, order, folder)
     finally:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         if node is not None:
-            stop(node)
+            stop(node, folder)
         if order.get("logs"):
             job_logs.keep_those_of_ray(f"{folder}/r/session_latest", order["logs"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -99,6 +104,12 @@ def listen(heard: queue.Queue[str | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def write_token(path: str, token: str) -> None:
+    """For this user alone, who may want to see Ray's dashboard, which asks for it."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{token}\n")
+
+
 def end_with_parent() -> None:
     """In the new process: the kernel ends it where this one is killed, which then can stop nothing."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -111,6 +122,7 @@ def remove_left() -> None:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                end_all(os.path.dirname(path))
                 shutil.rmtree(os.path.dirname(path), ignore_errors=True)
             finally:
                 os.close(descriptor)
@@ -133,7 +145,7 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
 def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     """What the workers inherit: the cluster's own token and, for gloo, the network interface of the node's address. Where no other machine
     takes part, nothing listens to other machines either: not Ray, not NCCL, and ranks meet in a file."""
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"]}
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"], NODE: folder}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         env.pop(name, None)
     interface = interface_of(order["address"])
@@ -149,7 +161,7 @@ def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     return env
 
 
-def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
+def follow(node: subprocess.Popen[str], order: dict[str, Any], folder: str) -> None:
     """Announces the node once it runs; returns when standard input closes or the node ends."""
     assert node.stdout is not None
     tail: deque[str] = deque(maxlen=8)
@@ -162,23 +174,51 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
         return
     threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # keeps reading, because a full pipe would block Ray
     if order["head"] is None:
-        say("ready", head=f"{order['address']}:{order['port']}", dashboard=f"http://{order['address']}:{order['dashboard_port']}")
+        address = order["address"]
+        say(
+            "ready",
+            head=f"{address}:{order['port']}",
+            dashboard=f"http://{address}:{order['dashboard_port']}",
+            token_file=os.path.join(folder, TOKEN),
+        )
     else:
         say("ready")
     node.wait()  # unless `listen` ends this process
 
 
-def stop(node: subprocess.Popen[str]) -> None:
+def stop(node: subprocess.Popen[str], folder: str) -> None:
     node.terminate()
     try:
         node.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         node.kill()
         node.wait()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # ends what is left of the session that the node led
-        with suppress(ProcessLookupError):
-            if os.getsid(int(pid)) == node.pid:
-                os.kill(int(pid), signal.SIGKILL)
+    end_all(folder)
+
+
+def end_all(folder: str) -> None:
+    for spare in (b"log_file.py", b""):  # which writes the last words of the others
+        for _ in range(10):
+            left = [pid for pid in started(folder) if not (spare and spare in _read(f"/proc/{pid}/cmdline"))]
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+            if not left:
+                break
+
+
+def started(folder: str) -> list[int]:
+    """What lives of all that the node has started. A job's driver has a session of its own, and no parent any more; but the environment
+    of the node, in which the name of its folder is."""
+    sign = f"{NODE}={folder}\0".encode()
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and sign in _read(f"/proc/{pid}/environ")]
+
+
+def _read(path: str) -> bytes:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return b""
 
 
 def say(event: str, **fields: str) -> None:
