@@ -42,9 +42,9 @@ class Returns:
         orders: list[dict[str, Any]],
         begin: Callable[[int], Node],
         say: Callable[[str], None],
-        retry: float = RETRY,
+        retry: float | None = None,
     ) -> None:
-        self._nodes, self._names, self._orders, self._begin, self._say, self._retry = nodes, names, orders, begin, say, retry
+        self._nodes, self._names, self._orders, self._begin, self._say, self._retry = nodes, names, orders, begin, say, retry or RETRY
         self._ended = threading.Event()
         self._tried: dict[int, threading.Thread] = {}
         self._trying: dict[int, Node] = {}

@@ -1,5 +1,6 @@
 """`--ranks`: what it may say, how many ranks have a place, and when they are asked to start anew; hosts that come back. No Ray runs."""
 
+import json
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("ray", reason="the launcher needs Ray")
 from ray.train.v2.api.config import ScalingConfig
 
+from launch import cluster as clusters
 from launch import elastic
 from launch.elastic import Places, answers_at, lost, places
 from launch.hosts import Host
@@ -19,6 +21,9 @@ from launch.ray_driver import chosen
 from launch.ray_worker import GivingUpError, checkpoints
 from launch.returns import Returns
 from pipeline import checkpoint
+
+HELLO = {"event": "hello", "address": "10.0.0.1"}
+READY = {"event": "ready", "head": "h:1", "dashboard": "http://h:2", "token_file": "t"}
 
 
 @pytest.mark.parametrize(("text", "ranks"), [("3", (3, 3)), ("2:3", (2, 3)), (" 4:4 ", (4, 4))])
@@ -234,3 +239,27 @@ def test_what_a_job_has_saved_is_known_wherever_it_is(tmp_path, where):
     checkpoint.store_of(place).remove("step-00000010")
     checkpoint.save(place, 10, {"x": checkpoint.whole(torch.ones(3))}, {"run": "second"})
     assert len(checkpoints(place) - first) == 1
+
+
+def test_a_cluster_takes_back_a_host_that_was_lost(tmp_path, monkeypatch, capsys):
+    """In place of Python on the hosts: a node that says what is expected of it, and ends when the file `lost` is there."""
+    program = tmp_path / "python"
+    says = [f"echo 'ray-node {json.dumps(event)}'" for event in (HELLO, READY)]
+    watch = f'while read -r line; do if [ "$role" = b ] && [ -e {tmp_path}/lost ]; then rm {tmp_path}/lost; exit; fi; done'
+    roles = """case "$order" in *'"head": null'*) role=a;; *) role=b;; esac"""
+    program.write_text(f'#!/bin/sh\n{says[0]}\nread -r order\n{roles}\necho "$order" >> {tmp_path}/orders\n{says[1]}\n{watch}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("launch.returns.RETRY", 0.1)
+    monkeypatch.setattr(clusters, "BEAT_SECONDS", 0.05)
+    hosts = [Host(name, name, 1, True) for name in "ab"]
+    with clusters.started(hosts, root="/", python=str(program), ranks_per_node=None) as running:
+        running.check()
+        (tmp_path / "lost").touch()
+        deadline = time.monotonic() + 60
+        while len((tmp_path / "orders").read_text().splitlines()) < 3:
+            running.check()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    orders = [json.loads(line) for line in (tmp_path / "orders").read_text().splitlines()]
+    assert [order["head"] for order in orders] == [None, "h:1", "h:1"] and orders[1] == orders[2]
+    assert "host b was lost: trying every" in capsys.readouterr().err
