@@ -6,8 +6,8 @@ import queue
 import secrets
 import shlex
 import signal
-import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -16,10 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.addresses import address_towards, is_loopback, needs_a_zone
 from launch.hosts import Host
+from launch.tunnel import Tunnel
 
 HELLO_SECONDS = 60  # ssh, and Python from a shared file system
-READY_SECONDS = 120
+READY_SECONDS = 300  # Ray's own patience is 30 s a start, and a node tries three times
 STOP_SECONDS = 30  # longer than the node's own STOP_SECONDS
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 
@@ -78,7 +80,10 @@ class Node:
                 continue
             message = json.loads(line.removeprefix("ray-node "))
             if message["event"] == "failed":
-                raise ValueError(f"Ray did not start on host {self.host.name}: {message['reason'] or 'no reason given'}.")
+                raise RuntimeError(f"Ray did not start on host {self.host.name}: {message['reason'] or 'no reason given'}.")
+            if message["event"] == "again":
+                print(f"Ray did not start on host {self.host.name} ({message['reason']}): trying again", file=sys.stderr, flush=True)
+                continue
             assert message["event"] == event, message
             return message
 
@@ -108,20 +113,21 @@ class Node:
 
 @contextmanager
 def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None) -> Iterator[Cluster]:
-    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used."""
+    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used, RuntimeError one where Ray
+    does not start."""
     token = secrets.token_hex(16)
     nodes: list[Node] = []
+    tunnel: Tunnel | None = None
     try:
         for host in hosts:
             nodes.append(Node(host, root, python))
         deadline = time.monotonic() + HELLO_SECONDS
-        addresses = [node.expect("hello", deadline)["address"] for node in nodes]
-        if hosts[0].local and len(hosts) > 1:
-            addresses[0] = address_towards(addresses[1])
+        hellos = [node.expect("hello", deadline) for node in nodes]
+        one_of_each(hosts, hellos)
         alone = len(hosts) == 1 and hosts[0].local
         orders: list[dict[str, Any]] = [
             {"address": address, "alone": alone, "token": token, "head": None, "slots": host.slots or ranks_per_node}
-            for address, host in zip(addresses, hosts, strict=True)
+            for address, host in zip(reachable(hosts, [hello["address"] for hello in hellos]), hosts, strict=True)
         ]
         deadline = time.monotonic() + READY_SECONDS
         nodes[0].send(orders[0])
@@ -130,8 +136,14 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
             node.send({**order, "head": ready["head"]})
         for node in nodes[1:]:
             node.expect("ready", deadline)
-        yield Cluster(ready["dashboard"], token, nodes)
+        dashboard = ready["dashboard"]  # of the head's loopback
+        if not hosts[0].local:
+            tunnel = Tunnel(SSH, hosts[0].target, dashboard)
+            dashboard = tunnel.here
+        yield Cluster(dashboard, token, nodes)
     finally:
+        if tunnel is not None:
+            tunnel.close()
         for node in reversed(nodes):
             node.close()
         deadline = time.monotonic() + STOP_SECONDS
@@ -139,8 +151,37 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
             node.wait(deadline)
 
 
-def address_towards(other: str) -> str:
-    """The address of this machine that `other` sees (a connected datagram socket sends nothing)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))
-        return str(probe.getsockname()[0])
+def one_of_each(hosts: list[Host], hellos: list[dict[str, str]]) -> None:
+    """ValueError: two hosts are one machine, or cannot be in one cluster."""
+    machines: dict[str, str] = {}
+    for host, hello in zip(hosts, hellos, strict=True):
+        twin = machines.setdefault(hello["machine"], host.name)
+        if twin != host.name:
+            raise ValueError(f"Hosts {twin} and {host.name} are the same machine; list it once, with slots=N for N ranks.")
+    first, name = hellos[0], hosts[0].name
+    for host, hello in zip(hosts, hellos, strict=True):
+        if not hello["ray"]:
+            raise ValueError(f"Host {host.name} has no Ray in {hello['prefix']}; run launch/quickstart.sh there.")
+        for what, key in (("Ray", "ray"), ("Python", "python")):
+            if hello[key] != first[key]:
+                sentence = f"Host {host.name} has {what} {hello[key]}, but {name} has {first[key]}"
+                raise ValueError(f"{sentence}; install the same versions, as launch/quickstart.sh does in the same checkout.")
+
+
+def reachable(hosts: list[Host], addresses: list[str]) -> list[str]:
+    """Under which each host is known to the others: as its line says, or as ssh reached it. ValueError: that means nothing to others."""
+    addresses = [host.address or address for host, address in zip(hosts, addresses, strict=True)]
+    if len(hosts) == 1:
+        return addresses
+    others = [address for address in addresses if not is_loopback(address)]
+    found = []
+    for host, address in zip(hosts, addresses, strict=True):
+        if is_loopback(address) and others:  # this machine
+            try:
+                address = address_towards(others[0])
+            except OSError as error:
+                raise ValueError(f"No way leads from {host.name} to {others[0]} ({error.strerror}); give hosts an address=A.") from None
+        if is_loopback(address) or needs_a_zone(address):
+            raise ValueError(f"Host {host.name} is reached as {address}, which means another host elsewhere; give its line an address=A.")
+        found.append(address)
+    return found

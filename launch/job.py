@@ -4,18 +4,15 @@ import asyncio
 import logging
 import secrets
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports every closed connection
-CONNECT_SECONDS = 5
 SUBMIT_SECONDS = 60
 STOP_SECONDS = 15
 POLL_SECONDS = 1.0
@@ -37,43 +34,6 @@ class Log:
     """What of a job's log was printed."""
 
     printed: int = 0  # characters
-
-
-def connect(address: str, patience: float = 0.0) -> JobSubmissionClient:
-    """Client of the job server of `address`: its http://host:port, or host:port of the head's control store.
-
-    Tries again for `patience` seconds, which a cluster just started needs. ValueError: nothing there, or it refuses."""
-    reach(address)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return JobSubmissionClient(address)
-        except SystemExit:  # Ray's own way out when the control store does not answer
-            reason = "no control store answers there"
-        except Exception as error:  # Ray raises anything from ConnectionError to AuthenticationError
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"The Ray cluster at {address} accepts no jobs ({reason}); give --address its dashboard (http://host:8265) "
-                f"or head address (host:6379), with RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for a token."
-            )
-        time.sleep(0.5)
-
-
-def reach(address: str) -> None:
-    """ValueError unless something listens there: Ray itself would wait for minutes, or exit."""
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if host is None or port is None:
-        raise ValueError(f"--address {address} is not the address of a Ray cluster; give http://host:8265 or host:6379.")
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error) or "no answer"
-        raise ValueError(f"No Ray cluster answers at {address} ({reason}); check the address, or leave it out to start one.") from None
 
 
 def run(client: JobSubmissionClient, entrypoint: str, env_vars: dict[str, str], check: Callable[[], None], ending: Ending) -> int:

@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
     where = options.remote_dir or os.getcwd(), os.path.join(config.run.folder, stopping.FILE), 60 * config.run.timeout
     if options.address is not None:
-        from launch import job
+        from launch import connecting, job
 
-        return job.run(job.connect(options.address), entrypoint(options), passed_on(options), lambda: None, job.Ending(*where))
+        return job.run(connecting.connect(options.address), entrypoint(options), passed_on(options), lambda: None, job.Ending(*where))
     hosts = read_hosts(options.hosts) if options.hosts else [Host("localhost", "localhost", None, True)]
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
@@ -56,9 +56,9 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
 
     with cluster.started(hosts, root=checkout(options), python=python(options), ranks_per_node=options.ranks_per_node) as running:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token)  # read when Ray is imported
-        from launch import job
+        from launch import connecting, job
 
-        client = job.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
+        client = connecting.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
         return job.run(client, entrypoint(options), passed_on(options), running.check, job.Ending(*where))
 
 

@@ -66,7 +66,7 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
         remove_stop_file(config.run.folder)
     except ValueError as error:
         raise BadInputError(str(error)) from None
-    ray.init(logging_level=logging.WARNING)
+    join()
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
     ranks, resources = layout(nodes, options.ranks_per_node)
     gpu = " and a GPU" if "GPU" in resources else ""
@@ -99,6 +99,22 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     return result.return_value or {}
+
+
+def join() -> None:
+    """Joins the cluster in whose job this runs. BadInputError: this Python has another version than it.
+
+    Its address goes on to the actors of Ray Train: without it those that watch over others look for a cluster on their host, where they may
+    find two, or the wrong one."""
+    address = os.environ.get("RAY_ADDRESS")
+    runtime_env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
+    try:
+        ray.init(logging_level=logging.WARNING, runtime_env=runtime_env)
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        sentence = " ".join(str(error).split()).rstrip(".")
+        raise BadInputError(f"{sentence}; start the cluster's nodes from the .venv of this checkout.") from None
 
 
 def remove_stop_file(folder: str) -> None:

@@ -1,44 +1,84 @@
 """One Ray node, alive only as long as its standard input: launch/cluster.py starts this on every machine, directly or over ssh.
 The node stops when its input closes, which a killed launcher or a lost connection does too, so nothing is left running."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import uuid
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
+
+from launch.addresses import free_ports, with_port
 
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
+STARTS = 3  # Ray gives up after 30 s, which a busy machine or file system exceeds, and another program may take a port that was free
+START_SECONDS = 90
+PORTS_SECONDS = 30  # for the dashboard and its agent to listen, once Ray says that it has started
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+LOOPBACK = "127.0.0.1"
 
 
 def main() -> None:
     """Says hello, reads its order (one JSON line), says ready or failed, then waits for the end of its input."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, leave)
     connection = os.environ.get("SSH_CONNECTION", "").split()  # client address, client port, server address, server port
-    say("hello", address=connection[2] if len(connection) == 4 else "127.0.0.1")
+    address = connection[2] if len(connection) == 4 else LOOPBACK
+    say("hello", address=address, machine=machine(), ray=version("ray"), python=platform.python_version(), prefix=sys.prefix)
     line = sys.stdin.readline()
     if line:
         run(json.loads(line))
 
 
+def machine() -> str:
+    """What two names of one machine have in common, and no two machines, virtual ones and containers included."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:  # not Linux
+        return str(uuid.getnode())
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def run(order: dict[str, Any]) -> None:
     """Order: address (of this node), alone (whether no other machine has a part in the cluster), token, head (address of the head's control
-    store, or null to be the head), slots (or null)."""
+    store, or null to be the head), slots (or null), dashboard (the address on which the head's listens, or null for the loopback)."""
+    for left in reversed(range(STARTS)):
+        reason = attempt(order)
+        if reason is None:
+            return
+        say("again" if left else "failed", reason=reason)
+
+
+def attempt(order: dict[str, Any]) -> str | None:
+    """A node from its start to the end of this process' input; or why it did not start."""
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
     node = None
     try:
+        command = start_command(order, folder)
         node = subprocess.Popen(
-            start_command(order, folder),
+            command,
+            cwd=folder,  # a job starts there, and Python looks there first, before PYTHONPATH
             env=environment(order, folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -46,13 +86,14 @@ def run(order: dict[str, Any]) -> None:
             text=True,
             start_new_session=True,
         )
-        follow(node, order)
+        return follow(node, order)
     finally:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         if node is not None:
             stop(node)
         shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def start_command(order: dict[str, Any], folder: str) -> list[str]:
@@ -61,50 +102,95 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
     command += [f"--node-ip-address={order['address']}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}/r"]
     if order["slots"] is not None:
         command.append(f"--resources={json.dumps({'rank_slots': order['slots']})}")
-    order["port"], order["dashboard_port"], agent_port, client_port = free_ports(order["address"], 4)  # others may have the usual ones
-    command.append(f"--dashboard-agent-listen-port={agent_port}")
+    # Others may have the usual ones.
+    order["port"], order["dashboard_port"], order["agent_port"], client_port = free_ports(order["address"], 4)
+    command.append(f"--dashboard-agent-listen-port={order['agent_port']}")
     if order["head"] is not None:
         return [*command, f"--address={order['head']}"]
     command += ["--head", f"--port={order['port']}", f"--ray-client-server-port={client_port}"]
-    return [*command, f"--dashboard-host={order['address']}", f"--dashboard-port={order['dashboard_port']}"]
+    return [*command, f"--dashboard-host={order.get('dashboard') or LOOPBACK}", f"--dashboard-port={order['dashboard_port']}"]
 
 
 def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
-    """What the workers inherit: the cluster's own token and, for gloo, the network interface of the node's address. Where no other machine
-    takes part, nothing listens to other machines either: not Ray, not NCCL, and ranks meet in a file."""
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"]}
+    """What the workers inherit: the cluster's own token, and a folder for temporary files that is removed with all else. Where no other
+    machine takes part, nothing of Ray listens to others either, and ranks, which choose the card of the node's address, meet in a file."""
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"], "TMPDIR": folder}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         env.pop(name, None)
-    interface = interface_of(order["address"])
-    if interface:  # gloo would take the address of the host's name, which Debian maps to 127.0.1.1
-        env.setdefault("GLOO_SOCKET_IFNAME", interface)
     env.pop(MEETING_FOLDER, None)
     if order["alone"]:
         # Otherwise Ray takes another address for 127.0.0.1. Its servers listen on every interface, unless the node's address is this one.
         env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", MEETING_FOLDER: folder}
-        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return env
 
 
-def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> None:
-    """Announces the node once it runs; returns when standard input closes or the node ends."""
-    assert node.stdout is not None
-    tail: deque[str] = deque(maxlen=8)
-    for line in node.stdout:
-        tail.append(line.strip())
-        if "Ray runtime started" in line:
-            break
-    else:
-        say("failed", reason=" ".join(filter(None, tail)))
-        return
-    threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # keeps reading, because a full pipe would block Ray
+def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> str | None:
+    """Announces the node once it runs; returns when standard input closes or the node ends. Why it did not start, if it did not."""
+    output = Output(node)
+    deadline = time.monotonic() + START_SECONDS
+    while not output.started:
+        if closed(0.1):
+            return None
+        if output.ended or time.monotonic() > deadline:
+            return output.tail() or f"it said nothing for {START_SECONDS} s"
+    awaited = {order["agent_port"]} | ({order["dashboard_port"]} if order["head"] is None else set())
+    deadline = time.monotonic() + PORTS_SECONDS
+    while not awaited <= listening(node.pid):
+        if closed(0.1):
+            return None
+        if node.poll() is not None or time.monotonic() > deadline:
+            return "it started, but another program has taken one of its ports"
     if order["head"] is None:
-        say("ready", head=f"{order['address']}:{order['port']}", dashboard=f"http://{order['address']}:{order['dashboard_port']}")
+        host = order.get("dashboard") or LOOPBACK
+        host = order["address"] if host in ("0.0.0.0", "::") else host
+        say("ready", head=with_port(order["address"], order["port"]), dashboard=f"http://{with_port(host, order['dashboard_port'])}")
     else:
         say("ready")
-    while node.poll() is None:
-        if select.select([sys.stdin], [], [], 0.5)[0]:  # nothing follows the order, so readable means closed
-            return
+    while node.poll() is None and not closed(0.5):
+        pass
+    return None
+
+
+class Output:
+    """What Ray prints, read all along, because a full pipe would block it."""
+
+    def __init__(self, node: subprocess.Popen[str]) -> None:
+        self.started = self.ended = False
+        self._lines: deque[str] = deque(maxlen=8)
+        threading.Thread(target=self._read, args=(node.stdout,), daemon=True).start()
+
+    def _read(self, lines: Any) -> None:
+        for line in lines:
+            self._lines.append(line.strip())
+            self.started |= "Ray runtime started" in line
+        self.ended = True
+
+    def tail(self) -> str:
+        return " ".join(filter(None, self._lines))
+
+
+def closed(seconds: float) -> bool:
+    """Whether standard input closes within that time: nothing follows the order, so readable means closed."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def listening(session: int) -> set[int]:
+    """The ports on which processes of a session listen."""
+    import psutil
+
+    ports = set()
+    for pid in of_session(session):
+        with suppress(psutil.Error):
+            connections = psutil.Process(pid).net_connections("tcp")
+            ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return ports
+
+
+def of_session(session: int) -> Iterator[int]:
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) == session:
+                yield pid
 
 
 def stop(node: subprocess.Popen[str]) -> None:
@@ -114,10 +200,9 @@ def stop(node: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         node.kill()
         node.wait()
-    for pid in filter(str.isdigit, os.listdir("/proc")):  # ends what is left of the session that the node led
+    for pid in of_session(node.pid):  # ends what is left of the session that the node led
         with suppress(ProcessLookupError):
-            if os.getsid(int(pid)) == node.pid:
-                os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 def say(event: str, **fields: str) -> None:
@@ -126,23 +211,6 @@ def say(event: str, **fields: str) -> None:
 
 def leave(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
-
-
-def free_ports(address: str, count: int) -> list[int]:
-    probes = [socket.create_server((address, 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def interface_of(address: str) -> str | None:
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return name
-    return None
 
 
 if __name__ == "__main__":
