@@ -26,11 +26,27 @@ class Agreement:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)) if needs_own else None
 
     def highest(self, *values: int) -> list[int]:
-        """The maximum over all ranks of each of the values. 1 all-reduce of 8 bytes each."""
+        """The maximum over all ranks of each of the values. Over gloo log2(N) messages of 8 bytes each, rounded up, one after another: an
+        all-reduce of gloo, a ring, would wait for 2 (N - 1) of them, with 20 ms between hosts 2.5 s on 64 ranks."""
         if self.is_alone:
             return list(values)
         highest = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        if dist.get_backend(self.group) != "gloo":
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+            return highest.tolist()
+        ways = partners(self.rank, self.ranks)
+        # gloo sends when it knows that the receiver is ready, so all receivers say so at once.
+        arriving = [torch.empty_like(highest) for _ in ways]
+        receiving = [dist.irecv(there, group_src=source, group=self.group) for there, (_, source) in zip(arriving, ways, strict=True)]
+        sending = []
+        for (target, _), there, received in zip(ways, arriving, receiving, strict=True):
+            sending.append((dist.isend(sent := highest.clone(), group_dst=target, group=self.group), sent))
+            assert received is not None
+            received.wait()
+            highest = torch.maximum(highest, there)
+        for sent_one, _ in sending:
+            assert sent_one is not None
+            sent_one.wait()
         return highest.tolist()
 
     def gather(self, value: T) -> list[T]:
@@ -49,3 +65,9 @@ class Agreement:
         values: Sequence[T] = [value]
         dist.broadcast_object_list(values, src=0, group=self.group)  # type: ignore[arg-type]
         return values[0]
+
+
+def partners(rank: int, ranks: int) -> list[tuple[int, int]]:
+    """(to whom it sends what it knows, from whom it hears) in each round of an exchange in which after log2(N) rounds, rounded up, every
+    rank has heard of all. A rank may hear of another one twice, which changes no maximum."""
+    return [((rank + (1 << n)) % ranks, (rank - (1 << n)) % ranks) for n in range((ranks - 1).bit_length())]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pipeline import (
     endings,
     evaluation_commands,
     export_commands,
+    plan_commands,
     recipe_commands,
     report_commands,
     stopping,
@@ -112,15 +112,6 @@ def _import_cvlface(options: argparse.Namespace) -> None:
     print(import_weights(options.weights, options.out, options.colors))
 
 
-def _plan(options: argparse.Namespace) -> None:
-    from pipeline import plan
-
-    job = plan.Job(**{field.name: getattr(options, field.name) for field in fields(plan.Job)})
-    network = None if options.network is None else 1e9 * options.network
-    made = plan.plan(job, plan.find_hardware(options.hardware, job, network))
-    print(plan.as_json(made) if options.json else plan.as_text(made))
-
-
 def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser = Parser(prog="protoshard", description="Trains open-set recognition models with up to 100 million identities.")
     parser.add_argument("--version", nargs=0, action=Version, help="print the versions of protoshard, Python and torch")
@@ -172,55 +163,12 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         _add_out(weights)
         weights.add_argument("--colors", choices=("rgb", "bgr"), help=f"order that the network takes ({default})")
 
-    plan = command(
-        commands,
-        "plan",
-        _plan,
-        "predict the memory of a training step and the classifier's time, and what will not fit",
-        "protoshard plan --identities 10000000 --ranks 8 --batch 1024 --rate 0.1 --hardware h100-80gb",
-    )
-    _add_plan(plan)
+    plan_commands.add(commands)
     return parser, commands
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="imported", metavar="FOLDER", help="of the new run, empty or not there yet (imported)")
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--identities", type=count, required=True, metavar="N", help="classes of the whole job, such as 10000000, 1e7 or 10M")
-    plan.add_argument("--width", type=count, default=512, metavar="D", help="features per sample (512)")
-    plan.add_argument("--batch", type=count, default=1024, metavar="N", help="samples per step, over all ranks (1024)")
-    plan.add_argument("--ranks", type=count, default=1, metavar="N", help="(1)")
-    plan.add_argument("--accumulation", type=count, default=1, metavar="N", help="micro-batches of a step (1)")
-    plan.add_argument("--rate", type=float, default=1.0, metavar="R", help="share of the classes that take part in a step (1)")
-    plan.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="of the prototypes (sgd)")
-    plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products with prototypes (bfloat16)")
-    plan.add_argument("--storage-dtype", default="float32", choices=("float32", "bfloat16"), help="of the prototypes (float32)")
-    plan.add_argument("--synchronous", dest="asynchronous", action="store_false", help="saves keep no copy of what they write")
-    plan.add_argument("--in-backward", action="store_true", help="prototypes are updated during backward: no gradient of all of them")
-    plan.add_argument("--bank", action="store_true", help="with a bank of last features, for substitution_source=bank and losses that ask")
-    plan.add_argument("--backbone", default="iresnet50", metavar="NAME", help="or none, for the classifier alone (iresnet50)")
-    plan.add_argument("--checkpoint-activations", action="store_true", help="backward computes the inside of the backbone's blocks again")
-    plan.add_argument("--image-size", type=count, default=112, metavar="PIXELS", help="side of an image (112)")
-    plan.add_argument("--backbone-optimizer", default="sgd", choices=("sgd", "adamw"), help="(sgd)")
-    plan.add_argument("--frozen", type=_parts, default=(), metavar="PART,...", help="of the backbone, as optimizer.frozen (none)")
-    plan.add_argument("--ema", action="store_true", help="with an average of the backbone's weights (run.ema)")
-    plan.add_argument("--engine", default="ddp", choices=("ddp", "deepspeed"), help="of the backbone (ddp)")
-    plan.add_argument("--zero-stage", type=int, default=1, choices=(1, 2, 3), help="of deepspeed (1)")
-    plan.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the backbone's products (auto: bfloat16 where the hardware has it)",
-    )
-    plan.add_argument("--hardware", default="here", metavar="NAME", help="of one rank: here, measured in a few seconds, or a preset (here)")
-    plan.add_argument("--network", type=float, metavar="GB/S", help="what a rank sends, for ranks on several machines (the preset's)")
-    plan.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 if __name__ == "__main__":

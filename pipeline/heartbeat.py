@@ -96,6 +96,9 @@ def of_error(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     return reversed(list(traceback.walk_tb(error.__traceback__)))
 
 
+AGREEMENT = "pipeline.agreement"  # whose messages are no collective of torch, and which does nothing but wait for others
+
+
 def place_in_code(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, bool]:
     """Where a rank is, and whether it waits there for others: the collective, if it is in one, and the line of this project's that called
     it."""
@@ -109,7 +112,7 @@ def place_in_code(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, bool]:
         elif module.split(".")[0] in OURS:
             path = frame.f_code.co_filename
             path = path[path.rfind(f"{os.sep}{module.split('.')[0]}{os.sep}") + 1 :]
-            return f"{collective + ' of ' if collective else ''}{name} ({path}:{line})", bool(collective)
+            return f"{collective + ' of ' if collective else ''}{name} ({path}:{line})", bool(collective) or module == AGREEMENT
     return collective, bool(collective)
 
 

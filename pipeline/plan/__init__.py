@@ -1,5 +1,5 @@
 """What training will need, before anything of it is allocated: bytes of each rank, the least time of the classifier's part of a step, and
-what to try where it does not fit."""
+what to try where it does not fit; and the time of a step on many nodes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipeline import backbones
 from pipeline.plan.hardware import GIB, PRESETS, Hardware, find_hardware
 from pipeline.plan.job import BYTES, STATES, Job
 from pipeline.plan.memory import estimates, memory, on_host
+from pipeline.plan.step_time import Course, Scale, as_dict, as_lines, course, seconds_of
 
 __all__ = [
     "BYTES",
@@ -18,6 +19,7 @@ __all__ = [
     "Hardware",
     "Job",
     "Plan",
+    "Scale",
     "as_json",
     "as_text",
     "estimates",
@@ -25,6 +27,7 @@ __all__ = [
     "memory",
     "plan",
     "seconds",
+    "seconds_of",
 ]
 
 USABLE = 0.95  # of a rank's memory; the rest is lost between the blocks of torch's allocator
@@ -47,6 +50,7 @@ class Plan:
     on_host: dict[str, int]  # for a rank on a GPU, in the memory of its machine
     seconds: dict[str, float]  # least time of each part of the hardware, for the classifier
     alternatives: tuple[Alternative, ...]  # where it does not fit
+    course: Course | None = None  # on many nodes
 
     @property
     def total(self) -> int:
@@ -62,10 +66,13 @@ class Plan:
         return max(self.seconds, key=self.seconds.__getitem__)
 
 
-def plan(job: Job, hardware: Hardware) -> Plan:
+def plan(job: Job, hardware: Hardware, scale: Scale | None = None) -> Plan:
+    """scale: numbers of nodes, of which one does `job`"""
     fits = _total(job, hardware) <= _usable(hardware)
     tried = () if fits else alternatives(job, hardware)
-    return Plan(job, hardware, memory(job, hardware), estimates(job, hardware), on_host(job, hardware), seconds(job, hardware), tried)
+    least = seconds(job, hardware)
+    scaled = None if scale is None else course(job, hardware, scale, max(least["compute"], least["memory"]))
+    return Plan(job, hardware, memory(job, hardware), estimates(job, hardware), on_host(job, hardware), least, tried, scaled)
 
 
 def _usable(hardware: Hardware) -> int:
@@ -171,7 +178,13 @@ def _multiple(batch: int, parts: int) -> int:
 
 
 def as_json(plan: Plan) -> str:
-    what = {**asdict(plan), "total": plan.total, "left": plan.left, "fits": plan.left >= 0}
+    what = {
+        **asdict(plan),
+        "course": None if plan.course is None else as_dict(plan.course),
+        "total": plan.total,
+        "left": plan.left,
+        "fits": plan.left >= 0,
+    }
     return json.dumps({**what, "bound_by": plan.bound_by, "step_seconds": plan.seconds[plan.bound_by]}, indent=1)
 
 
@@ -192,6 +205,8 @@ def as_text(plan: Plan) -> str:
     ]
     if hardware.remark:
         lines.append(hardware.remark)
+    if plan.course is not None:
+        lines += as_lines(plan.course)
     if plan.left >= 0:
         rest = "" if job.has_backbone else " to backbone, activations and images"
         lines.append(f"It fits and leaves {plan.left / GIB:.1f} GiB of each rank{rest}.")

@@ -19,7 +19,7 @@ BATCHES = DataConfig().prefetch + 2  # of images: the one in use, those that are
 
 def memory(job: Job, hardware: Hardware) -> dict[str, int]:
     """Tensors, by what they are for."""
-    network = _network(job, hardware)
+    network = backbone_footprint(job, hardware)
     lines = {**_backbone(job, hardware, network), **_classifier(job)}
     work = max(_tiles(job, hardware) + _vectors(job), network.work)
     # When weights move and checkpoints are written, activations and tiles are gone.
@@ -41,11 +41,12 @@ def copy_for_saves(job: Job, network: Footprint) -> int:
 
 def on_host(job: Job, hardware: Hardware) -> dict[str, int]:
     """Memory of the host, for each rank whose tensors are on a GPU."""
-    network = _network(job, hardware)
+    network = backbone_footprint(job, hardware)
     return {"copy for saves": copy_for_saves(job, network)} if hardware.is_gpu and job.asynchronous else {}
 
 
-def _network(job: Job, hardware: Hardware) -> Footprint:
+def backbone_footprint(job: Job, hardware: Hardware) -> Footprint:
+    """With the images that a rank has at once; of zeros for the classifier alone."""
     if not job.has_backbone:
         return NOTHING
     return footprint(job.network, job.image_size, job.local, in_half=in_half(job, hardware), frozen=job.frozen)

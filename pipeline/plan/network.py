@@ -58,6 +58,17 @@ def footprint(config: backbones.BackboneConfig, image_size: int, batch: int, *, 
     return Footprint(sum(weights), moving, buffers, max(weights), kept, peak - kept)
 
 
+@functools.cache
+def operations(config: backbones.BackboneConfig, image_size: int) -> float:
+    """Of the products of one image's forward pass: a multiplication and an addition each count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = 2  # the least that batch statistics take
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        backbones.build(replace(config, checkpoint_activations=False), image_size)(torch.empty(batch, 3, image_size, image_size))
+    return counter.get_total_flops() / batch
+
+
 class _Saved:
     """What forward leaves to backward, in the order of forward. A checkpointed block leaves its input; backward computes the rest again,
     before it goes through the block."""

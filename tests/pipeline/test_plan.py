@@ -214,6 +214,12 @@ def test_this_machine_is_measured():
         (["--identities", "9", "--batch", "100", "--ranks", "8"], "use a multiple of 8 from 16 on"),
         (["--identities", "9", "--in-backward", "--accumulation", "2"], "choose one"),
         (["--identities", "9", "--engine", "deepspeed", "--zero-stage", "3", "--ema"], "--ema averages whole weights"),
+        (["--identities", "9", "--nodes", "0"], "--nodes is 0, but must be at least 1"),
+        (["--identities", "9", "--nodes", "8"], "--nodes 8 needs --between GB/s"),
+        (["--identities", "9", "--nodes", "8", "--between", "0"], "--between is 0 GB/s, but must be positive"),
+        (["--identities", "9", "--nodes", "1", "--latency", "20"], "--latency '20' is no time: give a number with its unit"),
+        (["--identities", "9", "--nodes", "1", "--step-ms", "0"], "--step-ms is 0, but must be positive"),
+        (["--identities", "9", "--between", "50"], "--between is about many nodes: say how many with --nodes"),
         (["--identities", "9", "--frozen", "conv1,body"], "'body' names no parameter of the backbone"),
     ],
 )
