@@ -40,13 +40,11 @@ class Cluster:
 
 
 class Node:
-    """A launch/ray_node.py process on one host and the conversation with it."""
+    """A launch/ray_node.py process on one host, or another module that speaks as it does, and the conversation with it."""
 
-    def __init__(self, host: Host, root: str, python: str):
+    def __init__(self, host: Host, root: str, python: str, module: str = "launch.ray_node"):
         self.host = host
-        command = [python, "-m", "launch.ray_node"]
-        if not host.local:
-            command = [*SSH, "--", host.target, f"cd {shlex.quote(root)} && exec {shlex.join(command)}"]
+        command = node_command(host, root, python, module)
         self.process = subprocess.Popen(  # in a session of its own: Ctrl-C at the terminal is for the launcher, which stops nodes in order
             command,
             stdin=subprocess.PIPE,
@@ -64,7 +62,7 @@ class Node:
             self.lines.put(line.strip())
         self.lines.put(None)
 
-    def expect(self, event: str, deadline: float) -> dict[str, str]:
+    def expect(self, event: str, deadline: float) -> dict[str, Any]:
         """The node's next message, which must be `event`. ValueError: the host says something else, or nothing before the deadline."""
         tail: deque[str] = deque(maxlen=3)
         while True:
@@ -111,10 +109,16 @@ class Node:
             self.process.wait()
 
 
+def node_command(host: Host, root: str, python: str, module: str = "launch.ray_node") -> list[str]:
+    command = [python, "-m", module]
+    return command if host.local else [*SSH, "--", host.target, f"cd {shlex.quote(root)} && exec {shlex.join(command)}"]
+
+
 @contextmanager
-def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None) -> Iterator[Cluster]:
-    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used, RuntimeError one where Ray
-    does not start."""
+def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None, dashboard: str | None = None) -> Iterator[Cluster]:
+    """A cluster of these hosts; the first is its head, whose dashboard listens on `dashboard` (None: its loopback).
+
+    ValueError names the host that cannot be reached or used, RuntimeError one where Ray does not start."""
     token = secrets.token_hex(16)
     nodes: list[Node] = []
     tunnel: Tunnel | None = None
@@ -124,9 +128,17 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         deadline = time.monotonic() + HELLO_SECONDS
         hellos = [node.expect("hello", deadline) for node in nodes]
         one_of_each(hosts, hellos)
+        same_versions(hosts, hellos)
         alone = len(hosts) == 1 and hosts[0].local
         orders: list[dict[str, Any]] = [
-            {"address": address, "alone": alone, "token": token, "head": None, "slots": host.slots or ranks_per_node}
+            {
+                "address": address,
+                "alone": alone,
+                "token": token,
+                "head": None,
+                "slots": host.slots or ranks_per_node,
+                "dashboard": dashboard,
+            }
             for address, host in zip(reachable(hosts, [hello["address"] for hello in hellos]), hosts, strict=True)
         ]
         deadline = time.monotonic() + READY_SECONDS
@@ -136,11 +148,11 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
             node.send({**order, "head": ready["head"]})
         for node in nodes[1:]:
             node.expect("ready", deadline)
-        dashboard = ready["dashboard"]  # of the head's loopback
-        if not hosts[0].local:
-            tunnel = Tunnel(SSH, hosts[0].target, dashboard)
-            dashboard = tunnel.here
-        yield Cluster(dashboard, token, nodes)
+        url = ready["dashboard"]
+        if dashboard is None and not hosts[0].local:
+            tunnel = Tunnel(SSH, hosts[0].target, url)
+            url = tunnel.here
+        yield Cluster(url, token, nodes)
     finally:
         if tunnel is not None:
             tunnel.close()
@@ -152,12 +164,16 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
 
 
 def one_of_each(hosts: list[Host], hellos: list[dict[str, str]]) -> None:
-    """ValueError: two hosts are one machine, or cannot be in one cluster."""
+    """ValueError: two hosts are one machine."""
     machines: dict[str, str] = {}
     for host, hello in zip(hosts, hellos, strict=True):
         twin = machines.setdefault(hello["machine"], host.name)
         if twin != host.name:
             raise ValueError(f"Hosts {twin} and {host.name} are the same machine; list it once, with slots=N for N ranks.")
+
+
+def same_versions(hosts: list[Host], hellos: list[dict[str, str]]) -> None:
+    """ValueError: a host has no Ray, or one that does not talk with that of the first."""
     first, name = hellos[0], hosts[0].name
     for host, hello in zip(hosts, hellos, strict=True):
         if not hello["ray"]:

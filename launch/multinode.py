@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.checkout import checkout, python
 from launch.hosts import Host, read_hosts
@@ -46,15 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
     where = options.remote_dir or os.getcwd(), os.path.join(config.run.folder, stopping.FILE), 60 * config.run.timeout
     if options.address is not None:
-        from launch import connecting, job
+        if options.dry_run:
+            print(f"job at {options.address}: {entrypoint(options)}")
+            return 0
+        from launch import check_cluster, connecting, job
 
+        if options.check:
+            return check_cluster.check(connecting.connect(options.address), check_entrypoint(options), passed_on(options))
         return job.run(connecting.connect(options.address), entrypoint(options), passed_on(options), lambda: None, job.Ending(*where))
     hosts = read_hosts(options.hosts) if options.hosts else [Host("localhost", "localhost", None, True)]
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
+    there: dict[str, Any] = {"root": checkout(options), "python": python(options), "ranks_per_node": options.ranks_per_node}
+    if options.check or options.dry_run:
+        from launch import check_hosts
+
+        if options.check:
+            return check_hosts.check(hosts, **there, folder=where[0], recipe=options.recipe, overrides=options.overrides)
+        print(*check_hosts.commands(hosts, **there, dashboard=options.dashboard_host, entrypoint=entrypoint(options)), sep="\n")
+        return 0
     from launch import cluster
 
-    with cluster.started(hosts, root=checkout(options), python=python(options), ranks_per_node=options.ranks_per_node) as running:
+    with cluster.started(hosts, **there, dashboard=options.dashboard_host) as running:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token)  # read when Ray is imported
         from launch import connecting, job
 
@@ -66,6 +79,14 @@ def entrypoint(options: argparse.Namespace) -> str:
     """The job's shell command; quoted, so that any --set value survives the shell that runs it."""
     command = [python(options), "-m", "launch.ray_driver", options.recipe, f"--folder={options.remote_dir or os.getcwd()}"]
     command += [f"--resume={options.resume}", f"--max-failures={options.max_failures}"]
+    command += [f"--set={override}" for override in options.overrides]
+    if options.ranks_per_node is not None:
+        command.append(f"--ranks-per-node={options.ranks_per_node}")
+    return shlex.join(command)
+
+
+def check_entrypoint(options: argparse.Namespace) -> str:
+    command = [python(options), "-m", "launch.check_cluster", options.recipe, f"--folder={options.remote_dir or os.getcwd()}"]
     command += [f"--set={override}" for override in options.overrides]
     if options.ranks_per_node is not None:
         command.append(f"--ranks-per-node={options.ranks_per_node}")

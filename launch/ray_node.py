@@ -103,7 +103,8 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
     if order["slots"] is not None:
         command.append(f"--resources={json.dumps({'rank_slots': order['slots']})}")
     # Others may have the usual ones.
-    order["port"], order["dashboard_port"], order["agent_port"], client_port = free_ports(order["address"], 4)
+    ports = order.get("ports") or free_ports(order["address"], 4)
+    order["port"], order["dashboard_port"], order["agent_port"], client_port = ports
     command.append(f"--dashboard-agent-listen-port={order['agent_port']}")
     if order["head"] is not None:
         return [*command, f"--address={order['head']}"]
@@ -205,7 +206,7 @@ def stop(node: subprocess.Popen[str]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def say(event: str, **fields: str) -> None:
+def say(event: str, **fields: Any) -> None:
     print(f"ray-node {json.dumps({'event': event, **fields})}", flush=True)
 
 

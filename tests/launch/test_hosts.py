@@ -69,8 +69,13 @@ def hello(**changes):
 def test_hosts_that_cannot_be_in_one_cluster(second, sentence):
     hosts = [Host("a", "a", None, True), Host("b", "b", None, False)]
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        cluster.one_of_each(hosts, [hello(), second])
-    cluster.one_of_each(hosts, [hello(), hello(machine="m2")])
+        fit_together(hosts, [hello(), second])
+    fit_together(hosts, [hello(), hello(machine="m2")])
+
+
+def fit_together(hosts, hellos):
+    cluster.one_of_each(hosts, hellos)
+    cluster.same_versions(hosts, hellos)
 
 
 def test_this_machine_under_another_user_needs_ssh(hosts_file):
