@@ -10,5 +10,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-if command -v shellcheck >/dev/null; then shellcheck -x launch/*.sh benchmarks/*.sh tests/run.sh; else echo "shellcheck is not installed: scripts not checked"; fi
+if command -v shellcheck >/dev/null; then shellcheck -x launch/*.sh launch/*.sbatch benchmarks/*.sh tests/run.sh; else echo "shellcheck is not installed: scripts not checked"; fi
 .venv/bin/pytest "$@"
