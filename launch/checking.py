@@ -96,18 +96,15 @@ class Check:
         tokens = [secrets.token_hex(8) for _ in self.asked]
         refused = self.ask("write", [{"token": token} for token in tokens], run_folder=folder)
         seen = self.ask("read", run_folder=folder, tokens=tokens)
-        names = [row.name for _, row in self.asked]
-        for (_, row), reason, there in zip(self.asked, refused, seen, strict=True):
-            unseen = [name for name, found, why in zip(names, there, refused, strict=True) if not found and not why]
+        apart = on_their_own(seen)
+        for index, ((_, row), reason) in enumerate(zip(self.asked, refused, strict=True)):
             row.cells["run folder"] = "shared"
             if reason:
                 row.fails(
                     "run folder", "no", f"{folder} cannot be written there ({reason}); give a run.folder that all hosts may write to."
                 )
-            elif unseen:
-                row.fails(
-                    "run folder", "own", f"in {folder} it does not see what {unseen[0]} writes; give a run.folder that all hosts share."
-                )
+            elif index in apart and not any(refused):
+                row.fails("run folder", "own", f"it does not see what others write into {folder}; give a run.folder that all hosts share.")
         for _ in range(len(Path(folder).parts)):  # a host's folders may hold another's
             if not any(self.ask("remove")):
                 break
@@ -176,6 +173,13 @@ class Check:
         for name, column, sentence in faults:
             print(f"{name}, {column}: {sentence}", file=sys.stderr, flush=True)
         return len(faults)
+
+
+def on_their_own(seen: Sequence[Sequence[bool]]) -> set[int]:
+    """Which hosts do not share a folder with most others, of who sees what of whom; of two that do not, the second."""
+    hosts = range(len(seen))
+    partners = [sum(seen[one][other] and seen[other][one] for other in hosts if other != one) for one in hosts]
+    return {one for one in hosts if 2 * partners[one] < len(seen) - 1 and (one or max(partners) > 0)}
 
 
 def alone(row: Row, fact: dict[str, Any], slots: int | None) -> None:

@@ -4,10 +4,12 @@ It is not part of launch/ray_driver.py because Ray must import it by name: class
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2.api.callback import UserCallback
 
@@ -15,6 +17,7 @@ from launch.addresses import interface_of
 from launch.ray_node import MEETING_FOLDER
 
 STOPPED = "stopped"
+SEEN_SECONDS = 5  # that a file may take to appear on another host of a network file system
 
 
 class BadInputError(RuntimeError):
@@ -93,6 +96,7 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
 
     try:
         config = resolve(settings["recipe"], settings["overrides"])
+        seen_by_all(config.run.folder)
         resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
         return train(config, resume=resume, keep_stop=True)  # which the driver has removed, if it was there before
     except Stopped as stopped:
@@ -102,6 +106,33 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
         if sentence is None:
             raise
         raise BadInputError(sentence) from None
+
+
+def seen_by_all(folder: str) -> None:
+    """BadInputError: a host does not see what rank 0 writes into the run's folder, so that checkpoints would be in pieces.
+
+    Ranks talk through the store of their process group: a collective of NCCL would need the GPU that the trainer has yet to choose."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if "://" in folder or os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+        return
+    store = dist.distributed_c10d._get_default_store()
+    written = Path(folder, f".seen-{secrets.token_hex(8)}")
+    if rank == 0:
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.touch()
+        store.set("folder/written", written.name)
+    path, deadline = Path(folder, store.get("folder/written").decode()), time.monotonic() + SEEN_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    store.set(f"folder/{rank}", "" if seen else socket.gethostname())
+    if rank == 0:
+        blind = filter(None, (store.get(f"folder/{other}").decode() for other in range(ranks)))
+        store.set("folder/blind", next(blind, ""))
+        written.unlink()
+    host = store.get("folder/blind").decode()
+    if host:
+        where = os.path.abspath(folder)
+        raise BadInputError(f"Host {host} does not see what the first host writes into {where}; give a run.folder that all hosts share.")
 
 
 def checkpoints(run_folder: str) -> set[tuple[str, int]]:

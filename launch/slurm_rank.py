@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.cluster import address_towards
-from launch.ray_node import interface_of
+from launch.addresses import address_towards, interface_of
 
 NODES, REFUSED = "PROTOSHARD_NODES", "PROTOSHARD_REFUSED"  # names of all nodes; the file that tells slurm.sbatch of bad input
 FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to whoever connects

@@ -34,6 +34,11 @@ def ray_that(script: str):
     return [sys.executable, "-S", "-c", f"import socket, sys, time\n{script}"]
 
 
+def up(ports: list[int], seconds: float) -> str:
+    """Listens there for so long."""
+    return f"kept = [socket.create_server(('127.0.0.1', port)) for port in {ports}]\nprint('Ray runtime started', flush=True)\ntime.sleep({seconds})"
+
+
 def test_a_start_that_fails_is_tried_again_in_a_new_folder_on_new_ports(said, monkeypatch):
     folders, ports = [], []
 
@@ -44,11 +49,8 @@ def test_a_start_that_fails_is_tried_again_in_a_new_folder_on_new_ports(said, mo
         if len(folders) == 1:
             return ray_that("sys.exit('The current node timed out during startup.')")
         if len(folders) == 2:  # another program has taken the agent's port
-            return ray_that(
-                f"s = socket.create_server(('127.0.0.1', {order['dashboard_port']}))\nprint('Ray runtime started', flush=True)\ntime.sleep(60)"
-            )
-        both = [f"socket.create_server(('127.0.0.1', {order[name]}))" for name in ("dashboard_port", "agent_port")]
-        return ray_that(f"kept = [{', '.join(both)}]\nprint('Ray runtime started', flush=True)\ntime.sleep(1)")
+            return ray_that(up([order["dashboard_port"]], 60))
+        return ray_that(up([order["dashboard_port"], order["agent_port"]], 1))
 
     monkeypatch.setattr(ray_node, "start_command", command)
     ray_node.run(dict(ORDER))
