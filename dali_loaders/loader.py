@@ -15,7 +15,7 @@ from dali_loaders.config import DataConfig
 from dali_loaders.decode import Decoder
 from dali_loaders.feed import Batch as Batch
 from dali_loaders.feed import Feed, Seen
-from dali_loaders.order import build_order
+from dali_loaders.order import build_order, part_of_rank
 from dali_loaders.skipped import Skipped
 from dali_loaders.sources import Source
 
@@ -25,10 +25,11 @@ class TrainLoader:
     float16) and in the memory format `channels_last` if asked.
 
     Global batch k is the stream positions [consumed + k * global_batch, + global_batch) of the order (UniformOrder, or GroupedOrder where
-    config.images_per_identity is above 1); rank r takes the r-th of world_size equal contiguous slices, which hold whole groups. An
-    unreadable image is replaced by the next readable one (dataset index + 1, wrapping; with groups, of its own identity if there is one),
-    logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a ValueError. So is one
-    whose read takes longer than config.timeout; where that is the storage's fault, StorageError ends the iteration (readers.py).
+    config.images_per_identity is above 1); rank r takes its part of them (order.part_of_rank): whole groups, at most one more or less than
+    another rank. An unreadable image is replaced by the next readable one (dataset index + 1, wrapping; with groups, of its own identity if
+    there is one), logged, added to `skipped` and to the file `skipped_path`; more than 1 % of such reads end the iteration with a
+    ValueError. So is one whose read takes longer than config.timeout; where that is the storage's fault, StorageError ends the iteration
+    (readers.py).
     """
 
     def __init__(
@@ -47,19 +48,16 @@ class TrainLoader:
         skipped_path: str | None = None,
     ) -> None:
         group = config.images_per_identity
-        if global_batch < 1 or global_batch % (world_size * group):
+        if global_batch < world_size * group or global_batch % group:
             groups = f" in groups of {group} images" if group > 1 else ""
-            raise ValueError(
-                f"the global batch of {global_batch} does not divide among {world_size} ranks{groups}; choose a positive multiple of "
-                f"{world_size * group}."
-            )
-        assert 0 <= rank < world_size
+            multiple = f"a multiple of {group} from {world_size * group} on" if group > 1 else f"at least {world_size}"
+            raise ValueError(f"the global batch of {global_batch} does not divide among {world_size} ranks{groups}; choose {multiple}.")
         assert consumed >= 0
+        part = part_of_rank(global_batch, rank, world_size, group)
         skipped = Skipped(source, skipped_path)
         self.skipped = skipped.names
-        size = global_batch // world_size
-        starts = itertools.count(consumed + rank * size, global_batch)
-        feed = Feed(source, config, _decoder(config, size, device, channels_last, dtype), skipped)
+        starts = itertools.count(consumed + part.start, global_batch)
+        feed = Feed(source, config, _decoder(config, len(part), device, channels_last, dtype), skipped)
         batches = feed.train_batches(build_order(source, group, seed), seed, starts)
         self._batches = Background(batches, config.prefetch, feed.decoder.device, feed.stop, feed.doing)
 

@@ -209,6 +209,15 @@ def build_order(source: Source, images_per_identity: int, seed: int) -> Order:
     return UniformOrder(len(source), seed) if images_per_identity == 1 else GroupedOrder(source, images_per_identity, seed)
 
 
+def part_of_rank(batch: int, rank: int, ranks: int, group: int = 1) -> range:
+    """The places, in a batch of `batch` positions, that are this rank's: contiguous, in the order of ranks, in whole groups of `group`.
+    Parts differ by at most one group, and the first ranks have more. Where there are fewer groups than ranks, the last ranks have none."""
+    assert batch % group == 0 and 0 <= rank < ranks
+    share, more = divmod(batch // group, ranks)
+    first = rank * share + min(rank, more)
+    return range(group * first, group * (first + share + (rank < more)))
+
+
 def uniform(seed: int, stream: int, positions: np.ndarray, columns: int) -> np.ndarray:
     """Random numbers in [0, 1), float64 [len(positions), columns], each a function of (seed, stream, position, column) alone.
 

@@ -59,6 +59,7 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
     if not os.path.isdir(options.folder):
         raise BadInputError(f"Folder {options.folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
     os.chdir(options.folder)
+    from pipeline import uneven_batches
     from pipeline.resolve import resolve
 
     try:
@@ -69,6 +70,10 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
     join()
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
     ranks, resources = layout(nodes, options.ranks_per_node)
+    try:
+        uneven_batches.check(config, ranks)
+    except ValueError as error:
+        raise BadInputError(str(error)) from None
     gpu = " and a GPU" if "GPU" in resources else ""
     print(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}", flush=True)
     storage = storage_folder(config.run.folder)

@@ -2,6 +2,7 @@
 rank finds the same, and the host reads the result when the optimizer is about to use the step."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,10 +52,11 @@ class RanksCheck:
     """Check of what ranks bring to a batch, before it is gathered: equally many rows, else what comes after would end without a word, or
     never; and a shard of their own.
 
-    told_N2  int64, of each rank: its rows, and the mark of its shard (place.mark_of)"""
+    told_N2   int64, of each rank: its rows, and the mark of its shard (place.mark_of)
+    expected  rows of each rank; None: equally many, unless they may differ"""
 
-    def __init__(self, told_N2: Tensor, step: int, may_differ: bool) -> None:
-        self.told, self.step, self.may_differ = ToHost(told_N2), step, may_differ
+    def __init__(self, told_N2: Tensor, step: int, may_differ: bool, expected: Sequence[int] | None = None) -> None:
+        self.told, self.step, self.may_differ, self.expected = ToHost(told_N2), step, may_differ, expected
         self.is_ready = self.told.is_ready
 
     def rows(self) -> list[int]:
@@ -72,10 +74,17 @@ class RanksCheck:
                 "classifier out of engines that broadcast or shard parameters (DDP: partial_fc.keep_out_of_ddp; DeepSpeed, FSDP: give the "
                 "backbone alone), and load into each rank its own shard"
             ), None
-        if other and not self.may_differ:
+        if self.expected is not None:
+            wrong = next((rank for rank, pair in enumerate(zip(rows, self.expected, strict=True)) if pair[0] != pair[1]), None)
+            if wrong is not None:
+                return (
+                    f"at step {self.step} rank {wrong} brings {rows[wrong]} rows, but counts says {self.expected[wrong]}: give every rank "
+                    "the same counts, of the rows that each brings"
+                ), None
+        elif other and not self.may_differ:
             return (
                 f"at step {self.step} rank 0 brings {rows[0]} rows, but rank {other} brings {rows[other]}: make the classifier with "
-                "uneven_batches=True, or leave out the last, incomplete batch (drop_last)"
+                "uneven_batches=True, give counts=, or leave out the last, incomplete batch (drop_last)"
             ), None
         return None, None
 

@@ -1,6 +1,7 @@
 """PartialFC: the model-parallel classifier. Each rank holds the prototypes of its own classes; the loss is the global batch's."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ class PartialFC(nn.Module):
                       sparse tensor of sampled rows and of padding (of value 0), which only RowSGD and RowAdamW update
     options           fields of ClassifierConfig, such as dtype, storage_dtype, correct_rate, hard_negatives and substitution_rate
     uneven_batches    lets ranks bring different numbers of rows, including none, in any step; the host then waits for these numbers. By
-                      default every rank must bring the same number of rows
+                      default every rank must bring the same number of rows, or as many as the argument `counts` of a call says
     seed              of initial prototypes and samples, which depend only on the class id (and step), not on the number of ranks
     group             process group; without an initialised one this is an ordinary single-process module
     kernel            "auto" or a name in similarity.KERNELS; see similarity_statistics
@@ -169,14 +170,14 @@ class PartialFC(nn.Module):
         return self.current.sample
 
     @eager
-    def begin_step(self, labels_b: Tensor) -> None:
-        """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` holds all their labels on this rank. The
+    def begin_step(self, labels_b: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Opens a step of several micro-batches, which all see one sample of classes; `labels_b` and `counts` are of all of them. The
         optimizer's `step` closes it. Without this call every `forward` is a step of its own. Communicates, if classes are sampled, 1
         all-gather of 2 N numbers and 1 of the labels (8 bytes each), and with hard_negatives what `nearest_classes` says."""
         check_labels(labels_b)
         self._check_shard()
         if self.config.sample_rate < 1:
-            labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b))
+            labels_B = collectives.gather_constant(labels_b, self.group, self._counts(labels_b, counts))
             with torch.enable_grad():  # a step for training, wherever it is opened
                 self._draw(labels_B)
             self.current.labels_B, self.current.is_begun = labels_B, True
@@ -238,22 +239,25 @@ class PartialFC(nn.Module):
         place.check_place(self.made, self.group)
         place.check_whole(self.prototypes, (self.shard.rows, self.width))
 
-    def _counts(self, rows_b: Tensor) -> list[int]:
-        """Rows of each rank. With uneven_batches the host waits for them; else a rank whose own number has changed does, and so knows of
-        others before the gathering that would hang."""
+    def _counts(self, rows_b: Tensor, told: Sequence[int] | None) -> list[int]:
+        """Rows of each rank, which are `told` or equal. Where they are neither, with uneven_batches, the host waits for them; else a rank
+        whose own number has changed does, and so knows of others before the gathering that would hang."""
         rank, ranks = self.made
-        counts = [len(rows_b)] * ranks
+        if told is not None and len(told) != ranks:
+            raise ValueError(f"counts has {len(told)} numbers, but must have one for each of {ranks} ranks: how many rows it brings")
+        counts = [len(rows_b)] * ranks if told is None else list(told)
         if ranks > 1:
+            waits = self.uneven_batches and told is None
             mark = place.mark_of(self.prototypes, rank)
             told_2 = torch.cat([torch.full_like(mark, len(rows_b)), mark])
             told_N2 = collectives.gather_constant(told_2[None], self.group)
-            check = RanksCheck(told_N2, self.current.number, self.uneven_batches)
-            is_usual, self.rows_before = len(rows_b) == self.rows_before, len(rows_b)
-            if torch.is_grad_enabled() and is_usual and not (check.is_ready or self.uneven_batches):
+            check = RanksCheck(told_N2, self.current.number, self.uneven_batches, told)
+            is_usual, self.rows_before = len(rows_b) == (self.rows_before if told is None else counts[rank]), len(rows_b)
+            if torch.is_grad_enabled() and is_usual and not (check.is_ready or waits):
                 self.current.checks.append(check)
             else:
                 self._judge(check)
-            counts = check.rows() if self.uneven_batches else counts
+            counts = check.rows() if waits else counts
         if not any(counts):
             raise ValueError("the batch is empty on every rank: a step needs at least one sample")
         return counts
@@ -272,30 +276,32 @@ class PartialFC(nn.Module):
         return sample
 
     @eager
-    def forward(self, features_bD: Tensor, labels_b: Tensor) -> Tensor:
-        """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows, equally many unless uneven_batches.
+    def forward(self, features_bD: Tensor, labels_b: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Mean loss over the global batch, equal on every rank. Every rank calls it with its own rows.
 
         features_bD  float [b, D], with gradient
         labels_b     int64 [b], global class ids
+        counts       b of every rank (0 is allowed), if they differ and are known: then the host waits for nothing
 
-        Communicates 1 all-gather of 2 N numbers (8 bytes each), 1 of B D floats (2 or 4 bytes: gather_dtype), 1 of B labels (8 bytes) and
-        what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D floats of 4 bytes. With uneven_batches the host waits for
-        the first, and rows travel padded to the largest local batch m: N m rows instead of B. NaN, infinity and labels that are not classes
-        end in a ValueError or a skipped step: see `is_finite`."""
+        Communicates 1 all-gather of 2 N numbers (for which the host waits with uneven_batches), 1 of B D floats (gather_dtype), 1 of B
+        labels and what the loss asks for (see GlobalBatch); backward 1 reduce-scatter of B D float32. Different numbers of rows travel
+        padded. NaN, infinity and labels that are not classes end in a ValueError or a skipped step: see `is_finite`."""
         gather_dtype = torch.bfloat16 if self.config.gather_dtype == "bfloat16" else None
-        features_BD, labels_B, counts = self._gather(features_bD, labels_b, gather_dtype)
+        features_BD, labels_B, counts = self._gather(features_bD, labels_b, counts, gather_dtype)
         number = self.current.number
         self._check(BatchCheck, features_BD, labels_B, self.shard.num_classes, counts, number, self.current.labels_B)
         loss = self.loss(self.global_batch(features_BD, labels_B))
         self._check(LossCheck, loss, number)
         return loss
 
-    def _gather(self, features_bD: Tensor, labels_b: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, list[int]]:
+    def _gather(
+        self, features_bD: Tensor, labels_b: Tensor, told: Sequence[int] | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """(features of all ranks, their labels, rows of each rank); features travel as `dtype`."""
         check_shapes(features_bD, labels_b, self.width)
         self._check_shard()
-        counts = self._counts(labels_b)
-        if self.uneven_batches and torch.is_grad_enabled() and not features_bD.requires_grad:
+        counts = self._counts(labels_b, told)
+        if (self.uneven_batches or told is not None) and torch.is_grad_enabled() and not features_bD.requires_grad:
             features_bD = features_bD.detach().requires_grad_()  # a rank without rows takes part in the reduce-scatter too
         features_bD = features_bD.to(torch.promote_types(self.prototypes.dtype, torch.float32))
         features_BD = collectives.gather_rows(features_bD, self.group, self.gradient_factor, counts, dtype)
@@ -342,11 +348,11 @@ class PartialFC(nn.Module):
 
     @eager
     @torch.no_grad()
-    def cosines(self, features_bD: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
+    def cosines(self, features_bD: Tensor, labels_b: Tensor, counts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """(target, hardest non-target) cosine of each of the B samples of the global batch, for monitoring; costs a forward pass.
-        Communicates 1 all-gather of 2 N numbers, 1 of B D floats, 1 of B labels and 1 of 4 N B floats; uneven_batches as in `forward`.
+        Communicates 1 all-gather of 2 N numbers, 1 of B D floats, 1 of B labels and 1 of 4 N B floats; counts as in `forward`.
         Values are not checked: cosines of a row with NaN, or with a label that is not a class, mean nothing."""
-        features_BD, labels_B, _ = self._gather(features_bD, labels_b)
+        features_BD, labels_B, _ = self._gather(features_bD, labels_b, counts)
         columns = of_classes(self.prototypes, labels_B, self.shard.first)
         statistics = similarity_statistics(features_BD, columns, TopK(), scale=1.0, **self._products())
         return statistics.target_B, statistics.non_target_B[:, 0]

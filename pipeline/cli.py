@@ -82,9 +82,12 @@ def _train(options: argparse.Namespace) -> None:
     from pipeline.resolve import resolve
     from pipeline.summary import summary
     from pipeline.train import train_recipe
+    from pipeline.uneven_batches import check
 
     announce(f"reading the recipe {printable(options.recipe)}")
     config = resolve(options.recipe, options.set)
+    if options.ranks > 1:  # else torchrun may have started more
+        check(config, options.ranks)
     run_local(options.ranks, train_recipe, options.recipe, options.set, options.resume, signals=stopping.heeded)
     if int(os.environ.get("RANK", 0)) == 0:
         try:

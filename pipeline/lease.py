@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pipeline.checkpoint import OwnerError
 from pipeline.distributed import Place
 from pipeline.lease_files import FolderFiles, files_at, is_used, lock, unlock
-from pipeline.lease_hold import Hold, refusal
+from pipeline.lease_hold import Hold, attempt, refusal
 
 BEAT = 10.0  # seconds
 
@@ -31,7 +31,9 @@ class Lease:
     makes one; rank 0 holds it. ValueError on all of them if another run has it, or if a folder cannot be written.
 
     Where the holder runs on the same kernel and the file system has locks, that is known at once. Otherwise whoever comes waits for 3
-    beats to see whether the holder lives. No clock is compared with another one's, and no host's name.
+    beats to see whether the holder lives. No clock is compared with another one's, and no host's name. Only from an earlier attempt of its
+    own job (`lease_hold.ATTEMPT`) it takes the folder over at once, whether that lives or not: ranks that were cut off may come back, and
+    then write no more.
 
     token: a random text, the same on every rank: that of this holding of the folder
     """
@@ -134,7 +136,11 @@ class Lease:
         except OSError:
             return
         if lock(self._name) is False:
-            raise ValueError(refusal(self.folder, Hold(FolderFiles(self.folder), "", 0).holder()))
+            holder = Hold(FolderFiles(self.folder), "", 0).holder()
+            if not attempt().follows(holder):
+                raise ValueError(refusal(self.folder, holder))
+            os.close(self._name)
+            self._name = None
 
     def _leave(self) -> None:
         while self._holds:

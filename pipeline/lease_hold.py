@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from dali_loaders.names import printable
 from pipeline.checkpoint import OwnerError
@@ -20,9 +20,28 @@ PATIENCE = 3  # beats that a holder may miss
 LOOKS = 4  # per beat, so that an observer who was suspended himself does not take one look for the last of many
 SIZE = 512  # bytes of a lease: never more, so that it can be written in place on a full disk
 ATTEMPTS = 10
+ATTEMPT = "PROTOSHARD_ATTEMPT"  # the variable in which a launcher that starts ranks again says "JOB NUMBER"
 
 log = logging.getLogger(__name__)
 _pause = time.sleep
+
+
+class Attempt(NamedTuple):
+    """Which of a job's attempts this process belongs to; whoever starts the job again counts them."""
+
+    job: str  # "" for none
+    number: int
+
+    def follows(self, note: dict[str, Any]) -> bool:
+        """Whether a lease is that of an earlier attempt of this job, which its launcher has given up."""
+        before = note.get("attempt")
+        return bool(self.job) and note.get("job") == self.job and isinstance(before, int) and before < self.number
+
+
+def attempt() -> Attempt:
+    """Of this process."""
+    job, _, number = os.environ.get(ATTEMPT, "").partition(" ")
+    return Attempt(job, int(number)) if number.isdecimal() else Attempt("", 0)
 
 
 class Hold:
@@ -96,6 +115,8 @@ class Hold:
         token = str(note.get("token"))
         if seen is None or note.get("released") or token in gone:  # None: somebody has just taken over, and made the next number
             return True
+        if attempt().follows(note):
+            return True
         locked = self._files.try_lock(number)
         if locked is False:
             return False
@@ -157,6 +178,8 @@ class Hold:
             "kernel": self._files.kernel if self._files.is_locked else None,
             "beat": self._count,
             "released": released,
+            "job": attempt().job[:64],
+            "attempt": attempt().number,
         }
         return json.dumps(note).encode().ljust(SIZE - 1) + b"\n"
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dali_loaders import TrainLoader, open_data
 from dali_loaders.names import printable
@@ -22,7 +22,7 @@ from dali_loaders.remote import without_secrets
 from dali_loaders.sources import check_images_per_identity
 from partial_fc import GradScaler, PartialFC, RowAdamW, RowSGD
 from partial_fc.optimizers import RowOptimizer
-from pipeline import backbones, combinations, determinism, monitor, run_checkpoints, training_step
+from pipeline import backbones, combinations, determinism, monitor, run_checkpoints, training_step, uneven_batches
 from pipeline.agreement import Agreement
 from pipeline.checkpoint import NotFiniteError, OwnerError
 from pipeline.config import TrainConfig, as_text, options_of
@@ -57,12 +57,9 @@ class Trainer:
         self.watch = watch or Watch(run.folder, place, run.timeout, Stop())
         self.stop, self.agreement = self.watch.stop, Agreement(run.timeout)
         group = config.data.images_per_identity
-        if run.batch % (run.accumulation * place.world_size * group):
-            groups = f" and data.images_per_identity = {group}" if group > 1 else ""
-            raise ValueError(
-                f"run.batch is {run.batch}, which {place.world_size} ranks with run.accumulation = {run.accumulation}{groups} do not "
-                f"divide: use a multiple of {run.accumulation * place.world_size * group}"
-            )
+        uneven_batches.check(config, place.world_size)
+        counts = uneven_batches.counts(config, place.world_size)
+        self.counts = None if len({*counts}) == 1 else counts  # images of each rank in a micro-batch, where they differ
         if not config.data.train:
             raise ValueError("data.train is empty: give a folder of identities, a .tar or a .rec with --set data.train=PATH")
         self._begins("opening the data", config.data.train)
@@ -89,12 +86,6 @@ class Trainer:
         self.classifier_lr = config.optimizer.classifier_lr or config.optimizer.lr
         self.classifier_optimizer = self._build_classifier_optimizer()
 
-        norms = [part for part in backbone.modules() if isinstance(part, nn.BatchNorm1d) and part.training]
-        if run.batch == run.accumulation * place.world_size and norms:
-            raise ValueError(
-                f"run.batch is {run.batch}: one image per rank and micro-batch, of which backbone {config.backbone.name} cannot take batch "
-                f"statistics: use at least {2 * run.batch}"
-            )
         self.consumed = 0  # samples
         self.course = Course(GradScaler(place.device.type, enabled=config.engine.precision == "float16"))
         self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together

@@ -32,6 +32,7 @@ class Run(run_checkpoints.Run, Protocol):
     steps_per_epoch: float
     rate: float  # of the backbone, in the last step
     cosines: tuple[Tensor, Tensor]  # target and hardest non-target, of the last step that is logged
+    counts: list[int] | None  # images of each rank in a micro-batch, where they differ
     joint_norm: Tensor | None  # of backbone and classifier before clipping, if they are clipped together
 
     def logs(self, step: int) -> bool: ...
@@ -55,7 +56,8 @@ def take(run: Run) -> Tensor | None:
     batches: Iterable[Batch] = itertools.islice(run.loader, settings.accumulation)
     if settings.accumulation > 1 and run.config.classifier.sample_rate < 1:
         batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
-        run.classifier.begin_step(torch.cat([batch.labels for batch in batches]))
+        in_step = run.counts and [settings.accumulation * count for count in run.counts]
+        run.classifier.begin_step(torch.cat([batch.labels for batch in batches]), in_step)
     total = torch.zeros((), device=run.place.device)
     indices: list[np.ndarray] = []
     # A step that is left out would spoil the running statistics of the backbone and of the loss forever.
@@ -68,8 +70,8 @@ def take(run: Run) -> Tensor | None:
             # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
             leaf_bD = features_bD.detach().requires_grad_()
             if is_last and run.logs(run.step + 1):  # before prototypes move away from the features they are compared with
-                run.cosines = run.classifier.cosines(leaf_bD, batch.labels)
-            loss = run.classifier(leaf_bD, batch.labels) / settings.accumulation
+                run.cosines = run.classifier.cosines(leaf_bD, batch.labels, run.counts)
+            loss = run.classifier(leaf_bD, batch.labels, run.counts) / settings.accumulation
             total += loss.detach()
             run.course.scaler.scale(loss).backward()
             assert leaf_bD.grad is not None

@@ -149,7 +149,7 @@ def _alternative(job: Job, hardware: Hardware, change: dict[str, object]) -> Alt
 def _micro_batches(job: Job, hardware: Hardware) -> dict[str, object] | None:
     """The fewest with which it fits, twice as many at a time, of at least 2 images for each rank."""
     parts = 2 * job.accumulation
-    while job.has_backbone and not job.in_backward and job.batch % (parts * job.ranks) == 0 and job.batch // (parts * job.ranks) >= 2:
+    while job.has_backbone and not job.in_backward and job.batch % parts == 0 and job.batch >= 2 * parts * job.ranks:
         if _total(replace(job, accumulation=parts), hardware) <= _usable(hardware):
             return {"accumulation": parts}
         parts *= 2
@@ -157,24 +157,24 @@ def _micro_batches(job: Job, hardware: Hardware) -> dict[str, object] | None:
 
 
 def _ranks(job: Job, hardware: Hardware) -> dict[str, object] | None:
-    """Twice as many until it fits; a batch that they do not divide, or that is too small for them, grows."""
+    """Twice as many until it fits; a batch that is too small for them grows."""
     ranks = job.ranks
     while ranks < max(job.identities, job.batch):
         ranks *= 2
-        batch = _multiple(job.batch, ranks * job.accumulation)
+        batch = _enough(job.batch, ranks, job.accumulation)
         if _total(replace(job, ranks=ranks, batch=batch), hardware) <= _usable(hardware):
             return {"ranks": ranks} if batch == job.batch else {"ranks": ranks, "batch": batch}
     return None
 
 
 def _smaller_batch(job: Job) -> dict[str, object] | None:
-    batch = _multiple(job.batch // 2, job.ranks * job.accumulation)
+    batch = _enough(job.batch // 2, job.ranks, job.accumulation)
     return {"batch": batch} if batch < job.batch else None
 
 
-def _multiple(batch: int, parts: int) -> int:
-    """The batch or a larger one that gives each rank and micro-batch the same number of samples, at least 2."""
-    return -(-max(batch, 2 * parts) // parts) * parts
+def _enough(batch: int, ranks: int, accumulation: int) -> int:
+    """The batch, or a larger one, of equal micro-batches that give each rank at least 2 samples."""
+    return -(-max(batch, 2 * ranks * accumulation) // accumulation) * accumulation
 
 
 def as_json(plan: Plan) -> str:

@@ -50,10 +50,11 @@ class Job:
         if self.has_backbone:
             backbones.check(self.network, self.image_size)
             parts = self.ranks * self.accumulation
-            if self.batch % parts or self.batch == parts:
+            if self.batch % self.accumulation or self.batch < 2 * parts:
+                multiple = f"a multiple of {self.accumulation} from {2 * parts} on" if self.accumulation > 1 else f"at least {2 * parts}"
                 raise ValueError(
-                    f"--batch is {self.batch}, but must give each of {self.ranks} ranks x {self.accumulation} micro-batches the same "
-                    f"number of images, at least 2: use a multiple of {parts} from {2 * parts} on"
+                    f"--batch is {self.batch}, but must give each of {self.ranks} ranks at least 2 images of each of {self.accumulation} "
+                    f"micro-batches, which are equally large: use {multiple}"
                 )
 
     @property

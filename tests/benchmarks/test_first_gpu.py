@@ -64,13 +64,14 @@ def test_the_script_on_this_machine(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("wanted", ["decode,resume", pytest.param("200k,r50,decode,faces,resume,engines", marks=pytest.mark.long)])
+@pytest.mark.parametrize("wanted", ["decode", pytest.param("200k,r50,decode,faces,resume,engines", marks=pytest.mark.long)])
 def test_steps_that_train(tmp_path, wanted):
     rows, _ = run_script(tmp_path, wanted)
     found = {row["what"]: row for row in rows}
     assert "faces" not in wanted or 0 < float(found["faces_small: EER"]["value"]) < 0.5
-    (resumed,) = (row for row in rows if row["step"] == "resume")
-    if not torch.cuda.is_available():
+    resumed = next((row for row in rows if row["step"] == "resume"), None)
+    assert "resume" not in wanted or resumed
+    if resumed and not torch.cuda.is_available():
         assert float(resumed["value"]) < 1e-4 and "killed at step 20 of" not in resumed["note"]
     assert float(found["one image in all 128 slots, decoded on the CPU: largest difference"]["value"]) == 0
 

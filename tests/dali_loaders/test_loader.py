@@ -53,7 +53,7 @@ def test_batches_follow_the_order(folder):
         assert all(torch.equal(copy, copies[0]) for copy in copies)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_share_the_global_batch(folder, world_size):
     source = open_source(str(folder))
     alone = take(source, 5)
@@ -70,7 +70,7 @@ def test_resuming_goes_on_where_it_stopped(folder):
         assert same([part[done * 8 :] for part in whole], rest)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_groups_are_whole_on_every_rank_and_after_a_stop(folder, world_size):
     source = open_source(str(folder))
     wanted = GroupedOrder(source, 3, 5).indices(0, 72)  # 2 epochs of 6 identities x 2 groups x 3 images
@@ -114,9 +114,12 @@ def test_a_gpu_is_told_to_thread_and_decoder(monkeypatch, folder, decoder):
     assert told == [("cuda", decoder, {"channels_last": False, "dtype": torch.float32}), "cuda:2"] * 2
 
 
-def test_ranks_must_divide_the_batch_in_whole_groups(folder):
-    with pytest.raises(ValueError, match=r"global batch of 20 does not divide among 4 ranks in groups of 3 images; .* multiple of 12"):
-        TrainLoader(open_source(str(folder)), GROUPS, seed=1, global_batch=20, world_size=4)
+@pytest.mark.parametrize("batch", [20, 9])
+def test_every_rank_needs_a_whole_group(folder, batch):
+    with pytest.raises(
+        ValueError, match=rf"batch of {batch} does not divide among 4 ranks in groups of 3 images; .* multiple of 3 from 12"
+    ):
+        TrainLoader(open_source(str(folder)), GROUPS, seed=1, global_batch=batch, world_size=4)
 
 
 def test_an_unreadable_image_of_a_group_is_replaced_within_its_identity(tmp_path):
@@ -162,9 +165,9 @@ def test_a_busy_consumer_does_not_wait(folder):
         next(loader)
 
 
-def test_ranks_must_divide_the_batch(folder):
-    with pytest.raises(ValueError, match="global batch of 10 does not divide among 4 ranks"):
-        TrainLoader(open_source(str(folder)), CONFIG, seed=1, global_batch=10, world_size=4)
+def test_every_rank_needs_an_image(folder):
+    with pytest.raises(ValueError, match="global batch of 3 does not divide among 4 ranks; choose at least 4"):
+        TrainLoader(open_source(str(folder)), CONFIG, seed=1, global_batch=3, world_size=4)
 
 
 def damages():

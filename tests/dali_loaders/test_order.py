@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_loaders.order import UniformOrder, uniform
+from dali_loaders.order import UniformOrder, part_of_rank, uniform
 
 seeds = st.integers(0, 2**63 - 1)
 
@@ -94,3 +94,11 @@ def test_uniform_is_uniform_and_its_columns_are_independent():
 def _chi_square_per_degree(counts: np.ndarray) -> float:
     expected = counts.sum() / len(counts)
     return float(((counts - expected) ** 2 / expected).sum() / (len(counts) - 1))
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 5))
+def test_parts_of_ranks_tile_the_batch_in_whole_groups(groups, ranks, group):
+    parts = [part_of_rank(groups * group, rank, ranks, group) for rank in range(ranks)]
+    assert [place for part in parts for place in part] == list(range(groups * group))
+    sizes = [len(part) for part in parts]
+    assert all(size % group == 0 for size in sizes) and max(sizes) - min(sizes) in (0, group) and sizes == sorted(sizes, reverse=True)

@@ -64,21 +64,21 @@ def test_averaged_feature_gradient_is_the_world_size_times_the_global_one(ranks)
         torch.testing.assert_close(other[2], one[2])
 
 
-def uneven_step(rows, classes, width, rate, gather_dtype):
+def uneven_step(rows, classes, width, rate, gather_dtype, is_told=False):
     """Runs on every rank: two steps, the second with the ranks' shares the other way round. Of the second: loss, gradient of this rank's
     features, cosines; and the prototypes after both."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    options = {"seed": 3, "feature_gradient": "global", "uneven_batches": len(rows) > 1, "gather_dtype": gather_dtype}
+    options = {"seed": 3, "feature_gradient": "global", "uneven_batches": len(rows) > 1 and not is_told, "gather_dtype": gather_dtype}
     classifier = PartialFC(classes, width, losses.build("cosface", scale=24.0), rate, **options)
     optimizer = RowSGD(classifier, lr=0.1)
     for seed, share in enumerate((rows, rows[::-1])):
         features, labels = (x.split(share)[rank] for x in batch(classes, width, sum(rows), seed))
-        features = features.clone().requires_grad_()
+        features, counts = features.clone().requires_grad_(), share if is_told else None
         if seed:
-            classifier.begin_step(labels)
-        loss = classifier(features, labels)
+            classifier.begin_step(labels, counts)
+        loss = classifier(features, labels, counts)
         loss.backward()
-        cosines = torch.stack(classifier.cosines(features.detach(), labels))
+        cosines = torch.stack(classifier.cosines(features.detach(), labels, counts))
         optimizer.step()
         optimizer.zero_grad()
     return loss.detach(), features.grad, cosines, classifier.prototypes.detach()
@@ -91,11 +91,13 @@ def uneven_step(rows, classes, width, rate, gather_dtype):
     st.integers(1, 9),
     st.sampled_from([1.0, 0.4]),
     st.sampled_from(["float32", "bfloat16"]),
+    st.booleans(),
 )
-@example([0, 0, 3, 0], 1, 1, 0.4, "float32")
-@example([4, 4], 40, 8, 1.0, "bfloat16")
-def test_uneven_batches_equal_one_process_on_all_rows(ranks, rows, classes, width, rate, gather_dtype):
-    results = ranks(len(rows)).run(uneven_step, rows, classes, width, rate, gather_dtype)
+@example([0, 0, 3, 0], 1, 1, 0.4, "float32", False)
+@example([0, 0, 3, 0], 1, 1, 0.4, "float32", True)
+@example([4, 4], 40, 8, 1.0, "bfloat16", True)
+def test_uneven_batches_equal_one_process_on_all_rows(ranks, rows, classes, width, rate, gather_dtype, is_told):
+    results = ranks(len(rows)).run(uneven_step, rows, classes, width, rate, gather_dtype, is_told)
     loss, gradient, cosines, prototypes = uneven_step([sum(rows)], classes, width, rate, gather_dtype)
     for result in results:
         torch.testing.assert_close(result[0], loss, rtol=1e-5, atol=1e-6)

@@ -87,6 +87,7 @@ PATHS = [
     Path(
         "uneven, sampled", [*gathered(UNEVEN), ("all_reduce", 4 * 2 * B_UNEVEN), *scattered(UNEVEN)], UNEVEN, options={"sample_rate": 0.3}
     ),
+    Path("told counts", [*gathered(UNEVEN), ("all_reduce", 4 * 2 * B_UNEVEN), *scattered(UNEVEN)], UNEVEN, call="told"),
     Path("GCE, as CosFace", [*gathered(), ("all_reduce", 4 * 2 * B), *scattered()], loss="gce"),
     Path("substitution", [*gathered(), ("all_reduce", 4 * 2 * B), *scattered()], options={"substitution_rate": 0.5}),
     Path("threshold", [*gathered(), ("all_reduce", 4 * 2 * B), ("all_reduce", 4), *scattered()], loss="uce"),
@@ -116,11 +117,11 @@ def traffic(number: int) -> Counter:
     """Runs on every rank."""
     path, rank = PATHS[number], dist.get_rank()
     loss = losses.build(path.loss) if path.loss == "npt" else losses.build(path.loss, scale=path.scale)
-    classifier = PartialFC(CLASSES, WIDTH, loss, uneven_batches=path.rows is UNEVEN, **path.options)
+    classifier = PartialFC(CLASSES, WIDTH, loss, uneven_batches=path.rows is UNEVEN and path.call != "told", **path.options)
     features, labels = (x.split(path.rows)[rank] for x in batch(CLASSES, WIDTH, sum(path.rows)))
     with counted() as calls:
-        if path.call == "step":
-            classifier(features.clone().requires_grad_(), labels).backward()
+        if path.call in ("step", "told"):
+            classifier(features.clone().requires_grad_(), labels, path.rows if path.call == "told" else None).backward()
             classifier.is_finite()
         elif path.call == "begin_step":
             classifier.begin_step(labels)

@@ -297,6 +297,18 @@ def uneven(rate):
     return sentence_of(classifier, features, labels)
 
 
+def wrong_counts():
+    """Runs on every rank: the sentences for counts of other rows than ranks bring, and of other ranks."""
+    features, labels = part(rows=6)
+    return sentence_of(classifier_of(), features, labels, [6, 6, 5]), sentence_of(classifier_of(), features, labels, [6, 6])
+
+
+def test_counts_must_be_what_ranks_bring(ranks):
+    for of_rows, of_ranks in ranks(3).run(wrong_counts):
+        assert "at step 0 rank 2 brings 6 rows, but counts says 5: give every rank the same counts" in of_rows
+        assert "counts has 2 numbers, but must have one for each of 3 ranks" in of_ranks
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_unequal_batches_end_in_a_sentence(ranks, rate):
     for sentence in ranks(3).run(uneven, rate):

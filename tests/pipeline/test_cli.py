@@ -254,9 +254,13 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, capsys
         (["run.folder={folder}/new", "data.train={folder}/lonely"], ["identity 'b' has 1 image", "data.min_images=1"]),
         (["run.folder={folder}/new", "run.accumulation=3", "run.batch=20"], ["run.accumulation = 3 does not divide"]),
         (["run.folder={folder}/new", "data.train={folder}/broken"], ["more than 1%", "skipped.txt"]),
-        (["run.folder={folder}/new", "run.batch=1"], ["one image per rank", "small"]),
+        (
+            ["run.folder={folder}/new", "run.batch=1"],
+            ["its 1 image cannot give", "small takes batch statistics", "run.batch of at least 2"],
+        ),
         (["run.folder={folder}/new", "evaluation.data={folder}/gone.tar"], ["evaluation.data", "gone.tar does not exist"]),
         (["--ranks=0"], ["--ranks is 0"]),
+        (["--ranks=19"], ["its 18 images cannot give each of 19 ranks at least 1; use at most 18 ranks"]),
     ],
 )
 def test_bad_input_to_train(trained, capsys, settings, words):

@@ -220,6 +220,34 @@ def test_a_run_that_was_suspended_learns_that_its_folder_was_taken(run, hold, mo
     assert note(run, 2)["released"] and note(run / "checkpoints", 2)["token"] == taker.token != suspended.token
 
 
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_later_attempt_of_a_job_takes_the_folder_at_once_and_an_earlier_one_writes_no_more(run, monkeypatch, where, caplog):
+    """As where ranks were cut off, and others took their place: both live, and hold the lock."""
+    beat = 1000.0 if where == "here" else 4.0  # without locks a fourth of it passes before a lease is sure
+    if where == "elsewhere":
+        elsewhere(monkeypatch)
+    monkeypatch.setenv(lease_hold.ATTEMPT, "job 1")
+    cut_off = Lease(str(run), PLACE, beat=beat)
+    for other in ("job 1", "job 0", "another 2", "", "job x"):
+        monkeypatch.setenv(lease_hold.ATTEMPT, other)
+        if where == "here":
+            assert not is_free(run), other
+    caplog.clear()
+    monkeypatch.setenv(lease_hold.ATTEMPT, "job 2")
+    later = Lease(str(run), PLACE, beat=beat)
+    assert "waiting" not in caplog.text
+    with pytest.raises(OwnerError, match=r"was taken over by a run on .*: it ends, and writes no more"):
+        cut_off.check()
+    later.check()
+    monkeypatch.setenv(lease_hold.ATTEMPT, "job 1")
+    if where == "here":
+        assert not is_free(run)
+    cut_off.release()
+    later.check()
+    later.release()
+    assert is_free(run)
+
+
 def test_a_heartbeat_goes_on_through_a_full_disk_and_a_folder_that_vanishes(run, monkeypatch, caplog):
     held = Lease(str(run), PLACE, beat=BEAT)
 

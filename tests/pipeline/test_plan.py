@@ -139,14 +139,14 @@ def test_too_big_says_so_and_what_to_try(capsys):
     ],
 )
 def test_advice_is_what_train_can_do(job):
-    """Every setting is a field of a recipe, and every number of ranks and micro-batches divides the batch."""
+    """Every setting is a field of a recipe, and every rank has 2 images of each equal micro-batch."""
     made = plan(job, PRESETS["a100-40gb"])
     assert made.left < 0 and made.alternatives[-1].fits
     for tried in made.alternatives:
         options, _, fields = tried.settings.partition("--set ")
         run = resolve("ms1mv3_iresnet50_arcface_8gpu", [f"run.batch={job.batch}", *fields.split()]).run
         ranks = int(options.split()[1]) if options else job.ranks
-        assert run.batch % (ranks * run.accumulation) == 0
+        assert run.batch % run.accumulation == 0 and run.batch >= 2 * ranks * run.accumulation
     assert any("run.accumulation" in tried.settings for tried in made.alternatives) == (job.batch == 8192)
 
 
@@ -211,7 +211,8 @@ def test_this_machine_is_measured():
         (["--identities", "9", "--network", "-1"], "--network is -1 GB/s, but must be positive"),
         (["--identities", "9", "--backbone", "iresnet51"], "did you mean 'iresnet50'"),
         (["--identities", "9", "--image-size", "100"], "needs an image size divisible by 16"),
-        (["--identities", "9", "--batch", "100", "--ranks", "8"], "use a multiple of 8 from 16 on"),
+        (["--identities", "9", "--batch", "100", "--ranks", "51"], "use at least 102"),
+        (["--identities", "9", "--batch", "33", "--ranks", "8", "--accumulation", "2"], "use a multiple of 2 from 32 on"),
         (["--identities", "9", "--in-backward", "--accumulation", "2"], "choose one"),
         (["--identities", "9", "--engine", "deepspeed", "--zero-stage", "3", "--ema"], "--ema averages whole weights"),
         (["--identities", "9", "--nodes", "0"], "--nodes is 0, but must be at least 1"),
