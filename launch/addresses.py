@@ -1,4 +1,4 @@
-"""Addresses of hosts, IPv4 and IPv6: which are this machine's, which network card has one, which ports are free."""
+"""Addresses of hosts, IPv4 and IPv6: which are this machine's, which mean one host only, which ports are free."""
 
 import ipaddress
 import socket
@@ -42,25 +42,6 @@ def can_be_bound(family: int, address: tuple[object, ...]) -> bool:
         return True
     except OSError:
         return False
-
-
-def address_towards(other: str) -> str:
-    """The address of this machine that `other`, an address or a name, sees (a connected datagram socket sends nothing). OSError: no way
-    leads there."""
-    family, _, _, _, address = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0]).partition("%")[0]
-
-
-def interface_of(address: str) -> str | None:
-    """The network card that has this address."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in addresses):
-            return name
-    return None
 
 
 def needs_a_zone(address: str) -> bool:

@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.addresses import address_towards, is_loopback, needs_a_zone
+from launch.addresses import is_loopback, needs_a_zone
 from launch.hosts import Host
 from launch.tunnel import Tunnel
+from pipeline.network_card import address_towards
 
 HELLO_SECONDS = 60  # ssh, and Python from a shared file system
 READY_SECONDS = 300  # Ray's own patience is 30 s a start, and a node tries three times

@@ -18,9 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.addresses import free_ports, interface_of, with_port
+from launch.addresses import free_ports, with_port
 from launch.ray_node import LOOPBACK, leave, machine, say, version
 from launch.versions import software
+from pipeline.network_card import use_card_of
 
 CONNECT_SECONDS = 5
 SEND_SECONDS = 0.5  # of traffic to measure a link's rate by
@@ -138,10 +139,7 @@ class Look:
         """Bytes per second that pass this host's link in an all-reduce over all hosts; or why there is none."""
         from datetime import timedelta
 
-        interface = interface_of(address)
-        if interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+        use_card_of(address)
         import torch
         import torch.distributed as dist
 

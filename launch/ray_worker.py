@@ -13,8 +13,8 @@ import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2.api.callback import UserCallback
 
-from launch.addresses import interface_of
 from launch.ray_node import MEETING_FOLDER
+from pipeline.network_card import use_card_of
 
 STOPPED = "stopped"
 SEEN_SECONDS = 5  # that a file may take to appear on another host of a network file system
@@ -40,7 +40,7 @@ class Backend(_TorchBackend):
         if backend_config.backend == "nccl":
             for reason in filter(None, worker_group.execute(why_no_gpu)):
                 raise BadInputError(reason)
-        worker_group.execute(choose_interface)
+        worker_group.execute(choose_card)
         if MEETING_FOLDER not in os.environ:
             return super().on_start(worker_group, backend_config)
         worker_group.execute(_set_torch_distributed_env_vars)
@@ -58,17 +58,9 @@ class Backend(_TorchBackend):
         )
 
 
-def choose_interface() -> None:
-    """The network card for gloo and NCCL: that of the address under which Ray's nodes know this one, unless the user has chosen.
-
-    gloo would take the address of the host's name, which Debian maps to 127.0.1.1, and NCCL any card, a bridge of virtual machines too."""
-    address = ray.util.get_node_ip_address()
-    interface = interface_of(address)
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without "=" eth1 would stand for eth10 too
-        if ":" in address:
-            os.environ.setdefault("NCCL_SOCKET_FAMILY", "AF_INET6")
+def choose_card() -> None:
+    """That of the address under which Ray's nodes know this one."""
+    use_card_of(ray.util.get_node_ip_address())
 
 
 def why_no_gpu() -> str | None:

@@ -4,8 +4,9 @@ import socket
 import pytest
 
 from launch import cluster
-from launch.addresses import address_towards, free_ports, interface_of, is_this_machine, with_port
+from launch.addresses import free_ports, is_this_machine, with_port
 from launch.hosts import Host, read_hosts
+from pipeline.network_card import address_towards, card_of
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_names_of_this_machine():
 
 
 def test_addresses_and_ports_of_this_machine():
-    assert address_towards("127.0.0.1") == "127.0.0.1" and interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.77") is None
+    assert address_towards("127.0.0.1") == "127.0.0.1" and card_of("127.0.0.1") == "lo" and card_of("192.0.2.77") is None
     assert (with_port("10.0.0.1", 9), with_port("fd77::1", 9)) == ("10.0.0.1:9", "[fd77::1]:9")
     assert len(set(free_ports("127.0.0.1", 4))) == 4
     if socket.has_ipv6 and is_this_machine("::1"):

@@ -88,12 +88,19 @@ def test_a_cluster_of_ray_start_whose_names_map_to_127_0_1_1(hosts, network, tmp
     training."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000", "--num-cpus=1"]
-    options = {"env": {**os.environ, **token}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    first, second = hosts[:2]
-    nodes = [first.popen([*start, "--head", "--node-ip-address=10.77.0.1", "--dashboard-host=10.77.0.1"], **options)]
+    second, nodes = hosts[1], []
+
+    def up(host: Host, *arguments: str) -> None:
+        folder = tmp_path / host.name
+        folder.mkdir()
+        command = [*start, f"--node-ip-address={host.address}", *arguments]
+        with open(folder / "log.txt", "w") as log:
+            nodes.append(host.popen(command, env={**os.environ, **token}, stdout=log, stderr=subprocess.STDOUT))
+        wait_for(lambda: "Ray runtime started" in (folder / "log.txt").read_text(), nodes[-1], folder)
+
     try:
-        wait_for(lambda: first.run(["sh", "-c", "ss -Htln | grep -q ':6379 '"]).returncode == 0, nodes[0], ROOT)
-        nodes.append(second.popen([*start, "--address=10.77.0.1:6379", "--node-ip-address=10.77.0.2"], **options))
+        up(hosts[0], "--head", "--dashboard-host=10.77.0.1")
+        up(second, "--address=10.77.0.1:6379")
         arguments = ("--address", "10.77.0.1:6379", "--ranks-per-node", "1")
         code, log = finish(launch(network.desk, tmp_path, *arguments, **token), tmp_path)
         assert code == 0 and "stub on 2 ranks" in log and "finished, total 12" in log and "Traceback" not in log, log

@@ -36,7 +36,8 @@ def ray_that(script: str):
 
 def up(ports: list[int], seconds: float) -> str:
     """Listens there for so long."""
-    return f"kept = [socket.create_server(('127.0.0.1', port)) for port in {ports}]\nprint('Ray runtime started', flush=True)\ntime.sleep({seconds})"
+    listening = f"kept = [socket.create_server(('127.0.0.1', port)) for port in {ports}]"
+    return f"{listening}\nprint('Ray runtime started', flush=True)\ntime.sleep({seconds})"
 
 
 def test_a_start_that_fails_is_tried_again_in_a_new_folder_on_new_ports(said, monkeypatch):
