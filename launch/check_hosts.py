@@ -21,7 +21,10 @@ class OverSsh:
         self.node.send({"folder": self.folder, "what": what, "with": arguments})
 
     def answer(self, deadline: float) -> Any:
-        return self.node.expect("answer", deadline)["answer"]
+        try:
+            return self.node.expect("answer", deadline)["answer"]
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
 
 
 def check(hosts: list[Host], *, root: str, python: str, folder: str, ranks_per_node: int | None, recipe: str, overrides: list[str]) -> int:

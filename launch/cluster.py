@@ -64,16 +64,18 @@ class Node:
         self.lines.put(None)
 
     def expect(self, event: str, deadline: float) -> dict[str, Any]:
-        """The node's next message, which must be `event`. ValueError: the host says something else, or nothing before the deadline."""
+        """The node's next message, which must be `event`. ValueError: the host does not even say hello in time; RuntimeError: it did, but
+        then not this."""
+        fault = ValueError if event == "hello" else RuntimeError
         tail: deque[str] = deque(maxlen=3)
         while True:
             try:
                 line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise ValueError(f"Host {self.host.name} did not say {event} in time; {self._advice()}.") from None
+                raise fault(f"Host {self.host.name} did not say {event} in time; {self._advice()}.") from None
             if line is None:
                 reason = " ".join(tail) or "it closed the connection"
-                raise ValueError(f"Host {self.host.name} cannot be used ({reason}); {self._advice()}.")
+                raise fault(f"Host {self.host.name} cannot be used ({reason}); {self._advice()}.")
             if not line.startswith("ray-node "):
                 tail.append(line)
                 continue

@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launch.ray_node import MEETING_FOLDER
 from pipeline.network_card import use_card_of
 
 STOPPED = "stopped"
+LOOKS = count()
 SEEN_SECONDS = 5  # that a file may take to appear on another host of a network file system
 
 
@@ -107,24 +109,24 @@ def seen_by_all(folder: str) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if "://" in folder or os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
         return
-    store = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore(f"folder-{next(LOOKS)}", dist.distributed_c10d._get_default_store())
     written = Path(folder, f".seen-{secrets.token_hex(8)}")
     if rank == 0:
         written.parent.mkdir(parents=True, exist_ok=True)
         written.touch()
-        store.set("folder/written", written.name)
-    path, deadline = Path(folder, store.get("folder/written").decode()), time.monotonic() + SEEN_SECONDS
+        store.set("written", written.name)
+    path, deadline = Path(folder, store.get("written").decode()), time.monotonic() + SEEN_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    store.set(f"folder/{rank}", "" if seen else socket.gethostname())
+    store.set(f"{rank}", "" if seen else socket.gethostname())
     if rank == 0:
-        blind = filter(None, (store.get(f"folder/{other}").decode() for other in range(ranks)))
-        store.set("folder/blind", next(blind, ""))
+        blind = next(filter(None, (store.get(f"{other}").decode() for other in range(ranks))), "")
+        sentence = f"does not see what the first host writes into {os.path.abspath(folder)}; give a run.folder that all hosts share."
+        store.set("verdict", f"Host {blind} {sentence}" if blind else "")
         written.unlink()
-    host = store.get("folder/blind").decode()
-    if host:
-        where = os.path.abspath(folder)
-        raise BadInputError(f"Host {host} does not see what the first host writes into {where}; give a run.folder that all hosts share.")
+    verdict = store.get("verdict").decode()
+    if verdict:
+        raise BadInputError(verdict)
 
 
 def checkpoints(run_folder: str) -> set[tuple[str, int]]:

@@ -93,6 +93,16 @@ def test_the_launcher_says_so_and_takes_it_for_a_failure(tmp_path, capsys):
     assert (tmp_path / "ended").exists()
 
 
+def test_a_node_that_ends_while_it_starts_is_a_failure(tmp_path):
+    python = node_that(tmp_path)
+    Path(python).write_text(Path(python).read_text().replace(f"cat > {tmp_path}/said", "echo 'Killed'"))
+    with (
+        pytest.raises(RuntimeError, match=r"Host localhost cannot be used \(Killed\)"),
+        cluster.started([Host("localhost", "localhost", None, True)], root="/", python=python, ranks_per_node=None),
+    ):
+        pass
+
+
 def test_a_tunnel_is_dug_again(tmp_path):
     """ssh is a program here that notes its arguments and waits for the end of its input, once or twice."""
     program = tmp_path / "ssh"
