@@ -7,7 +7,6 @@ import secrets
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -17,12 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.addresses import is_loopback, needs_a_zone
+from launch.console import say
 from launch.hosts import Host
 from launch.tunnel import Tunnel
 from pipeline.network_card import address_towards
 
 HELLO_SECONDS = 60  # ssh, and Python from a shared file system
 READY_SECONDS = 300  # Ray's own patience is 30 s a start, and a node tries three times
+BEAT_SECONDS = 10.0  # between signs of life, of which a node may miss some (SILENT_SECONDS)
 STOP_SECONDS = 30  # longer than the node's own STOP_SECONDS
 SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
 
@@ -55,6 +56,8 @@ class Node:
             start_new_session=True,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
+        self._writing = threading.Lock()
+        self.is_up = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -83,7 +86,7 @@ class Node:
             if message["event"] == "failed":
                 raise RuntimeError(f"Ray did not start on host {self.host.name}: {message['reason'] or 'no reason given'}.")
             if message["event"] == "again":
-                print(f"Ray did not start on host {self.host.name} ({message['reason']}): trying again", file=sys.stderr, flush=True)
+                say(f"Ray did not start on host {self.host.name} ({message['reason']}): trying again")
                 continue
             assert message["event"] == event, message
             return message
@@ -93,15 +96,16 @@ class Node:
             return "check that the dependencies are installed"
         return f"check that `ssh -o BatchMode=yes {self.host.target}` works and that the same checkout and .venv are there (--remote-dir)"
 
-    def send(self, order: dict[str, Any]) -> None:
+    def send(self, order: dict[str, Any] | None) -> None:
+        """None: a sign of life"""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # expect() tells why it ended
-            self.process.stdin.write(json.dumps(order) + "\n")
+        with self._writing, suppress(BrokenPipeError, ValueError):  # ValueError: it is closed. expect() tells why a node ended
+            self.process.stdin.write((json.dumps(order) if order else "") + "\n")
             self.process.stdin.flush()
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
+        with self._writing, suppress(BrokenPipeError):
             self.process.stdin.close()
 
     def wait(self, deadline: float) -> None:
@@ -117,14 +121,27 @@ def node_command(host: Host, root: str, python: str, module: str = "launch.ray_n
     return command if host.local else [*SSH, "--", host.target, f"cd {shlex.quote(root)} && exec {shlex.join(command)}"]
 
 
-@contextmanager
-def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None, dashboard: str | None = None) -> Iterator[Cluster]:
-    """A cluster of these hosts; the first is its head, whose dashboard listens on `dashboard` (None: its loopback).
+def beat(nodes: list[Node], over: threading.Event) -> None:
+    """A thread: tells the nodes that this machine still lives. Where it goes down, no connection is closed."""
+    while not over.wait(BEAT_SECONDS):
+        for node in list(nodes):
+            node.send(None)
 
-    ValueError names the host that cannot be reached or used, RuntimeError one where Ray does not start."""
+
+@contextmanager
+def started(
+    hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None, dashboard: str | None = None, logs: str = ""
+) -> Iterator[Cluster]:
+    """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used, RuntimeError one where Ray
+    does not start.
+
+    dashboard: where the head's listens (None: on its loopback)
+    logs: a folder of all hosts, in which Ray's own logs of each are kept at the end"""
     token = secrets.token_hex(16)
     nodes: list[Node] = []
     tunnel: Tunnel | None = None
+    over = threading.Event()
+    threading.Thread(target=beat, args=(nodes, over), daemon=True).start()
     try:
         for host in hosts:
             nodes.append(Node(host, root, python))
@@ -134,29 +151,30 @@ def started(hosts: list[Host], *, root: str, python: str, ranks_per_node: int | 
         same_versions(hosts, hellos)
         alone = len(hosts) == 1 and hosts[0].local
         orders: list[dict[str, Any]] = [
-            {
-                "address": address,
-                "alone": alone,
-                "token": token,
-                "head": None,
-                "slots": host.slots or ranks_per_node,
-                "dashboard": dashboard,
-            }
+            {"address": address, "alone": alone, "token": token, "head": None, "slots": host.slots or ranks_per_node}
+            | {"dashboard": dashboard, "logs": os.path.join(logs, f"ray-{host.name}") if logs else None, "beats": True}
             for address, host in zip(reachable(hosts, [hello["address"] for hello in hellos]), hosts, strict=True)
         ]
+        say(f"reached {', '.join(host.name for host in hosts)}; starting Ray")
         deadline = time.monotonic() + READY_SECONDS
         nodes[0].send(orders[0])
         ready = nodes[0].expect("ready", deadline)
+        nodes[0].is_up = True
+        say(f"Ray is up on {hosts[0].name}, the head")
         for node, order in zip(nodes[1:], orders[1:], strict=True):
             node.send({**order, "head": ready["head"]})
         for node in nodes[1:]:
             node.expect("ready", deadline)
+            say(f"Ray is up on {node.host.name}")
         url = ready["dashboard"]
         if dashboard is None and not hosts[0].local:
             tunnel = Tunnel(SSH, hosts[0].target, url)
             url = tunnel.here
         yield Cluster(url, token, nodes)
     finally:
+        over.set()
+        if any(node.is_up for node in nodes):
+            say(f"stopping Ray on {len(nodes)} host{'s' * (len(nodes) > 1)}")
         if tunnel is not None:
             tunnel.close()
         for node in reversed(nodes):

@@ -10,9 +10,9 @@ import time
 from urllib.parse import urlsplit
 
 import ray
-from ray.job_submission import JobSubmissionClient
 
 from launch.addresses import is_loopback, is_this_machine
+from launch.following import Client
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 15
@@ -23,7 +23,7 @@ OVERRULING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # variables that Ray tak
 HELLO_OF_GRPC, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
 
 
-def connect(address: str, patience: float = 0.0) -> JobSubmissionClient:
+def connect(address: str, patience: float = 0.0) -> Client:
     """Client of the job server of `address`: its http://host:port, or host:port of the head's control store.
 
     ValueError: nothing there, or something else, or it refuses. A cluster that was just started here is asked again for `patience` seconds;
@@ -42,7 +42,7 @@ def connect(address: str, patience: float = 0.0) -> JobSubmissionClient:
         time.sleep(TRY_AGAIN_SECONDS)
 
 
-def asked(address: str) -> JobSubmissionClient:
+def asked(address: str) -> Client:
     """One try. In a thread, because Ray waits for minutes for a control store that says nothing."""
     host, port, scheme = parts(address)
     reach(address, host, port)
@@ -50,7 +50,7 @@ def asked(address: str) -> JobSubmissionClient:
         look_for_dashboard(address, host, port)
     elif not scheme and os.environ.get("RAY_USE_TLS") != "1":
         look_for_head(address, host, port)
-    answers: queue.Queue[JobSubmissionClient | BaseException] = queue.Queue()
+    answers: queue.Queue[Client | BaseException] = queue.Queue()
     threading.Thread(target=ask, args=(address, answers), daemon=True).start()
     try:
         answer = answers.get(timeout=ANSWER_SECONDS)
@@ -64,9 +64,9 @@ def asked(address: str) -> JobSubmissionClient:
     return answer
 
 
-def ask(address: str, answers: "queue.Queue[JobSubmissionClient | BaseException]") -> None:
+def ask(address: str, answers: "queue.Queue[Client | BaseException]") -> None:
     try:
-        client = JobSubmissionClient(address)
+        client = Client(address)
         dashboard, head = urlsplit(client.get_address()).hostname, urlsplit(f"//{address}").hostname
         if "://" not in address and dashboard and head and on_loopback(dashboard) and not is_this_machine(head):
             # Asked for its jobs, this machine's loopback might answer for another cluster.
@@ -159,7 +159,7 @@ def refused(address: str, reason: str) -> str:
     )
 
 
-def same_version(address: str, client: JobSubmissionClient) -> None:
+def same_version(address: str, client: Client) -> None:
     theirs = getattr(client, "_server_ray_version", None)
     if theirs is not None and theirs != ray.__version__:
         raise ValueError(

@@ -24,6 +24,7 @@ from launch.versions import software
 from pipeline.network_card import use_card_of
 
 CONNECT_SECONDS = 5
+MOST_SECONDS = 300
 SEND_SECONDS = 0.5  # of traffic to measure a link's rate by
 REDUCED_BYTES = 16 << 20
 REDUCE_SECONDS = 30
@@ -217,8 +218,9 @@ def free(place: str) -> int:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, leave)
+    signal.alarm(MOST_SECONDS)  # where the launcher's machine went down, the input stays open
     connection = os.environ.get("SSH_CONNECTION", "").split()
     address = connection[2] if len(connection) == 4 else LOOPBACK
     say("hello", address=address, machine=machine(), ray=version("ray"), python=platform.python_version(), prefix=sys.prefix)

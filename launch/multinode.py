@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -10,14 +11,17 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch import job_logs
 from launch.checkout import checkout, python
+from launch.console import say
 from launch.hosts import Host, read_hosts
-from launch.options import check, parser
+from launch.options import check, check_jobs, needs_ray, parser
 from launch.variables import passed_on
 from pipeline import stopping
 from pipeline.commands import positionals_first
 
 if TYPE_CHECKING:
+    from launch.job import Ending
     from pipeline.config import TrainConfig  # not here: importing it takes seconds
 
 JOB_SERVER_SECONDS = 60
@@ -31,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
             signal.signal(number, Leaving())
     try:
-        return launch(options, check(options))
+        check_jobs(options)
+        return attached_to(options) if options.attach or options.stop else launch(options, check(options))
     except ValueError as error:
         print(f"multinode.sh: {error}", file=sys.stderr)
         return 2
@@ -39,21 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"multinode.sh: {error}", file=sys.stderr)
         return 1
     except Interrupted as interruption:
+        if not interruption.has_begun:
+            print(f"multinode.sh: {stopping.unsaved(signal.Signals(interruption.number).name)}", file=sys.stderr)
+            return stopping.STOPPED
         print("multinode.sh: interrupted", file=sys.stderr)
         return 128 + interruption.number
 
 
-def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
-    where = options.remote_dir or os.getcwd(), os.path.join(config.run.folder, stopping.FILE), 60 * config.run.timeout
-    if options.address is not None:
-        if options.dry_run:
-            print(f"job at {options.address}: {entrypoint(options)}")
-            return 0
-        from launch import check_cluster, connecting, job
+def attached_to(options: argparse.Namespace) -> int:
+    needs_ray()
+    from launch import attached, connecting
 
-        if options.check:
-            return check_cluster.check(connecting.connect(options.address), check_entrypoint(options), passed_on(options))
-        return job.run(connecting.connect(options.address), entrypoint(options), passed_on(options), lambda: None, job.Ending(*where))
+    Interrupted.has_begun = True
+    client = connecting.connect(options.address)
+    return attached.stop(client, options.stop) if options.stop else attached.attach(client, options.attach, options.address)
+
+
+def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
+    if options.address is not None:
+        return submit(options, config)
     hosts = read_hosts(options.hosts) if options.hosts else [Host("localhost", "localhost", None, True)]
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
@@ -62,17 +71,59 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
         from launch import check_hosts
 
         if options.check:
-            return check_hosts.check(hosts, **there, folder=where[0], recipe=options.recipe, overrides=options.overrides)
+            folder = options.remote_dir or os.getcwd()
+            return check_hosts.check(hosts, **there, folder=folder, recipe=options.recipe, overrides=options.overrides)
         print(*check_hosts.commands(hosts, **there, dashboard=options.dashboard_host, entrypoint=entrypoint(options)), sep="\n")
         return 0
     from launch import cluster
 
-    with cluster.started(hosts, **there, dashboard=options.dashboard_host) as running:
+    job_id = new_id()
+    logs = logs_of(options, config, job_id)
+    with cluster.started(hosts, **there, dashboard=options.dashboard_host, logs=logs) as running:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token)  # read when Ray is imported
         from launch import connecting, job
 
         client = connecting.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
-        return job.run(client, entrypoint(options), passed_on(options), running.check, job.Ending(*where))
+        task = job.Task(job_id, entrypoint(options), passed_on(options), ending(options, config))
+        Interrupted.has_begun = True
+        return job.run(client, task, running.check)
+
+
+def submit(options: argparse.Namespace, config: "TrainConfig") -> int:
+    """To a running cluster."""
+    if options.dry_run:
+        print(f"job at {options.address}: {entrypoint(options)}")
+        return 0
+    from launch import attached, check_cluster, connecting, job
+
+    client = connecting.connect(options.address)
+    if options.check:
+        return check_cluster.check(client, check_entrypoint(options), passed_on(options))
+    job_id, running = attached.id_for(client, options.name, entrypoint(options))
+    end = ending(options, config)
+    task = job.Task(job_id, entrypoint(options), passed_on(options), end, attached.described(options.name, end))
+    Interrupted.has_begun = True
+    if options.detach:
+        return attached.detach(client, task, options.address, running)
+    if running is not None:
+        say(f"job {job_id} of that name runs already: following it, and starting no second")
+        return attached.attach(client, job_id, options.address)
+    return job.run(client, task, lambda: None, address=options.address)
+
+
+def logs_of(options: argparse.Namespace, config: "TrainConfig", job_id: str) -> str:
+    """The folder of a job's logs, on all hosts."""
+    return os.path.join(options.remote_dir or os.getcwd(), config.run.folder, job_logs.FOLDER, job_id)
+
+
+def new_id() -> str:
+    return f"protoshard-{secrets.token_hex(4)}"
+
+
+def ending(options: argparse.Namespace, config: "TrainConfig") -> "Ending":
+    from launch.job import Ending
+
+    return Ending(options.remote_dir or os.getcwd(), os.path.join(config.run.folder, stopping.FILE), 60 * config.run.timeout)
 
 
 def entrypoint(options: argparse.Namespace) -> str:
@@ -95,6 +146,8 @@ def check_entrypoint(options: argparse.Namespace) -> str:
 
 class Interrupted(KeyboardInterrupt):
     """By a signal. A KeyboardInterrupt, because event loops pass no other on at once."""
+
+    has_begun = False  # whether there may be something to save
 
     def __init__(self, number: int) -> None:
         self.number = number

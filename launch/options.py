@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 from typing import TYPE_CHECKING
 
 from dali_loaders.extras import missing
@@ -11,6 +12,7 @@ from pipeline.commands import Overrides
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig  # not here: importing it takes seconds
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
   launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt \\
       --set data.train=/data/glint360k/train.rec run.folder=/shared/runs/r100 run.batch=2048 optimizer.lr=0.2"""
@@ -24,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="as for `protoshard train`")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="as for `protoshard train`")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks; the first is the head")
     where.add_argument("--address", metavar="RAY_ADDRESS", help="a running Ray cluster: http://head:8265 or head:6379")
@@ -44,13 +46,43 @@ def parser() -> argparse.ArgumentParser:
                         help="variables for the ranks beside those of docs/clusters.md; without VALUE, as in this shell")  # fmt: skip
     parser.add_argument("--remote-dir", metavar="DIR", help="the checkout on the hosts, and where relative paths start there "
                         "(default: the path of this checkout, and the current folder)")  # fmt: skip
+    jobs = parser.add_argument_group("jobs on a running cluster, with --address")
+    jobs.add_argument("--name", default="", help="of the job: the same command, given again while it runs, follows it and starts no second")
+    jobs.add_argument("--detach", action="store_true", help="leave once the job runs")
+    jobs.add_argument("--attach", metavar="JOB", help="follow a job, by name or id, to its end; without RECIPE")
+    jobs.add_argument("--stop", metavar="JOB", help="ask a job to save and stop, and wait until it has; without RECIPE")
     return parser
+
+
+def check_jobs(options: argparse.Namespace) -> None:
+    """ValueError for options on jobs that do not go together."""
+    other = next((f"--{name} {value}" for name in ("attach", "stop") if (value := getattr(options, name))), "")
+    if other and options.recipe:
+        raise ValueError(f"{other} is about a job that runs, so give no RECIPE with it.")
+    if options.attach and options.stop:
+        raise ValueError("--attach and --stop exclude each other; stop the job, or follow it.")
+    if not (options.recipe or other):
+        raise ValueError("RECIPE is missing; see launch/multinode.sh --help.")
+    needs = other or (options.detach and "--detach") or (options.name and f"--name {options.name}")
+    if needs and options.address is None:
+        raise ValueError(
+            f"{needs} needs a cluster that outlives this command: give --address (docs/clusters.md says how to start one), or run "
+            "without it under tmux or nohup."
+        )
+    if options.name and not NAME.fullmatch(options.name):
+        raise ValueError(f"--name {options.name} is no name of a job; give up to 64 letters, digits, dots, dashes and underscores.")
+    if other and (options.detach or options.name):
+        raise ValueError(f"{other} names a job that runs; leave out --name and --detach.")
+
+
+def needs_ray() -> None:
+    if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
+        raise missing("ray", "train")
 
 
 def check(options: argparse.Namespace) -> "TrainConfig":
     """The resolved recipe. ValueError for what can be known to be wrong before anything is started."""
-    if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
-        raise missing("ray", "train")
+    needs_ray()
     if "start.weights=" in options.overrides:
         raise ValueError("--from is given an empty path: name a checkpoint, a run or a weight file, or leave it out")
     if options.ranks_per_node is not None and options.ranks_per_node < 1:

@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -17,8 +18,9 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from launch import job_logs
 from launch.job import OF_JOB
-from launch.ray_worker import STOPPED, BadInputError, OnFailure, ProcessGroup, checkpoints, run_rank
+from launch.ray_worker import STOPPED, BadInputError, GivingUpError, OnFailure, ProcessGroup, checkpoints, run_rank, told
 from pipeline import stopping
 
 NODE_WAITS = 10  # minutes that a start or restart waits for processors before the job gives up
@@ -28,12 +30,18 @@ DEFAULT_RANKS_ON_CPU = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code of the job: 0 done, 1 failed, 2 bad input (one sentence, never retried), 75 stopped on request, after a save."""
     options = parser().parse_args(arguments)
+    with ExitStack() as kept:
+        return run(options, kept)
+
+
+def run(options: argparse.Namespace, kept: ExitStack) -> int:
+    """kept: takes what keeps the log, so that it has the last line too"""
     try:
-        figures = fit(options)
+        figures = fit(options, kept)
     except BadInputError as error:
         print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
         return 2
-    except TrainingFailedError as error:
+    except (GivingUpError, TrainingFailedError) as error:
         print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
         return 1
     if STOPPED in figures:
@@ -54,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fit(options: argparse.Namespace) -> dict[str, Any]:
+def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     """Runs the recipe to its end and returns the last evaluation's figures."""
     if not os.path.isdir(options.folder):
         raise BadInputError(f"Folder {options.folder} does not exist on {socket.gethostname()}; start from one all hosts share.")
@@ -67,6 +75,11 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
         remove_stop_file(config.run.folder)
     except ValueError as error:
         raise BadInputError(str(error)) from None
+    logs = ""
+    if OF_JOB in os.environ:
+        logs = job_logs.begin(config.run.folder, os.environ[OF_JOB])
+        kept.enter_context(job_logs.kept(os.path.join(logs, "driver.log")))
+        told(f"logs of all ranks: {logs}; tensorboard --logdir {os.path.abspath(config.run.folder)}/tensorboard")
     join()
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
     ranks, resources = layout(nodes, options.ranks_per_node)
@@ -75,8 +88,13 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise BadInputError(str(error)) from None
     gpu = " and a GPU" if "GPU" in resources else ""
-    print(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}", flush=True)
+    if gpu:
+        detect_hangs(60 * config.run.timeout)
+    told(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}")
     storage = storage_folder(config.run.folder)
+    callbacks: list[Any] = [
+        OnFailure(options.max_failures, os.path.abspath(config.run.folder), logs, NODE_WAITS)
+    ]  # more than a UserCallback, which alone is typed
     trainer = TorchTrainer(
         run_rank,
         train_loop_config={
@@ -86,19 +104,19 @@ def fit(options: argparse.Namespace) -> dict[str, Any]:
             "folder": options.folder,
             "earlier": checkpoints(config.run.folder),
         },
-        torch_config=ProcessGroup(timeout_s=math.ceil(60 * config.run.timeout)),
+        torch_config=ProcessGroup(timeout_s=math.ceil(60 * config.run.timeout), logs=logs),
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=RunConfig(
             storage_path=storage,
-            failure_config=FailureConfig(max_failures=options.max_failures, controller_failure_limit=NODE_WAITS),
-            callbacks=[OnFailure(options.max_failures)],
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1),  # OnFailure decides
+            callbacks=callbacks,
             logging_config=LoggingConfig(log_level="CRITICAL"),  # OnFailure says in one line what Ray logs as three tracebacks
         ),
     )
     try:
         result: Any = trainer.fit()  # typed as the result of V1, which has no return_value
     except ControllerError as error:
-        if isinstance(error.controller_failure, BadInputError):
+        if isinstance(error.controller_failure, BadInputError | GivingUpError):
             raise error.controller_failure from None
         raise
     finally:
@@ -120,6 +138,14 @@ def join() -> None:
             raise
         sentence = " ".join(str(error).split()).rstrip(".")
         raise BadInputError(f"{sentence}; start the cluster's nodes from the .venv of this checkout.") from None
+
+
+def detect_hangs(seconds: float) -> None:
+    """Lets Ray Train ask NCCL's own watch (RAS) whether a collective stands still, and restart the ranks where it does for `seconds`. The
+    trainer waits as long, since one rank may keep the others waiting for a good reason. Read when Ray's trainer is made."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR", "1")
+    os.environ.setdefault("RAY_TRAIN_NCCL_RAS_ACTION", "fail")
+    os.environ.setdefault("RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S", f"{seconds:g}")
 
 
 def remove_stop_file(folder: str) -> None:

@@ -1,10 +1,15 @@
 """One Ray node, alive only as long as its standard input: launch/cluster.py starts this on every machine, directly or over ssh.
-The node stops when its input closes, which a killed launcher or a lost connection does too, so nothing is left running."""
+The node stops when its input closes, which a killed launcher or a lost connection does too, or when its launcher, whose machine may be gone
+without a word, gives no sign of life on it. So nothing is left running."""
 
+import ctypes
+import fcntl
+import glob
 import importlib.metadata
 import json
 import os
 import platform
+import queue
 import select
 import shutil
 import signal
@@ -20,16 +25,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launch import job_logs
 from launch.addresses import free_ports, with_port
 
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
+SILENT_SECONDS = 60.0  # of a launcher that has promised beats
+ALIVE = "alive"  # a file in the node's folder, locked while the node lives
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 STARTS = 3  # Ray gives up after 30 s, which a busy machine or file system exceeds, and another program may take a port that was free
 START_SECONDS = 90
 PORTS_SECONDS = 30  # for the dashboard and its agent to listen, once Ray says that it has started
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 LOOPBACK = "127.0.0.1"
+OVER = threading.Event()  # the launcher has gone
 
 
 def main() -> None:
@@ -39,7 +48,9 @@ def main() -> None:
     connection = os.environ.get("SSH_CONNECTION", "").split()  # client address, client port, server address, server port
     address = connection[2] if len(connection) == 4 else LOOPBACK
     say("hello", address=address, machine=machine(), ray=version("ray"), python=platform.python_version(), prefix=sys.prefix)
-    line = sys.stdin.readline()
+    heard: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=listen, args=(heard,), daemon=True).start()
+    line = heard.get()
     if line:
         run(json.loads(line))
 
@@ -62,17 +73,21 @@ def version(package: str) -> str:
 
 def run(order: dict[str, Any]) -> None:
     """Order: address (of this node), alone (whether no other machine has a part in the cluster), token, head (address of the head's control
-    store, or null to be the head), slots (or null), dashboard (the address on which the head's listens, or null for the loopback)."""
+    store, or null to be the head), slots (or null), dashboard (the address on which the head's listens, or null for the loopback), logs (a
+    folder, or null: where Ray's own logs are kept at the end)."""
+    remove_left()
     for left in reversed(range(STARTS)):
         reason = attempt(order)
-        if reason is None:
+        if reason is None or OVER.is_set():  # by a signal that came while a try was cleared away
             return
         say("again" if left else "failed", reason=reason)
 
 
 def attempt(order: dict[str, Any]) -> str | None:
-    """A node from its start to the end of this process' input; or why it did not start."""
+    """A node from its start to its end; or why it did not start."""
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
+    alive = os.open(os.path.join(folder, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(alive, fcntl.LOCK_EX)
     node = None
     try:
         command = start_command(order, folder)
@@ -85,15 +100,55 @@ def attempt(order: dict[str, Any]) -> str | None:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         return follow(node, order)
     finally:
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         if node is not None:
             stop(node)
+        if order.get("logs"):
+            job_logs.keep_those_of_ray(f"{folder}/r/session_latest", order["logs"])
         shutil.rmtree(folder, ignore_errors=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def listen(heard: queue.Queue[str | None]) -> None:
+    """A thread: lines of the launcher. Ends this process where they end, or where there is none for SILENT_SECONDS, once the first one has
+    promised beats."""
+    rest, limit = b"", None
+    while select.select([0], [], [], limit)[0]:
+        try:
+            data = os.read(0, 1 << 16)
+        except OSError:
+            break
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        for line in filter(None, lines):
+            heard.put(line.decode())
+            limit = SILENT_SECONDS if json.loads(line).get("beats") else limit
+    heard.put(None)
+    OVER.set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """In the new process: the kernel ends it where this one is killed, which then can stop nothing."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def remove_left() -> None:
+    """Folders of nodes that were killed: nobody holds their lock any more."""
+    for path in glob.glob(f"/tmp/protoshard-ray-*/{ALIVE}"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def start_command(order: dict[str, Any], folder: str) -> list[str]:
@@ -126,19 +181,17 @@ def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
 
 
 def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> str | None:
-    """Announces the node once it runs; returns when standard input closes or the node ends. Why it did not start, if it did not."""
+    """Announces the node once it runs, and returns when it ends. Why it did not start, if it did not."""
     output = Output(node)
     deadline = time.monotonic() + START_SECONDS
     while not output.started:
-        if closed(0.1):
-            return None
+        time.sleep(0.1)
         if output.ended or time.monotonic() > deadline:
             return output.tail() or f"it said nothing for {START_SECONDS} s"
     awaited = {order["agent_port"]} | ({order["dashboard_port"]} if order["head"] is None else set())
     deadline = time.monotonic() + PORTS_SECONDS
     while not awaited <= listening(node.pid):
-        if closed(0.1):
-            return None
+        time.sleep(0.1)
         if node.poll() is not None or time.monotonic() > deadline:
             return "it started, but another program has taken one of its ports"
     if order["head"] is None:
@@ -147,8 +200,7 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> str | None:
         say("ready", head=with_port(order["address"], order["port"]), dashboard=f"http://{with_port(host, order['dashboard_port'])}")
     else:
         say("ready")
-    while node.poll() is None and not closed(0.5):
-        pass
+    node.wait()  # unless `listen` ends this process
     return None
 
 
@@ -168,11 +220,6 @@ class Output:
 
     def tail(self) -> str:
         return " ".join(filter(None, self._lines))
-
-
-def closed(seconds: float) -> bool:
-    """Whether standard input closes within that time: nothing follows the order, so readable means closed."""
-    return bool(select.select([sys.stdin], [], [], seconds)[0])
 
 
 def listening(session: int) -> set[int]:

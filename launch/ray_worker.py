@@ -1,10 +1,12 @@
 """The Ray Train side of a run: the process group and the train loop of one worker, and what the controller does when workers fail.
 It is not part of launch/ray_driver.py because Ray must import it by name: classes of a main module differ from process to process."""
 
+import itertools
 import os
 import secrets
 import socket
 import time
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
-from ray.train.v2.api.callback import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from dali_loaders.progress import clock
+from launch import job_logs
+from launch.failures import Failure, Outages
 from launch.ray_node import MEETING_FOLDER
+from pipeline.beats import read_all
 from pipeline.network_card import use_card_of
 
 STOPPED = "stopped"
@@ -26,8 +32,11 @@ class BadInputError(RuntimeError):
     """A sentence for the user: bad input, the same on every attempt."""
 
 
+@dataclass
 class ProcessGroup(TorchConfig):
     """How Ray Train joins the ranks: NCCL with GPUs, else gloo. TorchTrainer fills `backend` in."""
+
+    logs: str = ""  # the folder in which each rank keeps what it prints, if any
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -39,6 +48,17 @@ class Backend(_TorchBackend):
     Ranks of one machine meet in a file, because the store of torch, where Ray lets them meet, listens on every interface and to anyone."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        hosts = ray.get(
+            [
+                worker_group.execute_single_async(rank, keep_log, backend_config.logs, rank)  # before they meet, which they say much about
+                for rank in range(len(worker_group))
+            ]
+        )
+        told(f"workers placed: {placed(hosts)}")
+        self._join(worker_group, backend_config)
+        told(f"process group made, with {backend_config.backend}")
+
+    def _join(self, worker_group: Any, backend_config: Any) -> None:
         if backend_config.backend == "nccl":
             for reason in filter(None, worker_group.execute(why_no_gpu)):
                 raise BadInputError(reason)
@@ -63,6 +83,28 @@ class Backend(_TorchBackend):
 def choose_card() -> None:
     """That of the address under which Ray's nodes know this one."""
     use_card_of(ray.util.get_node_ip_address())
+
+
+def keep_log(folder: str, rank: int) -> str:
+    """On a worker. Returns its host."""
+    host = socket.gethostname()
+    if folder:
+        job_logs.keep(os.path.join(folder, f"rank-{rank}.log"), f"rank {rank} on {host}: " if rank else "", everything=rank == 0)
+    return host
+
+
+def placed(hosts: list[str]) -> str:
+    """Which ranks are where, from the host of each."""
+    parts = []
+    for host, group in itertools.groupby(enumerate(hosts), key=lambda entry: entry[1]):
+        ranks = [rank for rank, _ in group]
+        parts.append(f"rank{'s' * (len(ranks) > 1)} {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''} on {host}")
+    return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+
+
+def told(message: str) -> None:
+    """Said in Ray's controller, whose lines come to the driver's log."""
+    print(f"{clock()}  {message}", flush=True)
 
 
 def why_no_gpu() -> str | None:
@@ -135,24 +177,59 @@ def checkpoints(run_folder: str) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_mtime_ns) for path in Path(run_folder, "checkpoints").glob("step-*[0-9]")}
 
 
-class OnFailure(UserCallback):
-    """Lives in Ray Train's controller: says why workers are restarted, and ends the job at once on bad input."""
+class GivingUpError(RuntimeError):
+    """Too many failures, or no place for the ranks. Its text is the sentence for the user."""
 
-    def __init__(self, max_failures: int):
-        self.max_failures = max_failures
-        self.failures = 0
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        causes = {rank: getattr(error, "_base_exc", error) for rank, error in worker_exceptions.items()}
-        for error in causes.values():
+class OnFailure(WorkerGroupCallback, ControllerCallback):
+    """Lives in Ray Train's controller: says which rank failed first and why, and decides whether the ranks start again. Ray would count
+    over the whole life of a job; here both counts begin anew once the run has got on.
+
+    folder      the run's, as the head sees it
+    logs        where failures.txt is written
+    starts      in a row that may find no place for the ranks"""
+
+    def __init__(self, max_failures: int, folder: str, logs: str = "", starts: int = 10):
+        self.logs, self.folder, self.starts = logs, folder, starts
+        self.outages = Outages(max_failures, lambda: checkpoints(folder))
+        self.old = {beat.run for beat in read_all(folder)}
+        self.is_training, self.is_counted, self.waited = False, False, 0
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if not worker_group_status.errors:
+            return
+        failure = Failure(worker_group_status.errors, self.folder, self.old)
+        for error in failure.errors.values():
             if isinstance(error, BadInputError):
+                self.is_counted = True
                 raise error  # a callback's own error is what Ray Train does not retry
-        self.failures += 1
-        reasons = "; ".join(f"rank {rank}: {one_line(error)}" for rank, error in sorted(causes.items()))
-        decision = "restarting from the newest checkpoint" if self.failures <= self.max_failures else "giving up"
-        print(f"Failure {self.failures}, {self.max_failures} allowed ({reasons}): {decision}.", flush=True)
+        self.old |= {beat.run for beat in failure.beats.values()}
+        failure.write(self.logs)
+        if failure.is_preemption:
+            self.is_counted = True
+            told(f"Preemption, which does not count as a failure ({failure.sentence}): restarting from the newest checkpoint.")
+        else:
+            self._count(failure.sentence)
 
+    def _count(self, sentence: str) -> None:
+        may_go_on = self.outages.another()
+        self.is_counted = True
+        counted = f"Failure {self.outages.count}, {self.outages.allowed} allowed before the next checkpoint ({sentence})"
+        if not may_go_on:
+            raise GivingUpError(f"{counted}: giving up; the same command continues from the newest checkpoint")
+        told(f"{counted}: restarting from the newest checkpoint.")
 
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """Also for what is no error of a rank: a start for which there is no place, a hang that Ray found."""
+        if self.is_training and not self.is_counted:
+            self._count("the ranks stand still in a collective of NCCL, as Ray's hang detector says")
+        elif not self.is_counted:
+            self.waited += 1
+            if self.waited == 1:
+                told("waiting for hosts with a place for the ranks")
+            if self.waited >= self.starts:
+                raise GivingUpError(f"{self.waited} starts in a row found no place for the ranks: giving up; the same command continues")
+        self.is_training = self.is_counted = False
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self.is_training, self.waited = True, 0

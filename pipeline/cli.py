@@ -20,6 +20,7 @@ from pipeline import (
     plan_commands,
     recipe_commands,
     report_commands,
+    status_commands,
     stopping,
 )
 from pipeline.commands import Parser, Version, command, count, positionals_first
@@ -131,6 +132,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
 
     evaluation_commands.add(commands)
     report_commands.add(commands)
+    status_commands.add(commands)
     data_commands.add(commands)
     checkpoint_commands.add(commands)
     export_commands.add(commands)

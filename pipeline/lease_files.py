@@ -16,6 +16,7 @@ from dali_loaders.remote import connect, is_remote, retried, words
 from pipeline import heartbeat
 
 NAME = re.compile(r"lease-([1-9]\d*)\.json")
+LOGS = "logs"  # a folder in that of a run: what a launcher keeps of its jobs
 LARGEST = 4096  # bytes that are read of a lease, which has 512
 T = TypeVar("T")
 
@@ -82,10 +83,10 @@ def files_at(address: str) -> Files:
 
 
 def is_used(folder: str) -> bool:
-    """Whether there is anything in a folder besides its lease, what ranks are doing, and an empty folder for checkpoints."""
+    """Whether there is anything in a folder besides its lease, what ranks are doing, logs, and an empty folder for checkpoints."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name == heartbeat.FOLDER:
+        if name in (heartbeat.FOLDER, LOGS):
             continue
         if not NAME.fullmatch(name) and not (name == "checkpoints" and os.path.isdir(path) and not is_used(path)):
             return True

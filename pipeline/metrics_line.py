@@ -39,6 +39,7 @@ class MetricsLine:
     def begin(self) -> None:
         """Before the first step: from here on time counts."""
         self._losses = []
+        self._run.own_time.take()
         self._start, self._waited_before = time.perf_counter(), self._run.loader.wait_seconds
 
     def add(self, loss: Tensor | None) -> None:
@@ -63,9 +64,11 @@ class MetricsLine:
         loss = float(torch.stack(losses).mean()) if losses else math.nan
         seconds = time.perf_counter() - self._start
         waited = (run.loader.wait_seconds - self._waited_before) / seconds
-        sums = torch.tensor([waited, len(run.loader.skipped)], device=run.place.device)
+        own_N = [0.0] * run.place.world_size  # of every rank, each of which knows its own
+        own_N[run.place.rank] = run.own_time.take() / max(1, len(self._losses))
+        sums = torch.tensor([waited, len(run.loader.skipped), *own_N], device=run.place.device)
         dist.all_reduce(sums)
-        waited, skipped = sums.tolist()
+        waited, skipped, *own_N = sums.tolist()
         if losses and not math.isfinite(loss):
             raise NotFiniteError(f"the loss is not finite at step {run.step}")
         if run.saver.trouble is not None:
@@ -79,6 +82,7 @@ class MetricsLine:
             "images_per_second": len(self._losses) * run.config.run.batch / seconds,
             "wait_share": waited / run.place.world_size,
             "save_stall": run.saver.stall,
+            **_differences(own_N),
             "skipped_images": skipped,
             "skipped_steps": run.classifier.skipped_steps,
             **run.course.figures(run.config.run.spike),
@@ -117,3 +121,15 @@ class MetricsLine:
         if committed not in (None, self._said):
             self._said = committed
             self._run.monitor.say(f"checkpoint saved: {self._run.checkpoints}/{NAME.format(committed)}")
+
+
+def _differences(own_N: list[float]) -> dict[str, float]:
+    """Between ranks, in the seconds of a step that each needs itself."""
+    if len(own_N) == 1:
+        return {}
+    slowest = max(own_N)
+    return {
+        "step_seconds/quickest": min(own_N),
+        "step_seconds/slowest": slowest,
+        "step_seconds/slowest_rank": float(own_N.index(slowest)),
+    }

@@ -34,12 +34,13 @@ from pipeline.engine import Engine
 from pipeline.evaluation.evaluator import Evaluator
 from pipeline.evaluation.set_names import AVERAGED
 from pipeline.lease import Lease
-from pipeline.lease_files import is_used
+from pipeline.lease_files import LOGS, is_used
 from pipeline.run_folder import data_paths
 from pipeline.starting_weights import Start
 
 log = logging.getLogger(__name__)
 
+OF_JOB = "PROTOSHARD_JOB"  # the variable in which the ranks of a job of launch/multinode.sh find its name
 MOVED = ("prototypes", "optimizer.")  # beginnings of the names of what only an optimizer's step changes; a loss may set what it learns
 # Beginnings of the figures by which a checkpoint can be the best, also of a group of a set.
 TO_COMPARE = ("accuracy", "eer", "map", "mfr", "rank", "spread", "tar_at_far", "tpir_at_fpir")
@@ -287,9 +288,19 @@ def set_aside(folder: str, agreement: Agreement) -> None:
         try:
             os.rename(folder, f"{folder}.{number}")
             os.makedirs(folder)
+            _bring_back_logs(f"{folder}.{number}", folder)
             print(f"kept the earlier run as {folder}.{number}", file=sys.stderr)
         except OSError as error:  # it is mounted, say
             fault = f"the earlier run in {folder} cannot be renamed ({error.strerror}): move it yourself"
     fault = agreement.of_first(fault)
     if fault:
         raise ValueError(fault)
+
+
+def _bring_back_logs(aside: str, folder: str) -> None:
+    """Those of the present job, which a launcher has begun in the folder of the earlier run; open files come along."""
+    job = os.environ.get(OF_JOB)
+    if job and os.path.isdir(os.path.join(aside, LOGS, job)):
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.join(folder, LOGS))
+            os.rename(os.path.join(aside, LOGS, job), os.path.join(folder, LOGS, job))

@@ -24,11 +24,11 @@ from pipeline.checkpoint import MANIFEST
 from pipeline.checkpoint.folder import ABOUT
 from pipeline.config import TrainConfig
 from pipeline.distributed import Place
-from pipeline.lease_files import NAME, is_used
+from pipeline.lease_files import LOGS, NAME, is_used
 from pipeline.monitor.json_lines import last_step
 
 # Folders beside which a run may begin, as text files are. A start that failed may leave what its ranks were doing.
-HARMLESS = ("logs", "lost+found", heartbeat.FOLDER)
+HARMLESS = (LOGS, "lost+found", heartbeat.FOLDER)
 
 
 def check(config: TrainConfig, place: Place, resume: str) -> None:

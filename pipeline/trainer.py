@@ -36,6 +36,7 @@ from pipeline.evaluation.evaluator import Evaluator
 from pipeline.lease import Lease
 from pipeline.metrics_line import MetricsLine
 from pipeline.monitor import Monitor, MonitorConfig
+from pipeline.own_time import OwnTime
 from pipeline.positives import check_positives, check_something_moves
 from pipeline.same_data import open_on_all_ranks
 from pipeline.stopping import Asked, Stop, Stopped, unsaved
@@ -90,6 +91,7 @@ class Trainer:
         self.course = Course(GradScaler(place.device.type, enabled=config.engine.precision == "float16"))
         self.joint_norm: Tensor | None = None  # before clipping, if that is of backbone and classifier together
         self.cosines = torch.zeros(1), torch.zeros(1)  # target and hardest non-target, of the last step that is logged
+        self.own_time = OwnTime(place.device)
         self.rate = 0.0  # of the backbone, in the last step
         self.total_steps = max(1, math.ceil(run.epochs * self.steps_per_epoch))
         self.ema = Ema(run.ema) if run.ema else None

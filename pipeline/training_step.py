@@ -17,6 +17,7 @@ from partial_fc import clip_grad_norm_, found_non_finite
 from partial_fc.batch_check import NonFiniteError, ToHost
 from pipeline import classifier_state, run_checkpoints
 from pipeline.monitor import Monitor
+from pipeline.own_time import OwnTime
 from pipeline.schedule import rate_factor
 
 SPIKE = "the loss was a spike"
@@ -31,6 +32,7 @@ class Run(run_checkpoints.Run, Protocol):
     total_steps: int
     steps_per_epoch: float
     rate: float  # of the backbone, in the last step
+    own_time: OwnTime
     cosines: tuple[Tensor, Tensor]  # target and hardest non-target, of the last step that is logged
     counts: list[int] | None  # images of each rank in a micro-batch, where they differ
     joint_norm: Tensor | None  # of backbone and classifier before clipping, if they are clipped together
@@ -53,6 +55,7 @@ def take(run: Run) -> Tensor | None:
         group["lr"] = run.classifier_lr * factor
     if optimizer.in_backward or run.classifier_optimizer.is_lazy:  # then prototypes move before the step
         run.saver.fence()
+    run.own_time.begin()
     batches: Iterable[Batch] = itertools.islice(run.loader, settings.accumulation)
     if settings.accumulation > 1 and run.config.classifier.sample_rate < 1:
         batches = list(batches)  # the sample of a step holds the classes of all its micro-batches
@@ -67,6 +70,7 @@ def take(run: Run) -> Tensor | None:
             is_last = micro == settings.accumulation
             indices.append(batch.indices)
             features_bD = run.engine.forward(batch.images, is_last)
+            run.own_time.end()
             # The graph is cut here: the classifier's backward ends at the features, the engine continues with their gradient.
             leaf_bD = features_bD.detach().requires_grad_()
             if is_last and run.logs(run.step + 1):  # before prototypes move away from the features they are compared with
@@ -76,6 +80,7 @@ def take(run: Run) -> Tensor | None:
             run.course.scaler.scale(loss).backward()
             assert leaf_bD.grad is not None
             run.engine.backward(features_bD, leaf_bD.grad, is_last)
+            run.own_time.begin()
         run.saver.fence()
         fault = _step(run, total)
     except NonFiniteError as error:  # found on all ranks alike

@@ -3,6 +3,7 @@ Only processes started here are ever signalled, other Ray clusters of the machin
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def launch(folder: Path, *arguments: str, recipe: str = "stub", env: dict[str, s
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> int:
+def finish(process: subprocess.Popen[str], seconds: float = 280) -> int:
     try:
         return process.wait(seconds)
     finally:
@@ -93,7 +94,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> int:
 
 
 def wait_for_step(number: int, folder: Path, job: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while len(steps(folder)) <= number:
         assert job.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
         time.sleep(0.2)
@@ -126,7 +127,7 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
         env={**two_nodes.env, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while len(losses(tmp_path / "killed")) < 15:
             assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
             time.sleep(0.05)
@@ -135,7 +136,11 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
     finally:
         code = finish(job)
     log = (tmp_path / "log.txt").read_text()
-    assert code == 0 and "Failure 1, 3 allowed" in log and "resumed from killed/checkpoints/step-" in log, log
+    assert (
+        code == 0
+        and re.search(r"Failure 1, 3 allowed .*rank [01] on \S+ died without a word", log)
+        and "resumed from killed/checkpoints/step-" in log
+    ), log
     assert not list(tmp_path.glob("*.ray*"))
     killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")
     assert len(undisturbed) == 72

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -16,11 +17,14 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import ExecutionGroup
-from ray.train.v2.api.callback import UserCallback
 from torch.distributed.run import get_args_parser
 
 from launch import job, multinode, ray_driver, ray_node, variables
+from launch.following import Client
+from launch.options import check_jobs
 from launch.ray_worker import Backend, BadInputError, OnFailure, ProcessGroup, why_no_gpu
 from pipeline.resolve import resolve
 
@@ -53,7 +57,8 @@ def trainer(monkeypatch, tmp_path):
         monkeypatch.setattr(ray_driver.TorchTrainer, "fit", fit)
         monkeypatch.chdir(tmp_path)
         arguments = ["faces_small", f"--folder={tmp_path}", *(f"--set={override}" for override in overrides)]
-        assert ray_driver.fit(ray_driver.parser().parse_args(arguments)) == {"eer": 0.1}
+        with ExitStack() as kept:
+            assert ray_driver.fit(ray_driver.parser().parse_args(arguments), kept) == {"eer": 0.1}
         return made[0]
 
     return make
@@ -65,7 +70,12 @@ def test_trainer_on_gpus(trainer):
     assert (made.scaling_config.num_workers, made.scaling_config.use_gpu) == (16, True)
     assert made.scaling_config.resources_per_worker == {"CPU": 8.0, "GPU": 1}
     assert (made.backend_config.backend, made.backend_config.timeout_s) == ("nccl", 300)
-    assert made.run_config.failure_config.max_failures == 3 and made.run_config.failure_config.controller_failure_limit == 10
+    decided = made.run_config.failure_config  # not by Ray
+    assert {decided.max_failures, decided.controller_failure_limit, decided.max_preemption_failures} == {-1}
+    (callback,) = made.run_config.callbacks
+    assert (callback.outages.allowed, callback.starts) == (3, 10)
+    assert isinstance(next(kind for kind in made._create_default_callbacks() if isinstance(kind, NCCLRASCallback)), NCCLRASCallback)
+    assert NCCLRASCallback()._action == "fail" and NCCLRASCallback()._confirm_duration_s == 300
 
 
 def test_trainer_without_gpus(trainer):
@@ -104,27 +114,36 @@ def test_two_jobs_of_one_run_do_not_share_a_folder_of_ray(tmp_path):
 
 
 def test_job_client_has_what_is_called(capsys):
-    client = create_autospec(JobSubmissionClient, instance=True)  # its methods refuse other arguments than the real ones
+    client = create_autospec(Client, instance=True)  # its methods refuse other arguments than the real ones
 
     async def log(job_id):
         yield "step 1\n"
 
     client.tail_job_logs.side_effect = log
+    client.get_job_logs.return_value = "step 1\nstep 2\n"
     client.get_job_info.return_value = SimpleNamespace(status=JobStatus.SUCCEEDED)
     client.get_job_status.return_value = JobStatus.STOPPED
     env_vars = variables.passed_on(multinode.parser().parse_args(["stub"]))
     ending = job.Ending("run", "stop", 1.0)
-    assert job.run(client, "true", env_vars, check=lambda: None, ending=ending) == 0
+    assert job.run(client, job.Task("protoshard-1", "true", env_vars, ending), check=lambda: None) == 0
     job.stop(client, "protoshard-1")
-    assert capsys.readouterr().out == "step 1\n"
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
     bind(JobSubmissionClient, "http://127.0.0.1:8265")
     RuntimeEnv(**client.submit_job.call_args.kwargs["runtime_env"])
     assert client.submit_job.call_args.kwargs.keys() <= inspect.signature(JobSubmissionClient.submit_job).parameters.keys()
-    assert job.ask(client, "protoshard-1", ending) is False  # a stopped job has not asked
+    assert job.ask(client, "protoshard-1", ending) == "stop cannot be written on the cluster"  # a stopped job has not asked
+    requests = inspect.signature(JobSubmissionClient._do_request).parameters
+    assert [name for name in inspect.signature(Client._do_request).parameters if name != "options"] == list(requests)[:3]
 
 
 def test_overridden_methods_have_the_parameters_of_ray():
-    for ours, theirs in ((Backend.on_start, _TorchBackend.on_start), (OnFailure.after_exception, UserCallback.after_exception)):
+    pairs = [(Backend.on_start, _TorchBackend.on_start)]
+    for kind, names in (
+        (WorkerGroupCallback, ("after_worker_group_poll_status", "after_worker_group_training_start")),
+        (ControllerCallback, ("before_controller_execute_failure_decision",)),
+    ):
+        pairs += [(getattr(OnFailure, name), getattr(kind, name)) for name in names]
+    for ours, theirs in pairs:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
     bind(ExecutionGroup.execute, None, why_no_gpu)
     assert ProcessGroup(timeout_s=60).backend_cls is Backend
@@ -156,7 +175,7 @@ class Group:
 def test_gpus_that_torch_cannot_use_end_in_a_sentence(monkeypatch):
     monkeypatch.setattr("torch.version.cuda", None)
     with pytest.raises(BadInputError, match=r"Ray has a GPU for a rank on .*, but torch .* is built without CUDA"):
-        Backend().on_start(Group(), ProcessGroup(backend="nccl"))
+        Backend()._join(Group(), ProcessGroup(backend="nccl"))
     monkeypatch.setattr("pipeline.distributed.gpu_fault", lambda ranks: None)
     assert why_no_gpu() is None
 
@@ -180,7 +199,8 @@ def test_the_weights_of_a_new_run_reach_the_job():
 def test_launcher_commands_of_the_docs(page):
     for words in commands(page, "launch/multinode.sh"):
         options = multinode.parser().parse_args(words)
-        if options.recipe != "RECIPE":
+        check_jobs(options)
+        if options.recipe not in (None, "RECIPE"):
             resolve(options.recipe, options.overrides)
 
 

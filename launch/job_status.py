@@ -1,0 +1,17 @@
+"""What `protoshard status JOB --address ...` asks the cluster."""
+
+import os
+import sys
+
+from launch.attached import find, shown_name
+from launch.connecting import connect
+from launch.options import needs_ray
+
+
+def run_folder(job: str, address: str) -> str:
+    """Of a job; says how Ray sees it. ValueError where there is no such job, or no cluster."""
+    needs_ray()
+    details = find(connect(address), job)
+    print(f"job {shown_name(details)}: {details.status}", file=sys.stderr, flush=True)
+    about = details.metadata or {}
+    return os.path.join(about["folder"], os.path.dirname(about["stop_file"]))

@@ -1,0 +1,219 @@
+"""Jobs on a Ray node of this machine that others keep: by name, attached to, stopped, followed through a lost contact and a killed worker.
+The trainer is stub/pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "multinode.sh"
+PYTHONPATH = os.pathsep.join([str(ROOT / "tests" / "launch" / "stub"), str(ROOT)])
+PATIENCE = 240.0  # of a test, on a busy machine
+
+
+class Node(NamedTuple):
+    dashboard: str
+    env: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """With room for two ranks."""
+    token, process = secrets.token_hex(16), None
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    order = {"address": "127.0.0.1", "alone": False, "token": token, "head": None, "slots": 2}
+    try:
+        for _ in range(3):  # a busy machine may be too slow for Ray
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.ray_node"],
+                cwd=tmp_path_factory.mktemp("node"),
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdin is not None and process.stdout is not None
+            said = [json.loads(process.stdout.readline().removeprefix("ray-node "))]
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                said.append(json.loads(line.removeprefix("ray-node ")))
+                if said[-1]["event"] in ("ready", "failed"):
+                    break
+            if said[-1]["event"] == "ready":
+                break
+            process.wait(30)
+        yield Node(said[-1]["dashboard"], {**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    finally:
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            process.wait(30)
+
+
+class Launcher:
+    """A command of multinode.sh."""
+
+    def __init__(self, node: Node, folder: Path, *arguments: str, address: str = "") -> None:
+        self.log = folder / f"{secrets.token_hex(2)}.txt"
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                ["bash", str(SCRIPT), *arguments, "--address", address or node.dashboard],
+                cwd=folder,
+                env=node.env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait(10)
+
+
+def until(found, launcher: Launcher | None = None) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not found():
+        assert time.monotonic() < deadline, launcher and launcher.said
+        assert launcher is None or launcher.process.poll() is None, launcher.said
+        time.sleep(0.1)
+
+
+def steps(folder: Path) -> int:
+    log = folder / "run" / "steps.txt"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+class Proxy:
+    """Passes connections on to the dashboard, until the network is cut."""
+
+    def __init__(self, to: str) -> None:
+        self._to = (to.rpartition("/")[2].partition(":")[0], int(to.rpartition(":")[2]))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self._open: list[socket.socket] = []
+        self.is_cut = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here, _ = self._server.accept()
+            except OSError:
+                return
+            if self.is_cut:
+                here.close()
+                continue
+            there = socket.create_connection(self._to)
+            self._open += [here, there]
+            for one, other in ((here, there), (there, here)):
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    def _pass(self, one: socket.socket, other: socket.socket) -> None:
+        try:
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+        except OSError:
+            pass
+        for end in (one, other):
+            end.close()
+
+    def cut(self) -> None:
+        self.is_cut = True
+        for end in self._open:
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        self.cut()
+        self._server.close()
+
+
+def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
+    """One job: a worker is killed, then the launcher's connection is cut for a while. The failure is said in one line, the log is whole."""
+    proxy = Proxy(node.dashboard)
+    job = Launcher(node, tmp_path, "stub", "--set", "steps=120", "pause=0.2", address=proxy.address)
+    try:
+        until(lambda: steps(tmp_path) > 6, job)
+        os.kill(json.loads((tmp_path / "run" / "worker1.json").read_text())["pid"], signal.SIGKILL)
+        until(lambda: "Failure 1" in job.said, job)
+        before = steps(tmp_path)
+        until(lambda: steps(tmp_path) > before + 2, job)
+        proxy.cut()
+        until(lambda: "no contact with the job server" in job.said, job)
+        proxy.is_cut = False
+    finally:
+        code = job.wait()
+        proxy.close()
+    said = job.said
+    assert code == 0 and "contact with the job server is back" in said and "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if "Failure" in line]
+    assert re.search(r"Failure 1, 3 allowed before the next checkpoint \(rank 1.* died without a word \(killed\? out of memory\?\)", line)
+    assert len(line) < 400
+    (logs,) = (tmp_path / "run" / "logs").iterdir()
+    assert {path.name for path in logs.iterdir()} == {"driver.log", "rank-0.log", "rank-1.log", "failures.txt"}
+    kept = (logs / "driver.log").read_text().splitlines()
+    shown = [line for line in said.splitlines() if "job server" not in line and "submitted" not in line]
+    assert shown == kept  # once each, in order
+    assert f"logs of all ranks: {logs}" in said and "workers placed: ranks 0 to 1 on" in said and "process group made, with gloo" in said
+    assert "c10d" not in said and "Gloo" not in said
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  |\s|$", line) for line in said.splitlines())
+    assert "SYSTEM_ERROR" in (logs / "failures.txt").read_text() and "step 119" in (logs / "rank-0.log").read_text()
+
+
+def test_a_job_by_name(node, tmp_path):
+    command = ("stub", "--name", "faces", "--set", "steps=100000", "pause=0.1")
+    first = Launcher(node, tmp_path, *command, "--detach")
+    assert first.wait() == 0 and "job faces runs; launch/multinode.sh --attach faces" in first.said, first.said
+    second = Launcher(node, tmp_path, *command, "--detach")
+    assert second.wait() == 0 and "job faces was running already" in second.said, second.said
+    other = Launcher(node, tmp_path, "stub", "--name", "faces", "--set", "steps=3")
+    assert other.wait() == 2 and "Job faces runs with another recipe or other options" in other.said, other.said
+    attached = Launcher(node, tmp_path, "--attach", "faces")
+    left = Launcher(node, tmp_path, *command)
+    try:
+        until(lambda: steps(tmp_path) > 2 and "step 2 total" in attached.said and "following it" in left.said and "Ctrl-C" in left.said)
+        left.process.send_signal(signal.SIGINT)
+        assert left.wait() == 130 and "job faces goes on" in left.said, left.said
+        status = [sys.executable, "-m", "pipeline.cli", "status", "faces", "--address", node.dashboard]
+        asked = subprocess.run(status, cwd=tmp_path, env=node.env, capture_output=True, text=True, timeout=PATIENCE)
+        assert asked.returncode == 0 and "job faces: RUNNING" in asked.stderr and "job         faces, logs in" in asked.stdout, asked
+        stop = Launcher(node, tmp_path, "--stop", "faces")
+        assert stop.wait() == 0 and "asking job faces to save and stop, and waiting up to 60 min" in stop.said, stop.said
+        assert "has ended, as FAILED, with exit code 75" in stop.said
+    finally:
+        code = attached.wait()
+    assert code == 75 and "stopped at step" in attached.said, attached.said
+    assert not (tmp_path / "run" / "stop").exists()
+
+
+def test_a_job_that_is_stopped_before_its_run_has_begun(node, tmp_path):
+    job = Launcher(node, tmp_path, "stub", "--set", "steps=100000", "pause=0.1")
+    until(lambda: "submitted" in job.said, job)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait() == 75 and "asking the run to save and stop, and waiting up to 60 min (run.timeout) for it" in job.said, job.said
+    assert steps(tmp_path) <= 2
