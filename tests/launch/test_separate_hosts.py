@@ -76,6 +76,62 @@ def test_over_ssh_to_ipv6_addresses_without_a_trace_of_the_token(hosts, network,
     assert nothing_is_left(network), [host.left() for host in network.everyone]
 
 
+STAND_IN = """import socket, sys, time
+options = dict(word[2:].partition("=")[::2] for word in sys.argv if word.startswith("--"))
+kept = [socket.create_server((options["node-ip-address"], int(options["dashboard-agent-listen-port"])),
+                             family=socket.AF_INET6 if ":" in options["node-ip-address"] else socket.AF_INET)]
+if "head" in options:
+    kept.append(socket.create_server((options["dashboard-host"], int(options["dashboard-port"]))))
+print("Ray runtime started", flush=True)
+while True:
+    kept[-1].accept()[0].sendall(b"dashboard of " + socket.gethostname().encode())
+"""
+LAUNCHER = """import socket, sys, time
+from launch import cluster
+from launch.hosts import read_hosts
+with cluster.started(read_hosts("hosts.txt"), root=sys.argv[1], python=sys.argv[2], ranks_per_node=1) as running:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(("127.0.0.1", int(running.dashboard.rpartition(":")[2]))) as connection:
+                said = connection.recv(100).decode()
+        except OSError:
+            said = ""
+        if said:
+            break
+        time.sleep(0.1)
+    print(said, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("ending", ["in order", "killed"])
+def test_nodes_and_tunnel_live_as_long_as_the_launcher(ending, hosts, network, tmp_path):
+    """The launcher reaches the dashboard of a head elsewhere, and nothing stays when it ends. Ray is a stand-in that only listens."""
+    (tmp_path / "ray" / "scripts").mkdir(parents=True)
+    for name, text in (("__init__.py", ""), ("scripts/__init__.py", ""), ("scripts/scripts.py", STAND_IN)):
+        (tmp_path / "ray" / name).write_text(text)
+    for host in hosts[:2]:
+        host.environment(PYTHONPATH=str(tmp_path))
+    (tmp_path / "hosts.txt").write_text("node1\n[fd77::2]\n")
+    command = [sys.executable, "-c", LAUNCHER, str(ROOT), sys.executable]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    launcher = network.desk.popen(command, cwd=tmp_path, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert launcher.stdout.readline() == "dashboard of node1\n"
+        assert [len(host.left()) > 1 for host in network.everyone] == [True, True, False, True]
+        if ending == "in order":
+            launcher.stdin.write("\n")
+            launcher.stdin.flush()
+            assert launcher.wait(SECONDS) == 0
+        else:
+            launcher.kill()
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert nothing_is_left(network), [host.left() for host in network.everyone]
+
+
 def environment(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
