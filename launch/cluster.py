@@ -160,7 +160,7 @@ def started(
         nodes[0].send(orders[0])
         ready = nodes[0].expect("ready", deadline)
         nodes[0].is_up = True
-        say(f"Ray is up on {hosts[0].name}, the head")
+        say(f"Ray is up on {hosts[0].name}, the head; the token of its dashboard is in {ready['token_file']} there")
         for node, order in zip(nodes[1:], orders[1:], strict=True):
             node.send({**order, "head": ready["head"]})
         for node in nodes[1:]:

@@ -47,7 +47,7 @@ def run(client: Client, task: Task, check: Callable[[], None], *, address: str =
     """Submits the job, prints its log until it ends and returns its exit code. `check` is called all along and may raise.
 
     A first interruption asks the run to stop, which it does with exit code 75. Whatever ends this call early (a second one, an error) stops
-    the job; but one on a cluster that others keep, whose `address` is given, goes on where the contact to it is lost."""
+    a job on a cluster that others keep, whose `address` is given; but where the contact to it is lost, it goes on."""
     log, patience = Log(), PATIENCE if address else OWN_PATIENCE
     try:
         submit(client, task)
@@ -61,7 +61,8 @@ def run(client: Client, task: Task, check: Callable[[], None], *, address: str =
             raise RuntimeError(f"{error}: the same command continues from the newest checkpoint") from None
         raise RuntimeError(f"{error}; job {task.id} goes on, attach with {attach_command(task.id, address)}") from None
     except BaseException:
-        stop(client, task.id)
+        if address:  # otherwise the cluster ends, and the job with it
+            stop(client, task.id)
         raise
     return exit_code(details)
 

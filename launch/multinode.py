@@ -84,9 +84,13 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
         from launch import connecting, job
 
         client = connecting.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
+        say(f"Ray's dashboard: {running.dashboard}")
         task = job.Task(job_id, entrypoint(options), passed_on(options), ending(options, config))
         Interrupted.has_begun = True
-        return job.run(client, task, running.check)
+        code = job.run(client, task, running.check)
+    if code not in (0, stopping.STOPPED):
+        say(f"logs: {logs}")
+    return code
 
 
 def submit(options: argparse.Namespace, config: "TrainConfig") -> int:

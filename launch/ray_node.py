@@ -20,7 +20,6 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +30,9 @@ from launch.addresses import free_ports, with_port
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
+TOKEN = "token"  # a file in the folder of the head
 ALIVE = "alive"  # a file in the node's folder, locked while the node lives
+NODE = "PROTOSHARD_RAY_NODE"  # the variable by which all that a node has started is known
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 STARTS = 3  # Ray gives up after 30 s, which a busy machine or file system exceeds, and another program may take a port that was free
 START_SECONDS = 90
@@ -88,6 +89,8 @@ def attempt(order: dict[str, Any]) -> str | None:
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
     alive = os.open(os.path.join(folder, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(alive, fcntl.LOCK_EX)
+    if order["head"] is None:
+        write_token(os.path.join(folder, TOKEN), order["token"])
     node = None
     try:
         command = start_command(order, folder)
@@ -102,11 +105,11 @@ def attempt(order: dict[str, Any]) -> str | None:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-        return follow(node, order)
+        return follow(node, order, folder)
     finally:
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         if node is not None:
-            stop(node)
+            stop(node, folder)
         if order.get("logs"):
             job_logs.keep_those_of_ray(f"{folder}/r/session_latest", order["logs"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,6 +137,12 @@ def listen(heard: queue.Queue[str | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def write_token(path: str, token: str) -> None:
+    """For this user alone, who may want to see Ray's dashboard, which asks for it."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(f"{token}\n")
+
+
 def end_with_parent() -> None:
     """In the new process: the kernel ends it where this one is killed, which then can stop nothing."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -146,6 +155,7 @@ def remove_left() -> None:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                end_all(os.path.dirname(path))
                 shutil.rmtree(os.path.dirname(path), ignore_errors=True)
             finally:
                 os.close(descriptor)
@@ -170,7 +180,7 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
 def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     """What the workers inherit: the cluster's own token, and a folder for temporary files that is removed with all else. Where no other
     machine takes part, nothing of Ray listens to others either, and ranks, which choose the card of the node's address, meet in a file."""
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"], "TMPDIR": folder}
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"], "TMPDIR": folder, NODE: folder}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         env.pop(name, None)
     env.pop(MEETING_FOLDER, None)
@@ -180,7 +190,7 @@ def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     return env
 
 
-def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> str | None:
+def follow(node: subprocess.Popen[str], order: dict[str, Any], folder: str) -> str | None:
     """Announces the node once it runs, and returns when it ends. Why it did not start, if it did not."""
     output = Output(node)
     deadline = time.monotonic() + START_SECONDS
@@ -190,14 +200,15 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any]) -> str | None:
             return output.tail() or f"it said nothing for {START_SECONDS} s"
     awaited = {order["agent_port"]} | ({order["dashboard_port"]} if order["head"] is None else set())
     deadline = time.monotonic() + PORTS_SECONDS
-    while not awaited <= listening(node.pid):
+    while not awaited <= listening(folder):
         time.sleep(0.1)
         if node.poll() is not None or time.monotonic() > deadline:
             return "it started, but another program has taken one of its ports"
     if order["head"] is None:
         host = order.get("dashboard") or LOOPBACK
         host = order["address"] if host in ("0.0.0.0", "::") else host
-        say("ready", head=with_port(order["address"], order["port"]), dashboard=f"http://{with_port(host, order['dashboard_port'])}")
+        head, dashboard = with_port(order["address"], order["port"]), f"http://{with_port(host, order['dashboard_port'])}"
+        say("ready", head=head, dashboard=dashboard, token_file=os.path.join(folder, TOKEN))
     else:
         say("ready")
     node.wait()  # unless `listen` ends this process
@@ -222,35 +233,51 @@ class Output:
         return " ".join(filter(None, self._lines))
 
 
-def listening(session: int) -> set[int]:
-    """The ports on which processes of a session listen."""
+def listening(folder: str) -> set[int]:
+    """The ports on which what the node has started listens."""
     import psutil
 
     ports = set()
-    for pid in of_session(session):
+    for pid in started(folder):
         with suppress(psutil.Error):
             connections = psutil.Process(pid).net_connections("tcp")
             ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
     return ports
 
 
-def of_session(session: int) -> Iterator[int]:
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with suppress(ProcessLookupError):
-            if os.getsid(pid) == session:
-                yield pid
-
-
-def stop(node: subprocess.Popen[str]) -> None:
+def stop(node: subprocess.Popen[str], folder: str) -> None:
     node.terminate()
     try:
         node.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         node.kill()
         node.wait()
-    for pid in of_session(node.pid):  # ends what is left of the session that the node led
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    end_all(folder)
+
+
+def end_all(folder: str) -> None:
+    for spare in (b"log_file.py", b""):  # which writes the last words of the others
+        for _ in range(10):
+            left = [pid for pid in started(folder) if not (spare and spare in _read(f"/proc/{pid}/cmdline"))]
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+            if not left:
+                break
+
+
+def started(folder: str) -> list[int]:
+    """What lives of all that the node has started. A job's driver has a session of its own, and no parent any more; but the environment
+    of the node, in which the name of its folder is."""
+    sign = f"{NODE}={folder}\0".encode()
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and sign in _read(f"/proc/{pid}/environ")]
+
+
+def _read(path: str) -> bytes:
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return b""
 
 
 def say(event: str, **fields: Any) -> None:

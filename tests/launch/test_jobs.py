@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
+
+from launch.log_file import NOISE
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +173,7 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
         code = job.wait()
         proxy.close()
     said = job.said
-    assert code == 0 and "contact with the job server is back" in said and "Traceback" not in said, said
+    assert code == 0 and "contact with the job server is back" in said and "HTTPConnectionPool" not in said, said
     (line,) = [line for line in said.splitlines() if "Failure" in line]
     assert re.search(r"Failure 1, 3 allowed before the next checkpoint \(rank 1.* died without a word \(killed\? out of memory\?\)", line)
     assert len(line) < 400
@@ -178,7 +181,7 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
     assert {path.name for path in logs.iterdir()} == {"driver.log", "rank-0.log", "rank-1.log", "failures.txt"}
     kept = (logs / "driver.log").read_text().splitlines()
     shown = [line for line in said.splitlines() if "job server" not in line and "submitted" not in line]
-    assert shown == kept  # once each, in order
+    assert shown == [line for line in kept if not NOISE.search(line.encode())]  # once each, in order
     assert f"logs of all ranks: {logs}" in said and "workers placed: ranks 0 to 1 on" in said and "process group made, with gloo" in said
     assert "c10d" not in said and "Gloo" not in said
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  |\s|$", line) for line in said.splitlines())
@@ -200,13 +203,16 @@ def test_a_job_by_name(node, tmp_path):
         left.process.send_signal(signal.SIGINT)
         assert left.wait() == 130 and "job faces goes on" in left.said, left.said
         status = [sys.executable, "-m", "pipeline.cli", "status", "faces", "--address", node.dashboard]
-        asked = subprocess.run(status, cwd=tmp_path, env=node.env, capture_output=True, text=True, timeout=PATIENCE)
+        asked = subprocess.run(
+            status, cwd=tmp_path, env={**node.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE
+        )
         assert asked.returncode == 0 and "job faces: RUNNING" in asked.stderr and "job         faces, logs in" in asked.stdout, asked
         stop = Launcher(node, tmp_path, "--stop", "faces")
         assert stop.wait() == 0 and "asking job faces to save and stop, and waiting up to 60 min" in stop.said, stop.said
         assert "has ended, as FAILED, with exit code 75" in stop.said
-    finally:
         code = attached.wait()
+    finally:
+        attached.process.kill()
     assert code == 75 and "stopped at step" in attached.said, attached.said
     assert not (tmp_path / "run" / "stop").exists()
 
@@ -217,3 +223,48 @@ def test_a_job_that_is_stopped_before_its_run_has_begun(node, tmp_path):
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 75 and "asking the run to save and stop, and waiting up to 60 min (run.timeout) for it" in job.said, job.said
     assert steps(tmp_path) <= 2
+
+
+def losses(run: Path) -> dict[int, float]:
+    path = run / "metrics.jsonl"
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_killed_driver_and_the_job_submitted_again(node, tmp_path):
+    """The real trainer: it goes on from the newest checkpoint, with the losses of a run that was not disturbed."""
+    env = {**node.env, "PYTHONPATH": str(ROOT)}
+    protoshard = [sys.executable, "-m", "pipeline.cli"]
+    drawing = [*protoshard, "data", "faces", "faces.tar", "--identities", "24", "--images", "12", "--size", "32"]
+    subprocess.run(drawing, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=PATIENCE)
+    settings = [
+        "data.train=faces.tar",
+        "data.image_size=32",
+        "run.batch=32",
+        "run.epochs=33",
+        "run.log_every=1",
+        "backbone.name=small_nobn",
+    ]
+    settings += ["checkpoint.every_steps=10", "backbone.width=32", "engine.precision=float32", "evaluation.data="]
+    quiet = [*protoshard, "train", "faces_small", "--ranks", "2", "--set", *settings, "run.folder=quiet"]
+    subprocess.run(quiet, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=2 * PATIENCE)
+    command = ("faces_small", "--set", *settings, "run.folder=killed")
+    real = Node(node.dashboard, env)
+    first = Launcher(real, tmp_path, *command)
+    until(lambda: len(losses(tmp_path / "killed")) > 25, first)
+    words = {"launch.ray_driver", f"--folder={tmp_path}"}
+    (driver,) = (one for one in psutil.process_iter(["cmdline"]) if words <= set(one.info["cmdline"]))  # a shell has them in one word
+    began = time.monotonic()
+    driver.kill()
+    assert first.wait() == 1 and "was ended by SIGKILL (out of memory?)" in first.said, first.said
+    lines = len(losses(tmp_path / "killed"))
+    second = Launcher(real, tmp_path, *command)
+    until(lambda: "resumed from" in second.said and len(losses(tmp_path / "killed")) > lines, second)
+    print(f"on {time.monotonic() - began:.0f} s after SIGKILL to the driver, of which the first command took {lines} steps")
+    assert second.wait() == 0, second.said
+    killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")
+    assert len(undisturbed) == 297
+    print(f"largest relative deviation of losses: {max(abs(killed.get(step, 0) / loss - 1) for step, loss in undisturbed.items()):.1e}")
+    assert killed == pytest.approx(undisturbed, rel=1e-4)

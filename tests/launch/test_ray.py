@@ -214,6 +214,7 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
         modes = [path.stat().st_mode & 0o777 for path in (*folders, *storage)]
         read = [tmp_path / "log.txt", *(path for path in below if path.is_file() and not path.is_symlink())]
         (token,) = tokens - {""}
+        token_modes = [(path / "token").stat().st_mode & 0o777 for path in folders]
         telling = [path for path in read if token.encode() in path.read_bytes()]
     finally:
         job.terminate()
@@ -224,7 +225,8 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
     assert not (tmp_path / "run" / "stop").exists()
     assert len(started) > 5
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"} and listening
-    assert not any(token in word for word in commands) and not telling
+    assert not any(token in word for word in commands) and token not in (tmp_path / "log.txt").read_text()
+    assert telling == [path / "token" for path in folders] and token_modes == [0o600]
     assert len(folders) == 1 and len(storage) == 1 and modes == [0o700, 0o700] and len(below) > 5
     _, alive = psutil.wait_procs(started, timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
