@@ -71,6 +71,16 @@ class Shown:
         return told
 
 
+def out_of_memory(path: str = "/proc/vmstat") -> int:
+    """Processes that the kernel of this host has ended because memory ran out, since it started; 0 where it does not tell."""
+    try:
+        with open(path, "rb") as file:
+            found = re.search(rb"^oom_kill (\d+)$", file.read(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) if found else 0
+
+
 def main() -> None:
     """Arguments: the file, a prefix of lines on the console, and whether all lines are shown there ("all") or those that warn ("told").
     Reads standard input to its end, which comes when nobody has it open any more."""
@@ -80,13 +90,17 @@ def main() -> None:
     file, shown = File(path), Shown(prefix.encode(), which == "all")
     file.write(b"")  # so that it is there
     console: int | None = 1
-    rest = b""
+    rest, before = b"", out_of_memory()
     while True:
         data = os.read(0, 1 << 16)
+        if not data and (more := out_of_memory() - before) > 0:
+            rest += (
+                b"\n" if rest else b""
+            ) + b"out of memory: the kernel has ended %d processes of this host since this log began\n" % more
         lines = (rest + data).split(b"\n")
         rest = lines.pop() if data and len(lines[-1]) < 1 << 16 else b""
-        if not data and lines == [b""]:
-            return
+        if not data and lines[-1] == b"":
+            lines.pop()
         for line in lines:
             line = OF_RAY.sub(b"", line) + b"\n"
             if not (CLOCK.match(line) or line[:1].isspace()):

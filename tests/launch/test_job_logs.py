@@ -35,12 +35,17 @@ print("[W1126 socket.cpp:464] [c10d] The hostname of the client socket cannot be
 print("(RayTrainWorker pid=12, ip=10.0.0.2) 2026-11-26 14:11:13  step 2")
 print("(TrainController pid=13) said")
 os.system("echo of a child")
+os.write(1, b"in ")
+import time; time.sleep(0.2)
+os.write(1, b"parts")
 """
     code, console = printing(path, program)
     lines = path.read_text().splitlines()
-    assert code == 0 and len(lines) == 6 and [line for line in lines if "c10d" not in line] == console
+    assert code == 0 and len(lines) == 7 and [line for line in lines if "c10d" not in line] == console
     said = [re.sub(CLOCK, "", line) for line in console]
-    assert sorted(said) == sorted(["step 1", "a line", "step 2", "said", "of a child"]) and all(re.match(CLOCK, line) for line in console)
+    assert sorted(said) == sorted(["step 1", "a line", "step 2", "said", "of a child", "in parts"]) and all(
+        re.match(CLOCK, line) for line in console
+    )
 
 
 def test_other_ranks_are_shown_where_they_warn(tmp_path):
@@ -75,6 +80,12 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "file").touch()
     code, console = printing(tmp_path / "file" / "rank-0.log", "print('goes on')")
     assert code == 0 and console[0].endswith("goes on")
+
+
+def test_the_kernel_tells_that_memory_ran_out(tmp_path):
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 3\nzswpin 0\n")
+    assert log_file.out_of_memory(str(tmp_path / "vmstat")) == 3
+    assert log_file.out_of_memory(str(tmp_path / "none")) == 0 and log_file.out_of_memory() >= 0
 
 
 def test_logs_are_bounded(tmp_path, monkeypatch):
