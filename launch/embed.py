@@ -169,10 +169,13 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         if address is None:
             say("starting Ray")
             node = Node(Host("localhost", "localhost", None, True), str(ROOT), sys.executable)
-            node.expect("hello", time.monotonic() + HELLO_SECONDS)
             token = secrets.token_hex(16)
-            node.send({"address": "127.0.0.1", "alone": True, "token": token, "head": None, "slots": None})
-            address = node.expect("ready", time.monotonic() + READY_SECONDS)["head"]
+            try:
+                node.expect("hello", time.monotonic() + HELLO_SECONDS)
+                node.send({"address": "127.0.0.1", "alone": True, "token": token, "head": None, "slots": None})
+                address = node.expect("ready", time.monotonic() + READY_SECONDS)["head"]
+            except ValueError as error:  # a slow machine is no bad input
+                raise RuntimeError(str(error).rstrip(".")) from None
             # Read when Ray is imported. It would take another address of this machine for 127.0.0.1.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
         reach(address)

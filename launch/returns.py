@@ -60,7 +60,7 @@ class Returns:
                     "the newest checkpoint"
                 )
             thread = self._tried.get(place)
-            if thread is None or not thread.is_alive():
+            if (thread is None or not thread.is_alive()) and self._nodes[place] is node:  # and not one that has come just now
                 self._say(f"host {self._names[place]} was lost: trying every {self._retry:g} s to reach it")
                 self._tried[place] = threading.Thread(target=self._bring_back, args=(place,), name="returns", daemon=True)
                 self._tried[place].start()

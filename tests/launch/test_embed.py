@@ -151,6 +151,12 @@ def test_bad_input_ends_in_a_sentence_before_ray_starts(made, tmp_path, monkeypa
     assert end.value.code == 2 and "'3:2' is not MIN:MAX" in capsys.readouterr().err
 
 
+def test_a_ray_that_does_not_start_is_no_bad_input(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "HELLO_SECONDS", 0.0)
+    assert embed.main(command(made, tmp_path / "out")[3:]) == 1
+    assert "did not say hello in time" in capsys.readouterr().err and not (tmp_path / "out" / "_done.json").exists()
+
+
 @pytest.mark.slow
 def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
     out, before = tmp_path / "out", left_behind()

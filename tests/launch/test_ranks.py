@@ -22,7 +22,7 @@ from launch.ray_worker import GivingUpError, checkpoints
 from launch.returns import Returns
 from pipeline import checkpoint
 
-HELLO = {"event": "hello", "address": "10.0.0.1"}
+HELLO = {"event": "hello", "address": "10.0.0.1", "machine": "%s", "ray": "2.60.0", "python": "3.11.7", "prefix": "/x"}
 READY = {"event": "ready", "head": "h:1", "dashboard": "http://h:2", "token_file": "t"}
 
 
@@ -244,10 +244,11 @@ def test_what_a_job_has_saved_is_known_wherever_it_is(tmp_path, where):
 def test_a_cluster_takes_back_a_host_that_was_lost(tmp_path, monkeypatch, capsys):
     """In place of Python on the hosts: a node that says what is expected of it, and ends when the file `lost` is there."""
     program = tmp_path / "python"
-    says = [f"echo 'ray-node {json.dumps(event)}'" for event in (HELLO, READY)]
+    says = [f"printf 'ray-node {json.dumps(event)}\\n' $$" for event in (HELLO, READY)]
     watch = f'while read -r line; do if [ "$role" = b ] && [ -e {tmp_path}/lost ]; then rm {tmp_path}/lost; exit; fi; done'
+    order = """while read -r order; do case "$order" in *head*) break;; esac; done"""  # signs of life may come before it
     roles = """case "$order" in *'"head": null'*) role=a;; *) role=b;; esac"""
-    program.write_text(f'#!/bin/sh\n{says[0]}\nread -r order\n{roles}\necho "$order" >> {tmp_path}/orders\n{says[1]}\n{watch}\n')
+    program.write_text(f'#!/bin/sh\n{says[0]}\n{order}\n{roles}\necho "$order" >> {tmp_path}/orders\n{says[1]}\n{watch}\n')
     program.chmod(0o755)
     monkeypatch.setattr("launch.returns.RETRY", 0.1)
     monkeypatch.setattr(clusters, "BEAT_SECONDS", 0.05)
