@@ -30,6 +30,12 @@ def parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks; the first is the head")
     where.add_argument("--address", metavar="RAY_ADDRESS", help="a running Ray cluster: http://head:8265 or head:6379")
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--check", action="store_true", help="look at all hosts first: versions, GPUs, disks, clocks, folders, network; "
+                        "print a table and start nothing")  # fmt: skip
+    before.add_argument("--dry-run", action="store_true", help="print the commands of a run and start nothing")
+    parser.add_argument("--dashboard-host", metavar="ADDRESS", help="where the dashboard of the head listens, such as 0.0.0.0 "
+                        "(default: on the head's loopback alone, which this machine reaches through ssh)")  # fmt: skip
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
     parser.add_argument("--set", dest="overrides", nargs="+", action=Overrides, default=[], metavar="section.field=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")

@@ -80,7 +80,7 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
         logs = job_logs.begin(config.run.folder, os.environ[OF_JOB])
         kept.enter_context(job_logs.kept(os.path.join(logs, "driver.log")))
         told(f"logs of all ranks: {logs}; tensorboard --logdir {os.path.abspath(config.run.folder)}/tensorboard")
-    ray.init(logging_level=logging.WARNING)
+    join()
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
     ranks, resources = layout(nodes, options.ranks_per_node)
     try:
@@ -122,6 +122,22 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     return result.return_value or {}
+
+
+def join() -> None:
+    """Joins the cluster in whose job this runs. BadInputError: this Python has another version than it.
+
+    Its address goes on to the actors of Ray Train: without it those that watch over others look for a cluster on their host, where they may
+    find two, or the wrong one."""
+    address = os.environ.get("RAY_ADDRESS")
+    runtime_env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
+    try:
+        ray.init(logging_level=logging.WARNING, runtime_env=runtime_env)
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        sentence = " ".join(str(error).split()).rstrip(".")
+        raise BadInputError(f"{sentence}; start the cluster's nodes from the .venv of this checkout.") from None
 
 
 def detect_hangs(seconds: float) -> None:

@@ -5,11 +5,14 @@ import itertools
 import os
 import secrets
 import socket
+import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -18,8 +21,11 @@ from launch import job_logs
 from launch.failures import Failure, Outages
 from launch.ray_node import MEETING_FOLDER
 from pipeline.beats import read_all
+from pipeline.network_card import use_card_of
 
 STOPPED = "stopped"
+LOOKS = count()
+SEEN_SECONDS = 5  # that a file may take to appear on another host of a network file system
 
 
 class BadInputError(RuntimeError):
@@ -56,6 +62,7 @@ class Backend(_TorchBackend):
         if backend_config.backend == "nccl":
             for reason in filter(None, worker_group.execute(why_no_gpu)):
                 raise BadInputError(reason)
+        worker_group.execute(choose_card)
         if MEETING_FOLDER not in os.environ:
             return super().on_start(worker_group, backend_config)
         worker_group.execute(_set_torch_distributed_env_vars)
@@ -71,6 +78,11 @@ class Backend(_TorchBackend):
                 for rank in range(len(worker_group))
             ]
         )
+
+
+def choose_card() -> None:
+    """That of the address under which Ray's nodes know this one."""
+    use_card_of(ray.util.get_node_ip_address())
 
 
 def keep_log(folder: str, rank: int) -> str:
@@ -120,6 +132,7 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
 
     try:
         config = resolve(settings["recipe"], settings["overrides"])
+        seen_by_all(config.run.folder)
         resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
         return train(config, resume=resume, keep_stop=True)  # which the driver has removed, if it was there before
     except Stopped as stopped:
@@ -129,6 +142,33 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
         if sentence is None:
             raise
         raise BadInputError(sentence) from None
+
+
+def seen_by_all(folder: str) -> None:
+    """BadInputError: a host does not see what rank 0 writes into the run's folder, so that checkpoints would be in pieces.
+
+    Ranks talk through the store of their process group: a collective of NCCL would need the GPU that the trainer has yet to choose."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if "://" in folder or os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+        return
+    store = dist.PrefixStore(f"folder-{next(LOOKS)}", dist.distributed_c10d._get_default_store())
+    written = Path(folder, f".seen-{secrets.token_hex(8)}")
+    if rank == 0:
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.touch()
+        store.set("written", written.name)
+    path, deadline = Path(folder, store.get("written").decode()), time.monotonic() + SEEN_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    store.set(f"{rank}", "" if seen else socket.gethostname())
+    if rank == 0:
+        blind = next(filter(None, (store.get(f"{other}").decode() for other in range(ranks))), "")
+        sentence = f"does not see what the first host writes into {os.path.abspath(folder)}; give a run.folder that all hosts share."
+        store.set("verdict", f"Host {blind} {sentence}" if blind else "")
+        written.unlink()
+    verdict = store.get("verdict").decode()
+    if verdict:
+        raise BadInputError(verdict)
 
 
 def checkpoints(run_folder: str) -> set[tuple[str, int]]:

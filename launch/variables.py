@@ -30,7 +30,8 @@ def passed_on(options: argparse.Namespace) -> dict[str, str]:
     }
     known = (*PASSED_ON, *(SAME_MACHINES if options.address is None else ()), "PYTHONPATH")
     variables = defaults | {name: value for name, value in os.environ.items() if travels(name, known)} | chosen_variables(options.env)
-    path = os.pathsep.join(filter(None, [variables.get("PYTHONPATH"), checkout(options)]))
+    chosen = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
+    path = os.pathsep.join([*map(os.path.abspath, chosen), checkout(options)])  # a job starts in another folder
     return variables | {"PYTHONPATH": path}
 
 

@@ -76,14 +76,14 @@ def embed_set(
     about = model.description
     data = DataConfig(image_size=about.image_size)
     source, fingerprint = open_on_all_ranks(images, lambda: open_images(images, data))
-    uses_dali = _uses_dali(decoder)
+    uses_dali = uses_dali_for(decoder)
     flip = about.flip if flip is None else flip
     chunk = max(1, chunk // about.batch_size) * about.batch_size
-    names = {"set": fingerprint, "place": _place(images)}
+    names = {"set": fingerprint, "place": place_of(images)}
     job = {"model": about.weights, "flip": flip, "decoder": "dali" if uses_dali else "opencv", "chunk": chunk, **names}
     try:
         if place.is_first:
-            lock, fault = _begin(folder, job)
+            lock, fault = begin(folder, job)
         fault = agreement.of_first(fault)
         if fault:
             raise ValueError(fault)
@@ -112,7 +112,8 @@ def embed_set(
             os.close(lock)
 
 
-def _uses_dali(decoder: str) -> bool:
+def uses_dali_for(decoder: str) -> bool:
+    """Whether DALI decodes. ValueError where it should and is not installed."""
     if decoder == "opencv":
         return False
     try:
@@ -124,7 +125,7 @@ def _uses_dali(decoder: str) -> bool:
     return True
 
 
-def _place(images: str) -> str:
+def place_of(images: str) -> str:
     """What differs where a set of the same names lies elsewhere, or its file has another size or time."""
     places: list[Any] = []
     for path in images.split(","):
@@ -137,9 +138,9 @@ def _place(images: str) -> str:
     return f"{zlib.crc32(json.dumps(places).encode()):08x}"  # no path of this machine, since it comes into the files
 
 
-def _begin(folder: str, job: dict[str, Any]) -> tuple[int | None, str | None]:
-    """(descriptor that holds the folder, what is wrong)."""
-    path, text = os.path.join(folder, JOB), json.dumps(job)
+def begin(folder: str, job: dict[str, Any], name: str = JOB) -> tuple[int | None, str | None]:
+    """(descriptor that holds the folder, what is wrong). name: of the file in it that says what is made there"""
+    path, text = os.path.join(folder, name), json.dumps(job)
     try:
         os.makedirs(folder, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 # One message between ranks of a node, seconds. Assumed: a launch of NCCL; a local socket of gloo with a thread to be woken.
 NEAR_GPU, NEAR_CPU = 2e-6, 5e-5
+FIRST_WINDOW = 10 * 1448  # bytes: of a TCP connection that begins, or goes on after a pause (RFC 6928)
 
 
 class Cost(NamedTuple):
@@ -72,6 +74,15 @@ class Links:
         far, near = _rounds(self.nodes), _rounds(self.ranks) - _rounds(self.nodes)
         return Cost((far + (far > 0)) * self.latency + near * NEAR_CPU, 8.0 * _rounds(self.ranks))
 
+    def slow_start(self, size: float) -> float:
+        """Seconds that a connection of gloo between nodes loses in a message of that many bytes after a pause: TCP then begins with few
+        packets, and sends twice as many with each round trip."""
+        if self.nccl or self.nodes == 1:
+            return 0.0
+        trip = 2 * self.latency
+        rounds = max(0, math.ceil(math.log2(max(1.0, min(size, self.rate * trip)) / FIRST_WINDOW)))
+        return max(0.0, rounds * trip - FIRST_WINDOW * ((1 << rounds) - 1) / self.rate)
+
     def _ring(self, size: float, passes: int) -> Cost:
         if self.ranks == 1:
             return NOTHING
@@ -79,8 +90,10 @@ class Links:
         steps = passes * (self.ranks - 1)
         # Of N links of the ring, `nodes` lead to another node, if there is one.
         far = steps * self.nodes / self.ranks if self.nodes > 1 else 0.0
+        # gloo sends when it has heard that the receiver is ready, which it says when it comes to the collective.
+        ready = 0.0 if self.nccl else (self.latency if self.nodes > 1 else near)
         sent = passes * (self.ranks - 1) / self.ranks * size
-        return Cost(sent / self.rate + far * self.latency + (steps - far) * near, sent)
+        return Cost(sent / self.rate + ready + far * self.latency + (steps - far) * near, sent)
 
 
 def _rounds(count: int) -> int:

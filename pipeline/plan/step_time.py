@@ -14,7 +14,7 @@ from pipeline.plan.links import NOTHING, Cost, Links
 from pipeline.plan.memory import BUCKET_BYTES, backbone_footprint, estimates, memory
 from pipeline.plan.network import operations
 
-DDP_BUCKET = 25 << 20  # bytes; the first has 1 MB
+DDP_FIRST, DDP_BUCKET = 1 << 20, 25 << 20  # bytes
 LOG_EVERY = 20  # steps between lines of metrics, as run.log_every
 LIMIT = 0.25  # of a step: from there on what the classifier sends is said to limit
 MOST_NODES = 1 << 16  # that are looked at for it
@@ -128,14 +128,15 @@ def backbone_cost(job: Job, hardware: Hardware, links: Links, compress: bool, co
     if not network.moving or links.ranks == 1:
         return NOTHING, 0.0
     item = 2 if compress else 4
-    whole = network.moving // 4 * item
     window = computing * 2 / 3 / job.accumulation  # of the last micro-batch; forward takes a third
     if job.engine == "ddp":
-        count = 1 + -(-max(0, network.moving - (1 << 20)) // DDP_BUCKET)
-        cost = links.all_reduce(whole / count).times(count)
-        return cost, max(cost.seconds - window, cost.seconds / count)
+        buckets = ddp_buckets(network.moving)
+        costs = [links.all_reduce(size // 4 * item) for size in buckets]
+        cost = sum(costs, Cost(links.slow_start(max(buckets) // 4 * item / links.ranks), 0.0))
+        return cost, max(cost.seconds - window, costs[-1].seconds)
     count = -(-network.moving // BUCKET_BYTES)
-    gradients = links.reduce_scatter(whole / count).times(count)
+    gradients = links.reduce_scatter(network.moving // 4 * item / count).times(count)
+    gradients += Cost(links.slow_start(network.moving // 4 * item / count / links.ranks), 0.0)
     overlap = window if hardware.is_gpu else 0.0
     shown = max(gradients.seconds - overlap, gradients.seconds / count)
     weights = links.all_gather(network.moving)
@@ -144,6 +145,14 @@ def backbone_cost(job: Job, hardware: Hardware, links: Links, compress: bool, co
         total = gradients + fetched
         return total, max(total.seconds - (computing if hardware.is_gpu else 0.0), gradients.seconds / count)
     return gradients + weights, shown + weights.seconds
+
+
+def ddp_buckets(size: int) -> list[int]:
+    """Bytes of float32 of each: a small one first, so that sending begins early, and what is left last, which nothing hides."""
+    buckets = [min(size, DDP_FIRST)]
+    while left := size - sum(buckets):
+        buckets.append(min(left, DDP_BUCKET))
+    return buckets
 
 
 def computing_seconds(job: Job, hardware: Hardware, classifier: float) -> float:

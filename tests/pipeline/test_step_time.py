@@ -15,7 +15,7 @@ from pipeline.cli import main
 from pipeline.measuring import Traffic
 from pipeline.plan import PRESETS, Job, Scale
 from pipeline.plan.links import NEAR_CPU, Links
-from pipeline.plan.step_time import classifier_cost, course, on_nodes, seconds_of
+from pipeline.plan.step_time import classifier_cost, course, ddp_buckets, on_nodes, seconds_of
 
 H100 = PRESETS["h100-80gb"]
 CPU = replace(H100, is_gpu=False, network=1e9)
@@ -44,10 +44,13 @@ def test_bytes_of_the_classifier_are_those_that_are_sent(ranks, size, gather_dty
 def test_collectives_over_two_levels_of_links():
     gloo = Links(nodes=2, ranks_per_node=2, inside=1e9, between=1e7, latency=0.02, nccl=False)
     assert gloo.all_gather(4e7).sent == 3e7
-    assert gloo.all_gather(4e7).seconds == pytest.approx(3e7 / 1e7 + 1.5 * 0.02 + 1.5 * NEAR_CPU)
-    assert gloo.all_reduce(4e7).seconds == pytest.approx(2 * gloo.all_gather(4e7).seconds)
+    assert gloo.all_gather(4e7).seconds == pytest.approx(3e7 / 1e7 + 2.5 * 0.02 + 1.5 * NEAR_CPU)
+    assert gloo.all_reduce(4e7).seconds == pytest.approx(2 * gloo.all_gather(4e7).seconds - 0.02)
     assert gloo.reduce_scatter(4e7) == gloo.all_reduce(4e7)  # torch has no other over gloo
     assert replace(gloo, nccl=True).reduce_scatter(4e7).sent == 3e7
+    # Windows of 14, 29, 58, 116 and 232 KB, of 0.04 s each; then 400 KB are on their way, as many as the link holds.
+    assert gloo.slow_start(1e9) == pytest.approx(5 * 0.04 - 14480 * 31 / 1e7) and gloo.slow_start(1e4) == 0
+    assert replace(gloo, nccl=True).slow_start(1e9) == replace(gloo, nodes=1).slow_start(1e9) == 0
     alone = Links(1, 1, 1e9, 1e9, 0.02, nccl=False)
     assert alone.all_gather(1e9).seconds == alone.all_reduce(1e9).seconds == alone.exchange().seconds == 0
     many = Links(256, 1, 1e9, 1e9, 0.02, nccl=False)
@@ -90,6 +93,10 @@ def test_the_table(capsys):
     made = json.loads(capsys.readouterr().out)["course"]
     assert [row["nodes"] for row in made["rows"]] == [1, 8, 64, 256] and made["computing_is_measured"]
     assert made["rows"][0]["computing"] == 0.08 and made["rows"][0]["efficiency"] == 1
+
+
+def test_buckets_of_ddp():
+    assert ddp_buckets(1000) == [1000] and ddp_buckets(30 << 20) == [1 << 20, 25 << 20, 4 << 20]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("20ms", 0.02), ("10us", 1e-5), ("1.5 µs", 1.5e-6), ("2s", 2.0)])

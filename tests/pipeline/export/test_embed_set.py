@@ -199,14 +199,14 @@ def test_a_set_elsewhere_with_the_same_names_is_another_job(made, few, tmp_path,
 
 def test_a_tar_that_was_written_anew_is_another_job(made, tmp_path):
     shutil.copy(made.data, tmp_path / "set.tar")
-    before = module._place(str(tmp_path / "set.tar"))
-    assert module._place(f" {tmp_path}/./set.tar") == before
+    before = module.place_of(str(tmp_path / "set.tar"))
+    assert module.place_of(f" {tmp_path}/./set.tar") == before
     os.utime(tmp_path / "set.tar", (1, 1))
-    assert module._place(str(tmp_path / "set.tar")) != before
+    assert module.place_of(str(tmp_path / "set.tar")) != before
 
 
 def test_two_commands_do_not_write_one_file(made, tmp_path):
-    lock, fault = module._begin(str(tmp_path / "out.npy.partial"), {})
+    lock, fault = module.begin(str(tmp_path / "out.npy.partial"), {})
     assert fault is None
     with pytest.raises(ValueError, match="is being written by another command"):
         embed_set(made.folder, made.data, str(tmp_path / "out.npy"))

@@ -1,0 +1,45 @@
+"""Training over slow links, measured and planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from functools import partial
+
+import pytest
+
+from benchmarks import slow_links
+from dali_loaders.faces import FacesConfig, write_faces
+from tests.launch.conftest import hosts, network  # noqa: F401, fixtures
+
+
+def test_the_time_of_a_step_is_that_of_most_lines(tmp_path):
+    speeds = [1.0, 2.0, 100.0, 50.0, 100.0]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "images_per_second": v}) + "\n" for n, v in enumerate(speeds)))
+    assert slow_links.step_seconds(str(tmp_path), batch=50) == 0.5
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "images_per_second": 3}\n')
+    with pytest.raises(ValueError, match="has 1 lines of metrics: train longer"):
+        slow_links.step_seconds(str(tmp_path), batch=50)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 3])
+def test_training_over_slow_links_completes(hosts, tmp_path, count):  # noqa: F811
+    """20 ms and 100 Mbit/s between hosts: step and share of communication within a fifth of what plan says."""
+    for host in hosts:
+        host.limit("100mbit")
+        host.delay(10)  # each way, so 20 ms from one host to another
+    write_faces(str(tmp_path / "faces.tar"), FacesConfig(identities=60, images_per_identity=10, size=112), workers=1)
+    batch, steps = 64 * count, 60
+    settings = [f"data.train={tmp_path / 'faces.tar'}", "evaluation.data=", "engine.name=ddp", f"run.batch={batch}", "run.log_every=10"]
+    settings += [f"run.epochs={steps * batch / 600}", "checkpoint.every_epochs=1000"]
+    piped = {"cwd": os.getcwd(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    starts = [partial(host.popen, **piped) for host in hosts[:count]]
+    link = {"address": hosts[0].address, "interface": "eth0", "between": 12.5e6, "latency": 0.02}
+    (row,) = slow_links.measured(starts, "faces_small", settings, str(tmp_path / "runs"), **link)
+    print(slow_links.as_text(row))
+    if path := os.environ.get("SCALING_CSV"):
+        slow_links.append(path, row | {"settings": " ".join(settings[1:])})
+    assert 0.8 < row["planned_over_measured"] < 1.25
+    assert abs(row["planned_communication"] - row["communication"]) <= 0.2 * row["communication"]

@@ -1,0 +1,210 @@
+"""launch/embed.py: the numbers of `protoshard embed`, in files that are whole or not there, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from dali_loaders.sources import open_source
+from launch import embed, embed_worker
+from launch.embed_worker import Task, Worker, name_of
+from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.export import embedding_files
+from pipeline.export.embed_set import embed_set
+from pipeline.export.model_folder import export
+from pipeline.train import train
+from tests.pipeline.runs import configuration, faces
+
+SIZE = 24  # of a file, and of a batch of the model
+
+
+class Made(NamedTuple):
+    folder: Path
+    model: str
+    images: str  # a folder of 78, of which two cannot be read and one has another size
+    names: list[str]
+    embedding_nD: np.ndarray  # of `protoshard embed`
+    unreadable: str  # its account
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    folder = tmp_path_factory.mktemp("embed")
+    data, run, model = faces(str(folder)), str(folder / "run"), str(folder / "model")
+    evaluation = EvaluationConfig(data=data, batch_size=SIZE)
+    train(configuration(data, run, 2, backbone="small", evaluation=evaluation), "auto")
+    export(run, model, say=lambda line: None)
+    source, images = open_source(data), folder / "images"
+    for number in range(len(source)):
+        path = images / f"id{number % 5}" / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read(number))
+    (images / "id1" / "01.jpg").write_bytes(b"<html>")
+    (images / "id3" / "73.jpg").write_bytes(source.read(73)[:200])
+    out = str(folder / "one.parquet")
+    embed_set(model, str(images), out, chunk=SIZE)
+    read = embedding_files.read(out)
+    return Made(folder, model, str(images), list(read.names), read.embedding_nD, Path(f"{out}.unreadable.txt").read_text())
+
+
+def assert_same(out: Path, made: Made) -> None:
+    """As `protoshard embed` made it, to the bit, and nothing half-written beside it."""
+    table = pq.read_table(out)
+    assert table.column("name").to_pylist() == made.names
+    values = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    assert np.array_equal(values, made.embedding_nD)
+    assert (out / "_unreadable.txt").read_text() == made.unreadable and made.unreadable.count("\n") == 2
+    done = json.loads((out / "_done.json").read_text())
+    assert (done["rows"], done["unreadable"], done["files"]) == (76, 2, 4)
+    assert {path.name for path in out.iterdir()} == {*map(name_of, range(4)), "_job.json", "_done.json", "_unreadable.txt"}
+
+
+def command(made: Made, out: Path, *arguments: str) -> list[str]:
+    more = ["--images-per-file", str(SIZE + 3), "--cpus-per-worker", "1", *arguments]  # as many whole batches as there are in it
+    return [sys.executable, "-m", "launch.embed", made.model, made.images, str(out), *more]
+
+
+def left_behind() -> set[str]:
+    return {*glob.glob("/tmp/protoshard-ray-*"), *glob.glob("/tmp/ray*")}
+
+
+def prepared(made: Made, out: Path, monkeypatch) -> Worker:
+    """OUT as a job has begun it, with a worker of it, without Ray."""
+    kept: list[Task] = []
+
+    def keep(task, todo, workers, images):
+        kept.append(task)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(embed, "make", keep)
+    monkeypatch.setattr(embed, "ray_cluster", lambda address: contextlib.nullcontext())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the worker sets it
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert embed.main(command(made, out)[3:]) == 1
+    return Worker(kept[0])
+
+
+def test_files_are_whole_or_made_again(made, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    worker = prepared(made, out, monkeypatch)
+    assert [worker({"part": number}) for number in range(4)] == [
+        {"part": number, "images": images, "fault": ""} for number, images in enumerate((24, 24, 24, 6))
+    ]
+    job = worker.task.job
+    assert [embed_worker.account(str(out), number, job).rows for number in range(4)] == [23, 24, 23, 6]
+    whole = (out / name_of(1)).read_bytes()
+    for column in range(3):
+        place = pq.ParquetFile(out / name_of(1)).metadata.row_group(0).column(column)
+        at = place.data_page_offset + place.total_compressed_size - 5
+        (out / name_of(1)).write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        assert embed_worker.account(str(out), 1, job) is None, column
+        (out / name_of(1)).write_bytes(whole)
+    (out / name_of(1)).write_bytes(whole[:-100])
+    assert embed_worker.account(str(out), 1, job) is None and embed_worker.account(str(out), 7, job) is None
+    assert embed_worker.account(str(out), 2, {**job, "flip": not job["flip"]}) is None
+    assert worker({"part": 1})["fault"] == "" and (out / name_of(1)).read_bytes() == whole
+    (out / f".{name_of(2)}.host-7").write_bytes(b"half")  # of one that was killed
+    assert embed.main(command(made, out)[3:]) == 1  # nothing is left to make, but to account for
+    assert_same(out, made)
+    assert embed.main([*command(made, out)[3:], "--no-flip"]) == 2
+    assert "holds a part of other embeddings (another model, set or option)" in capsys.readouterr().err
+
+
+def test_a_worker_that_sees_something_else_says_so(made, tmp_path, monkeypatch):
+    task = prepared(made, tmp_path / "out", monkeypatch).task
+    fault = Worker(task._replace(job={**task.job, "set": "other"}))({"part": 0})["fault"]
+    assert fault.startswith(made.images) and fault.endswith("is another one than where the job was started")
+    assert "nowhere" in Worker(task._replace(model=str(tmp_path / "nowhere")))({"part": 0})["fault"]
+    assert "cannot be written on" in Worker(task._replace(out="/proc/nowhere"))({"part": 0})["fault"]
+
+
+def test_bad_input_ends_in_a_sentence_before_ray_starts(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "make", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ([str(tmp_path), made.images, "out"], "there is no complete checkpoint at"),
+        ([made.model, made.images, str(tmp_path / "file")], "is a file, but OUT is a folder of Parquet files"),
+        ([made.model, made.images, str(made.folder)], "holds other things than embeddings that this command has begun"),
+        ([made.model, str(tmp_path / "empty"), str(tmp_path / "o")], "empty"),
+        ([made.model, made.images, str(tmp_path / "o"), "--images-per-file", "0"], "--images-per-file is 0, but must be at least 1"),
+        ([made.model, made.images, str(tmp_path / "o"), "--address", "head"], "give its host:port, such as node1:6379"),
+        ([made.model, made.images, str(tmp_path / "o"), "--address", "127.0.0.1:1"], "no Ray cluster answers at --address 127.0.0.1:1"),
+    ):
+        assert embed.main(arguments) == 2, arguments
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("embed: ") and words in error, error
+    with pytest.raises(SystemExit) as end:
+        embed.main([made.model, made.images, str(tmp_path / "o"), "--workers", "3:2"])
+    assert end.value.code == 2 and "'3:2' is not MIN:MAX" in capsys.readouterr().err
+
+
+def test_a_ray_that_does_not_start_is_no_bad_input(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "HELLO_SECONDS", 0.0)
+    assert embed.main(command(made, tmp_path / "out")[3:]) == 1
+    assert "did not say hello in time" in capsys.readouterr().err and not (tmp_path / "out" / "_done.json").exists()
+
+
+@pytest.mark.slow
+def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
+    out, before = tmp_path / "out", left_behind()
+    worker = prepared(made, out, monkeypatch)
+    worker({"part": 2})
+    done = (out / name_of(2)).stat().st_mtime_ns
+    ended = subprocess.run(command(made, out), capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1 and "1 of 4 files are there" in ended.stderr, ended.stderr
+    assert "76 embeddings of 16 numbers in 4 files" in ended.stdout and "2 images cannot be read and are left out" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert_same(out, made)
+    assert (out / name_of(2)).stat().st_mtime_ns == done
+    assert left_behind() <= before
+
+
+@pytest.mark.long
+def test_whatever_dies_it_goes_on(made, tmp_path):
+    """A worker, and then the job itself, at many moments."""
+    out, before = tmp_path / "out", left_behind()
+    for second in range(12):
+        job = subprocess.Popen(command(made, out, "--workers", "1:2"), stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
+        killed: float | None = None  # when
+        while job.poll() is None and not (second < 10 and killed and time.monotonic() > killed + second / 4):
+            assert time.monotonic() < deadline
+            for process in workers_below(job.pid) if killed is None else []:
+                process.kill()
+                killed = time.monotonic()
+            time.sleep(0.05)
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        deadline = time.monotonic() + 60
+        while not left_behind() <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if job.returncode == 1:
+            break
+    assert job.returncode == 1
+    assert_same(out, made)
+
+
+def workers_below(pid: int) -> list[psutil.Process]:
+    """Of Ray's node that the job has started; they stand in sessions of their own."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if "Worker" in process.cmdline()[0] and process.cmdline()[0].startswith("ray::"):
+                found.append(process)
+        except (psutil.Error, IndexError):
+            pass
+    return found
