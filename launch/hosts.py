@@ -1,12 +1,14 @@
-"""The hosts file of multinode.sh: one machine per line, as `[user@]host [slots=N]`, with # comments."""
+"""The hosts file of multinode.sh: one machine per line, as `[user@]host [slots=N] [address=A]`, with # comments."""
 
 import getpass
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-LINE = re.compile(r"(?P<target>(?:(?P<user>[^\s@]+)@)?(?P<name>[^\s@-][^\s@]*))(?:\s+slots=(?P<slots>\d+))?")
+from launch.addresses import is_address, is_this_machine, needs_a_zone, same_host
+
+TARGET = re.compile(r"(?:(?P<user>[^\s@-][^\s@]*)@)?(?P<name>[^\s@\[\]-][^\s@\[\]]*|\[[0-9A-Fa-f:.]+(?:%[^\s@\[\]]+)?\])")
+EXPECTED = "expected [user@]host, then slots=N and address=A if wanted"
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Host:
     name: str
     slots: int | None  # ranks on this host; None leaves it to --ranks-per-node
     local: bool  # this machine: no ssh needed
+    address: str | None = None  # under which the other hosts reach it; None: under which ssh does
 
 
 def read_hosts(path: str) -> list[Host]:
@@ -27,32 +30,35 @@ def read_hosts(path: str) -> list[Host]:
     hosts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.partition("#")[0].strip()]
     if not hosts:
         raise ValueError(f"Hosts file {path} names no host; write one host per line, such as gpu-node-1 or user@gpu-node-1 slots=8.")
-    names = [host.name for host in hosts]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"Hosts file {path} lists {twice[0]} more than once; list it once, with slots=N for N ranks.")
+    for what in ("name", "address"):
+        given = [same_host(value) for host in hosts if (value := getattr(host, what))]
+        twice = sorted({value for value in given if given.count(value) > 1})
+        if twice:
+            raise ValueError(f"Hosts file {path} lists {twice[0]} more than once; list it once, with slots=N for N ranks.")
     if len({host.slots is None for host in hosts}) > 1:
         raise ValueError(f"Hosts file {path} gives slots=N for some hosts only; give it for every host or for none.")
     return sorted(hosts, key=lambda host: not host.local)
 
 
 def parse(line: str, where: str) -> Host:
-    match = LINE.fullmatch(line.partition("#")[0].strip())
+    words = line.partition("#")[0].split()
+    match = TARGET.fullmatch(words[0])
     if match is None:
-        raise ValueError(f"{where}: {line.strip()!r} is not a host; expected [user@]host, then slots=N if wanted.")
-    slots = int(match["slots"]) if match["slots"] else None
+        raise ValueError(f"{where}: {line.strip()!r} is not a host; {EXPECTED}.")
+    name = match["name"].strip("[]")  # which ssh does not know
+    options: dict[str, str] = {}
+    for word in words[1:]:
+        option, equals, value = word.partition("=")
+        if option not in ("slots", "address") or not equals or option in options or (option == "slots" and not value.isdigit()):
+            raise ValueError(f"{where}: {line.strip()!r} is not a host; {EXPECTED}.")
+        options[option] = value.strip("[]")
+    slots = int(options["slots"]) if "slots" in options else None
     if slots == 0:
-        raise ValueError(f"{where}: slots=0 leaves {match['name']} without a rank; give at least 1 or remove the line.")
-    local = match["user"] in (None, getpass.getuser()) and is_this_machine(match["name"])
-    return Host(match["target"], match["name"], slots, local)
-
-
-def is_this_machine(name: str) -> bool:
-    if name in ("localhost", socket.gethostname()):
-        return True
-    try:  # only an address of this machine can be bound
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((socket.gethostbyname(name), 0))
-        return True
-    except OSError:
-        return False
+        raise ValueError(f"{where}: slots=0 leaves {name} without a rank; give at least 1 or remove the line.")
+    address = options.get("address")
+    if address is not None and not is_address(address):
+        raise ValueError(f"{where}: address={address} is no IP address; give that under which the other hosts reach {name}.")
+    if needs_a_zone(address or name):
+        raise ValueError(f"{where}: {address or name} holds on one network card only; give {name} an address=A that all hosts reach.")
+    local = match["user"] in (None, getpass.getuser()) and is_this_machine(name)
+    return Host(f"{match['user']}@{name}" if match["user"] else name, name, slots, local, address)

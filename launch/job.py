@@ -5,12 +5,10 @@ import os
 import secrets
 import shlex
 import signal
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from ray.job_submission import JobDetails, JobStatus
 
@@ -18,7 +16,6 @@ from launch.console import say, shown
 from launch.following import Client, Log, LostContactError, follow, reason_of, within
 
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports every closed connection
-CONNECT_SECONDS = 5
 SUBMIT_SECONDS = 60
 STOP_SECONDS = 15
 ASK_SECONDS = 60  # for a small job that writes a file
@@ -44,43 +41,6 @@ class Task:
     env_vars: dict[str, str]
     ending: Ending
     metadata: dict[str, str] = field(default_factory=dict)
-
-
-def connect(address: str, patience: float = 0.0) -> Client:
-    """Client of the job server of `address`: its http://host:port, or host:port of the head's control store.
-
-    Tries again for `patience` seconds, which a cluster just started needs. ValueError: nothing there, or it refuses."""
-    reach(address)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return Client(address)
-        except SystemExit:  # Ray's own way out when the control store does not answer
-            reason = "no control store answers there"
-        except Exception as error:  # Ray raises anything from ConnectionError to AuthenticationError
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"The Ray cluster at {address} accepts no jobs ({reason}); give --address its dashboard (http://host:8265) "
-                f"or head address (host:6379), with RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for a token."
-            )
-        time.sleep(0.5)
-
-
-def reach(address: str) -> None:
-    """ValueError unless something listens there: Ray itself would wait for minutes, or exit."""
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if host is None or port is None:
-        raise ValueError(f"--address {address} is not the address of a Ray cluster; give http://host:8265 or host:6379.")
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error) or "no answer"
-        raise ValueError(f"No Ray cluster answers at {address} ({reason}); check the address, or leave it out to start one.") from None
 
 
 def run(client: Client, task: Task, check: Callable[[], None], *, address: str = "") -> int:

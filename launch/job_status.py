@@ -4,7 +4,7 @@ import os
 import sys
 
 from launch.attached import find, shown_name
-from launch.job import connect
+from launch.connecting import connect
 from launch.options import needs_ray
 
 

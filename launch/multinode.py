@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch import job_logs
 from launch.checkout import checkout, python
 from launch.console import say
 from launch.hosts import Host, read_hosts
 from launch.options import check, check_jobs, needs_ray, parser
+from launch.ranks import check_slots, parse
 from launch.variables import passed_on
 from pipeline import stopping
 from pipeline.commands import positionals_first
@@ -53,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def attached_to(options: argparse.Namespace) -> int:
     needs_ray()
-    from launch import attached, job
+    from launch import attached, connecting
 
     Interrupted.has_begun = True
-    client = job.connect(options.address)
+    client = connecting.connect(options.address)
     return attached.stop(client, options.stop) if options.stop else attached.attach(client, options.attach, options.address)
 
 
@@ -66,29 +67,45 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
     hosts = read_hosts(options.hosts) if options.hosts else [Host("localhost", "localhost", None, True)]
     if options.ranks_per_node is not None and hosts[0].slots is not None:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
+    if options.ranks is not None:
+        check_slots(parse(options.ranks), hosts, options.ranks_per_node)
+    there: dict[str, Any] = {"root": checkout(options), "python": python(options), "ranks_per_node": options.ranks_per_node}
+    if options.check or options.dry_run:
+        from launch import check_hosts
+
+        if options.check:
+            folder = options.remote_dir or os.getcwd()
+            return check_hosts.check(hosts, **there, folder=folder, recipe=options.recipe, overrides=options.overrides)
+        print(*check_hosts.commands(hosts, **there, dashboard=options.dashboard_host, entrypoint=entrypoint(options)), sep="\n")
+        return 0
     from launch import cluster
 
     job_id = new_id()
-    place = {"root": checkout(options), "python": python(options), "logs": logs_of(options, config, job_id)}
-    with cluster.started(hosts, **place, ranks_per_node=options.ranks_per_node) as running:
+    logs = logs_of(options, config, job_id)
+    with cluster.started(hosts, **there, dashboard=options.dashboard_host, logs=logs) as running:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token)  # read when Ray is imported
-        from launch import job
+        from launch import connecting, job
 
-        client = job.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
+        client = connecting.connect(running.dashboard, patience=JOB_SERVER_SECONDS)
         say(f"Ray's dashboard: {running.dashboard}")
         task = job.Task(job_id, entrypoint(options), passed_on(options), ending(options, config))
         Interrupted.has_begun = True
         code = job.run(client, task, running.check)
     if code not in (0, stopping.STOPPED):
-        say(f"logs: {place['logs']}")
+        say(f"logs: {logs}")
     return code
 
 
 def submit(options: argparse.Namespace, config: "TrainConfig") -> int:
     """To a running cluster."""
-    from launch import attached, job
+    if options.dry_run:
+        print(f"job at {options.address}: {entrypoint(options)}")
+        return 0
+    from launch import attached, check_cluster, connecting, job
 
-    client = job.connect(options.address)
+    client = connecting.connect(options.address)
+    if options.check:
+        return check_cluster.check(client, check_entrypoint(options), passed_on(options))
     job_id, running = attached.id_for(client, options.name, entrypoint(options))
     end = ending(options, config)
     task = job.Task(job_id, entrypoint(options), passed_on(options), end, attached.described(options.name, end))
@@ -120,6 +137,16 @@ def entrypoint(options: argparse.Namespace) -> str:
     """The job's shell command; quoted, so that any --set value survives the shell that runs it."""
     command = [python(options), "-m", "launch.ray_driver", options.recipe, f"--folder={options.remote_dir or os.getcwd()}"]
     command += [f"--resume={options.resume}", f"--max-failures={options.max_failures}"]
+    command += [f"--set={override}" for override in options.overrides]
+    if options.ranks_per_node is not None:
+        command.append(f"--ranks-per-node={options.ranks_per_node}")
+    if options.ranks is not None:
+        command.append(f"--ranks={options.ranks}")
+    return shlex.join(command)
+
+
+def check_entrypoint(options: argparse.Namespace) -> str:
+    command = [python(options), "-m", "launch.check_cluster", options.recipe, f"--folder={options.remote_dir or os.getcwd()}"]
     command += [f"--set={override}" for override in options.overrides]
     if options.ranks_per_node is not None:
         command.append(f"--ranks-per-node={options.ranks_per_node}")

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from dali_loaders.extras import missing
+from launch import ranks
 from launch.variables import chosen_variables
 from pipeline.commands import Overrides
 
@@ -30,6 +31,14 @@ def parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks; the first is the head")
     where.add_argument("--address", metavar="RAY_ADDRESS", help="a running Ray cluster: http://head:8265 or head:6379")
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--check", action="store_true", help="look at all hosts first: versions, GPUs, disks, clocks, folders, network; "
+                        "print a table and start nothing")  # fmt: skip
+    before.add_argument("--dry-run", action="store_true", help="print the commands of a run and start nothing")
+    parser.add_argument("--dashboard-host", metavar="ADDRESS", help="where the dashboard of the head listens, such as 0.0.0.0 "
+                        "(default: on the head's loopback alone, which this machine reaches through ssh)")  # fmt: skip
+    parser.add_argument("--ranks", metavar="N|MIN:MAX", help="ranks of the job (default: all that have a place); with MIN:MAX it goes on "
+                        "with fewer when hosts are lost, and with more when they are back")  # fmt: skip
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
     parser.add_argument("--set", dest="overrides", nargs="+", action=Overrides, default=[], metavar="section.field=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
@@ -81,6 +90,8 @@ def check(options: argparse.Namespace) -> "TrainConfig":
         raise ValueError("--from is given an empty path: name a checkpoint, a run or a weight file, or leave it out")
     if options.ranks_per_node is not None and options.ranks_per_node < 1:
         raise ValueError(f"--ranks-per-node is {options.ranks_per_node}; a node needs at least 1 rank.")
+    if options.ranks is not None:
+        ranks.parse(options.ranks)
     if options.max_failures < 0:
         raise ValueError(f"--max-failures is {options.max_failures}; give 0 for no restart, or how many to allow.")
     chosen_variables(options.env)

@@ -16,11 +16,22 @@ from typing import Any
 import ray
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from launch import job_logs
+from launch.elastic import ElasticTrainer
 from launch.job import OF_JOB
-from launch.ray_worker import STOPPED, BadInputError, GivingUpError, OnFailure, ProcessGroup, checkpoints, run_rank, told
+from launch.ranks import Ranks, parse
+from launch.ray_worker import (
+    STOPPED,
+    BadInputError,
+    GivingUpError,
+    OnFailure,
+    ProcessGroup,
+    checkpoints,
+    place_of_checkpoints,
+    run_rank,
+    told,
+)
 from pipeline import stopping
 
 NODE_WAITS = 10  # minutes that a start or restart waits for processors before the job gives up
@@ -57,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--ranks-per-node", type=int)
+    parser.add_argument("--ranks")
     parser.add_argument("--max-failures", type=int, default=3)
     parser.add_argument("--folder", required=True, help="where relative paths start, on every node")
     return parser
@@ -80,32 +92,43 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
         logs = job_logs.begin(config.run.folder, os.environ[OF_JOB])
         kept.enter_context(job_logs.kept(os.path.join(logs, "driver.log")))
         told(f"logs of all ranks: {logs}; tensorboard --logdir {os.path.abspath(config.run.folder)}/tensorboard")
-    ray.init(logging_level=logging.WARNING)
+    join()
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
-    ranks, resources = layout(nodes, options.ranks_per_node)
+    places, resources = layout(nodes, options.ranks_per_node)
+    gpu = " and a GPU" if "GPU" in resources else ""
     try:
-        uneven_batches.check(config, ranks)
+        ranks = chosen(options.ranks, places, gpu)
+        uneven_batches.check(config, ranks.most)
     except ValueError as error:
         raise BadInputError(str(error)) from None
-    gpu = " and a GPU" if "GPU" in resources else ""
     if gpu:
         detect_hangs(60 * config.run.timeout)
     told(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}")
+    try:
+        earlier = checkpoints(place_of_checkpoints(config))
+    except OSError as error:
+        raise BadInputError(f"checkpoint.folder={config.checkpoint.folder} gives no answer ({error}); see to it") from None
     storage = storage_folder(config.run.folder)
     callbacks: list[Any] = [
-        OnFailure(options.max_failures, os.path.abspath(config.run.folder), logs, NODE_WAITS)
+        OnFailure(options.max_failures, os.path.abspath(config.run.folder), logs, NODE_WAITS, place_of_checkpoints(config))
     ]  # more than a UserCallback, which alone is typed
-    trainer = TorchTrainer(
+    trainer = ElasticTrainer(
         run_rank,
+        ranks=ranks,
+        folder=config.run.folder,
         train_loop_config={
             "recipe": options.recipe,
             "overrides": options.overrides,
             "resume": options.resume,
             "folder": options.folder,
-            "earlier": checkpoints(config.run.folder),
+            "earlier": earlier,
         },
         torch_config=ProcessGroup(timeout_s=math.ceil(60 * config.run.timeout), logs=logs),
-        scaling_config=ScalingConfig(num_workers=ranks, use_gpu="GPU" in resources, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=(ranks.least, ranks.most) if ranks.is_elastic else ranks.most,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+        ),
         run_config=RunConfig(
             storage_path=storage,
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1),  # OnFailure decides
@@ -122,6 +145,22 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     finally:
         shutil.rmtree(storage, ignore_errors=True)
     return result.return_value or {}
+
+
+def join() -> None:
+    """Joins the cluster in whose job this runs. BadInputError: this Python has another version than it.
+
+    Its address goes on to the actors of Ray Train: without it those that watch over others look for a cluster on their host, where they may
+    find two, or the wrong one."""
+    address = os.environ.get("RAY_ADDRESS")
+    runtime_env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
+    try:
+        ray.init(logging_level=logging.WARNING, runtime_env=runtime_env)
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        sentence = " ".join(str(error).split()).rstrip(".")
+        raise BadInputError(f"{sentence}; start the cluster's nodes from the .venv of this checkout.") from None
 
 
 def detect_hangs(seconds: float) -> None:
@@ -173,6 +212,17 @@ def computing_nodes(nodes: list[dict[str, Any]], device: str) -> list[dict[str, 
             raise BadInputError(f"Ray sees GPUs on some hosts, but none on {names}; look at nvidia-smi there, or leave these hosts out.")
         print(f"without a GPU, so without a rank: {names}", flush=True)
     return [node["Resources"] for node in with_gpu]
+
+
+def chosen(text: str | None, places: int, gpu: str) -> Ranks:
+    """The ranks of a job by its --ranks; without it as many as have a place. ValueError: there are fewer places now."""
+    if text is None:
+        return Ranks(places, places)
+    ranks = parse(text)
+    if ranks.least > places:
+        what = "each with a GPU of its own" if gpu else "each with its share of the processors (slots=N, --ranks-per-node)"
+        raise ValueError(f"--ranks {ranks}: the cluster has a place for {places} rank{'s' * (places > 1)}, {what}; lower it, or add nodes.")
+    return ranks
 
 
 def layout(nodes: list[dict[str, float]], ranks_per_node: int | None) -> tuple[int, dict[str, float]]:

@@ -5,39 +5,58 @@ without a word, gives no sign of life on it. So nothing is left running."""
 import ctypes
 import fcntl
 import glob
+import importlib.metadata
 import json
 import os
+import platform
 import queue
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import job_logs
+from launch.addresses import free_ports, with_port
 
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
+# Of the head, which gives up a host that is cut off: after about 14 s, where Ray's own settings take 72.
+HEALTH = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2500",
+    "RAY_health_check_failure_threshold": "4",
+}
+# Of the agents beside the ranks: what the dashboard shows of processes is older, and they take less of the processors.
+QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "30000", "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "2"}
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
 TOKEN = "token"  # a file in the folder of the head
 ALIVE = "alive"  # a file in the node's folder, locked while the node lives
 NODE = "PROTOSHARD_RAY_NODE"  # the variable by which all that a node has started is known
 STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
+STARTS = 3  # Ray gives up after 30 s, which a busy machine or file system exceeds, and another program may take a port that was free
+START_SECONDS = 90
+PORTS_SECONDS = 30  # for the dashboard and its agent to listen, once Ray says that it has started
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+LOOPBACK = "127.0.0.1"
+OVER = threading.Event()  # the launcher has gone
 
 
 def main() -> None:
     """Says hello, reads its order (one JSON line), says ready or failed, then waits for the end of its input."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, leave)
     connection = os.environ.get("SSH_CONNECTION", "").split()  # client address, client port, server address, server port
-    say("hello", address=connection[2] if len(connection) == 4 else "127.0.0.1")
+    address = connection[2] if len(connection) == 4 else LOOPBACK
+    say("hello", address=address, machine=machine(), ray=version("ray"), python=platform.python_version(), prefix=sys.prefix)
     heard: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=listen, args=(heard,), daemon=True).start()
     line = heard.get()
@@ -45,10 +64,36 @@ def main() -> None:
         run(json.loads(line))
 
 
+def machine() -> str:
+    """What two names of one machine have in common, and no two machines, virtual ones and containers included."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:  # not Linux
+        return str(uuid.getnode())
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def run(order: dict[str, Any]) -> None:
     """Order: address (of this node), alone (whether no other machine has a part in the cluster), token, head (address of the head's control
-    store, or null to be the head), slots (or null), logs (a folder, or null: where Ray's own logs are kept at the end)."""
+    store, or null to be the head), slots (or null), dashboard (the address on which the head's listens, or null for the loopback), logs (a
+    folder, or null: where Ray's own logs are kept at the end)."""
     remove_left()
+    for left in reversed(range(STARTS)):
+        reason = attempt(order)
+        if reason is None or OVER.is_set():  # by a signal that came while a try was cleared away
+            return
+        say("again" if left else "failed", reason=reason)
+
+
+def attempt(order: dict[str, Any]) -> str | None:
+    """A node from its start to its end; or why it did not start."""
     folder = tempfile.mkdtemp(prefix="protoshard-ray-", dir="/tmp")  # a long TMPDIR would exceed the 107 bytes of a Unix socket's path
     alive = os.open(os.path.join(folder, ALIVE), os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(alive, fcntl.LOCK_EX)
@@ -56,8 +101,10 @@ def run(order: dict[str, Any]) -> None:
         write_token(os.path.join(folder, TOKEN), order["token"])
     node = None
     try:
+        command = start_command(order, folder)
         node = subprocess.Popen(
-            start_command(order, folder),
+            command,
+            cwd=folder,  # a job starts there, and Python looks there first, before PYTHONPATH
             env=environment(order, folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -66,15 +113,16 @@ def run(order: dict[str, Any]) -> None:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-        follow(node, order, folder)
+        return follow(node, order, folder)
     finally:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         if node is not None:
             stop(node, folder)
         if order.get("logs"):
             job_logs.keep_those_of_ray(f"{folder}/r/session_latest", order["logs"])
         shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def listen(heard: queue.Queue[str | None]) -> None:
@@ -93,6 +141,7 @@ def listen(heard: queue.Queue[str | None]) -> None:
             heard.put(line.decode())
             limit = SILENT_SECONDS if json.loads(line).get("beats") else limit
     heard.put(None)
+    OVER.set()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -126,54 +175,84 @@ def start_command(order: dict[str, Any], folder: str) -> list[str]:
     command += [f"--node-ip-address={order['address']}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}/r"]
     if order["slots"] is not None:
         command.append(f"--resources={json.dumps({'rank_slots': order['slots']})}")
-    order["port"], order["dashboard_port"], agent_port, client_port = free_ports(order["address"], 4)  # others may have the usual ones
-    command.append(f"--dashboard-agent-listen-port={agent_port}")
+    # Others may have the usual ones.
+    ports = order.get("ports") or free_ports(order["address"], 4)
+    order["port"], order["dashboard_port"], order["agent_port"], client_port = ports
+    command.append(f"--dashboard-agent-listen-port={order['agent_port']}")
     if order["head"] is not None:
         return [*command, f"--address={order['head']}"]
     command += ["--head", f"--port={order['port']}", f"--ray-client-server-port={client_port}"]
-    return [*command, f"--dashboard-host={order['address']}", f"--dashboard-port={order['dashboard_port']}"]
+    return [*command, f"--dashboard-host={order.get('dashboard') or LOOPBACK}", f"--dashboard-port={order['dashboard_port']}"]
 
 
 def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
-    """What the workers inherit: the cluster's own token and, for gloo, the network interface of the node's address. Where no other machine
-    takes part, nothing listens to other machines either: not Ray, not NCCL, and ranks meet in a file."""
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"], NODE: folder}
+    """What the workers inherit: the cluster's own token, and a folder for temporary files that is removed with all else. Where no other
+    machine takes part, nothing of Ray listens to others either, and ranks, which choose the card of the node's address, meet in a file."""
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": order["token"], "TMPDIR": folder, NODE: folder}
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         env.pop(name, None)
-    interface = interface_of(order["address"])
-    if interface:  # gloo would take the address of the host's name, which Debian maps to 127.0.1.1
-        env.setdefault("GLOO_SOCKET_IFNAME", interface)
     env.pop(MEETING_FOLDER, None)
+    for name, value in (HEALTH | QUIET).items():
+        env.setdefault(name, value)
     if order["alone"]:
         # Otherwise Ray takes another address for 127.0.0.1. Its servers listen on every interface, unless the node's address is this one.
         env |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", MEETING_FOLDER: folder}
-        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return env
 
 
-def follow(node: subprocess.Popen[str], order: dict[str, Any], folder: str) -> None:
-    """Announces the node once it runs; returns when standard input closes or the node ends."""
-    assert node.stdout is not None
-    tail: deque[str] = deque(maxlen=8)
-    for line in node.stdout:
-        tail.append(line.strip())
-        if "Ray runtime started" in line:
-            break
-    else:
-        say("failed", reason=" ".join(filter(None, tail)))
-        return
-    threading.Thread(target=deque, args=(node.stdout, 0), daemon=True).start()  # keeps reading, because a full pipe would block Ray
+def follow(node: subprocess.Popen[str], order: dict[str, Any], folder: str) -> str | None:
+    """Announces the node once it runs, and returns when it ends. Why it did not start, if it did not."""
+    output = Output(node)
+    deadline = time.monotonic() + START_SECONDS
+    while not output.started:
+        time.sleep(0.1)
+        if output.ended or time.monotonic() > deadline:
+            return output.tail() or f"it said nothing for {START_SECONDS} s"
+    awaited = {order["agent_port"]} | ({order["dashboard_port"]} if order["head"] is None else set())
+    deadline = time.monotonic() + PORTS_SECONDS
+    while not awaited <= listening(folder):
+        time.sleep(0.1)
+        if node.poll() is not None or time.monotonic() > deadline:
+            return "it started, but another program has taken one of its ports"
     if order["head"] is None:
-        address = order["address"]
-        say(
-            "ready",
-            head=f"{address}:{order['port']}",
-            dashboard=f"http://{address}:{order['dashboard_port']}",
-            token_file=os.path.join(folder, TOKEN),
-        )
+        host = order.get("dashboard") or LOOPBACK
+        host = order["address"] if host in ("0.0.0.0", "::") else host
+        head, dashboard = with_port(order["address"], order["port"]), f"http://{with_port(host, order['dashboard_port'])}"
+        say("ready", head=head, dashboard=dashboard, token_file=os.path.join(folder, TOKEN))
     else:
         say("ready")
     node.wait()  # unless `listen` ends this process
+    return None
+
+
+class Output:
+    """What Ray prints, read all along, because a full pipe would block it."""
+
+    def __init__(self, node: subprocess.Popen[str]) -> None:
+        self.started = self.ended = False
+        self._lines: deque[str] = deque(maxlen=8)
+        threading.Thread(target=self._read, args=(node.stdout,), daemon=True).start()
+
+    def _read(self, lines: Any) -> None:
+        for line in lines:
+            self._lines.append(line.strip())
+            self.started |= "Ray runtime started" in line
+        self.ended = True
+
+    def tail(self) -> str:
+        return " ".join(filter(None, self._lines))
+
+
+def listening(folder: str) -> set[int]:
+    """The ports on which what the node has started listens."""
+    import psutil
+
+    ports = set()
+    for pid in started(folder):
+        with suppress(psutil.Error):
+            connections = psutil.Process(pid).net_connections("tcp")
+            ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return ports
 
 
 def stop(node: subprocess.Popen[str], folder: str) -> None:
@@ -211,29 +290,12 @@ def _read(path: str) -> bytes:
     return b""
 
 
-def say(event: str, **fields: str) -> None:
+def say(event: str, **fields: Any) -> None:
     print(f"ray-node {json.dumps({'event': event, **fields})}", flush=True)
 
 
 def leave(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
-
-
-def free_ports(address: str, count: int) -> list[int]:
-    probes = [socket.create_server((address, 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def interface_of(address: str) -> str | None:
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return name
-    return None
 
 
 if __name__ == "__main__":

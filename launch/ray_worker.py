@@ -5,11 +5,14 @@ import itertools
 import os
 import secrets
 import socket
+import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -18,8 +21,14 @@ from launch import job_logs
 from launch.failures import Failure, Outages
 from launch.ray_node import MEETING_FOLDER
 from pipeline.beats import read_all
+from pipeline.network_card import use_card_of
+from pipeline.stopping import ATTEMPT
 
 STOPPED = "stopped"
+LOOKS = count()
+# Of the process that starts the ranks, again and again: Ray's controller of one job.
+JOB, ATTEMPTS = secrets.token_hex(8), count(1)
+SEEN_SECONDS = 5  # that a file may take to appear on another host of a network file system
 
 
 class BadInputError(RuntimeError):
@@ -42,6 +51,7 @@ class Backend(_TorchBackend):
     Ranks of one machine meet in a file, because the store of torch, where Ray lets them meet, listens on every interface and to anyone."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(begin_attempt, f"{JOB} {next(ATTEMPTS)}")
         hosts = ray.get(
             [
                 worker_group.execute_single_async(rank, keep_log, backend_config.logs, rank)  # before they meet, which they say much about
@@ -56,6 +66,7 @@ class Backend(_TorchBackend):
         if backend_config.backend == "nccl":
             for reason in filter(None, worker_group.execute(why_no_gpu)):
                 raise BadInputError(reason)
+        worker_group.execute(choose_card)
         if MEETING_FOLDER not in os.environ:
             return super().on_start(worker_group, backend_config)
         worker_group.execute(_set_torch_distributed_env_vars)
@@ -71,6 +82,16 @@ class Backend(_TorchBackend):
                 for rank in range(len(worker_group))
             ]
         )
+
+
+def begin_attempt(attempt: str) -> None:
+    """On a worker: by this number it takes the run's folder from workers that were cut off, and loses it to later ones."""
+    os.environ[ATTEMPT] = attempt
+
+
+def choose_card() -> None:
+    """That of the address under which Ray's nodes know this one."""
+    use_card_of(ray.util.get_node_ip_address())
 
 
 def keep_log(folder: str, rank: int) -> str:
@@ -105,7 +126,7 @@ def why_no_gpu() -> str | None:
 
 
 def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
-    """The train loop of one Ray worker; a restart runs it again, on all ranks.
+    """The train loop of one Ray worker; a restart runs it again, on all ranks, and so does RegroupError, after a save.
 
     Settings: recipe and overrides (resolved here, because a loss that a recipe file defines cannot be sent), resume, folder (where
     relative paths start), earlier (`checkpoints` when the job began). Returns the last evaluation's figures, or {STOPPED: a sentence}."""
@@ -115,13 +136,16 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
     os.chdir(folder)
     from pipeline.distributed import describe
     from pipeline.resolve import resolve
-    from pipeline.stopping import Stopped
+    from pipeline.stopping import Regrouped, Stopped
     from pipeline.train import train
 
     try:
         config = resolve(settings["recipe"], settings["overrides"])
-        resume = "auto" if checkpoints(config.run.folder) - settings["earlier"] else settings["resume"]
+        seen_by_all(config.run.folder)
+        resume = "auto" if checkpoints(place_of_checkpoints(config)) - settings["earlier"] else settings["resume"]
         return train(config, resume=resume, keep_stop=True)  # which the driver has removed, if it was there before
+    except Regrouped as regrouped:
+        raise RegroupError(str(regrouped)) from None
     except Stopped as stopped:
         return {STOPPED: str(stopped)}  # an exception would be a failure, after which Ray starts the ranks again
     except ValueError as error:
@@ -131,10 +155,49 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
         raise BadInputError(sentence) from None
 
 
-def checkpoints(run_folder: str) -> set[tuple[str, int]]:
-    """Name and time of the complete checkpoints in a run's folder. Those that a job has added are where its restarts go on, whatever
-    --resume said: another attempt at `none` or PATH would throw them away."""
-    return {(path.name, path.stat().st_mtime_ns) for path in Path(run_folder, "checkpoints").glob("step-*[0-9]")}
+def seen_by_all(folder: str) -> None:
+    """BadInputError: a host does not see what rank 0 writes into the run's folder, so that checkpoints would be in pieces.
+
+    Ranks talk through the store of their process group: a collective of NCCL would need the GPU that the trainer has yet to choose."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if "://" in folder or os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+        return
+    store = dist.PrefixStore(f"folder-{next(LOOKS)}", dist.distributed_c10d._get_default_store())
+    written = Path(folder, f".seen-{secrets.token_hex(8)}")
+    if rank == 0:
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.touch()
+        store.set("written", written.name)
+    path, deadline = Path(folder, store.get("written").decode()), time.monotonic() + SEEN_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    store.set(f"{rank}", "" if seen else socket.gethostname())
+    if rank == 0:
+        blind = next(filter(None, (store.get(f"{other}").decode() for other in range(ranks))), "")
+        sentence = f"does not see what the first host writes into {os.path.abspath(folder)}; give a run.folder that all hosts share."
+        store.set("verdict", f"Host {blind} {sentence}" if blind else "")
+        written.unlink()
+    verdict = store.get("verdict").decode()
+    if verdict:
+        raise BadInputError(verdict)
+
+
+def place_of_checkpoints(config: Any) -> str:
+    """A folder or an address, the same for whoever works in another folder."""
+    place = config.checkpoint.folder or os.path.join(config.run.folder, "checkpoints")
+    return place if "://" in place else os.path.abspath(place)
+
+
+def checkpoints(place: str) -> set[tuple[str, int]]:
+    """The complete checkpoints of a run. Those that a job has added are where its restarts go on, whatever --resume said: another attempt
+    at `none` or PATH would throw them away."""
+    from pipeline.checkpoint import marks
+
+    return marks(place)
+
+
+class RegroupError(RuntimeError):
+    """No failure: the ranks have saved, and are to start anew on the hosts that are there now."""
 
 
 class GivingUpError(RuntimeError):
@@ -147,13 +210,20 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
 
     folder      the run's, as the head sees it
     logs        where failures.txt is written
-    starts      in a row that may find no place for the ranks"""
+    starts      in a row that may find no place for the ranks
+    saved       where the run's checkpoints are, if not in FOLDER/checkpoints"""
 
-    def __init__(self, max_failures: int, folder: str, logs: str = "", starts: int = 10):
-        self.logs, self.folder, self.starts = logs, folder, starts
-        self.outages = Outages(max_failures, lambda: checkpoints(folder))
+    def __init__(self, max_failures: int, folder: str, logs: str = "", starts: int = 10, saved: str = ""):
+        self.logs, self.folder, self.starts, self.saved = logs, folder, starts, saved or os.path.join(folder, "checkpoints")
+        self.outages = Outages(max_failures, self._progress)
         self.old = {beat.run for beat in read_all(folder)}
         self.is_training, self.is_counted, self.waited = False, False, 0
+
+    def _progress(self) -> object:
+        try:
+            return checkpoints(self.saved)
+        except OSError:  # a store that gives no answer is no progress
+            return None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if not worker_group_status.errors:
@@ -163,6 +233,9 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
             if isinstance(error, BadInputError):
                 self.is_counted = True
                 raise error  # a callback's own error is what Ray Train does not retry
+            if isinstance(error, RegroupError):
+                self.is_counted = True
+                return told("the ranks have saved and start anew")
         self.old |= {beat.run for beat in failure.beats.values()}
         failure.write(self.logs)
         if failure.is_preemption:
@@ -181,6 +254,8 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Also for what is no error of a rank: a start for which there is no place, a hang that Ray found."""
+        if getattr(failure_decision, "name", "") == "RAISE":  # what has been decided elsewhere, with a sentence of its own
+            return
         if self.is_training and not self.is_counted:
             self._count("the ranks stand still in a collective of NCCL, as Ray's hang detector says")
         elif not self.is_counted:

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.cluster import address_towards
-from launch.ray_node import interface_of
+from pipeline.network_card import address_towards, card_of
 
 NODES, REFUSED = "PROTOSHARD_NODES", "PROTOSHARD_REFUSED"  # names of all nodes; the file that tells slurm.sbatch of bad input
 FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to whoever connects
@@ -52,7 +51,7 @@ def place(slurm: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": str(FIRST_PORT + job % PORTS),
     }
     # gloo would take the address of the host's name, which Debian maps to 127.0.1.1.
-    interface = "lo" if len(nodes) == 1 else interface_of(address_towards(nodes[0] if node else nodes[1]))
+    interface = "lo" if len(nodes) == 1 else card_of(address_towards(nodes[0] if node else nodes[1]))
     if interface and not slurm.get("GLOO_SOCKET_IFNAME"):
         found["GLOO_SOCKET_IFNAME"] = interface
     return found

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
+from pipeline.network_card import use_card_towards
 
 log = logging.getLogger(__name__)
 STORE = "PROTOSHARD_STORE"  # the variable in which run_local (local_ranks.py) tells its processes where they meet
@@ -71,6 +72,8 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
                 where["store"] = _meet(os.environ[STORE], where["world_size"], 60 * minutes)
             elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 where["store"] = _meet_again(**where, seconds=60 * minutes)
+            if where["world_size"] > local_ranks and STORE not in os.environ and "MASTER_ADDR" in os.environ:
+                use_card_towards(os.environ["MASTER_ADDR"])
         # With its device, NCCL connects here and not at the first collective, and a barrier need not guess.
         where["device_id"] = mine if on_gpu else None
         minutes += NCCL_MINUTES if on_gpu else 0

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from dali_loaders.names import printable
 from pipeline.checkpoint import OwnerError
 from pipeline.lease_files import Files
+from pipeline.stopping import ATTEMPT
 
 PATIENCE = 3  # beats that a holder may miss
 LOOKS = 4  # per beat, so that an observer who was suspended himself does not take one look for the last of many
 SIZE = 512  # bytes of a lease: never more, so that it can be written in place on a full disk
 ATTEMPTS = 10
-ATTEMPT = "PROTOSHARD_ATTEMPT"  # the variable in which a launcher that starts ranks again says "JOB NUMBER"
 
 log = logging.getLogger(__name__)
 _pause = time.sleep

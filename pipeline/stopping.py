@@ -1,5 +1,6 @@
 """A run that is asked to stop: by a signal to any of its ranks, or by the file FOLDER/stop. It finishes the step, saves, and ends with exit
-code 75; the same command continues. While there is nothing to save, at the start, it ends at once."""
+code 75; the same command continues. While there is nothing to save, at the start, it ends at once. The file FOLDER/regroup asks likewise,
+where a launcher starts the ranks again, then on other hosts."""
 
 from __future__ import annotations
 
@@ -17,12 +18,18 @@ STOPPED = 75  # exit code
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 BREAKING = (signal.SIGTERM, signal.SIGINT)  # that end a run without a save when they come a second time
 AGAIN = 1.0  # seconds after which a signal is a second one: terminals and launchers both send the first
-FILE = "stop"  # in the run's folder
+FILE, REGROUP = "stop", "regroup"  # in the run's folder
 _RANKS, _BY_FILE = 1 << 32, 100  # more than there can be; in place of a signal's number
+ATTEMPT = "PROTOSHARD_ATTEMPT"  # the variable in which a launcher that starts ranks again says "JOB NUMBER", and later a greater number
+_TO_REGROUP = 1  # less than any request to stop
 
 
 class Stopped(BaseException):
     """Ends a run that was asked to stop. Its text is the sentence for the user."""
+
+
+class Regrouped(Stopped):
+    """Ends the ranks of a run, which has saved, so that they start again."""
 
 
 class Asked(Exception):  # noqa: N818, it is no error
@@ -30,6 +37,10 @@ class Asked(Exception):  # noqa: N818, it is no error
 
     def __init__(self, code: int) -> None:
         number, rank = divmod(code, _RANKS)
+        self.kind = Stopped if number else Regrouped
+        if not number:
+            super().__init__(f"the file {REGROUP}")
+            return
         super().__init__(f"the file {FILE}" if number == _BY_FILE else f"{signal.Signals(number).name} on rank {rank}")
 
 
@@ -54,6 +65,7 @@ class Stop:
         self.raised: Stopped | None = None
         self._number = 0
         self._file: str | None = None
+        self._regroup: str | None = None
         self._repeats = Repeats()
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -72,28 +84,33 @@ class Stop:
             raise self.raised
 
     def watch(self, folder: str, rank: int, keep: bool = False) -> None:
-        """From here on rank 0 looks for FOLDER/stop. One that an earlier run left is removed, unless `keep`.
+        """From here on rank 0 looks for FOLDER/stop. One that an earlier run left is removed, unless `keep`. FOLDER/regroup counts only
+        where ranks are started again, and one from before this start asks for nothing any more.
 
         ValueError: it cannot be removed."""
         self.rank = rank
         if rank == 0:
+            self._file = None if keep else os.path.join(folder, FILE)
+            self._regroup = os.path.join(folder, REGROUP)
+            self.obeyed()
             self._file = os.path.join(folder, FILE)
-            if not keep:
-                self.obeyed()
+            self._regroup = self._regroup if ATTEMPT in os.environ else None
 
     def asked(self) -> int:
         """What any rank was asked, as far as known here, for all ranks to agree on the highest of; 0 for nothing. Once known it stays."""
         if not self._number and self._file and os.path.lexists(self._file):
             self._number = _BY_FILE
+        if not self._number and self._regroup and os.path.lexists(self._regroup):
+            return max(_TO_REGROUP, self.of_peer)
         return max(self._number * _RANKS + self.rank * bool(self._number), self.of_peer)
 
     def obeyed(self) -> None:
-        if self._file:
+        for path in filter(None, (self._file, self._regroup)):
             try:
                 with suppress(FileNotFoundError):
-                    os.unlink(self._file)
+                    os.unlink(path)
             except OSError as error:
-                raise ValueError(f"{self._file} asks the run to stop and cannot be removed ({error.strerror}): remove it") from None
+                raise ValueError(f"{path} asks the run to stop and cannot be removed ({error.strerror}): remove it") from None
 
 
 def unsaved(request: str) -> str:

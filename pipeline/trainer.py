@@ -163,7 +163,7 @@ class Trainer:
         try:
             return self._fit()
         except Asked as request:
-            raise self._stopped(str(request)) from None
+            raise self._stopped(request) from None
 
     def _fit(self) -> dict[str, float]:
         config = self.config
@@ -207,7 +207,7 @@ class Trainer:
         if asked:
             raise Asked(asked)
 
-    def _stopped(self, request: str) -> Stopped:
+    def _stopped(self, request: Asked) -> Stopped:
         """Sees to it that there is a checkpoint of the present step."""
         begun = self.saver.committed if self.saver.flight is None else self.saver.flight.step
         if self.step > self.began_at and begun != self.step:
@@ -215,9 +215,9 @@ class Trainer:
         self.finish_saving()
         self.stop.obeyed()
         if self.step == self.began_at:
-            return Stopped(unsaved(request))
+            return request.kind(unsaved(str(request)))
         path = f"{self.checkpoints}/step-{self.step:08d}"
-        return Stopped(f"stopped by {request} at step {self.step:,}, saved as {path}: the same command continues")
+        return request.kind(f"stopped by {request} at step {self.step:,}, saved as {path}: the same command continues")
 
     def _owes_evaluation(self) -> bool:
         """Whether the evaluation of the present step, of which there is a checkpoint, was broken off."""

@@ -1,7 +1,7 @@
 """Checkpoints that know neither the engine nor the number of ranks: written beside the training, verified, complete or not there at all."""
 
 from pipeline.checkpoint.config import CheckpointConfig
-from pipeline.checkpoint.folder import complete, locate, newest, supersede
+from pipeline.checkpoint.folder import complete, locate, marks, newest, supersede
 from pipeline.checkpoint.manifest import DamagedError
 from pipeline.checkpoint.parts import Held, Part, Saved, Without, rows, whole
 from pipeline.checkpoint.reading import Checkpoint, open_checkpoint
@@ -22,6 +22,7 @@ __all__ = [
     "Without",
     "complete",
     "locate",
+    "marks",
     "newest",
     "open_checkpoint",
     "rows",

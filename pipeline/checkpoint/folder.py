@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import zlib
 from contextlib import suppress
 from typing import Any
 
@@ -31,6 +32,20 @@ def complete(folder: str | Store) -> list[str]:
     store = store_of(folder) if isinstance(folder, str) else folder
     names = filter(STEP.fullmatch, store.names())
     return sorted(names, key=lambda name: (step_of(name), name))
+
+
+def marks(folder: str) -> set[tuple[str, int]]:
+    """Of each finished checkpoint its name, and a number that another one of that name would not have. OSError where the store gives no
+    answer."""
+    store = store_of(folder)
+    if isinstance(store, LocalStore):
+        return {(name, os.stat(os.path.join(store.path, name)).st_mtime_ns) for name in complete(store)}
+    found = set()
+    for name in complete(store):
+        manifest = memoryview(bytearray(store.size(name, MANIFEST)))
+        store.read_into(name, MANIFEST, 0, manifest)
+        found.add((name, zlib.crc32(manifest)))  # it says when and by which run it was written
+    return found
 
 
 def step_of(name: str) -> int:

@@ -33,6 +33,7 @@ def free_port() -> int:
     ("arguments", "sentence"),
     [
         (["stab"], "There is no recipe 'stab'; did you mean 'stub'?"),
+        (["stub", "--ranks", "3:2"], "--ranks 3:2: MIN is above MAX; give the smaller number first, 2:3."),
         (["stub", "--ranks-per-node", "0"], "--ranks-per-node is 0; a node needs at least 1 rank."),
         (["stub", "--from", ""], "--from is given an empty path"),
         (["stub", "--max-failures", "-1"], "--max-failures is -1;"),

@@ -147,7 +147,7 @@ SLURM = {
 def test_the_place_of_a_rank(monkeypatch):
     asked = []
     monkeypatch.setattr(slurm_rank, "address_towards", lambda name: asked.append(name) or "10.0.0.3")
-    monkeypatch.setattr(slurm_rank, "interface_of", lambda address: f"eth-{address}")
+    monkeypatch.setattr(slurm_rank, "card_of", lambda address: f"eth-{address}")
     assert slurm_rank.place(SLURM) == {
         "RANK": "9",
         "WORLD_SIZE": "12",

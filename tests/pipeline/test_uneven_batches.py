@@ -44,7 +44,8 @@ def assert_equal(found, expected):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3, 5])
 def test_losses_of_ranks_that_do_not_divide_the_batch(ranks, data, one_rank, size, tmp_path):
     assert_equal(ranks(size).run(train_losses, config_of(data, tmp_path))[0], one_rank)
     with open(tmp_path / "metrics.jsonl") as file:

@@ -16,9 +16,15 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    folder: str = ""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     run: RunConfig = RunConfig()
     engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     steps: int = 5
     pause: float = 0.0
     fail: str = ""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import TrainConfig
-from pipeline.stopping import Stop, Stopped
+from pipeline.stopping import Asked, Stop
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,10 +40,12 @@ def train(config: TrainConfig, resume: str = "auto", keep_stop: bool = False) ->
                 log.write(f"{step} {total.item():g} {time.time():.2f}\n")
             print(f"step {step} total {total.item():g}", flush=True)
             if (step + 1) % 5 == 0:
-                (folder / "checkpoints" / f"step-{step + 1:08d}").mkdir(parents=True)
+                (folder / "checkpoints" / f"step-{step + 1:08d}").mkdir(parents=True, exist_ok=True)
         asked = torch.tensor(stop.asked())
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked:
             stop.obeyed()
-            raise Stopped(f"stopped at step {step + 1}")
+            if rank == 0:
+                (folder / "checkpoints" / f"step-{step + 1:08d}").mkdir(parents=True, exist_ok=True)
+            raise Asked(int(asked)).kind(f"stopped at step {step + 1}")
     return {"total": total.item()}
