@@ -210,7 +210,7 @@ def follow(node: subprocess.Popen[str], order: dict[str, Any], folder: str) -> s
             return output.tail() or f"it said nothing for {START_SECONDS} s"
     awaited = {order["agent_port"]} | ({order["dashboard_port"]} if order["head"] is None else set())
     deadline = time.monotonic() + PORTS_SECONDS
-    while not awaited <= listening(folder):
+    while not awaited <= listening(folder, node.pid):
         time.sleep(0.1)
         if node.poll() is not None or time.monotonic() > deadline:
             return "it started, but another program has taken one of its ports"
@@ -243,12 +243,12 @@ class Output:
         return " ".join(filter(None, self._lines))
 
 
-def listening(folder: str) -> set[int]:
+def listening(folder: str, session: int) -> set[int]:
     """The ports on which what the node has started listens."""
     import psutil
 
     ports = set()
-    for pid in started(folder):
+    for pid in (*started(folder), *of_session(session)):
         with suppress(psutil.Error):
             connections = psutil.Process(pid).net_connections("tcp")
             ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
@@ -263,6 +263,9 @@ def stop(node: subprocess.Popen[str], folder: str) -> None:
         node.kill()
         node.wait()
     end_all(folder)
+    for pid in of_session(node.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def end_all(folder: str) -> None:
@@ -275,6 +278,16 @@ def end_all(folder: str) -> None:
             time.sleep(0.1)
             if not left:
                 break
+
+
+def of_session(session: int) -> list[int]:
+    """Processes of the session that the node leads. Those of Ray that give themselves a title write it over their environment."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) == session:
+                found.append(pid)
+    return found
 
 
 def started(folder: str) -> list[int]:
