@@ -8,6 +8,8 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -140,36 +142,45 @@ def environment(pid: int) -> bytes:
         return b""
 
 
-def test_a_cluster_of_ray_start_whose_names_map_to_127_0_1_1(hosts, network, tmp_path):
-    """Ranks on two hosts find each other, whatever the hosts' names say; then each has a run folder of its own, which is told before
-    training."""
+@contextmanager
+def ray_start(hosts: list[Host], folder: Path) -> Iterator[dict[str, str]]:
+    """A cluster of `ray start` on these hosts, with a processor each: what a shell must export to use it."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000", "--num-cpus=1"]
-    second, nodes = hosts[1], []
-
-    def up(host: Host, *arguments: str) -> None:
-        folder = tmp_path / host.name
-        folder.mkdir()
-        command = [*start, f"--node-ip-address={host.address}", *arguments]
-        with open(folder / "log.txt", "w") as log:
-            nodes.append(host.popen(command, env={**os.environ, **token}, stdout=log, stderr=subprocess.STDOUT))
-        wait_for(lambda: "Ray runtime started" in (folder / "log.txt").read_text(), nodes[-1], folder)
-
+    nodes: list[subprocess.Popen[str]] = []
     try:
-        up(hosts[0], "--head", "--dashboard-host=10.77.0.1")
-        up(second, "--address=10.77.0.1:6379")
-        arguments = ("--address", "10.77.0.1:6379", "--ranks-per-node", "1")
-        code, log = finish(launch(network.desk, tmp_path, *arguments, **token), tmp_path)
-        assert code == 0 and "stub on 2 ranks" in log and "finished, total 12" in log and "Traceback" not in log, log
-        (tmp_path / "run").mkdir(exist_ok=True)
-        second.cover(tmp_path / "run")
-        code, log = finish(launch(network.desk, tmp_path, *arguments, **token), tmp_path)
-        assert code == 2 and "multinode.sh: Host node" in log and "give a run.folder that all hosts share." in log, log
-        assert "Traceback" not in log and not list((tmp_path / "run").glob(".seen*")), log
+        for host in hosts:
+            (folder / host.name).mkdir()
+            role = ["--head", f"--dashboard-host={host.address}"] if host is hosts[0] else [f"--address={hosts[0].address}:6379"]
+            with open(folder / host.name / "log.txt", "w") as log:
+                command = [*start, f"--node-ip-address={host.address}", *role]
+                nodes.append(host.popen(command, env={**os.environ, **token}, stdout=log, stderr=subprocess.STDOUT))
+            said = folder / host.name / "log.txt"
+            wait_for(lambda said=said: "Ray runtime started" in said.read_text(), nodes[-1], said.parent)
+        yield token
     finally:
         for node in nodes:
             node.terminate()
         for node in nodes:
             node.wait(60)
-        for host in hosts[:2]:
+        for host in hosts:
             host.changed = True  # Ray leaves processes and files
+
+
+def test_a_cluster_of_ray_start_whose_names_map_to_127_0_1_1(hosts, network, tmp_path):
+    """Ranks on two hosts find each other, whatever the hosts' names say."""
+    with ray_start(hosts[:2], tmp_path) as token:
+        arguments = ("--address", "10.77.0.1:6379", "--ranks-per-node", "1")
+        code, log = finish(launch(network.desk, tmp_path, *arguments, **token), tmp_path)
+    assert code == 0 and "stub on 2 ranks" in log and "finished, total 12" in log and "Traceback" not in log, log
+
+
+@pytest.mark.long
+def test_a_run_folder_that_hosts_do_not_share_is_told_before_training(hosts, network, tmp_path):
+    (tmp_path / "run").mkdir()
+    hosts[1].cover(tmp_path / "run")
+    with ray_start(hosts[:2], tmp_path) as token:
+        arguments = ("--address", "10.77.0.1:6379", "--ranks-per-node", "1")
+        code, log = finish(launch(network.desk, tmp_path, *arguments, **token), tmp_path)
+    assert code == 2 and "multinode.sh: Host node" in log and "give a run.folder that all hosts share." in log, log
+    assert "Traceback" not in log and not list((tmp_path / "run").glob(".seen*")), log
