@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 pytest.importorskip("ray", reason="the launcher needs Ray")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "multinode.sh"
 STUB = os.pathsep.join([str(ROOT / "tests" / "launch" / "stub"), str(ROOT)])

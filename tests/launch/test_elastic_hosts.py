@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("ray", reason="the launcher needs Ray")
 from pipeline.recipes.data import find_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).resolve().parents[2]
 DATA = {name: Path(find_data(f"dogs/{name}.tar")) for name in ("train", "test")}
 if not all(path.exists() for path in DATA.values()):

@@ -16,7 +16,7 @@ import pytest
 
 from tests.launch.netns import ROOT, Host, Network
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = ROOT / "launch" / "multinode.sh"
 PYTHONPATH = os.pathsep.join([str(ROOT / "tests" / "launch" / "stub"), str(ROOT)])
 SECONDS = 150
