@@ -32,6 +32,7 @@ SSH = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "Ser
 @dataclass(frozen=True)
 class Cluster:
     dashboard: str  # http://host:port of the job server
+    head: str  # host:port of the control store
     token: str = field(repr=False)
     returns: Returns
 
@@ -132,7 +133,7 @@ def beat(nodes: list[Node], over: threading.Event) -> None:
 
 @contextmanager
 def started(
-    hosts: list[Host], *, root: str, python: str, ranks_per_node: int | None, dashboard: str | None = None, logs: str = ""
+    hosts: list[Host], root: str, python: str, ranks_per_node: int | None = None, dashboard: str | None = None, logs: str = ""
 ) -> Iterator[Cluster]:
     """A cluster of these hosts; the first is its head. ValueError names the host that cannot be reached or used, RuntimeError one where Ray
     does not start.
@@ -175,7 +176,7 @@ def started(
         for order in orders[1:]:
             order["head"] = ready["head"]
         returns = Returns(nodes, [host.name for host in hosts], orders, lambda place: Node(hosts[place], root, python), say)
-        yield Cluster(url, token, returns)
+        yield Cluster(url, ready["head"], token, returns)
     finally:
         over.set()
         if returns is not None:

@@ -9,13 +9,12 @@ import logging
 import math
 import os
 import re
-import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dali_loaders.names import printable
 from dali_loaders.remote import is_remote, without_secrets
 from dali_loaders.sources import Source
 from launch.checkout import ROOT
-from launch.cluster import HELLO_SECONDS, READY_SECONDS, STOP_SECONDS, Node
+from launch.cluster import started
 from launch.embed_worker import Account, Task, Worker, account, name_of
 from launch.hosts import Host
 from pipeline import stopping
@@ -164,24 +163,20 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     files in a folder that only its user can enter."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    node = None
-    try:
+    with ExitStack() as stack:
         if address is None:
-            say("starting Ray")
-            node = Node(Host("localhost", "localhost", None, True), str(ROOT), sys.executable)
-            token = secrets.token_hex(16)
             try:
-                node.expect("hello", time.monotonic() + HELLO_SECONDS)
-                node.send({"address": "127.0.0.1", "alone": True, "token": token, "head": None, "slots": None})
-                address = node.expect("ready", time.monotonic() + READY_SECONDS)["head"]
+                running = stack.enter_context(started([Host("localhost", "localhost", None, True)], str(ROOT), sys.executable))
             except ValueError as error:  # a slow machine is no bad input
                 raise RuntimeError(str(error).rstrip(".")) from None
+            address = running.head
             # Read when Ray is imported. It would take another address of this machine for 127.0.0.1.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
         reach(address)
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: lines for those who develop Ray
         import ray
 
+        stack.callback(ray.shutdown)
         try:
             variables = {"PYTHONPATH": os.environ["PYTHONPATH"]}
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": variables})
@@ -192,12 +187,6 @@ def ray_cluster(address: str | None) -> Iterator[None]:
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for a token"
             ) from None
         yield
-    finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
-        if node is not None:
-            node.close()
-            node.wait(time.monotonic() + STOP_SECONDS)
 
 
 def reach(address: str) -> None:

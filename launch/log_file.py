@@ -16,6 +16,7 @@ TOLD = re.compile(rb"warn|error|fail|fault|fatal|critical|exception|killed|died|
 NOISE = re.compile(
     rb"\[c10d\]|\[Gloo\]|ProcessGroup(Gloo|NCCL|Wrapper)\.|TCPStore|socket\.cpp|Setting up process group|"
     rb"A worker died or was killed while executing a task by an unexpected system error|"  # said again, with the rank, in a line
+    rb"^\(raylet(?:, ip=[^)]+)?\)(?!.*memory pressure)|"  # a host that was lost, likewise; with a stack of 20 lines when it is back
     rb"Started distributed worker processes|^- \(ip=|ray/train/v2/|RAY_ACCEL_ENV_VAR|FutureWarning|DeprecationWarning|warnings\.warn\("
 )
 OF_RAY = re.compile(rb"^\((?:\w+ )?pid=\d+(?:, ip=[^)]+)?\) ")
@@ -51,12 +52,17 @@ class Shown:
     def __init__(self, prefix: bytes, everything: bool) -> None:
         self._prefix, self._everything = prefix, everything
         self._minute, self._count = 0, 0
+        self._is_noise = False
 
     def of(self, line: bytes) -> bytes | None:
-        if NOISE.search(line):
-            return None
         clock = CLOCK.match(line)
         at = clock.end() if clock else 0
+        goes_on = not clock and line[:1].isspace()
+        is_noise = NOISE.search(line[at:]) is not None
+        if not goes_on:
+            self._is_noise = is_noise
+        if is_noise or self._is_noise:
+            return None
         told = line[:at] + self._prefix + line[at:]
         if self._everything:
             return told

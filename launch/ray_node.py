@@ -2,9 +2,7 @@
 The node stops when its input closes, which a killed launcher or a lost connection does too, or when its launcher, whose machine may be gone
 without a word, gives no sign of life on it. So nothing is left running."""
 
-import ctypes
 import fcntl
-import glob
 import importlib.metadata
 import json
 import os
@@ -20,12 +18,12 @@ import threading
 import time
 import uuid
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import job_logs
 from launch.addresses import free_ports, with_port
+from launch.node_processes import ALIVE, NODE, end_with_parent, listening, remove_left, stop
 
 OBJECT_STORE_BYTES = 100_000_000  # near the minimum instead of 30 % of memory: batches and checkpoints never pass through Ray
 # Of the head, which gives up a host that is cut off: after about 14 s, where Ray's own settings take 72.
@@ -39,9 +37,6 @@ QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "30000", "EVENT_AGENT_REPORT_INTERVAL_SE
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
 TOKEN = "token"  # a file in the folder of the head
-ALIVE = "alive"  # a file in the node's folder, locked while the node lives
-NODE = "PROTOSHARD_RAY_NODE"  # the variable by which all that a node has started is known
-STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute for Ray Train's detached actor
 STARTS = 3  # Ray gives up after 30 s, which a busy machine or file system exceeds, and another program may take a port that was free
 START_SECONDS = 90
 PORTS_SECONDS = 30  # for the dashboard and its agent to listen, once Ray says that it has started
@@ -151,24 +146,6 @@ def write_token(path: str, token: str) -> None:
         file.write(f"{token}\n")
 
 
-def end_with_parent() -> None:
-    """In the new process: the kernel ends it where this one is killed, which then can stop nothing."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def remove_left() -> None:
-    """Folders of nodes that were killed: nobody holds their lock any more."""
-    for path in glob.glob(f"/tmp/protoshard-ray-*/{ALIVE}"):
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                end_all(os.path.dirname(path))
-                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
-            finally:
-                os.close(descriptor)
-
-
 def start_command(order: dict[str, Any], folder: str) -> list[str]:
     """Of a node that keeps its files below `folder`: Ray makes its own folder open to everyone, and whoever writes there runs code."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--log-style=record"]
@@ -241,66 +218,6 @@ class Output:
 
     def tail(self) -> str:
         return " ".join(filter(None, self._lines))
-
-
-def listening(folder: str, session: int) -> set[int]:
-    """The ports on which what the node has started listens."""
-    import psutil
-
-    ports = set()
-    for pid in (*started(folder), *of_session(session)):
-        with suppress(psutil.Error):
-            connections = psutil.Process(pid).net_connections("tcp")
-            ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
-    return ports
-
-
-def stop(node: subprocess.Popen[str], folder: str) -> None:
-    node.terminate()
-    try:
-        node.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        node.kill()
-        node.wait()
-    end_all(folder)
-    for pid in of_session(node.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def end_all(folder: str) -> None:
-    for spare in (b"log_file.py", b""):  # which writes the last words of the others
-        for _ in range(10):
-            left = [pid for pid in started(folder) if not (spare and spare in _read(f"/proc/{pid}/cmdline"))]
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
-            if not left:
-                break
-
-
-def of_session(session: int) -> list[int]:
-    """Processes of the session that the node leads. Those of Ray that give themselves a title write it over their environment."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with suppress(ProcessLookupError):
-            if os.getsid(pid) == session:
-                found.append(pid)
-    return found
-
-
-def started(folder: str) -> list[int]:
-    """What lives of all that the node has started. A job's driver has a session of its own, and no parent any more; but the environment
-    of the node, in which the name of its folder is."""
-    sign = f"{NODE}={folder}\0".encode()
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and sign in _read(f"/proc/{pid}/environ")]
-
-
-def _read(path: str) -> bytes:
-    with suppress(OSError), open(path, "rb") as file:
-        return file.read()
-    return b""
 
 
 def say(event: str, **fields: Any) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dali_loaders.sources import open_source
-from launch import embed, embed_worker
+from launch import cluster, embed, embed_worker
 from launch.embed_worker import Task, Worker, name_of
 from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.export import embedding_files
@@ -152,7 +152,7 @@ def test_bad_input_ends_in_a_sentence_before_ray_starts(made, tmp_path, monkeypa
 
 
 def test_a_ray_that_does_not_start_is_no_bad_input(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(embed, "HELLO_SECONDS", 0.0)
+    monkeypatch.setattr(cluster, "HELLO_SECONDS", 0.0)
     assert embed.main(command(made, tmp_path / "out")[3:]) == 1
     assert "did not say hello in time" in capsys.readouterr().err and not (tmp_path / "out" / "_done.json").exists()
 

@@ -48,6 +48,22 @@ os.write(1, b"parts")
     )
 
 
+def test_what_ray_says_of_its_own_parts_is_in_the_file_alone():
+    shown = log_file.Shown(b"", everything=True)
+    clock = b"2026-11-26 23:57:27  "
+    noise = [
+        clock + b"(raylet) Raylet is terminated. Last 20 lines of the Raylet logs:\n",
+        b"    *** StackTrace Information ***\n",
+        b"    raylet(+0xff770a) [0x55fa1bb8c70a] ray::operator<<()\n",
+        b"\n",
+        clock + b"(raylet, ip=10.77.0.3) node_manager.cc:519: GCS consider this node to be dead.\n",
+        clock + b"- (ip=10.77.0.3, pid=12) world_rank=0\n",
+    ]
+    assert [shown.of(line) for line in noise] == [None] * len(noise)
+    for line in (clock + b"(raylet) 1 Workers killed due to memory pressure (OOM)\n", b"    of it\n", clock + b"step 1\n"):
+        assert shown.of(line) == line
+
+
 def test_other_ranks_are_shown_where_they_warn(tmp_path):
     program = """
 print("step 1")

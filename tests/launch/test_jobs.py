@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
@@ -15,98 +14,26 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import pytest
 
-from launch.log_file import NOISE
+from launch.log_file import Shown
+from tests.launch.ray_nodes import PATIENCE, ROOT, Command, Nodes, losses, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "launch" / "multinode.sh"
-PYTHONPATH = os.pathsep.join([str(ROOT / "tests" / "launch" / "stub"), str(ROOT)])
-PATIENCE = 240.0  # of a test, on a busy machine
-
-
-class Node(NamedTuple):
-    dashboard: str
-    env: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """With room for two ranks."""
-    token, process = secrets.token_hex(16), None
-    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    order = {"address": "127.0.0.1", "alone": False, "token": token, "head": None, "slots": 2}
-    try:
-        for _ in range(3):  # a busy machine may be too slow for Ray
-            process = subprocess.Popen(
-                [sys.executable, "-m", "launch.ray_node"],
-                cwd=tmp_path_factory.mktemp("node"),
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            assert process.stdin is not None and process.stdout is not None
-            said = [json.loads(process.stdout.readline().removeprefix("ray-node "))]
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            for line in process.stdout:
-                said.append(json.loads(line.removeprefix("ray-node ")))
-                if said[-1]["event"] in ("ready", "failed"):
-                    break
-            if said[-1]["event"] == "ready":
-                break
-            process.wait(30)
-        yield Node(said[-1]["dashboard"], {**env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
-    finally:
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
-            process.wait(30)
+    node = Nodes(tmp_path_factory.mktemp("node"), count=1, slots=2)
+    yield node
+    node.close()
 
 
-class Launcher:
-    """A command of multinode.sh."""
-
-    def __init__(self, node: Node, folder: Path, *arguments: str, address: str = "") -> None:
-        self.log = folder / f"{secrets.token_hex(2)}.txt"
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                ["bash", str(SCRIPT), *arguments, "--address", address or node.dashboard],
-                cwd=folder,
-                env=node.env,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def wait(self) -> int:
-        try:
-            return self.process.wait(PATIENCE)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait(10)
-
-
-def until(found, launcher: Launcher | None = None) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not found():
-        assert time.monotonic() < deadline, launcher and launcher.said
-        assert launcher is None or launcher.process.poll() is None, launcher.said
-        time.sleep(0.1)
-
-
-def steps(folder: Path) -> int:
-    log = folder / "run" / "steps.txt"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+def command(node: Nodes, folder: Path, *arguments: str, address: str = "", **variables: str) -> Command:
+    return Command(folder, *arguments, "--address", address or node.dashboard, env=node.env | variables)
 
 
 class Proxy:
@@ -159,15 +86,15 @@ class Proxy:
 def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
     """One job: a worker is killed, then the launcher's connection is cut for a while. The failure is said in one line, the log is whole."""
     proxy = Proxy(node.dashboard)
-    job = Launcher(node, tmp_path, "stub", "--set", "steps=90", "pause=0.2", address=proxy.address)
+    job = command(node, tmp_path, "stub", "--set", "steps=90", "pause=0.2", address=proxy.address)
     try:
-        until(lambda: steps(tmp_path) > 6, job)
+        job.until(lambda: len(steps(tmp_path)) > 6)
         os.kill(json.loads((tmp_path / "run" / "worker1.json").read_text())["pid"], signal.SIGKILL)
-        until(lambda: "Failure 1" in job.said, job)
-        before = steps(tmp_path)
-        until(lambda: steps(tmp_path) > before + 2, job)
+        job.until(lambda: "Failure 1" in job.said)
+        before = len(steps(tmp_path))
+        job.until(lambda: len(steps(tmp_path)) > before + 2)
         proxy.cut()
-        until(lambda: "no contact with the job server" in job.said, job)
+        job.until(lambda: "no contact with the job server" in job.said)
         proxy.is_cut = False
     finally:
         code = job.wait()
@@ -179,9 +106,9 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
     assert len(line) < 400
     (logs,) = (tmp_path / "run" / "logs").iterdir()
     assert {path.name for path in logs.iterdir()} == {"driver.log", "rank-0.log", "rank-1.log", "failures.txt"}
-    kept = (logs / "driver.log").read_text().splitlines()
+    kept, of = (logs / "driver.log").read_text().splitlines(), Shown(b"", everything=True).of
     shown = [line for line in said.splitlines() if "job server" not in line and "submitted" not in line]
-    assert shown == [line for line in kept if not NOISE.search(line.encode())]  # once each, in order
+    assert shown == [line for line in kept if of(line.encode())]  # once each, in order
     assert f"logs of all ranks: {logs}" in said and "workers placed: ranks 0 to 1 on" in said and "process group made, with gloo" in said
     assert "c10d" not in said and "Gloo" not in said
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  |\s|$", line) for line in said.splitlines())
@@ -189,25 +116,25 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
 
 
 def test_a_job_by_name(node, tmp_path):
-    command = ("stub", "--name", "faces", "--set", "steps=100000", "pause=0.1")
-    first = Launcher(node, tmp_path, *command, "--detach")
+    words = ("stub", "--name", "faces", "--set", "steps=100000", "pause=0.1")
+    first = command(node, tmp_path, *words, "--detach")
     assert first.wait() == 0 and "job faces runs; launch/multinode.sh --attach faces" in first.said, first.said
-    second = Launcher(node, tmp_path, *command, "--detach")
+    second = command(node, tmp_path, *words, "--detach")
     assert second.wait() == 0 and "job faces was running already" in second.said, second.said
-    other = Launcher(node, tmp_path, "stub", "--name", "faces", "--set", "steps=3")
+    other = command(node, tmp_path, "stub", "--name", "faces", "--set", "steps=3")
     assert other.wait() == 2 and "Job faces runs with another recipe or other options" in other.said, other.said
-    attached = Launcher(node, tmp_path, "--attach", "faces")
-    left = Launcher(node, tmp_path, *command)
+    attached = command(node, tmp_path, "--attach", "faces")
+    left = command(node, tmp_path, *words)
     try:
-        until(lambda: steps(tmp_path) > 2 and "step 2 total" in attached.said and "following it" in left.said and "Ctrl-C" in left.said)
+        attached.until(lambda: "step 2 total" in attached.said and "following it" in left.said and "Ctrl-C" in left.said)
         left.process.send_signal(signal.SIGINT)
         assert left.wait() == 130 and "job faces goes on" in left.said, left.said
         status = [sys.executable, "-m", "pipeline.cli", "status", "faces", "--address", node.dashboard]
         asked = subprocess.run(
-            status, cwd=tmp_path, env={**node.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE
+            status, cwd=tmp_path, env={**os.environ, **node.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE
         )
         assert asked.returncode == 0 and "job faces: RUNNING" in asked.stderr and "job         faces, logs in" in asked.stdout, asked
-        stop = Launcher(node, tmp_path, "--stop", "faces")
+        stop = command(node, tmp_path, "--stop", "faces")
         assert stop.wait() == 0 and "asking job faces to save and stop, and waiting up to 60 min" in stop.said, stop.said
         assert "has ended, as FAILED, with exit code 75" in stop.said
         code = attached.wait()
@@ -219,24 +146,18 @@ def test_a_job_by_name(node, tmp_path):
 
 @pytest.mark.long
 def test_a_job_that_is_stopped_before_its_run_has_begun(node, tmp_path):
-    job = Launcher(node, tmp_path, "stub", "--set", "steps=100000", "pause=0.1")
-    until(lambda: "submitted" in job.said, job)
+    job = command(node, tmp_path, "stub", "--set", "steps=100000", "pause=0.1")
+    job.until(lambda: "submitted" in job.said)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait() == 75 and "asking the run to save and stop, and waiting up to 60 min (run.timeout) for it" in job.said, job.said
-    assert steps(tmp_path) < 100000
-
-
-def losses(run: Path) -> dict[int, float]:
-    path = run / "metrics.jsonl"
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
+    assert len(steps(tmp_path)) < 100000
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_driver_and_the_job_submitted_again(node, tmp_path):
     """The real trainer: it goes on from the newest checkpoint, with the losses of a run that was not disturbed."""
-    env = {**node.env, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **node.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     protoshard = [sys.executable, "-m", "pipeline.cli"]
     drawing = [*protoshard, "data", "faces", "faces.tar", "--identities", "24", "--images", "12", "--size", "32"]
     subprocess.run(drawing, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=PATIENCE)
@@ -251,18 +172,17 @@ def test_a_killed_driver_and_the_job_submitted_again(node, tmp_path):
     settings += ["checkpoint.every_steps=10", "backbone.width=32", "engine.precision=float32", "evaluation.data="]
     quiet = [*protoshard, "train", "faces_small", "--ranks", "2", "--set", *settings, "run.folder=quiet"]
     subprocess.run(quiet, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=2 * PATIENCE)
-    command = ("faces_small", "--set", *settings, "run.folder=killed")
-    real = Node(node.dashboard, env)
-    first = Launcher(real, tmp_path, *command)
-    until(lambda: len(losses(tmp_path / "killed")) > 25, first)
-    words = {"launch.ray_driver", f"--folder={tmp_path}"}
-    (driver,) = (one for one in psutil.process_iter(["cmdline"]) if words <= set(one.info["cmdline"]))  # a shell has them in one word
+    words = ("faces_small", "--set", *settings, "run.folder=killed")
+    first = command(node, tmp_path, *words, PYTHONPATH=str(ROOT))
+    first.until(lambda: len(losses(tmp_path / "killed")) > 25)
+    own = {"launch.ray_driver", f"--folder={tmp_path}"}
+    (driver,) = (one for one in psutil.process_iter(["cmdline"]) if own <= set(one.info["cmdline"]))  # a shell has them in one word
     began = time.monotonic()
     driver.kill()
     assert first.wait() == 1 and "was ended by SIGKILL (out of memory?)" in first.said, first.said
     lines = len(losses(tmp_path / "killed"))
-    second = Launcher(real, tmp_path, *command)
-    until(lambda: "resumed from" in second.said and len(losses(tmp_path / "killed")) > lines, second)
+    second = command(node, tmp_path, *words, PYTHONPATH=str(ROOT))
+    second.until(lambda: "resumed from" in second.said and len(losses(tmp_path / "killed")) > lines)
     print(f"on {time.monotonic() - began:.0f} s after SIGKILL to the driver, of which the first command took {lines} steps")
     assert second.wait() == 0, second.said
     killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")

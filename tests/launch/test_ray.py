@@ -4,7 +4,6 @@ Only processes started here are ever signalled, other Ray clusters of the machin
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -12,97 +11,26 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.launch.ray_nodes import ROOT, Command, Nodes, losses, steps
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "launch" / "multinode.sh"
-PYTHONPATH = os.pathsep.join([str(ROOT / "tests" / "launch" / "stub"), str(ROOT)])
-
-
-class TwoNodes(NamedTuple):
-    dashboard: str
-    head: str
-    env: dict[str, str]  # what a shell must export to use it
-    processes: list[subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Two Ray nodes with room for one rank each."""
-    token = secrets.token_hex(16)
-    nodes: list[subprocess.Popen[str]] = []
-    folder = tmp_path_factory.mktemp("nodes")
-
-    def start(head: str | None) -> dict[str, Any]:
-        node = subprocess.Popen(
-            [sys.executable, "-m", "launch.ray_node"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        nodes.append(node)
-        assert node.stdin is not None and node.stdout is not None
-        assert message(node.stdout.readline())["event"] == "hello"
-        node.stdin.write(json.dumps({"address": "127.0.0.1", "alone": False, "token": token, "head": head, "slots": 1}) + "\n")
-        node.stdin.flush()
-        return message(node.stdout.readline())
-
-    try:
-        ready = start(None)
-        start(ready["head"])
-        yield TwoNodes(ready["dashboard"], ready["head"], {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}, nodes)
-    finally:
-        for node in nodes:
-            assert node.stdin is not None
-            node.stdin.close()
-        for node in nodes:
-            node.wait(30)
+    nodes = Nodes(tmp_path_factory.mktemp("nodes"))
+    yield nodes
+    nodes.close()
 
 
-def message(line: str) -> dict[str, Any]:
-    answer = json.loads(line.removeprefix("ray-node "))
-    assert answer["event"] != "failed", answer
-    return answer
-
-
-def launch(folder: Path, *arguments: str, recipe: str = "stub", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        ["bash", str(SCRIPT), recipe, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", **(env or {})},
-        stdout=open(folder / "log.txt", "w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A test run in the background of a shell inherits "ignore Ctrl-C", and would pass that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 280) -> int:
-    try:
-        return process.wait(seconds)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # the launcher stops what it started
-            process.wait(60)
-
-
-def wait_for_step(number: int, folder: Path, job: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while len(steps(folder)) <= number:
-        assert job.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
-        time.sleep(0.2)
-
-
-def steps(folder: Path) -> list[list[str]]:
-    log = folder / "run" / "steps.txt"
-    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+def wait_for_step(number: int, folder: Path, job: Command) -> None:
+    job.until(lambda: len(steps(folder)) > number)
 
 
 def worker(folder: Path, rank: int) -> dict[str, Any]:
@@ -122,20 +50,14 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
     overrides = [word for setting in settings for word in ("--set", setting)]
     quiet = [*protoshard, "train", "faces_small", "--ranks", "2", *overrides, "--set", "run.folder=quiet"]
     subprocess.run(quiet, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=120)
-    job = launch(
-        tmp_path, "--address", two_nodes.head, "--resume", "none", *overrides, "--set", "run.folder=killed", recipe="faces_small",
-        env={**two_nodes.env, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    command = ("faces_small", "--address", two_nodes.head, "--resume", "none", *overrides, "--set", "run.folder=killed")
+    job = Command(tmp_path, *command, env={**two_nodes.env, "PYTHONPATH": str(ROOT)})
     try:
-        deadline = time.monotonic() + 240
-        while len(losses(tmp_path / "killed")) < 15:
-            assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
-            time.sleep(0.05)
+        job.until(lambda: len(losses(tmp_path / "killed")) >= 15)
         workers = [process for node in two_nodes.processes for process in psutil.Process(node.pid).children(recursive=True)]
         next(process for process in workers if "RayTrainWorker" in " ".join(process.cmdline())).kill()
     finally:
-        code = finish(job)
-    log = (tmp_path / "log.txt").read_text()
+        code, log = job.wait(), job.said
     assert (
         code == 0
         and re.search(r"Failure 1, 3 allowed .*rank [01] on \S+ died without a word", log)
@@ -148,43 +70,39 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
     assert killed == pytest.approx(undisturbed, rel=1e-4)
 
 
-def losses(run: Path) -> dict[int, float]:
-    path = run / "metrics.jsonl"
-    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    return {line["step"]: line["loss"] for line in map(json.loads, complete) if "loss" in line}
-
-
 def test_bad_input_of_one_rank_is_not_tried_again(two_nodes, tmp_path):
-    code = finish(launch(tmp_path, "--address", two_nodes.dashboard, "--set", "fail=bad input", env=two_nodes.env))
-    log = (tmp_path / "log.txt").read_text()
+    job = Command(tmp_path, "stub", "--address", two_nodes.dashboard, "--set", "fail=bad input", env=two_nodes.env)
+    code, log = job.wait(), job.said
     assert code == 2, log
     assert "multinode.sh: File faces.tar has no image; give a folder of images." in log
     assert "Traceback" not in log and "Failure" not in log
 
 
 def test_a_wrong_token_is_bad_input(two_nodes, tmp_path):
-    code = finish(launch(tmp_path, "--address", two_nodes.dashboard, env={**two_nodes.env, "RAY_AUTH_TOKEN": "0" * 32}))
-    log = (tmp_path / "log.txt").read_text()
+    job = Command(tmp_path, "stub", "--address", two_nodes.dashboard, env={**two_nodes.env, "RAY_AUTH_TOKEN": "0" * 32})
+    code, log = job.wait(), job.said
     assert code == 2 and log.startswith("multinode.sh: The Ray cluster at http://") and log.count("\n") == 1, log
 
 
 def test_failures_run_out(two_nodes, tmp_path):
-    code = finish(launch(tmp_path, "--address", two_nodes.dashboard, "--max-failures", "0", "--set", "fail=bug", env=two_nodes.env))
-    log = (tmp_path / "log.txt").read_text()
+    job = Command(tmp_path, "stub", "--address", two_nodes.dashboard, "--max-failures", "0", "--set", "fail=bug", env=two_nodes.env)
+    code, log = job.wait(), job.said
     assert code == 1 and "Failure 1, 0 allowed" in log and "RuntimeError: a bug" in log, log
 
 
 def test_interrupting_leaves_the_users_cluster_without_the_job(two_nodes, tmp_path):
     note = "my faces [1, 2] 'a' \"b\" $HOME"
-    job = launch(tmp_path, "--address", two_nodes.dashboard, "--set", "steps=10000", "pause=0.1", f"run.note={note}", env=two_nodes.env)
+    job = Command(
+        tmp_path, "stub", "--address", two_nodes.dashboard, "--set", "steps=10000", "pause=0.1", f"run.note={note}", env=two_nodes.env
+    )
     try:
         wait_for_step(2, tmp_path, job)
-        job.send_signal(signal.SIGINT)
+        job.process.send_signal(signal.SIGINT)
         time.sleep(1.2)
-        job.send_signal(signal.SIGINT)
+        job.process.send_signal(signal.SIGINT)
     finally:
-        code = finish(job)
-    assert code == 130, (tmp_path / "log.txt").read_text()
+        code = job.wait()
+    assert code == 130, job.said
     last = worker(tmp_path, 1)
     assert (last["note"], last["RANK"], last["WORLD_SIZE"], last["MASTER_PORT"].isdigit()) == (note, "1", "2", True)
     deadline = time.monotonic() + 20
@@ -195,12 +113,12 @@ def test_interrupting_leaves_the_users_cluster_without_the_job(two_nodes, tmp_pa
 
 def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nodes, tmp_path):
     """Nothing listens to other machines, other users see neither files nor token, and nothing is left."""
-    job = launch(tmp_path, "--ranks-per-node", "2", "--set", "steps=10000", "pause=0.1")
+    job = Command(tmp_path, "stub", "--ranks-per-node", "2", "--set", "steps=10000", "pause=0.1")
     started: list[psutil.Process] = []
     listening, tokens, commands = set(), set(), []
     try:
         wait_for_step(2, tmp_path, job)
-        started = psutil.Process(job.pid).children(recursive=True)
+        started = psutil.Process(job.process.pid).children(recursive=True)
         for process in started:
             with suppress(psutil.NoSuchProcess):
                 listening |= {
@@ -212,20 +130,19 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
         below = [path for folder in folders for path in folder.rglob("*")]
         storage = list(tmp_path.glob("run.ray-*"))
         modes = [path.stat().st_mode & 0o777 for path in (*folders, *storage)]
-        read = [tmp_path / "log.txt", *(path for path in below if path.is_file() and not path.is_symlink())]
+        read = [job.log, *(path for path in below if path.is_file() and not path.is_symlink())]
         (token,) = tokens - {""}
         token_modes = [(path / "token").stat().st_mode & 0o777 for path in folders]
         telling = [path for path in read if token.encode() in path.read_bytes()]
     finally:
-        job.terminate()
-        code = finish(job)
-    log = (tmp_path / "log.txt").read_text()
+        job.process.terminate()
+        code, log = job.wait(), job.said
     assert "Traceback" not in log, log  # Ray Train's cleaner looks for its cluster on this machine, where two_nodes is another
     assert code == 75 and log.count("multinode.sh: stopped at step ") == 1 and log.count("step 1 total") == 1, log
     assert not (tmp_path / "run" / "stop").exists()
     assert len(started) > 5
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"} and listening
-    assert not any(token in word for word in commands) and token not in (tmp_path / "log.txt").read_text()
+    assert not any(token in word for word in commands) and token not in log
     assert telling == [path / "token" for path in folders] and token_modes == [0o600]
     assert len(folders) == 1 and len(storage) == 1 and modes == [0o700, 0o700] and len(below) > 5
     _, alive = psutil.wait_procs(started, timeout=5)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import ray_node
+from launch import node_processes, ray_node
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTENING = """
@@ -65,7 +65,7 @@ def test_a_node_ends_with_its_input(listening):
 def orphan(tmp_path):
     """A process in a session of its own, whose parent has gone, with the environment of a node in `tmp_path`."""
     command = "import os, sys; os.fork() and os._exit(0); os.setsid(); print(os.getpid(), flush=True); sys.stdout.close(); os.close(1)"
-    env = {**os.environ, ray_node.NODE: str(tmp_path)}
+    env = {**os.environ, node_processes.NODE: str(tmp_path)}
     waiting = [sys.executable, "-c", f"{command}; import time; time.sleep(120)"]
     return int(subprocess.run(waiting, env=env, stdout=subprocess.PIPE, timeout=60).stdout)
 
@@ -78,23 +78,25 @@ def is_there(pid: int) -> bool:
 
 
 def test_all_that_a_node_has_started_ends(tmp_path, orphan):
-    assert ray_node.started(str(tmp_path)) == [orphan]
-    ray_node.end_all(f"{tmp_path}-other")
+    assert node_processes.started(str(tmp_path)) == [orphan]
+    node_processes.end_all(f"{tmp_path}-other")
     assert is_there(orphan)
-    ray_node.end_all(str(tmp_path))
-    assert not is_there(orphan) and ray_node.started(str(tmp_path)) == []
+    node_processes.end_all(str(tmp_path))
+    assert not is_there(orphan) and node_processes.started(str(tmp_path)) == []
 
 
 def test_what_killed_nodes_have_left_is_removed(tmp_path, orphan, monkeypatch):
-    monkeypatch.setattr(ray_node.glob, "glob", lambda pattern: [str(tmp_path / name / ray_node.ALIVE) for name in ("lives", "left")])
+    monkeypatch.setattr(
+        node_processes.glob, "glob", lambda pattern: [str(tmp_path / name / node_processes.ALIVE) for name in ("lives", "left")]
+    )
     for name in ("lives", "left"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / ray_node.ALIVE).touch()
-    with (tmp_path / "lives" / ray_node.ALIVE).open() as file:
+        (tmp_path / name / node_processes.ALIVE).touch()
+    with (tmp_path / "lives" / node_processes.ALIVE).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        ray_node.remove_left()
+        node_processes.remove_left()
     assert [path.name for path in tmp_path.iterdir()] == ["lives"]
-    ray_node.end_all(str(tmp_path))
+    node_processes.end_all(str(tmp_path))
 
 
 def test_a_token_is_for_its_user_alone(tmp_path):
