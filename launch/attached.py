@@ -26,14 +26,18 @@ def described(name: str, ending: Ending) -> dict[str, str]:
     }
 
 
-def jobs(client: Client) -> list[JobDetails]:
-    """Those that multinode.sh has submitted, in the order of their begin. ValueError: the cluster does not tell."""
+def listed(client: Client) -> list[JobDetails]:
+    """All that were submitted to the cluster, in the order of their begin. ValueError: it does not tell."""
     try:
         found = within(ANSWER_SECONDS, client.list_jobs)
     except Exception as error:
         raise ValueError(f"The Ray cluster does not list its jobs ({reason_of(error)}); try again.") from None
-    ours = [details for details in found if "protoshard" in (details.metadata or {}) and details.submission_id]
-    return sorted(ours, key=lambda details: details.start_time or 0)
+    return sorted((details for details in found if details.submission_id), key=lambda details: details.start_time or 0)
+
+
+def jobs(client: Client) -> list[JobDetails]:
+    """Those that multinode.sh has submitted."""
+    return [details for details in listed(client) if "protoshard" in (details.metadata or {})]
 
 
 def find(client: Client, job: str) -> JobDetails:
@@ -60,7 +64,8 @@ def id_for(client: Client, name: str, entrypoint: str) -> tuple[str, JobDetails 
     which the cluster takes once. ValueError: another command runs under that name."""
     if not name:
         return f"protoshard-{secrets.token_hex(4)}", None
-    named = [details for details in jobs(client) if name_of(details) == name]
+    known = listed(client)
+    named = [details for details in known if name_of(details) == name]
     for details in named:
         if not details.status.is_terminal():
             if details.entrypoint != entrypoint:
@@ -69,7 +74,7 @@ def id_for(client: Client, name: str, entrypoint: str) -> tuple[str, JobDetails 
                     f"--stop {name}."
                 )
             return str(details.submission_id), details
-    taken = {details.submission_id for details in named}
+    taken = {details.submission_id for details in known}
     number = len(named) + 1
     while (job_id := name if number == 1 else f"{name}-{number}") in taken:
         number += 1

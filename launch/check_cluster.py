@@ -1,7 +1,6 @@
 """`--check` of a running Ray cluster: a job that asks an actor on each node, as check_hosts.py asks each host."""
 
 import argparse
-import logging
 import os
 import socket
 import sys
@@ -10,13 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.job_submission import JobSubmissionClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.checking import Check
+from launch.following import Client, Log, follow
+from launch.job import Task, exit_code, stop, submit
 from launch.look import Look
-
-POLL_SECONDS = 0.5
+from launch.ray_driver import join
+from launch.ray_worker import BadInputError
 
 
 class OnNode:
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks-per-node", type=int)
     parser.add_argument("--folder", required=True)
     options = parser.parse_args(arguments)
-    ray.init(logging_level=logging.WARNING)
+    try:
+        join()
+    except BadInputError as error:
+        print(f"multinode.sh: {error}", file=sys.stderr)
+        return 2
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     nodes.sort(key=lambda node: node["NodeManagerHostname"] != socket.gethostname())
     places = [OnNode(node, options.folder, options.ranks_per_node) for node in nodes]
@@ -57,19 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if looking.report() else 0
 
 
-def check(client: JobSubmissionClient, entrypoint: str, env_vars: dict[str, str]) -> int:
+def check(client: Client, task: Task) -> int:
     """Runs that job, and prints what it prints. 2 if a cell fails."""
-    job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": env_vars})
     try:
-        while not client.get_job_status(job).is_terminal():
-            time.sleep(POLL_SECONDS)
+        submit(client, task)
+        return exit_code(follow(client, task.id, Log()))
     except BaseException:
-        client.stop_job(job)
+        stop(client, task.id)
         raise
-    lines = client.get_job_logs(job).splitlines()
-    print("\n".join(line for line in lines if " -- Runtime env is " not in line and not line.startswith("Running entrypoint ")))
-    code = client.get_job_info(job).driver_exit_code
-    return 1 if code is None else code
 
 
 if __name__ == "__main__":

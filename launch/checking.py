@@ -203,6 +203,8 @@ def alone(row: Row, fact: dict[str, Any], slots: int | None) -> None:
         )
     if slots is not None and slots > len(fact["gpus"]) > 0 and fact["device"] != "cpu":
         row.fails("GPUs", str(len(fact["gpus"])), f"{slots} ranks need {slots} GPUs, but it has {len(fact['gpus'])}; lower slots=N.")
+    if fact["device"] == "cuda" and not fact["gpus"]:
+        row.fails("GPUs", "none", "engine.device is cuda, but nvidia-smi shows no GPU; look at its driver, or set engine.device=cpu.")
     absent = [name for name, size in fact["data"].items() if size < 0]
     row.cells["data"] = "seen"
     if absent:

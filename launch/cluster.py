@@ -47,14 +47,22 @@ class Node:
     def __init__(self, host: Host, root: str, python: str, module: str = "launch.ray_node"):
         self.host = host
         command = node_command(host, root, python, module)
-        self.process = subprocess.Popen(  # in a session of its own: Ctrl-C at the terminal is for the launcher, which stops nodes in order
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        # By which the user came here, and not the launcher: on a host that ssh starts, the node takes its address from it.
+        env = {name: value for name, value in os.environ.items() if name != "SSH_CONNECTION"}
+        try:
+            # In a session of its own: Ctrl-C at the terminal is for the launcher, which stops nodes in order.
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        except OSError as error:
+            reason = f"{command[0]}: {error.strerror}"
+            raise ValueError(f"Host {host.name} cannot be used ({reason}); {self._advice(started=False)}.") from None
         self.lines: queue.Queue[str | None] = queue.Queue()
         self._writing = threading.Lock()
         self.is_up = False
@@ -91,9 +99,11 @@ class Node:
             assert message["event"] == event, message
             return message
 
-    def _advice(self) -> str:
+    def _advice(self, started: bool = True) -> str:
         if self.host.local:
-            return "check that the dependencies are installed"
+            return "check that the dependencies are installed" if started else "run launch/quickstart.sh in that checkout (--remote-dir)"
+        if not started:
+            return "install ssh on this machine (package openssh-client)"
         return f"check that `ssh -o BatchMode=yes {self.host.target}` works and that the same checkout and .venv are there (--remote-dir)"
 
     def send(self, order: dict[str, Any] | None) -> None:

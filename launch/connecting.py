@@ -30,6 +30,7 @@ def connect(address: str, patience: float = 0.0) -> Client:
     then RuntimeError."""
     for name in OVERRULING:
         os.environ.pop(name, None)
+    without_proxy(parts(address)[0])
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -40,6 +41,12 @@ def connect(address: str, patience: float = 0.0) -> Client:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"The Ray cluster started, but takes no jobs: {error}") from None
         time.sleep(TRY_AGAIN_SECONDS)
+
+
+def without_proxy(host: str) -> None:
+    """A proxy of the shell is for the world outside: it does not know this machine's loopback, and would be told the cluster's token."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
 def asked(address: str) -> Client:

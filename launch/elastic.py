@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline import stopping
 
 NODE_WAIT = 600.0  # seconds that a start or restart waits for hosts with a place for the ranks
 LOOK = 2.0  # seconds between two looks at the cluster
+ASK_AGAIN = 10.0  # seconds until ranks that do not react are asked again: those that just start remove what earlier ones were asked
 STEADY = 6.0  # seconds that a host must be there before ranks start anew for it
 ANSWER = 2.0  # seconds for a node to take a connection
 
@@ -48,7 +50,8 @@ class Places(ScalingPolicy):
         super().__init__(scaling_config)
         self.ranks, self.folder, self.wait = ranks, folder, wait
         self.has_run = True  # since the last decision; if not, the places it counted were those of other jobs
-        self.is_asked = False
+        self.of_others: dict[str, int] = {}  # places by node that other jobs held when these ranks ran last
+        self.asked = -math.inf
         self.waits_since: float | None = None
         self.more_since: float | None = None
         self.looked = -math.inf
@@ -63,18 +66,22 @@ class Places(ScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._maybe_send_resource_request()
         nodes = reached(usable(ray.nodes(), draining()))
-        free = None if self.has_run else ray._private.state.state.available_resources_per_node()
-        count = min(self.ranks.most, sum(places(nodes, self._each, free).values()))
+        if self.has_run:  # what ranks that have just ended held may not be free yet
+            found = {node: count - self.of_others.get(node, 0) for node, count in places(nodes, self._each).items()}
+        else:
+            found = places(nodes, self._each, available())
+        count = min(self.ranks.most, sum(found.values()))
         if count < self.ranks.least:
             self._wait(count)
             return NoopDecision()
-        self.waits_since, self.has_run, self.is_asked, self.more_since = None, False, False, None
+        self.waits_since, self.has_run, self.asked, self.more_since = None, False, -math.inf, None
         if count < self.ranks.most:
             told(f"{count} ranks have a place, of at most {self.ranks.most}")
         return ResizeDecision(num_workers=count, resources_per_worker=self._each)
 
     def _wait(self, count: int) -> None:
         """Says so, and gives up in the end."""
+        self.has_run = False  # what it held is free by the next look
         now, gone = time.monotonic(), lost(ray.nodes())
         without = f"; without {', '.join(gone)}" if gone else ""
         if self.waits_since is None:
@@ -92,35 +99,49 @@ class Places(ScalingPolicy):
         """Never ends ranks that run: it asks them to save, after which they end by themselves."""
         self._maybe_send_resource_request()
         self.has_run, now = True, time.monotonic()
-        if not self.is_asked and now - self.looked >= LOOK:
+        if now - self.looked >= LOOK:
             self.looked = now
             self._look(worker_group_state, now)
         return NoopDecision()
 
     def _look(self, worker_group_state: Any, now: float) -> None:
         leaving, nodes = draining(), ray.nodes()
-        mine = {worker.metadata.node_id for worker in worker_group_state.workers}
-        taken = sorted({node["NodeManagerHostname"] for node in nodes if node["NodeID"] in mine & leaving})
+        mine = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        taken = sorted({node["NodeManagerHostname"] for node in nodes if node["NodeID"] in mine.keys() & leaving})
+        alive = usable(nodes, set())
+        free = places(alive, self._each, available())
+        self.of_others = {node: max(0, count - mine[node] - free[node]) for node, count in places(alive, self._each).items()}
+        if os.path.lexists(self._file) or now - self.asked < ASK_AGAIN:
+            return
         if taken:
-            return self._ask(f"{', '.join(taken)} is to be taken away")
+            return self._ask(f"{', '.join(taken)} is to be taken away", now)
         count = worker_group_state.num_workers
-        more = count < self.ranks.most and min(self.ranks.most, sum(places(usable(nodes, leaving), self._each).values())) > count
-        if not more:
+        room = [node for node in usable(nodes, leaving) if free[node["NodeID"]] > 0] if count < self.ranks.most else []
+        if not reached(room):
             self.more_since = None
         elif self.more_since is None:
             self.more_since = now
         elif now - self.more_since >= STEADY:
-            self._ask(f"there is a place for more than {count} ranks")
+            self._ask(f"there is a place for more than {count} ranks", now)
 
-    def _ask(self, why: str) -> None:
-        """The ranks look for this file at the end of each step."""
+    @property
+    def _file(self) -> str:
+        """The ranks look for it at the end of each step."""
+        return os.path.join(self.folder, stopping.REGROUP)
+
+    def _ask(self, why: str, now: float) -> None:
         told(f"{why}: the ranks save and start anew")
+        self.asked = now
         try:
-            with open(os.path.join(self.folder, stopping.REGROUP), "w", encoding="utf-8") as file:
+            with open(self._file, "w", encoding="utf-8") as file:
                 file.write(f"{why}\n")
-            self.is_asked = True
         except OSError as error:
             told(f"the ranks cannot be asked ({error.strerror}): {self.folder} cannot be written")
+
+
+def available() -> dict[str, dict[str, float]]:
+    """What nobody has reserved, by node."""
+    return ray._private.state.state.available_resources_per_node()
 
 
 def draining() -> set[str]:

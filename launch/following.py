@@ -35,7 +35,11 @@ class Client(JobSubmissionClient):
 
 
 class LostContactError(RuntimeError):
-    """The head gave no answer for longer than anybody wants to wait, or no longer knows the job."""
+    """The head gave no answer for longer than anybody wants to wait."""
+
+
+class UnknownJobError(LostContactError):
+    """The head answers, but no longer knows the job."""
 
 
 class Jobs(Protocol):
@@ -109,7 +113,7 @@ def follow(
                 unknown = unknown + 1 if _is_unknown(answer) else 0
                 reason = reason_of(answer)
                 if unknown >= UNKNOWN:
-                    raise LostContactError(f"the head no longer knows the job {job_id}: it was started anew")
+                    raise UnknownJobError(f"the head no longer knows the job {job_id}: it was started anew")
             if now - last > SPEAK_SECONDS and not is_told:
                 is_told = True
                 say(f"no contact with the job server ({reason}): trying again for {shown(patience)}; the job may go on meanwhile")

@@ -40,6 +40,13 @@ def read_hosts(path: str) -> list[Host]:
     return sorted(hosts, key=lambda host: not host.local)
 
 
+def own_name() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have none
+        return None
+
+
 def parse(line: str, where: str) -> Host:
     words = line.partition("#")[0].split()
     match = TARGET.fullmatch(words[0])
@@ -60,5 +67,5 @@ def parse(line: str, where: str) -> Host:
         raise ValueError(f"{where}: address={address} is no IP address; give that under which the other hosts reach {name}.")
     if needs_a_zone(address or name):
         raise ValueError(f"{where}: {address or name} holds on one network card only; give {name} an address=A that all hosts reach.")
-    local = match["user"] in (None, getpass.getuser()) and is_this_machine(name)
+    local = (match["user"] is None or match["user"] == own_name()) and is_this_machine(name)
     return Host(f"{match['user']}@{name}" if match["user"] else name, name, slots, local, address)

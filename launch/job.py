@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ray.job_submission import JobDetails, JobStatus
 
 from launch.console import say, shown
-from launch.following import Client, Log, LostContactError, follow, reason_of, within
+from launch.following import Client, Log, LostContactError, UnknownJobError, follow, reason_of, within
 
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports every closed connection
 SUBMIT_SECONDS = 60
@@ -57,7 +57,7 @@ def run(client: Client, task: Task, check: Callable[[], None], *, address: str =
         except KeyboardInterrupt as interruption:
             details = end(client, task, check, log, interruption, patience)
     except LostContactError as error:
-        if not address:
+        if not address or isinstance(error, UnknownJobError):
             raise RuntimeError(f"{error}: the same command continues from the newest checkpoint") from None
         raise RuntimeError(f"{error}; job {task.id} goes on, attach with {attach_command(task.id, address)}") from None
     except BaseException:
@@ -123,12 +123,15 @@ def ask(client: Client, job_id: str, ending: Ending) -> str | None:
 
 
 def submit_once(client: Client, job_id: str, entrypoint: str, **options: object) -> None:
-    """A second try of the same job does nothing: the first one may have been heard, and its answer lost."""
+    """A second try of the same job does nothing: the first one may have been heard, and its answer lost. ValueError: the cluster has
+    another job of that id."""
     try:
         client.submit_job(entrypoint=entrypoint, submission_id=job_id, **options)  # type: ignore[arg-type]
     except RuntimeError as error:
         if "already exists" not in str(error):
             raise
+        if client.get_job_info(job_id).entrypoint != entrypoint:
+            raise ValueError(f"The Ray cluster has got another job {job_id} meanwhile; try again, or choose another --name.") from None
 
 
 def submit(client: Client, task: Task) -> None:
@@ -138,6 +141,8 @@ def submit(client: Client, task: Task) -> None:
     while True:
         try:
             return within(SUBMIT_SECONDS, lambda: submit_once(client, task.id, task.entrypoint, **options))
+        except ValueError:
+            raise
         except Exception as error:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the Ray cluster takes no job ({reason_of(error)})") from None

@@ -228,6 +228,7 @@ def main() -> None:
     try:
         for line in sys.stdin:
             order = json.loads(line)
+            os.environ.update(order.get("variables", {}))
             look = look or Look(order["folder"])
             say("answer", answer=getattr(look, order["what"])(**order["with"]))
     finally:

@@ -18,7 +18,7 @@ from launch.hosts import Host, read_hosts
 from launch.options import check, check_jobs, needs_ray, parser
 from launch.ranks import check_slots, parse
 from launch.variables import passed_on
-from pipeline import stopping
+from pipeline import endings, stopping
 from pipeline.commands import positionals_first
 
 if TYPE_CHECKING:
@@ -32,9 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: that of the job, which is 75 for one that saved and stopped on request; 2 for bad input; 130 or 143 if interrupted
     otherwise."""
     options = parser().parse_args(positionals_first(sys.argv[1:] if arguments is None else arguments))
-    for number in stopping.SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
-            signal.signal(number, Leaving())
+    ours = [number for number in stopping.SIGNALS if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)]
+    before = {number: signal.signal(number, Leaving()) for number in ours}  # nohup ignores SIGHUP
     try:
         check_jobs(options)
         return attached_to(options) if options.attach or options.stop else launch(options, check(options))
@@ -44,12 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"multinode.sh: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        code = endings.without_output(error)  # nobody reads it any more, or a full disk
+        if code is None:
+            raise
+        return code
     except Interrupted as interruption:
         if not interruption.has_begun:
             print(f"multinode.sh: {stopping.unsaved(signal.Signals(interruption.number).name)}", file=sys.stderr)
             return stopping.STOPPED
         print("multinode.sh: interrupted", file=sys.stderr)
         return 128 + interruption.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def attached_to(options: argparse.Namespace) -> int:
@@ -69,11 +76,14 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
         raise ValueError(f"Hosts file {options.hosts} gives slots=N; leave out --ranks-per-node, or the slots.")
     if options.ranks is not None:
         check_slots(parse(options.ranks), hosts, options.ranks_per_node)
+    check_batch(config, options, hosts)
     there: dict[str, Any] = {"root": checkout(options), "python": python(options), "ranks_per_node": options.ranks_per_node}
     if options.check or options.dry_run:
         from launch import check_hosts
 
+        there["variables"] = passed_on(options)
         if options.check:
+            Interrupted.has_begun = True  # there is nothing to save
             folder = options.remote_dir or os.getcwd()
             return check_hosts.check(hosts, **there, folder=folder, recipe=options.recipe, overrides=options.overrides)
         print(*check_hosts.commands(hosts, **there, dashboard=options.dashboard_host, entrypoint=entrypoint(options)), sep="\n")
@@ -96,16 +106,28 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
     return code
 
 
+def check_batch(config: "TrainConfig", options: argparse.Namespace, hosts: Sequence[Host] = ()) -> None:
+    """ValueError where it is known by now how many ranks there will be, and the batch cannot be divided among them."""
+    from pipeline import uneven_batches
+
+    slots = [host.slots or options.ranks_per_node or 0 for host in hosts]
+    ranks = parse(options.ranks).most if options.ranks is not None else sum(slots) if all(slots) else 0
+    if ranks:
+        uneven_batches.check(config, ranks)
+
+
 def submit(options: argparse.Namespace, config: "TrainConfig") -> int:
     """To a running cluster."""
+    check_batch(config, options)
     if options.dry_run:
-        print(f"job at {options.address}: {entrypoint(options)}")
+        print(f"job at {options.address}: {entrypoint(options)}\n    with {' '.join(sorted(passed_on(options)))}")
         return 0
     from launch import attached, check_cluster, connecting, job
 
     client = connecting.connect(options.address)
     if options.check:
-        return check_cluster.check(client, check_entrypoint(options), passed_on(options))
+        Interrupted.has_begun = True
+        return check_cluster.check(client, job.Task(new_id(), check_entrypoint(options), passed_on(options), ending(options, config)))
     job_id, running = attached.id_for(client, options.name, entrypoint(options))
     end = ending(options, config)
     task = job.Task(job_id, entrypoint(options), passed_on(options), end, attached.described(options.name, end))

@@ -74,8 +74,21 @@ def check_jobs(options: argparse.Namespace) -> None:
         )
     if options.name and not NAME.fullmatch(options.name):
         raise ValueError(f"--name {options.name} is no name of a job; give up to 64 letters, digits, dots, dashes and underscores.")
-    if other and (options.detach or options.name):
-        raise ValueError(f"{other} names a job that runs; leave out --name and --detach.")
+    if other:
+        unused = [f"--{flag}" for flag in given(options) if flag not in ("attach", "stop", "address")]
+        if unused:
+            raise ValueError(f"{other} is about a job that runs; leave out {', '.join(unused)}.")
+    if (options.check or options.dry_run) and (options.name or options.detach):
+        raise ValueError(f"{'--check' if options.check else '--dry-run'} starts no job; leave out --name and --detach.")
+    if options.dashboard_host and options.address:
+        raise ValueError("--dashboard-host is about a cluster that is started here; the one at --address has its dashboard.")
+
+
+def given(options: argparse.Namespace) -> list[str]:
+    """Options that differ from their defaults, by their names on the command line."""
+    default = parser()
+    names = {"overrides": "set"}
+    return [names.get(name, name.replace("_", "-")) for name, value in vars(options).items() if value != default.get_default(name)]
 
 
 def needs_ray() -> None:

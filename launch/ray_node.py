@@ -80,6 +80,11 @@ def run(order: dict[str, Any]) -> None:
     store, or null to be the head), slots (or null), dashboard (the address on which the head's listens, or null for the loopback), logs (a
     folder, or null: where Ray's own logs are kept at the end)."""
     remove_left()
+    try:
+        free_ports(order["address"], 1)
+    except OSError as error:
+        say("failed", reason=f"{order['address']} is no address of this host ({error.strerror}): mend address=A of its line")
+        return
     for left in reversed(range(STARTS)):
         reason = attempt(order)
         if reason is None or OVER.is_set():  # by a signal that came while a try was cleared away

@@ -14,6 +14,13 @@ AGAIN_SECONDS = 1.0  # between a connection that broke and the next try
 LOOPBACK = "127.0.0.1"
 
 
+def command(ssh: Sequence[str], target: str, here: str, there: str) -> list[str]:
+    """here, there: ports of both loopbacks. A master connection of the user's, which ssh might share, would take the forward over and keep
+    it."""
+    options = ["-o", "ExitOnForwardFailure=yes", "-o", "ControlMaster=no", "-o", "ControlPath=none"]
+    return [*ssh, *options, "-L", f"{LOOPBACK}:{here}:{LOOPBACK}:{there}", "--", target, "cat"]
+
+
 class Tunnel:
     """Forwards a port of this machine's loopback to that of `url` on `target`, and connects again for as long as it is open. `here` is the
     address of the dashboard on this side."""
@@ -21,10 +28,7 @@ class Tunnel:
     def __init__(self, ssh: Sequence[str], target: str, url: str) -> None:
         (port,) = free_ports(LOOPBACK, 1)
         self.here = f"http://{LOOPBACK}:{port}"
-        forward = f"{LOOPBACK}:{port}:{LOOPBACK}:{urlsplit(url).port}"
-        # A master connection of the user's, which ssh might share, would take the forward over and keep it.
-        options = ["-o", "ExitOnForwardFailure=yes", "-o", "ControlMaster=no", "-o", "ControlPath=none", "-L", forward]
-        self._command = [*ssh, *options, "--", target, "cat"]
+        self._command = command(ssh, target, f"{port}", f"{urlsplit(url).port}")
         self._closed = threading.Event()
         self._process = self._connect()
         self._thread = threading.Thread(target=self._keep, daemon=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import check_hosts, multinode
+from launch.checking import Row, alone
 from tests.launch.netns import ROOT, Host
 
 SCRIPT = ROOT / "launch" / "multinode.sh"
@@ -98,15 +100,51 @@ def test_a_run_refuses_hosts_that_do_not_fit(hosts, network, tmp_path):
 
 def test_a_dry_run_prints_commands_and_starts_nothing(tmp_path):
     (tmp_path / "hosts.txt").write_text("gpu-1.invalid slots=2\nann@gpu-2.invalid slots=1 address=10.0.0.2\n")
-    arguments = ["stub", "--hosts", "hosts.txt", "--dry-run", "--set", "run.note=my faces"]
+    arguments = ["stub", "--hosts", "hosts.txt", "--dry-run", "--set", "run.note=my faces", "--env", "SECRET_OF_OTHERS=hush"]
     env = {**os.environ, "PYTHONPATH": str(STUB)}
     done = subprocess.run(["bash", SCRIPT, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == 5 and lines[0].startswith("ssh -T -o BatchMode=yes") and "-- ann@gpu-2.invalid" in lines[2]
+    assert len(lines) == 7 and lines[0].startswith("ssh -T -o BatchMode=yes") and "-- ann@gpu-2.invalid" in lines[2]
     assert "on gpu-1.invalid:" in lines[1] and "--head" in lines[1] and "--dashboard-host=127.0.0.1" in lines[1]
     assert "--node-ip-address=10.0.0.2" in lines[3] and "--address=ADDRESS_OF_HEAD:PORT" in lines[3]
-    assert lines[4].startswith("job: ") and "'--set=run.note=my faces'" in lines[4] and "RAY_AUTH_TOKEN" not in done.stdout
+    assert lines[4].endswith("-L 127.0.0.1:PORT:127.0.0.1:DASHBOARD_PORT -- gpu-1.invalid cat")
+    assert lines[5].startswith("job: ") and "'--set=run.note=my faces'" in lines[5] and "RAY_AUTH_TOKEN" not in done.stdout
+    assert lines[6].startswith("    with ") and "SECRET_OF_OTHERS" in lines[6] and "hush" not in done.stdout
+
+
+def test_a_recipe_for_gpus_needs_them():
+    fact = {"missing": "", "refused": "", "free": {}, "gpus": [], "data": {}, "device": "cuda"}
+    row = Row("node1")
+    alone(row, fact, None)
+    assert row.faults == {"GPUs": "engine.device is cuda, but nvidia-smi shows no GPU; look at its driver, or set engine.device=cpu."}
+    alone(row := Row("node1"), fact | {"device": "auto"}, None)
+    assert not row.faults
+
+
+def test_hosts_are_looked_at_with_the_variables_of_this_shell(monkeypatch, capsys):
+    """As ranks have them, such as a card in GLOO_SOCKET_IFNAME."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    sent = []
+
+    class Host:
+        def __init__(self, host, *_):
+            self.host = host
+
+        def expect(self, event, deadline):
+            return {"machine": "a", "address": "127.0.0.1", "answer": {}} if event == "hello" else {"answer": {}}
+
+        def send(self, order):
+            sent.append(order)
+
+        def close(self): ...
+
+        def wait(self, deadline): ...
+
+    monkeypatch.setattr(check_hosts, "Node", Host)
+    monkeypatch.setattr(check_hosts.Check, "look", lambda self, recipe, overrides: self.ask("facts"))
+    assert multinode.main(["faces_small", "--check"]) == 0
+    assert sent[0]["what"] == "facts" and sent[0]["variables"]["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ import requests
 from ray.job_submission import JobStatus
 
 from launch import attached, following, job
-from launch.following import Log, LostContactError, follow, reason_of, within
+from launch.following import Log, LostContactError, UnknownJobError, follow, reason_of, within
 from launch.options import check_jobs, parser
 
 
@@ -220,6 +220,28 @@ def test_attach_and_stop_find_jobs_by_name_and_id(capsys):
     assert attached.stop(cluster, "faces") == 0 and "has ended already" in capsys.readouterr().err
     assert attached.attach(cluster, "faces-2", "head:6379") == 75
     assert capsys.readouterr().out == "step 1\nstep 2\n"
+
+
+def test_an_id_is_of_one_job():
+    """Another job may have the id that comes next, or take it at the same moment."""
+    cluster = Cluster()
+    attached.detach(cluster, task(cluster, "faces-2", "dogs")[0], "head:6379", None)
+    attached.detach(cluster, task(cluster)[0], "head:6379", None)
+    cluster.jobs["faces"].status = JobStatus.SUCCEEDED
+    assert task(cluster)[0].id == "faces-3"
+    with pytest.raises(ValueError, match="The Ray cluster has got another job faces-2 meanwhile; try again, or choose another --name"):
+        job.submit(cluster, job.Task("faces-2", "train", {}, ENDING))
+
+
+@pytest.mark.parametrize("address", ["", "head:6379"])
+def test_a_job_that_the_head_has_forgotten_does_not_go_on(monkeypatch, address):
+    def forgotten(*_):
+        raise UnknownJobError("the head no longer knows the job faces: it was started anew")
+
+    cluster = Cluster()
+    monkeypatch.setattr(job, "follow", forgotten)
+    with pytest.raises(RuntimeError, match="it was started anew: the same command continues from the newest checkpoint"):
+        job.run(cluster, task(cluster)[0], lambda: None, address=address)
 
 
 @pytest.mark.parametrize("name", ["-x", "a b", "a/b", "é", "x" * 65])

@@ -5,11 +5,15 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import requests
 
-from launch import multinode, variables
+from launch import cluster as clusters
+from launch import connecting, multinode, variables
+from launch.hosts import Host
 from launch.ray_driver import computing_nodes, layout
 from launch.ray_driver import parser as driver_parser
 from launch.ray_worker import BadInputError
@@ -45,10 +49,18 @@ def free_port() -> int:
         (["--attach", "faces"], "--attach faces needs a cluster that outlives this command: give --address"),
         (["--stop", "faces"], "--stop faces needs a cluster that outlives this command"),
         (["--stop", "a", "--attach", "b", "--address", "head:6379"], "--attach and --stop exclude each other;"),
-        (["--stop", "a", "--detach", "--address", "head:6379"], "--stop a names a job that runs; leave out --name and --detach."),
+        (["--stop", "a", "--detach", "--address", "head:6379"], "--stop a is about a job that runs; leave out --detach."),
         (["stub", "--detach"], "--detach needs a cluster that outlives this command"),
         (["stub", "--name", "faces"], "--name faces needs a cluster that outlives this command"),
         (["stub", "--name", "a b", "--address", "head:6379"], "--name a b is no name of a job;"),
+        (["--attach", "a", "--address", "head:6379", "--check"], "--attach a is about a job that runs; leave out --check."),
+        (
+            ["--stop", "a", "--address", "head:6379", "--dry-run", "--set", "a=1"],
+            "--stop a is about a job that runs; leave out --dry-run, --set",
+        ),
+        (["stub", "--check", "--detach", "--address", "head:6379"], "--check starts no job; leave out --name and --detach."),
+        (["stub", "--dashboard-host", "::", "--address", "head:6379"], "--dashboard-host is about a cluster that is started here;"),
+        (["stub", "--remote-dir", "/nowhere"], "Host localhost cannot be used (/nowhere/"),
         (["stub", "--hosts", "none.txt"], "Hosts file none.txt cannot be read"),
         (["stub", "--address", "here"], "--address here is not the address of a Ray cluster"),
         (["stub", "--address", f"127.0.0.1:{free_port()}"], "No Ray cluster answers at 127.0.0.1:"),
@@ -61,6 +73,39 @@ def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):
     assert done.returncode == 2
     assert done.stderr.startswith("multinode.sh: " + sentence) and done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("where", [["--ranks-per-node", "300"], ["--ranks", "300"], ["--ranks", "2:300", "--address", "head:6379"]])
+def test_ranks_that_would_get_no_image_are_refused_before_anything_starts(where, capsys):
+    assert multinode.main(["faces_small", *where, "--dry-run"]) == 2
+    assert "multinode.sh: run.batch is 128: its 128 images cannot give each of 300 ranks at least 1" in capsys.readouterr().err
+
+
+def test_without_ssh(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hosts.txt").write_text("host.invalid\n")
+    monkeypatch.setattr(clusters, "SSH", ["no-such-ssh"])
+    assert multinode.main(["faces_small", "--hosts", str(tmp_path / "hosts.txt")]) == 2
+    sentence = "Host host.invalid cannot be used (no-such-ssh: No such file or directory); install ssh on this machine"
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_node_of_this_machine_does_not_know_how_its_user_came(monkeypatch):
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 1 10.0.0.2 22")
+    here = clusters.Node(Host("localhost", "localhost", None, True), str(ROOT), sys.executable)
+    try:
+        assert here.expect("hello", time.monotonic() + 60)["address"] == "127.0.0.1"
+    finally:
+        here.close()
+        here.wait(time.monotonic() + 30)
+
+
+def test_a_proxy_of_the_shell_is_not_asked_for_the_cluster(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.com")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert requests.utils.should_bypass_proxies("http://127.0.0.1:8265", None) is False
+    connecting.without_proxy("127.0.0.1")
+    assert requests.utils.should_bypass_proxies("http://127.0.0.1:8265", None)
 
 
 def test_unreachable_host_is_named_and_nothing_stays(tmp_path):

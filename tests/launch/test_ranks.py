@@ -91,6 +91,10 @@ def test_a_node_answers_where_something_listens():
     assert not answers_at(address)
 
 
+def everything(nodes):
+    return {one["NodeID"]: one["Resources"] for one in nodes}
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """Nodes of a cluster that does not exist, of which some may be draining or gone without a word."""
@@ -99,7 +103,7 @@ def cluster(monkeypatch):
     monkeypatch.setattr(elastic, "draining", lambda: there.leaving)
     monkeypatch.setattr(elastic, "reached", lambda nodes: [one for one in nodes if one["NodeID"] not in there.silent])
     monkeypatch.setattr(elastic, "told", there.said.append)
-    monkeypatch.setattr(elastic.ray._private.state.state, "available_resources_per_node", lambda: there.free)
+    monkeypatch.setattr(elastic.ray._private.state.state, "available_resources_per_node", lambda: there.free or everything(there.nodes))
     monkeypatch.setattr(elastic.time, "sleep", lambda seconds: None)
     return there
 
@@ -151,6 +155,7 @@ def test_ranks_are_asked_to_start_anew_once_a_host_is_back_for_good(cluster, tmp
     now = [0.0]
     monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
     cluster.nodes = [node("a", CPU=1.0), node("b", CPU=1.0)]
+    cluster.free = {"a": {}, "b": {}, "c": {"CPU": 1.0}}
     made = policy(tmp_path, Ranks(2, 3))
     for second, is_there in ((0, False), (3, True), (6, False), (9, True), (12, True), (16, True)):
         now[0] = second
@@ -158,10 +163,35 @@ def test_ranks_are_asked_to_start_anew_once_a_host_is_back_for_good(cluster, tmp
         assert not (tmp_path / "regroup").exists()
         made.make_decision_for_running_worker_group(group("a", "b"), None)
     assert (tmp_path / "regroup").read_text() == "there is a place for more than 2 ranks\n" and len(cluster.said) == 1
-    (tmp_path / "regroup").unlink()
     now[0] = 60
     made.make_decision_for_running_worker_group(group("a", "b"), None)
-    assert not (tmp_path / "regroup").exists()  # once a start
+    assert len(cluster.said) == 1  # they will
+    (tmp_path / "regroup").unlink()  # by ranks that have just started, for which it came too early
+    now[0] = 63
+    made.make_decision_for_running_worker_group(group("a", "b"), None)
+    assert (tmp_path / "regroup").exists() and len(cluster.said) == 2
+
+
+def test_places_of_other_jobs_ask_for_nothing(cluster, tmp_path, monkeypatch):
+    """On a cluster that jobs share; nor do those of a host that is cut off."""
+    now = [0.0]
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
+    cluster.nodes = [node(name, CPU=2.0) for name in "ab"]
+    cluster.free = {"a": {"CPU": 0.0}, "b": {"CPU": 0.0}}
+    made = policy(tmp_path, Ranks(1, 4))
+    for now[0] in range(0, 60, 5):
+        made.make_decision_for_running_worker_group(group("a", "b"), None)
+        assert not (tmp_path / "regroup").exists()
+    assert count_of(made) == 2  # with what the ranks themselves have held
+    made.make_decision_for_running_worker_group(group("a", "b"), None)
+    cluster.free, cluster.silent = {"a": {"CPU": 0.0}, "b": {"CPU": 1.0}}, {"b"}
+    for now[0] in range(100, 160, 5):
+        made.make_decision_for_running_worker_group(group("a", "b"), None)
+        assert not (tmp_path / "regroup").exists()
+    cluster.silent = set()
+    for now[0] in range(200, 220, 5):
+        made.make_decision_for_running_worker_group(group("a", "b"), None)
+    assert (tmp_path / "regroup").exists() and count_of(made) == 3
 
 
 def test_ranks_leave_a_host_that_is_to_be_taken_away(cluster, tmp_path):
