@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from pipeline.config import TrainConfig  # not here: importing it takes seconds
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-EXAMPLE = """example, two machines with 8 GPUs each, named in a file with one host per line:
-  launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt \\
-      --set data.train=/data/glint360k/train.rec run.folder=/shared/runs/r100 run.batch=2048 optimizer.lr=0.2"""
+EXAMPLE = """examples:
+  launch/multinode.sh faces_small --ranks-per-node 2                     # this machine alone
+  launch/multinode.sh RECIPE --hosts hosts.txt --check                   # are these machines ready?
+  launch/multinode.sh glint360k_iresnet100_cosface_8gpu --hosts hosts.txt --ranks 8:16 \\
+      --set data.train=/data/glint360k/train.rec run.folder=/shared/runs/r100 run.batch=2048 optimizer.lr=0.2
+  launch/multinode.sh RECIPE --address http://head:8265 --name faces --detach
+exit codes: 0 done, 1 failed, 2 bad input or a check that failed, 75 saved and stopped on request"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,31 +33,36 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="as for `protoshard train`")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks; the first is the head")
+    where.add_argument("--hosts", metavar="FILE", help="one [user@]host per line, slots=N for its ranks, address=A under which "
+                       "others reach it; the first is the head")  # fmt: skip
     where.add_argument("--address", metavar="RAY_ADDRESS", help="a running Ray cluster: http://head:8265 or head:6379")
     before = parser.add_mutually_exclusive_group()
     before.add_argument("--check", action="store_true", help="look at all hosts first: versions, GPUs, disks, clocks, folders, network; "
                         "print a table and start nothing")  # fmt: skip
     before.add_argument("--dry-run", action="store_true", help="print the commands of a run and start nothing")
-    parser.add_argument("--dashboard-host", metavar="ADDRESS", help="where the dashboard of the head listens, such as 0.0.0.0 "
-                        "(default: on the head's loopback alone, which this machine reaches through ssh)")  # fmt: skip
+    parser.add_argument("--dashboard-host", metavar="ADDRESS", help="with --hosts: where the dashboard of the head listens, such as "
+                        "0.0.0.0 (default: on the head's loopback alone, which this machine reaches through ssh)")  # fmt: skip
     parser.add_argument("--ranks", metavar="N|MIN:MAX", help="ranks of the job (default: all that have a place); with MIN:MAX it goes on "
                         "with fewer when hosts are lost, and with more when they are back")  # fmt: skip
-    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="default: the GPUs of a node, or 2 without GPU")
-    parser.add_argument("--set", dest="overrides", nargs="+", action=Overrides, default=[], metavar="section.field=value")
-    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts (default: auto)")
+    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks of each host (default: its GPUs, or 2 without GPU)")
+    parser.add_argument("--set", dest="overrides", nargs="+", action=Overrides, default=[], metavar="section.field=value",
+                        help="fields of the recipe, as for `protoshard train`")  # fmt: skip
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="where the first attempt starts: from the "
+                        "newest checkpoint of the run if there is one, anew, or from that checkpoint (default: auto)")  # fmt: skip
     parser.add_argument("--from", dest="overrides", action="append", type="start.weights={}".format, default=[],
                         metavar="CHECKPOINT|RUN|FILE", help="begin a new run with that backbone, as for `protoshard train`")  # fmt: skip
-    parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after a worker died (default: 3)")
+    parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after a worker died, until there is a newer "
+                        "checkpoint (default: 3)")  # fmt: skip
     parser.add_argument("--env", nargs="+", action="extend", default=[], metavar="NAME[=VALUE]",
-                        help="variables for the ranks beside those of docs/clusters.md; without VALUE, as in this shell")  # fmt: skip
+                        help="variables for the ranks, beside those of NCCL, CUDA, torch and the like, "
+                        "which travel by themselves (docs/clusters.md); without VALUE, as in this shell")  # fmt: skip
     parser.add_argument("--remote-dir", metavar="DIR", help="the checkout on the hosts, and where relative paths start there "
                         "(default: the path of this checkout, and the current folder)")  # fmt: skip
     jobs = parser.add_argument_group("jobs on a running cluster, with --address")
-    jobs.add_argument("--name", default="", help="of the job: the same command, given again while it runs, follows it and starts no second")
-    jobs.add_argument("--detach", action="store_true", help="leave once the job runs")
-    jobs.add_argument("--attach", metavar="JOB", help="follow a job, by name or id, to its end; without RECIPE")
-    jobs.add_argument("--stop", metavar="JOB", help="ask a job to save and stop, and wait until it has; without RECIPE")
+    jobs.add_argument("--name", default="", help="a name for the job: the same command, given again while it runs, follows it")
+    jobs.add_argument("--detach", action="store_true", help="leave once the job runs, with exit code 0")
+    jobs.add_argument("--attach", metavar="JOB", help="follow a job, by name or id, to its end, and end with its exit code; without RECIPE")
+    jobs.add_argument("--stop", metavar="JOB", help="ask a job to save and stop, and wait for it (up to run.timeout); without RECIPE")
     return parser
 
 
