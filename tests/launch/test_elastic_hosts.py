@@ -2,8 +2,10 @@
 prints how long the run took to go on, and how far losses are from those of an undisturbed run."""
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,16 +29,16 @@ SETTINGS += [f"checkpoint.every_steps={EVERY}", "evaluation.at_start=false", "ru
 
 
 class Job:
-    """multinode.sh on node1, for all three hosts with a rank each."""
+    """multinode.sh on node1, or `launcher`, for these hosts with a rank each."""
 
-    def __init__(self, hosts, folder: Path, *arguments: str, settings: list[str]) -> None:
-        self.hosts, self.folder, self.log = hosts, folder, folder / "log.txt"
+    def __init__(self, hosts, folder: Path, *arguments: str, settings: list[str], launcher=None) -> None:
         folder.mkdir(exist_ok=True)
+        self.hosts, self.folder, self.log = hosts, folder, folder / f"log-{len(list(folder.glob('log-*')))}.txt"
         (folder / "hosts.txt").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
         command = ["env", "OMP_NUM_THREADS=1", "bash", ROOT / "launch" / "multinode.sh", "dogs_small", "--hosts", "hosts.txt", *arguments]
         command += [word for setting in [*SETTINGS, "run.folder=run", *settings] for word in ("--set", setting)]
         with open(self.log, "w") as log:
-            self.process = hosts[0].popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            self.process = (launcher or hosts[0]).popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
 
     def losses(self) -> dict[int, float]:
         return losses(self.folder / "run")
@@ -72,8 +74,11 @@ class Job:
             self.process.terminate()
             self.process.wait(120)
 
-    def workers(self, host) -> list[int]:
-        return [pid for pid, words in host.processes().items() if "RayTrainWorker" in words]
+
+def kill(host, name: str) -> None:
+    for pid, words in host.processes().items():
+        if name in words:
+            os.kill(pid, signal.SIGKILL)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -158,7 +163,7 @@ def test_a_worker_killed_and_a_host_cut_off(hosts, quiet, tmp_path):
     job = Job(hosts, tmp_path / "job", settings=settings_of("small_nobn"))
     try:
         job.wait_for_step(25)
-        killed = job.goes_on(lambda: hosts[1].sh(f"kill -9 {' '.join(inside(hosts[1], 'RayTrainWorker'))}"))
+        killed = job.goes_on(lambda: kill(hosts[1], "RayTrainWorker"))
         print(f"\na worker killed: goes on after {killed:.0f} s")
         job.wait_for_step(55)
         cut = job.goes_on(lambda: (hosts[2].cut(), time.sleep(5), hosts[2].restore()))
@@ -172,9 +177,60 @@ def test_a_worker_killed_and_a_host_cut_off(hosts, quiet, tmp_path):
     nothing_left(hosts)
 
 
-def inside(host, words: str) -> list[str]:
-    """Process numbers on the host itself."""
-    return host.sh(f"pgrep -f {words} || true").split()
+def test_the_launcher_is_killed_and_then_the_driver(hosts, quiet, tmp_path):
+    """The same command, given again at once, goes on from the newest checkpoint."""
+    job = Job(hosts, tmp_path / "job", settings=settings_of("small_nobn"))
+    try:
+        job.wait_for_step(25)
+        for name, fault in (("launcher", lambda: job.process.kill()), ("driver", lambda: kill(hosts[0], "launch.ray_driver"))):
+            step, began = max(job.losses()), time.monotonic()
+            fault()
+            assert job.process.wait(120) != 0
+            ended = time.monotonic() - began
+            job = Job(hosts, tmp_path / "job", settings=settings_of("small_nobn"))
+            job.wait_for_step(step + 3)
+            print(f"\nthe {name} killed: the command ends after {ended:.0f} s, a new one goes on after {time.monotonic() - began:.0f} s")
+            assert "resumed from run/checkpoints/step-" in job.log.read_text()
+        job.finish()
+    finally:
+        job.close()
+    worst = deviation(job.losses(), losses(quiet("small_nobn")))
+    print(f"losses differ by {worst:.1e}")
+    assert worst < 1e-4
+    nothing_left(hosts)
+
+
+def test_two_drivers_once_the_head_is_cut_off(hosts, quiet, tmp_path):
+    """The older one still trains, on the head alone, and sees the run's folder. The younger one waits for it, or is refused; the two never
+    write into one run."""
+    desk, settings = hosts[0].network.desk, settings_of("small_nobn", 6)
+    old = Job(hosts, tmp_path / "job", "--ranks", "1:3", settings=settings, launcher=desk)
+    new = None
+    try:
+        old.wait_for_step(25)
+        hosts[0].cut()
+        began, refused = time.monotonic(), 0
+        while True:
+            new = Job(hosts[1:], tmp_path / "job", "--ranks", "2", settings=settings)
+            code = new.process.wait(600)
+            said = new.log.read_text()
+            if code == 0:
+                break
+            refused += 1
+            assert code == 2 and time.monotonic() - began < 300, said
+            print(f"\nrefused {time.monotonic() - began:.0f} s after the head was cut off: {said.splitlines()[-2:]}")
+        assert old.process.wait(60) == 1, old.log.read_text()
+        assert "node1, the head of the Ray cluster, was lost" in old.log.read_text()
+    finally:
+        old.close()
+        if new is not None:
+            new.close()
+    found, expected = losses(tmp_path / "job" / "run"), losses(quiet("small_nobn", 6))
+    last = max(expected)
+    print(f"refused {refused} times; last loss {found[last]:.6f}, undisturbed {expected[last]:.6f}")
+    assert found.keys() == expected.keys() and found[last] == pytest.approx(expected[last], rel=1e-3)
+    hosts[0].restore()
+    nothing_left(hosts)
 
 
 @pytest.mark.parametrize("backbone", ["small_nobn", "small"])
@@ -214,7 +270,7 @@ def test_twenty_faults_at_random_moments(hosts, quiet, tmp_path):
             job.wait_for_step(max(job.losses(), default=0) + dice.randint(2, 25), 600)
             host = dice.choice(hosts[1:])
             if dice.random() < 0.7:
-                host.sh("kill -9 $(pgrep -f RayTrainWorker) || true")
+                kill(host, "RayTrainWorker")
             else:
                 host.cut()
                 time.sleep(dice.choice([1, 20]))
@@ -225,7 +281,7 @@ def test_twenty_faults_at_random_moments(hosts, quiet, tmp_path):
     found, expected = job.losses(), losses(quiet("small_nobn", 12))
     last = max(expected)
     done = starts = most = 0
-    for words in re.finditer(r"  step (\d+)/|, steps (\d+) to", log):
+    for words in re.finditer(r"after step (\d+) |, steps (\d+) to", log):
         if words[2]:
             starts, most, done = starts + 1, max(most, done - int(words[2])), int(words[2])
         else:
