@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
+from launch.log_file import private
 from pipeline.beats import read_all
 from pipeline.heartbeat import Beat
 
@@ -87,15 +88,15 @@ class Failure:
 
     def write(self, folder: str) -> None:
         with suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "failures.txt"), "a", encoding="utf-8", errors="backslashreplace") as file:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            with open(os.path.join(folder, "failures.txt"), "a", encoding="utf-8", errors="backslashreplace", opener=private) as file:
                 file.write(self.details())
 
 
 class Outages:
     """Counts failures since the run last got on: a job of weeks may lose a worker now and then.
 
-    progress: returns something that is another thing once there is a newer checkpoint"""
+    progress: returns something that is another thing once there is a newer checkpoint, or None where that cannot be told"""
 
     def __init__(self, allowed: int, progress: Callable[[], object]) -> None:
         self.allowed, self.count = allowed, 0
@@ -104,7 +105,7 @@ class Outages:
     def another(self) -> bool:
         """Counts one more. False if that is too many."""
         now = self._progress()
-        if now != self._before:
+        if now is not None and now != self._before:
             self._before, self.count = now, 0
         self.count += 1
         return self.count <= self.allowed

@@ -23,6 +23,11 @@ OF_RAY = re.compile(rb"^\((?:\w+ )?pid=\d+(?:, ip=[^)]+)?\) ")
 CLOCK = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d *")
 
 
+def private(path: str, flags: int) -> int:
+    """An opener: what is printed may hold secrets of the user, so only the user reads it."""
+    return os.open(path, flags, 0o600)
+
+
 class File:
     """Appends to `path`, and goes on without it where that fails, as on a full disk: training does."""
 
@@ -37,8 +42,8 @@ class File:
                 self._file = None
                 os.replace(self._path, f"{self._path}.1")
             if self._file is None:
-                os.makedirs(os.path.dirname(self._path), exist_ok=True)
-                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+                self._file = open(self._path, "ab", buffering=0, opener=private)  # noqa: SIM115
                 self._size = self._file.tell()
             self._file.write(line)
             self._size += len(line)

@@ -10,5 +10,6 @@ if [[ ! -x $python ]]; then
 fi
 
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$root
+export PYTHONSAFEPATH=1 # else `python -m` takes packages of the current folder, such as another checkout, before those of this one
 export RAY_USAGE_STATS_ENABLED=0
 exec "$python" -m launch.multinode "$@"

@@ -5,11 +5,12 @@ import argparse
 import logging
 import math
 import os
+import secrets
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from dali_loaders.remote import without_secrets
 from launch import job_logs
 from launch.elastic import ElasticTrainer
 from launch.job import OF_JOB
@@ -84,15 +86,16 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
 
     try:
         config = resolve(options.recipe, options.overrides)
+        check_run_folder(config, options.resume)
         remove_stop_file(config.run.folder)
     except ValueError as error:
         raise BadInputError(str(error)) from None
-    logs = ""
-    if OF_JOB in os.environ:
-        logs = job_logs.begin(config.run.folder, os.environ[OF_JOB])
-        kept.enter_context(job_logs.kept(os.path.join(logs, "driver.log")))
-        told(f"logs of all ranks: {logs}; tensorboard --logdir {os.path.abspath(config.run.folder)}/tensorboard")
-    join()
+    named = {} if os.environ.get(OF_JOB) else {OF_JOB: f"protoshard-{secrets.token_hex(4)}"}  # multinode.sh has not submitted it
+    os.environ.update(named)
+    logs = job_logs.begin(config.run.folder, os.environ[OF_JOB])
+    kept.enter_context(job_logs.kept(os.path.join(logs, "driver.log")))
+    told(f"logs of all ranks: {logs}; tensorboard --logdir {os.path.abspath(config.run.folder)}/tensorboard")
+    join(named)
     nodes = computing_nodes([node for node in ray.nodes() if node["Alive"]], config.engine.device)
     places, resources = layout(nodes, options.ranks_per_node)
     gpu = " and a GPU" if "GPU" in resources else ""
@@ -107,8 +110,8 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     try:
         earlier = checkpoints(place_of_checkpoints(config))
     except OSError as error:
-        raise BadInputError(f"checkpoint.folder={config.checkpoint.folder} gives no answer ({error}); see to it") from None
-    storage = storage_folder(config.run.folder)
+        raise BadInputError(f"checkpoint.folder={without_secrets(config.checkpoint.folder)} gives no answer ({error}); see to it") from None
+    storage = storage_folder(config.run.folder, logs)
     callbacks: list[Any] = [
         OnFailure(options.max_failures, os.path.abspath(config.run.folder), logs, NODE_WAITS, place_of_checkpoints(config))
     ]  # more than a UserCallback, which alone is typed
@@ -128,6 +131,7 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
             num_workers=(ranks.least, ranks.most) if ranks.is_elastic else ranks.most,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
+            placement_strategy=strategy(nodes, places, resources),
         ),
         run_config=RunConfig(
             storage_path=storage,
@@ -147,15 +151,28 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     return result.return_value or {}
 
 
-def join() -> None:
-    """Joins the cluster in whose job this runs. BadInputError: this Python has another version than it.
+def check_run_folder(config: Any, resume: str) -> None:
+    """BadInputError: the trainer would refuse the run's folder, in which logs and the job's other files come first."""
+    from pipeline import run_folder
+
+    try:
+        fault = run_folder._fault(config, resume)
+    except OSError as error:
+        fault = f"run.folder={config.run.folder} cannot be read ({error.strerror or error}): choose another folder"
+    if fault:
+        raise BadInputError(fault)
+
+
+def join(variables: Mapping[str, str] | None = None) -> None:
+    """Joins the cluster in whose job this runs; its workers get `variables` too, which are none of the job's. BadInputError: this Python
+    has another version than it.
 
     Its address goes on to the actors of Ray Train: without it those that watch over others look for a cluster on their host, where they may
     find two, or the wrong one."""
     address = os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
+    of_workers = {**(variables or {}), **({"RAY_ADDRESS": address} if address else {})}
     try:
-        ray.init(logging_level=logging.WARNING, runtime_env=runtime_env)
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": of_workers} if of_workers else None)
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
@@ -181,12 +198,12 @@ def remove_stop_file(folder: str) -> None:
     stopping.Stop().watch(folder, rank=0, keep=asks_this)
 
 
-def storage_folder(run_folder: str) -> str:
-    """A new folder beside the run's, for this job and its user alone. Ray wants one that all nodes see; nothing of value is in it."""
-    parent, name = os.path.split(os.path.abspath(run_folder))
+def storage_folder(run_folder: str, logs: str) -> str:
+    """A new folder among the job's logs, which are removed some day if this process is killed. Ray wants one that all nodes see; nothing of
+    value is in it."""
     try:
-        os.makedirs(parent, exist_ok=True)
-        return tempfile.mkdtemp(prefix=f"{name}.ray-", dir=parent)
+        os.makedirs(logs, mode=0o700, exist_ok=True)
+        return tempfile.mkdtemp(prefix="storage-", dir=logs)
     except OSError as error:
         raise BadInputError(f"run.folder={run_folder} cannot be written ({error.strerror}): choose another folder") from None
 
@@ -229,7 +246,7 @@ def layout(nodes: list[dict[str, float]], ranks_per_node: int | None) -> tuple[i
     """Number of ranks and what each reserves, from the resources of the nodes that take part: all with GPUs, or none.
 
     Ranks on a node: its `rank_slots` if the launcher set them, else `ranks_per_node`, else its GPUs, else 2. The reservation divides a
-    node's processors evenly, so that no node can take more."""
+    node's processors evenly, so that none of equal nodes can take more."""
     slots = [int(node.get("rank_slots") or ranks_per_node or node.get("GPU") or DEFAULT_RANKS_ON_CPU) for node in nodes]
     resources = {"CPU": min(math.floor(node["CPU"] / count * 1e4) / 1e4 for node, count in zip(nodes, slots, strict=True))}
     if "GPU" in nodes[0]:
@@ -240,6 +257,12 @@ def layout(nodes: list[dict[str, float]], ranks_per_node: int | None) -> tuple[i
     if all("rank_slots" in node for node in nodes):
         resources["rank_slots"] = 1
     return sum(slots), resources
+
+
+def strategy(nodes: list[dict[str, float]], places: int, resources: dict[str, float]) -> str:
+    """How Ray places the ranks: on as few nodes as can be, unless a larger node could take some that are meant for another one."""
+    most = sum(min(math.floor(node[name] / share + 1e-6) for name, share in resources.items()) for node in nodes)
+    return "SPREAD" if most > places else "PACK"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -156,7 +157,7 @@ def run_rank(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def seen_by_all(folder: str) -> None:
-    """BadInputError: a host does not see what rank 0 writes into the run's folder, so that checkpoints would be in pieces.
+    """BadInputError: rank 0 cannot write into the run's folder, or a host does not see it, so that checkpoints would be in pieces.
 
     Ranks talk through the store of their process group: a collective of NCCL would need the GPU that the trainer has yet to choose."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -165,10 +166,12 @@ def seen_by_all(folder: str) -> None:
     store = dist.PrefixStore(f"folder-{next(LOOKS)}", dist.distributed_c10d._get_default_store())
     written = Path(folder, f".seen-{secrets.token_hex(8)}")
     if rank == 0:
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.touch()
-        store.set("written", written.name)
-    path, deadline = Path(folder, store.get("written").decode()), time.monotonic() + SEEN_SECONDS
+        fault = touched(written)
+        store.set("written", f"run.folder={folder} cannot be written ({fault}): choose another folder" if fault else written.name)
+    name = store.get("written").decode()
+    if not name.startswith(".seen-"):
+        raise BadInputError(name)
+    path, deadline = Path(folder, name), time.monotonic() + SEEN_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     store.set(f"{rank}", "" if seen else socket.gethostname())
@@ -176,10 +179,21 @@ def seen_by_all(folder: str) -> None:
         blind = next(filter(None, (store.get(f"{other}").decode() for other in range(ranks))), "")
         sentence = f"does not see what the first host writes into {os.path.abspath(folder)}; give a run.folder that all hosts share."
         store.set("verdict", f"Host {blind} {sentence}" if blind else "")
-        written.unlink()
+        with suppress(OSError):
+            written.unlink()
     verdict = store.get("verdict").decode()
     if verdict:
         raise BadInputError(verdict)
+
+
+def touched(path: Path) -> str:
+    """Makes an empty file, and the folders above it. Why not, if not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def place_of_checkpoints(config: Any) -> str:
@@ -229,6 +243,7 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
         if not worker_group_status.errors:
             return
         failure = Failure(worker_group_status.errors, self.folder, self.old)
+        self.old |= {beat.run for beat in failure.beats.values()}
         for error in failure.errors.values():
             if isinstance(error, BadInputError):
                 self.is_counted = True
@@ -236,7 +251,6 @@ class OnFailure(WorkerGroupCallback, ControllerCallback):
             if isinstance(error, RegroupError):
                 self.is_counted = True
                 return told("the ranks have saved and start anew")
-        self.old |= {beat.run for beat in failure.beats.values()}
         failure.write(self.logs)
         if failure.is_preemption:
             self.is_counted = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ RETRY = 10.0  # seconds between two tries to reach a host
 HELLO_SECONDS = 60
 READY_SECONDS = 120
 LEAVE_SECONDS = 5
+LONGEST = 500  # letters of a reason
 
 
 class Node(Protocol):
@@ -74,17 +76,23 @@ class Returns:
             thread.join(LEAVE_SECONDS + 1)
 
     def _bring_back(self, place: int) -> None:
-        since = time.monotonic()
+        since, told = time.monotonic(), ""
         while not self._ended.wait(self._retry):
-            node = self._trying[place] = self._begin(place)
+            node: Node | None = None
             try:
+                node = self._trying[place] = self._begin(place)
                 node.expect("hello", time.monotonic() + HELLO_SECONDS)
                 node.send(self._orders[place])
                 node.expect("ready", time.monotonic() + READY_SECONDS)
-            except (ValueError, RuntimeError):  # it is not back, or not ready for it
-                node.close()
-                with suppress(OSError):
-                    node.wait(time.monotonic() + LEAVE_SECONDS)
+            except (ValueError, RuntimeError) as error:  # it is not back, or not ready for it
+                if node is not None:
+                    node.close()
+                    with suppress(OSError):
+                        node.wait(time.monotonic() + LEAVE_SECONDS)
+                reason = str(error)
+                if re.sub(r"\d+", "", reason) != re.sub(r"\d+", "", told) and not self._ended.is_set():  # ports and times differ
+                    self._say(f"host {self._names[place]} is not back yet: {reason[:LONGEST]}")
+                told = reason
                 continue
             finally:
                 self._trying.pop(place, None)

@@ -17,20 +17,20 @@ PASSED_ON = (
 )
 SAME_MACHINES = ("LD_LIBRARY_PATH", "CC", "CXX")  # only to hosts of --hosts, which have the same checkout and so the same libraries
 OF_THIS_MACHINE = ("CUDA_VISIBLE_DEVICES",)  # which GPUs a rank gets is for Ray to say
+DEFAULTS = {  # that keep Ray quick and readable. rayjob.yaml has them too
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # of train loops that report to Ray
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line comes twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # needs train loops that report to Ray
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+}
 
 
 def passed_on(options: argparse.Namespace) -> dict[str, str]:
-    """Variables of this shell that the ranks get too, and those that keep Ray quick and readable."""
-    defaults = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "RAY_TRAIN_METRICS_ENABLED": "0",  # of train loops that report to Ray
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise every line comes twice
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # needs train loops that report to Ray
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_COLOR_PREFIX": "0",
-    }
+    """Variables of this shell that the ranks get too, and DEFAULTS."""
     known = (*PASSED_ON, *(SAME_MACHINES if options.address is None else ()), "PYTHONPATH")
-    variables = defaults | {name: value for name, value in os.environ.items() if travels(name, known)} | chosen_variables(options.env)
+    variables = DEFAULTS | {name: value for name, value in os.environ.items() if travels(name, known)} | chosen_variables(options.env)
     chosen = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     path = os.pathsep.join([*map(os.path.abspath, chosen), checkout(options)])  # a job starts in another folder
     return variables | {"PYTHONPATH": path}

@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from launch.failures import Failure, Outages
-from launch.ray_worker import BadInputError, GivingUpError, OnFailure, placed
+from launch.ray_worker import BadInputError, GivingUpError, OnFailure, RegroupError, placed
 from pipeline import heartbeat
 from pipeline.heartbeat import Beat
 
@@ -99,6 +99,7 @@ def test_the_rest_is_in_a_file(tmp_path):
     for _ in range(2):
         failure.write(str(tmp_path / "logs"))
     text = (tmp_path / "logs" / "failures.txt").read_text()
+    assert (tmp_path / "logs" / "failures.txt").stat().st_mode & 0o777 == 0o600
     assert text.count("--- rank 0: what Ray says") == 2 and "KeyError: 'x'" in text and "--- rank 0 on node0, process 100" in text
 
 
@@ -109,6 +110,12 @@ def test_failures_are_counted_per_outage():
     newest.append("step-10")  # the run has got on
     assert [outages.another() for _ in range(3)] == [True, True, False]
     assert not Outages(0, lambda: ()).another()
+
+
+def test_a_store_without_an_answer_is_no_progress():
+    answers = iter([("step-5",), None, ("step-5",), None])
+    outages = Outages(2, lambda: next(answers))
+    assert [outages.another() for _ in range(3)] == [True, True, False]
 
 
 def poll(callback, **errors):
@@ -134,6 +141,16 @@ def test_what_is_said_is_what_is_done(tmp_path, capsys):
         callback.after_worker_group_poll_status(SimpleNamespace(errors={1: BadInputError("no image")}))
     callback.before_controller_execute_failure_decision(None)  # on that error, which ends the job
     assert capsys.readouterr().out == ""
+
+
+def test_ranks_that_started_anew_have_no_words_of_the_start_before(tmp_path, capsys):
+    """Else the rank that is killed before its first beat has ended, as it did to start anew, and another one is named."""
+    callback = OnFailure(1, str(tmp_path))
+    for rank in (0, 1):
+        says(tmp_path, rank, run="before", end="stopped")
+    poll(callback, r0=RegroupError("saved"), r1=RegroupError("saved"))
+    poll(callback, r0=gone(KILLED))
+    assert "(rank 0 on 10.0.0.2 died without a word" in capsys.readouterr().out
 
 
 def test_starts_without_a_place_are_counted_in_a_row(tmp_path, capsys):

@@ -41,6 +41,7 @@ os.write(1, b"parts")
 """
     code, console = printing(path, program)
     lines = path.read_text().splitlines()
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
     assert code == 0 and len(lines) == 7 and [line for line in lines if "c10d" not in line] == console
     said = [re.sub(CLOCK, "", line) for line in console]
     assert sorted(said) == sorted(["step 1", "a line", "step 2", "said", "of a child", "in parts"]) and all(
@@ -119,7 +120,7 @@ def test_the_newest_jobs_of_a_run_are_kept(tmp_path):
         (tmp_path / "logs" / f"job-{number}").mkdir(parents=True)
         os.utime(tmp_path / "logs" / f"job-{number}", (number, number))
     folder = job_logs.begin(str(tmp_path), "new")
-    assert Path(folder).is_dir() and len(list((tmp_path / "logs").iterdir())) == job_logs.KEPT
+    assert Path(folder).stat().st_mode & 0o777 == 0o700 and len(list((tmp_path / "logs").iterdir())) == job_logs.KEPT
     assert not (tmp_path / "logs" / "job-0").exists() and (tmp_path / "logs" / f"job-{job_logs.KEPT + 2}").exists()
     (tmp_path / "file").touch()
     job_logs.begin(str(tmp_path / "file"), "new")  # cannot be made, which is for the run to say
@@ -148,12 +149,32 @@ def test_logs_of_ray_are_bounded(tmp_path, monkeypatch):
     logs = tmp_path / "session" / "logs"
     (logs / "events").mkdir(parents=True)
     for number, name in enumerate(["old.log", "events/event.log", "gcs.out", "empty.log"]):
-        (logs / name).write_text("" if "empty" in name else "a" * 150 + f"end of {name}")
+        (logs / name).write_text("" if "empty" in name else "a\n" * 75 + f"end of {name}")
         os.utime(logs / name, (number, number))
     job_logs.keep_those_of_ray(str(tmp_path / "session"), str(tmp_path / "kept"))
     kept = {str(path.relative_to(tmp_path / "kept")): path.read_text() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
-    assert kept.keys() == {"gcs.out", "events/event.log"} and kept["gcs.out"].endswith("end of gcs.out") and len(kept["gcs.out"]) == 100
+    assert kept.keys() == {"gcs.out", "events/event.log"} and kept["gcs.out"].endswith("end of gcs.out") and len(kept["gcs.out"]) == 98
     job_logs.keep_those_of_ray(str(tmp_path / "nothing"), str(tmp_path / "kept"))
+
+
+def test_logs_of_ray_keep_secrets_to_the_user(tmp_path):
+    """The values of --env are in what Ray says of environments, also in the end of a line that is cut."""
+    logs = tmp_path / "session" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "agent.log").write_text('INFO Creating runtime env: {"KEY": "secret"}\nstarted\nINFO {"env_vars": {"KEY": "secret"}}\n')
+    (logs / "raylet.out").write_text("x" * job_logs.LARGEST_OF_RAY + "secret\n--serialized-runtime-env-context=secret\nready\n")
+    kept = Path(job_logs.begin(str(tmp_path / "run"), "job")) / "ray-a"
+    job_logs.keep_those_of_ray(str(tmp_path / "session"), str(kept))
+    assert {path.name: path.read_text() for path in kept.iterdir()} == {"agent.log": "started\n", "raylet.out": "ready\n"}
+    assert kept.stat().st_mode & 0o777 == 0o700 and {path.stat().st_mode & 0o777 for path in kept.iterdir()} == {0o600}
+
+
+def test_logs_of_ray_make_no_folder_of_a_run(tmp_path):
+    """The job began none on this host: its run folder was refused, or a host lacks the folder in which the launcher was called."""
+    (tmp_path / "session" / "logs").mkdir(parents=True)
+    (tmp_path / "session" / "logs" / "raylet.out").write_text("ready\n")
+    job_logs.keep_those_of_ray(str(tmp_path / "session"), str(tmp_path / "none" / "run" / "logs" / "job" / "ray-a"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_driver_waits_for_its_last_line(tmp_path):

@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from launch import ray_driver
+from launch import ray_driver, variables
 from pipeline.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +100,10 @@ def test_the_entrypoint_is_a_job_of_this_project(job, groups):
     assert run.folder == folder and folder.startswith(f"{options.folder}/")
     ranks = groups[1]["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
     assert run.batch % (ranks * run.accumulation) == 0
+
+
+def test_the_job_has_the_variables_of_others(job):
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"env_vars": variables.DEFAULTS}
 
 
 def test_a_pod_that_is_taken_back_asks_the_run_to_save(groups, tmp_path):

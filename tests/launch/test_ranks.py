@@ -208,15 +208,15 @@ def test_ranks_leave_a_host_that_is_to_be_taken_away(cluster, tmp_path):
 class StubNode:
     """A host that may be away."""
 
-    def __init__(self, is_there):
-        self.is_there, self.left, self.sent = is_there, False, []
+    def __init__(self, is_there, why=""):
+        self.is_there, self.why, self.left, self.sent = is_there, why, False, []
 
     def has_left(self):
         return self.left
 
     def expect(self, event, deadline):
         if not self.is_there():
-            raise ValueError("no answer")
+            raise ValueError(self.why)
         return {"event": event}
 
     def send(self, order):
@@ -235,13 +235,15 @@ def test_a_lost_host_is_tried_until_it_is_back(caplog):
 
     def begin(place):
         tries.append(place)
-        return StubNode(back.is_set)
+        if len(tries) > 2 and not back.is_set():
+            raise ValueError("the disk is full")
+        return StubNode(back.is_set, f"no answer within {len(tries)} s")
 
     returns = Returns(nodes, ["a", "b"], [{}, {"head": "x"}], begin, said.append, retry=0.01)
     returns.check()
     nodes[1].left = True
     deadline = time.monotonic() + 60
-    while len(tries) < 3:
+    while len(tries) < 4:
         returns.check()
         assert time.monotonic() < deadline
     back.set()
@@ -249,9 +251,10 @@ def test_a_lost_host_is_tried_until_it_is_back(caplog):
         returns.check()
         assert time.monotonic() < deadline
     assert nodes[1].sent == [{"head": "x"}] and {*tries} == {1}
-    while len(said) < 2:
+    while not said[-1].startswith("host b is back"):
         assert time.monotonic() < deadline
-    assert said[0] == "host b was lost: trying every 0.01 s to reach it" and said[1].startswith("host b is back in the cluster after")
+    assert said[0] == "host b was lost: trying every 0.01 s to reach it" and said[-1].startswith("host b is back in the cluster after")
+    assert said[1:-1] == ["host b is not back yet: no answer within 1 s", "host b is not back yet: the disk is full"]
     nodes[0].left = True
     with pytest.raises(RuntimeError, match="Host a, the head of the Ray cluster, was lost, and the job with it: the same"):
         returns.check()

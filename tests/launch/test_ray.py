@@ -63,7 +63,7 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
         and re.search(r"Failure 1, 3 allowed .*rank [01] on \S+ died without a word", log)
         and "resumed from killed/checkpoints/step-" in log
     ), log
-    assert not list(tmp_path.glob("*.ray*"))
+    assert not list(tmp_path.glob("*/logs/*/storage-*"))
     killed, undisturbed = losses(tmp_path / "killed"), losses(tmp_path / "quiet")
     assert len(undisturbed) == 72
     print(f"largest relative deviation of 72 losses: {max(abs(killed.get(step, 0) / loss - 1) for step, loss in undisturbed.items()):.1e}")
@@ -128,7 +128,7 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
                 tokens.add(process.environ().get("RAY_AUTH_TOKEN", ""))
         folders = {Path(*Path(word.partition("=")[2]).parts[:3]) for word in commands if word.startswith("--temp-dir=")}
         below = [path for folder in folders for path in folder.rglob("*")]
-        storage = list(tmp_path.glob("run.ray-*"))
+        storage = list(tmp_path.glob("run/logs/*/storage-*"))
         modes = [path.stat().st_mode & 0o777 for path in (*folders, *storage)]
         read = [job.log, *(path for path in below if path.is_file() and not path.is_symlink())]
         (token,) = tokens - {""}
@@ -147,4 +147,4 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
     assert len(folders) == 1 and len(storage) == 1 and modes == [0o700, 0o700] and len(below) > 5
     _, alive = psutil.wait_procs(started, timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-    assert not any(path.exists() for path in folders) and not list(tmp_path.glob("*.ray*"))
+    assert not any(path.exists() for path in (*folders, *storage))

@@ -6,6 +6,8 @@ import inspect
 import os
 import re
 import shlex
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +48,9 @@ def bind(function, *arguments, **named):
 def trainer(monkeypatch, tmp_path):
     """A function from the nodes of a cluster and overrides to the trainer that the driver makes, with the real classes of Ray Train."""
 
+    monkeypatch.setenv(job.OF_JOB, "job-1")
+    monkeypatch.chdir(tmp_path)
+
     def make(nodes, *overrides):
         made = []
 
@@ -55,7 +60,6 @@ def trainer(monkeypatch, tmp_path):
 
         monkeypatch.setattr(ray_driver, "ray", SimpleNamespace(init=lambda **named: bind(ray.init, **named), nodes=lambda: nodes))
         monkeypatch.setattr(ray_driver.ElasticTrainer, "fit", fit)
-        monkeypatch.chdir(tmp_path)
         arguments = ["faces_small", f"--folder={tmp_path}", *(f"--set={override}" for override in overrides)]
         with ExitStack() as kept:
             assert ray_driver.fit(ray_driver.parser().parse_args(arguments), kept) == {"eer": 0.1}
@@ -104,13 +108,57 @@ def test_a_cluster_of_this_machine_alone_keeps_to_loopback(alone, tmp_path):
     assert not any(word.partition("=")[2] == "t" for word in ray_node.start_command(order, str(tmp_path)))
 
 
-def test_two_jobs_of_one_run_do_not_share_a_folder_of_ray(tmp_path):
-    """The second one is refused by its workers, and takes away what it made at its end."""
-    first, second = (ray_driver.storage_folder(str(tmp_path / "a" / "run")) for _ in range(2))
-    assert first != second and os.stat(first).st_mode & 0o777 == 0o700 and os.path.dirname(first) == str(tmp_path / "a")
+def test_what_ray_stores_is_among_the_logs_of_the_job(trainer, tmp_path):
+    """Where only the run's folder need be written, and where it is removed some day after a driver that was killed."""
+    made = trainer([node("a", CPU=4.0)], "run.folder=run")
+    stored = Path(made.run_config.storage_path)
+    assert stored.parent == tmp_path / "run" / "logs" / "job-1" and not stored.exists()  # at the end of the job
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    kept = ray_driver.storage_folder("run", str(stored.parent))
+    assert os.stat(kept).st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()
-    with pytest.raises(BadInputError, match=r"run.folder=.* cannot be written \([A-Z]"):
-        ray_driver.storage_folder(str(tmp_path / "file" / "run"))
+    with pytest.raises(BadInputError, match=r"run.folder=file/run cannot be written \([A-Z]"):
+        ray_driver.storage_folder("file/run", str(tmp_path / "file" / "run" / "logs" / "job"))
+
+
+def test_a_job_of_another_launcher_has_logs_too(trainer, monkeypatch, tmp_path):
+    """It names itself, and tells its workers, which take their logs along when --resume none renames the run's folder."""
+    made = trainer([node("a", CPU=4.0)], "run.folder=run")
+    assert made.backend_config.logs == str(tmp_path / "run" / "logs" / "job-1")
+    monkeypatch.delenv(job.OF_JOB)
+    told = []
+    monkeypatch.setattr(ray_driver, "join", told.append)
+    made = trainer([node("a", CPU=4.0)], "run.folder=run")
+    assert told == [{job.OF_JOB: Path(made.backend_config.logs).name}] and re.fullmatch(r"protoshard-[0-9a-f]{8}", told[0][job.OF_JOB])
+    assert made.run_config.callbacks[0].logs == made.backend_config.logs and (Path(made.backend_config.logs) / "driver.log").exists()
+
+
+def test_no_logs_are_written_into_a_folder_that_is_no_run(trainer, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "image.jpg").write_bytes(b"\0")
+    (tmp_path / "data" / "stop").touch()
+    with pytest.raises(BadInputError, match=r"run.folder=data holds no run, but other things \(image.jpg\)"):
+        trainer([node("a", CPU=4.0)], "run.folder=data")
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["image.jpg", "stop"]
+
+
+def test_a_larger_node_does_not_take_all_ranks(trainer):
+    equal = [node(name, CPU=64.0, GPU=8.0) for name in "ab"]
+    assert trainer(equal, "engine.device=cuda").scaling_config.placement_strategy == "PACK"
+    larger = [node("a", CPU=128.0), node("b", CPU=64.0)]
+    assert trainer(larger, "engine.device=cpu").scaling_config.placement_strategy == "SPREAD"
+    slots = [node("a", CPU=128.0, rank_slots=2.0), node("b", CPU=64.0, rank_slots=2.0)]
+    assert trainer(slots, "engine.device=cpu").scaling_config.placement_strategy == "PACK"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_the_launcher_runs_its_own_checkout(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "__init__.py").write_text("raise SystemExit('of another checkout')\n")
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "multinode.sh"), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "RECIPE" in done.stdout.upper(), done.stderr
 
 
 def test_job_client_has_what_is_called(capsys):

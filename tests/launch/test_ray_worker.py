@@ -29,6 +29,10 @@ def test_ranks_look_for_the_run_folder_of_rank_0(ranks, tmp_path):
     said = ranks(2).run(look, [ours, own])
     assert said[0] == said[1] and f"does not see what the first host writes into {ours}; give a run.folder" in said[0]
     assert os.listdir(ours) == [] and not os.path.exists(own)
+    (tmp_path / "file").touch()
+    no_folder = str(tmp_path / "file" / "run")
+    sentence = f"run.folder={no_folder} cannot be written (Not a directory): choose another folder"
+    assert ranks(2).run(look, [no_folder, ours]) == [sentence, sentence]
     assert ranks(2).run(look, ["s3://bucket/run", "s3://bucket/run"]) == ["seen", "seen"]
 
 
@@ -44,5 +48,6 @@ def test_a_cluster_of_another_version_is_bad_input(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(ray_driver.ray, "init", init)
     with pytest.raises(BadInputError, match=r"Version mismatch: .*Ray: 2\.9\.0 .*; start the cluster's nodes from the \.venv of this"):
-        ray_driver.join()
-    assert asked[0]["runtime_env"] == {"env_vars": {"RAY_ADDRESS": "10.0.0.1:6379"}}  # for actors that would look for a cluster themselves
+        ray_driver.join({"NAME": "job"})
+    # for actors that would look for a cluster themselves
+    assert asked[0]["runtime_env"] == {"env_vars": {"NAME": "job", "RAY_ADDRESS": "10.0.0.1:6379"}}
