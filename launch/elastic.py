@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from launch.ranks import Ranks
-from launch.ray_worker import GivingUpError, told
+from launch.ray_worker import AskedToStopError, GivingUpError, told
 from pipeline import stopping
 
 NODE_WAIT = 600.0  # seconds that a start or restart waits for hosts with a place for the ranks
@@ -82,6 +83,9 @@ class Places(ScalingPolicy):
     def _wait(self, count: int) -> None:
         """Says so, and gives up in the end."""
         self.has_run = False  # what it held is free by the next look
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.folder, stopping.FILE))
+            raise AskedToStopError("stopped while the ranks waited for hosts: the same command continues from the newest checkpoint")
         now, gone = time.monotonic(), lost(ray.nodes())
         without = f"; without {', '.join(gone)}" if gone else ""
         if self.waits_since is None:

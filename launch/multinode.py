@@ -101,7 +101,7 @@ def launch(options: argparse.Namespace, config: "TrainConfig") -> int:
         task = job.Task(job_id, entrypoint(options), passed_on(options), ending(options, config))
         Interrupted.has_begun = True
         code = job.run(client, task, running.check)
-    if code not in (0, stopping.STOPPED):
+    if code not in (0, 2, stopping.STOPPED):  # bad input has none
         say(f"logs: {logs}")
     return code
 

@@ -25,6 +25,7 @@ from launch.job import OF_JOB
 from launch.ranks import Ranks, parse
 from launch.ray_worker import (
     STOPPED,
+    AskedToStopError,
     BadInputError,
     GivingUpError,
     OnFailure,
@@ -54,6 +55,9 @@ def run(options: argparse.Namespace, kept: ExitStack) -> int:
     except BadInputError as error:
         print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
         return 2
+    except AskedToStopError as error:
+        print(f"multinode.sh: {error}", flush=True)
+        return stopping.STOPPED
     except (GivingUpError, TrainingFailedError) as error:
         print(f"multinode.sh: {error}", file=sys.stderr, flush=True)
         return 1
@@ -143,7 +147,7 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
     try:
         result: Any = trainer.fit()  # typed as the result of V1, which has no return_value
     except ControllerError as error:
-        if isinstance(error.controller_failure, BadInputError | GivingUpError):
+        if isinstance(error.controller_failure, BadInputError | GivingUpError | AskedToStopError):
             raise error.controller_failure from None
         raise
     finally:
@@ -156,7 +160,7 @@ def check_run_folder(config: Any, resume: str) -> None:
     from pipeline import run_folder
 
     try:
-        fault = run_folder._fault(config, resume)
+        fault = run_folder.fault(config, resume)
     except OSError as error:
         fault = f"run.folder={config.run.folder} cannot be read ({error.strerror or error}): choose another folder"
     if fault:

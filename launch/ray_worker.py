@@ -214,6 +214,10 @@ class RegroupError(RuntimeError):
     """No failure: the ranks have saved, and are to start anew on the hosts that are there now."""
 
 
+class AskedToStopError(RuntimeError):
+    """While the ranks waited for hosts."""
+
+
 class GivingUpError(RuntimeError):
     """Too many failures, or no place for the ranks. Its text is the sentence for the user."""
 

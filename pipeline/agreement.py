@@ -26,7 +26,7 @@ class Agreement:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)) if needs_own else None
 
     def highest(self, *values: int) -> list[int]:
-        """The maximum over all ranks of each of the values. Over gloo log2(N) messages of 8 bytes a value, rounded up, one after another: an
+        """The maximum over all ranks of each of the values. Over gloo log2(N) messages of 8 bytes a value, rounded up, one by one: an
         all-reduce of gloo, a ring, would wait for 2 (N - 1) of them, with 20 ms between hosts 2.5 s on 64 ranks."""
         if self.is_alone:
             return list(values)

@@ -36,7 +36,7 @@ def check(config: TrainConfig, place: Place, resume: str) -> None:
     told: list[Any] = [None]
     if place.is_first:
         try:
-            told[0] = _fault(config, resume)
+            told[0] = fault(config, resume)
         except OSError as error:
             told[0] = f"run.folder={config.run.folder} cannot be read ({error.strerror or error}): choose another folder"
     dist.broadcast_object_list(told)
@@ -67,7 +67,7 @@ def data_paths(config: TrainConfig) -> list[str]:
     return [path for one in given if not is_remote(one) for path in (braces(one) if is_pattern(one) else [one])]
 
 
-def _fault(config: TrainConfig, resume: str) -> str | None:
+def fault(config: TrainConfig, resume: str) -> str | None:
     given, checkpoints = config.run.folder, config.checkpoint.folder or os.path.join(config.run.folder, "checkpoints")
     folder = os.path.realpath(given)
     for name, written in (("run.folder", given), ("checkpoint.folder", config.checkpoint.folder)):

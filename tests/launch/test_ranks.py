@@ -18,7 +18,7 @@ from launch.elastic import Places, answers_at, lost, places
 from launch.hosts import Host
 from launch.ranks import Ranks, check_slots, parse
 from launch.ray_driver import chosen
-from launch.ray_worker import GivingUpError, checkpoints
+from launch.ray_worker import AskedToStopError, GivingUpError, checkpoints
 from launch.returns import Returns
 from pipeline import checkpoint
 
@@ -141,6 +141,15 @@ def test_places_that_others_have_do_not_count_a_second_time(cluster, tmp_path):
     cluster.free = {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}, "c": {"CPU": 0.0}}
     made = policy(tmp_path, Ranks(2, 3))
     assert [count_of(made), count_of(made)] == [3, 2]
+
+
+def test_it_can_be_asked_to_stop_while_it_waits(cluster, tmp_path):
+    made = policy(tmp_path, Ranks(2, 2))
+    assert count_of(made) is None
+    (tmp_path / "stop").touch()
+    with pytest.raises(AskedToStopError, match="stopped while the ranks waited for hosts: the same command continues"):
+        count_of(made)
+    assert not (tmp_path / "stop").exists()
 
 
 def test_it_gives_up_in_the_end(cluster, tmp_path):

@@ -3,5 +3,5 @@
 from pipeline.config import TrainConfig
 
 
-def _fault(config: TrainConfig, resume: str) -> str | None:
+def fault(config: TrainConfig, resume: str) -> str | None:
     return None
