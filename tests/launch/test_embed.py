@@ -243,13 +243,13 @@ def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkey
 
 @pytest.mark.long
 def test_whatever_dies_it_goes_on(made, tmp_path):
-    """A worker and then the job itself: before the first file, at a file, and at the one after it. The last start loses a worker alone."""
+    """A worker and then the job itself: before the first file, at a file, and at one of a worker's successor. The last start loses a worker
+    alone."""
     out, before = tmp_path / "out", left_behind()
     for at_worker, at_job in ((0, 0), (1, 1), (0, 1), (0, None)):  # new files after which they are killed
-        had, workers = whole(out), []
+        had, is_killed = whole(out), False
         job = subprocess.Popen(command(made, out, "--workers", "1:2"), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
-        is_killed = False
         while job.poll() is None and not (is_killed and at_job is not None and whole(out) >= had + at_job):
             assert time.monotonic() < deadline
             if not is_killed:
