@@ -12,6 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,13 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local", type=int, default=0, metavar="N", help="N ranks on this machine in place of --on")
     parser.add_argument("--address", default="127.0.0.1", help="of the first host, for the others")
     parser.add_argument("--interface", default="lo", help="for gloo (lo)")
-    parser.add_argument("--between", type=float, required=True, metavar="GB/S", help="the rate of a host's link")
-    parser.add_argument("--latency", required=True, metavar="TIME", help="of a message between hosts, such as 20ms")
+    parser.add_argument("--between", type=float, metavar="GB/S", help="the rate of a host's link, 1e9 bytes a second (with --local 1)")
+    parser.add_argument("--latency", metavar="TIME", help="of a message between hosts, such as 20ms (with --local 50us)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="run.batch is of all hosts")
-    parser.add_argument("--folder", required=True, help="for the runs, new, seen by all hosts")
+    parser.add_argument("--folder", help="for the runs, new, seen by all hosts (with --local one in /tmp)")
     parser.add_argument("--csv", default=f"{FOLDER}/scaling.csv", metavar="FILE")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if bool(options.on) == bool(options.local):
+        raise ValueError('say where: --local N for ranks of this machine, or --on "ssh node1" --on "ssh node2"')
+    for name, here in (("between", 1.0), ("latency", "50us"), ("folder", None)):
+        if getattr(options, name) is None:
+            if options.on:
+                raise ValueError(f"--on needs --{name}: see --help")
+            setattr(options, name, here)
+    folder = options.folder or tempfile.mkdtemp(prefix="slow-links-")
     prefixes = [shlex.split(one) for one in options.on] or [[]] * options.local
 
     def on(prefix: list[str]) -> Start:
@@ -47,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     place = {"address": options.address, "interface": options.interface, "local": bool(options.local)}
     link = {"between": 1e9 * options.between, "latency": seconds_of(options.latency)}
-    rows = measured([on(prefix) for prefix in prefixes], options.recipe, options.set, options.folder, **place, **link)
+    rows = measured([on(prefix) for prefix in prefixes], options.recipe, options.set, folder, **place, **link)
     report(rows, as_text, options.json, options.csv)
 
 

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,6 @@ from pipeline.export.embed_images import Stretched
 
 IMAGES = 16_384  # of a file, about; a whole number of batches
 CPUS = 4  # of a worker
-CONNECT_SECONDS = 5
 JOB, DONE, UNREADABLE = "_job.json", "_done.json", "_unreadable.txt"  # readers of Parquet folders pass over names with a _
 
 
@@ -49,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return embed(options)
     except ValueError as error:
         say(str(error))
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, or a folder that is not this user's
+        say(f"{printable(str(error.filename or options.out))} cannot be read or written ({error.strerror or error})")
         return 2
     except RuntimeError as error:
         say(f"{error}: the same command goes on with what is missing")
@@ -163,7 +166,9 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     files in a folder that only its user can enter."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: lines for those who develop Ray
     with ExitStack() as stack:
+        is_private = address is None
         if address is None:
             try:
                 running = stack.enter_context(started([Host("localhost", "localhost", None, True)], str(ROOT), sys.executable))
@@ -172,16 +177,19 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             address = running.head
             # Read when Ray is imported. It would take another address of this machine for 127.0.0.1.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=running.token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
-        reach(address)
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: lines for those who develop Ray
+        else:
+            look_at(address)
         import ray
 
         stack.callback(ray.shutdown)
         try:
             variables = {"PYTHONPATH": os.environ["PYTHONPATH"]}
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": variables})
-        except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        # Ray raises anything from ConnectionError to AuthenticationError, and SystemExit when the control store does not answer.
+        except (Exception, SystemExit) as error:
+            reason = "no control store answers there" if isinstance(error, SystemExit) else first_line(error)
+            if is_private:
+                raise RuntimeError(f"the Ray that was started here cannot be used ({reason})") from None
             raise ValueError(
                 f"the Ray cluster at --address {address} cannot be used ({reason}): run this on a machine that is a part of it, with "
                 "RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for a token"
@@ -189,15 +197,23 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
 
 
-def reach(address: str) -> None:
-    """ValueError unless something listens there: Ray itself would wait for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isdigit() and int(port) < 1 << 16):
-        raise ValueError(f"--address {address} is not the head of a Ray cluster: give its host:port, such as node1:6379")
+def look_at(address: str) -> None:
+    """ValueError unless what answers there may be the head of a cluster: Ray itself would wait for minutes."""
+    from launch import connecting  # imports Ray, which reads then how its cluster is to be talked to
+
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ValueError(f"no Ray cluster answers at --address {address} ({error.strerror or error}): check it, or leave it out") from None
+        host, port, scheme = connecting.parts(address)
+    except ValueError:
+        scheme = "none"
+    if scheme:
+        raise ValueError(f"--address {address} is not the head of a Ray cluster: give its host:port, such as node1:6379")
+    connecting.reach(address, host, port)
+    if os.environ.get("RAY_USE_TLS") != "1":
+        connecting.look_for_head(address, host, port)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def make(task: Task, todo: list[int], workers: tuple[int, int] | None, images: int) -> None:
@@ -206,9 +222,9 @@ def make(task: Task, todo: list[int], workers: tuple[int, int] | None, images: i
     import ray
     import ray.data
 
-    resources = ray.cluster_resources()
-    gpus = 1 if resources.get("GPU", 0) >= 1 else 0
-    room = int(resources.get("GPU", 0)) if gpus else int(resources.get("CPU", 0) // task.cpus)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 1 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0
+    room = sum(int(min(node.get("CPU", 0) / task.cpus, node.get("GPU", 0) if gpus else math.inf)) for node in nodes)  # node by node
     least, most = workers or (1, max(1, room))
     each = f"{task.cpus} processors{' and a GPU' if gpus else ''}"
     if room < least:
@@ -240,7 +256,7 @@ def make(task: Task, todo: list[int], workers: tuple[int, int] | None, images: i
                 left = math.ceil((len(todo) - number) / number * (now - began))
                 say(f"{number:,} of {len(todo):,} files, {rate:,.0f} images/s" + (f", {left:,} s left" if left else ""))
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"Ray gave up ({(str(error).strip().splitlines() or [type(error).__name__])[0]})") from None
+        raise RuntimeError(f"Ray gave up ({first_line(error)})") from None
 
 
 def finish(out: str, job: dict[str, Any], source: Source, found: dict[int, Account | None], images: str, about: Any) -> int:

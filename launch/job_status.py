@@ -3,15 +3,16 @@
 import os
 import sys
 
-from launch.attached import find, shown_name
-from launch.connecting import connect
 from launch.options import needs_ray
 
 
-def run_folder(job: str, address: str) -> str:
-    """Of a job; says how Ray sees it. ValueError where there is no such job, or no cluster."""
+def run_folder(job: str, address: str) -> tuple[str, bool]:
+    """Of a job, and whether that has not ended; says how Ray sees it. ValueError where there is no such job, no cluster, or no Ray here."""
     needs_ray()
+    from launch.attached import find, shown_name
+    from launch.connecting import connect
+
     details = find(connect(address), job)
     print(f"job {shown_name(details)}: {details.status}", file=sys.stderr, flush=True)
     about = details.metadata or {}
-    return os.path.join(about["folder"], os.path.dirname(about["stop_file"]))
+    return os.path.join(about["folder"], os.path.dirname(about["stop_file"])), not details.status.is_terminal()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.lease_files import LARGEST, LOGS, NAME
 
 TAIL = 1 << 18  # bytes of metrics.jsonl that are read
 MOST_SHOWN = 16  # ranks in the table
+ENDS = ("refused", "error", "stopped", "hung", "lost")  # of ranks (heartbeat.py): one that is named earlier is why others end
 
 
 @dataclass
@@ -40,7 +42,8 @@ class Status:
     """Figures are None where nothing tells them."""
 
     run: str
-    state: str  # running, starting, finished, stopped, or gone (it ended without a word)
+    state: str  # running, starting, finished, stopped, failed, waiting (its job runs, its ranks do not), or gone (ended without a word)
+    why: str = ""  # a rank's own words about a failure
     step: int | None = None
     total_steps: int | None = None
     images_per_second: float | None = None
@@ -53,21 +56,27 @@ class Status:
     ranks: list[Rank] = field(default_factory=list)
 
 
-def of_run(path: str, wait: Callable[[float], None] = time.sleep) -> Status:
-    """Takes some seconds, to see whether its ranks live. ValueError, one sentence, where `path` is no run's folder."""
+def of_run(path: str, wait: Callable[[float], None] = time.sleep, job_runs: bool = False) -> Status:
+    """Takes some seconds, to see whether its ranks live. ValueError, one sentence, where `path` is no run's folder.
+
+    job_runs: the cluster says that the run's job has not ended"""
     if is_remote(path):
         raise ValueError(f"{without_secrets(path)} is an address; give the run's folder (run.folder), which is local")
     if not os.path.isdir(path):
-        raise ValueError(f"{quoted(path)} {'is no folder' if os.path.lexists(path) else 'does not exist'}; give the folder of a run")
+        fault = "is no folder" if os.path.lexists(path) else "does not exist"
+        job = "" if os.sep in path or os.path.lexists(path) else "; for the job of that name or id give --address RAY_ADDRESS too"
+        raise ValueError(f"{quoted(path)} {fault}; give the folder of a run{job}")
     signs = (ABOUT, "metrics.jsonl", FOLDER, beats.FOLDER)
     leases = [name for name in os.listdir(path) if NAME.fullmatch(name)]
     if not leases and not any(os.path.exists(os.path.join(path, sign)) for sign in signs):
         raise ValueError(f"{quoted(path)} is no run's folder: it has none of {', '.join(signs)}")
     alive = beats.alive(path, wait)
     status = Status(path, "gone", ranks=_ranks(path, alive))
-    total = _json(Path(path, ABOUT)).get("start", {}).get("total_steps")
+    start = _json(Path(path, ABOUT)).get("start")
+    start = start if isinstance(start, dict) else {}
+    total = start.get("total_steps")
     status.total_steps = total if isinstance(total, int) else None
-    _add_metrics(status)
+    _add_metrics(status, start)
     saved = _checkpoints(path)
     status.checkpoint = saved[-1] if saved else None
     done = max([step_of(os.path.basename(name)) for name in saved[-1:]] + [rank.step for rank in status.ranks] + [status.step or 0])
@@ -75,6 +84,10 @@ def of_run(path: str, wait: Callable[[float], None] = time.sleep) -> Status:
     status.job = _newest_job(path)
     status.logs = os.path.join(path, LOGS, status.job) if status.job else None
     status.state = _state(status, saved, leases, wait)
+    if job_runs and status.state in ("stopped", "failed", "gone"):
+        status.state = "waiting"
+    if status.state in ("failed", "waiting"):
+        status.why = _why(_first_end(status.ranks))
     if status.state not in ("running", "starting"):
         status.seconds_left = None
     return status
@@ -90,9 +103,13 @@ def as_text(status: Status) -> str:
         "starting": "starting: its ranks are not in step yet",
         "finished": "finished",
         "stopped": "stopped: the same command continues",
+        "failed": "failed: the same command continues, once the reason is gone",
+        "waiting": "waiting: its job runs, and its ranks do not; they start anew, or wait for hosts",
         "gone": "not running, and ended without a word: the same command continues from the newest checkpoint",
     }
     lines = [f"{printable(status.run)}: {said[status.state]}"]
+    if status.why:
+        lines.append(f"reason      {printable(status.why)}")
     if status.step is not None:
         of = f" of {status.total_steps:,} ({status.step / status.total_steps:.0%})" if status.total_steps else ""
         left = f", {time_left(status.seconds_left)}" if status.seconds_left is not None else ""
@@ -130,8 +147,8 @@ def _state(status: Status, saved: list[str], leases: list[str], wait: Callable[[
         return "running" if max(rank.step for rank in status.ranks) >= 0 else "starting"
     if saved and status.total_steps is not None and step_of(os.path.basename(saved[-1])) >= status.total_steps:
         return "finished"
-    if any(rank.end == "stopped" for rank in status.ranks):
-        return "stopped"
+    if (first := _first_end(status.ranks)) is not None:
+        return "stopped" if first.end == "stopped" else "failed"
     newest = max(leases, key=lambda name: int(NAME.fullmatch(name)[1]), default=None)  # type: ignore[index]
     if newest is None:
         return "stopped"
@@ -148,23 +165,41 @@ def _state(status: Status, saved: list[str], leases: list[str], wait: Callable[[
     return "gone"
 
 
-def _add_metrics(status: Status) -> None:
+def _first_end(ranks: list[Rank]) -> Rank | None:
+    """Of the rank because of which the others ended."""
+    return min((rank for rank in ranks if rank.end in ENDS), key=lambda rank: ENDS.index(rank.end), default=None)
+
+
+def _why(rank: Rank | None) -> str:
+    if rank is None or rank.end == "stopped":
+        return ""
+    if rank.end == "lost":
+        return rank.doing  # which names the one that was lost
+    when = f"after step {rank.step:,}" if rank.step >= 0 else "at the start"
+    return f"rank {rank.rank} on {rank.host} {'stood still' if rank.end == 'hung' else 'failed'} {when}: {rank.doing}"
+
+
+def _add_metrics(status: Status, start: dict[str, Any]) -> None:
     rows = [row for row in _last_rows(Path(status.run, "metrics.jsonl")) if isinstance(row.get("images_per_second"), float)]
     if not rows:
         return
     last = rows[-1]
     status.step, status.images_per_second, status.loss = last["step"], last["images_per_second"], last.get("loss")
-    with suppress(KeyError, TypeError, ZeroDivisionError):
+    with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
         status.seconds_since_line = time.time() - last["time"]
-        first = next(row for row in rows if row["step"] < last["step"])
+        first = next((row for row in rows if _is_since(row, start)), last)
         pace = (last["time"] - first["time"]) / (last["step"] - first["step"])  # with evaluations and saves
         if status.total_steps is not None and pace > 0:
             status.seconds_left = pace * (status.total_steps - last["step"])
-    return
+
+
+def _is_since(row: dict[str, Any], start: dict[str, Any]) -> bool:
+    """Whether a line belongs to the newest start: the time for which a run stood still belongs to no pace."""
+    return bool(row["step"] > start["step"] and row["time"] >= datetime.fromisoformat(start["when"]).timestamp())
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last hundred lines at most, since the newest start: a gap of an hour belongs to no pace."""
+    """The last hundred at most."""
     rows: list[dict[str, Any]] = []
     with suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))

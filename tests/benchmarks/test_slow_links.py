@@ -23,6 +23,27 @@ def test_the_time_of_a_step_is_that_of_most_lines(tmp_path):
         slow_links.step_seconds(str(tmp_path), batch=50)
 
 
+def test_what_has_to_be_given(monkeypatch, tmp_path, capsys):
+    """On this machine everything has a default; of hosts nobody else knows the links."""
+    asked = []
+    monkeypatch.setattr(slow_links, "measured", lambda *arguments, **link: asked.append((arguments, link)) or [])
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(slow_links.tempfile, "tempdir", None)
+    slow_links.main(["faces_small", "--local", "2"])
+    ((starts, recipe, _, folder), link), *_ = asked
+    assert (len(starts), recipe, os.path.dirname(folder)) == (2, "faces_small", str(tmp_path))
+    assert (link["between"], link["latency"], link["local"]) == (1e9, pytest.approx(5e-5), True)
+    for arguments, sentence in (
+        (["--on", "ssh node1", "--latency", "20ms", "--folder", "f"], "--on needs --between: see --help"),
+        (["--on", "ssh node1", "--between", "1", "--folder", "f"], "--on needs --latency: see --help"),
+        (["--on", "ssh node1", "--between", "1", "--latency", "20ms"], "--on needs --folder: see --help"),
+        ([], "say where: --local N"),
+        (["--on", "ssh node1", "--local", "2"], "say where: --local N"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            slow_links.main(["faces_small", *arguments])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 def test_training_over_slow_links_completes(hosts, tmp_path, count):  # noqa: F811

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
-import signal
+import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +19,10 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from dali_loaders.sources import open_source
-from launch import cluster, embed, embed_worker
+from launch import cluster, connecting, embed, embed_worker
 from launch.embed_worker import Task, Worker, name_of
 from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.export import embedding_files
@@ -141,7 +145,8 @@ def test_bad_input_ends_in_a_sentence_before_ray_starts(made, tmp_path, monkeypa
         ([made.model, str(tmp_path / "empty"), str(tmp_path / "o")], "empty"),
         ([made.model, made.images, str(tmp_path / "o"), "--images-per-file", "0"], "--images-per-file is 0, but must be at least 1"),
         ([made.model, made.images, str(tmp_path / "o"), "--address", "head"], "give its host:port, such as node1:6379"),
-        ([made.model, made.images, str(tmp_path / "o"), "--address", "127.0.0.1:1"], "no Ray cluster answers at --address 127.0.0.1:1"),
+        ([made.model, made.images, str(tmp_path / "o"), "--address", "http://h:8265"], "give its host:port, such as node1:6379"),
+        ([made.model, made.images, str(tmp_path / "o"), "--address", "127.0.0.1:1"], "No Ray cluster answers at 127.0.0.1:1"),
     ):
         assert embed.main(arguments) == 2, arguments
         error = capsys.readouterr().err.splitlines()[-1]
@@ -149,6 +154,70 @@ def test_bad_input_ends_in_a_sentence_before_ray_starts(made, tmp_path, monkeypa
     with pytest.raises(SystemExit) as end:
         embed.main([made.model, made.images, str(tmp_path / "o"), "--workers", "3:2"])
     assert end.value.code == 2 and "'3:2' is not MIN:MAX" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("greeting", "words"), [(b"", "says nothing for 1 s"), (b"SSH-2.0-OpenSSH_9.2\r\n", "it says 'SSH-2.0-Open")])
+def test_what_is_no_head_is_not_waited_for(monkeypatch, greeting, words):
+    monkeypatch.setattr(connecting, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(ray, "init", None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = []
+
+        def greet():
+            while True:
+                kept.append(server.accept()[0])
+                kept[-1].sendall(greeting)
+
+        threading.Thread(target=greet, daemon=True).start()
+        with pytest.raises(ValueError, match=words), embed.ray_cluster(f"127.0.0.1:{server.getsockname()[1]}"):
+            pass
+
+
+@pytest.mark.parametrize(
+    "error", [ray.exceptions.AuthenticationError("Token is missing.\nMore."), ConnectionError("Token is missing"), SystemExit(1)]
+)
+def test_a_head_that_refuses(monkeypatch, error):
+    """As without its token. Ray ends the process where a control store does not answer."""
+
+    def init(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(embed, "look_at", lambda address: None)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    reason = "no control store answers there" if isinstance(error, SystemExit) else "Token is missing"
+    with pytest.raises(ValueError, match=rf"head:6379 cannot be used \({reason}.*\): run this on"), embed.ray_cluster("head:6379"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "workers", "room"),
+    [
+        ([{"CPU": 3.0}, {"CPU": 3.0}], 4, None, 0),
+        ([{"CPU": 16.0, "GPU": 8.0}], 4, (8, 8), 4),
+        ([{"CPU": 64.0}, {"CPU": 7.0, "GPU": 2.0}], 4, (2, 2), 1),
+    ],
+)
+def test_a_worker_needs_a_place_on_one_node(monkeypatch, nodes, cpus, workers, room):
+    """Ray Data would wait for it for ever."""
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"CPU": 99.0}}]
+    )
+    task = Task("model", "images", "out", {}, False, None, cpus)
+    with pytest.raises(ValueError, match=f"the Ray cluster has room for {room} workers of 4 processors"):
+        embed.make(task, [0], workers, 1)
+
+
+def test_a_full_disk_ends_in_a_sentence(made, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(embed, "finish", full)
+    monkeypatch.setattr(embed, "make", lambda *arguments: None)
+    monkeypatch.setattr(embed, "ray_cluster", lambda address: contextlib.nullcontext())
+    assert embed.main(command(made, tmp_path / "out")[3:]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"embed: {tmp_path}/out cannot be read or written (No space left on device)"
 
 
 def test_a_ray_that_does_not_start_is_no_bad_input(made, tmp_path, monkeypatch, capsys):
@@ -174,28 +243,37 @@ def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkey
 
 @pytest.mark.long
 def test_whatever_dies_it_goes_on(made, tmp_path):
-    """A worker, and then the job itself, at many moments."""
+    """A worker and then the job itself: before the first file, at a file, and at one of a worker's successor. The last start loses a worker
+    alone."""
     out, before = tmp_path / "out", left_behind()
-    for second in range(12):
-        job = subprocess.Popen(command(made, out, "--workers", "1:2"), stderr=subprocess.PIPE, text=True)
+    for at_worker, at_job in ((0, 0), (1, 1), (0, 1), (0, None)):  # new files after which they are killed
+        had, is_killed = whole(out), False
+        job = subprocess.Popen(command(made, out, "--workers", "1:2"), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
-        killed: float | None = None  # when
-        while job.poll() is None and not (second < 10 and killed and time.monotonic() > killed + second / 4):
+        while job.poll() is None and not (is_killed and at_job is not None and whole(out) >= had + at_job):
             assert time.monotonic() < deadline
-            for process in workers_below(job.pid) if killed is None else []:
-                process.kill()
-                killed = time.monotonic()
-            time.sleep(0.05)
-        job.send_signal(signal.SIGKILL)
-        job.communicate()
+            if not is_killed:
+                workers = workers_below(job.pid)
+                if workers and whole(out) >= had + at_worker:
+                    is_killed = True
+                    for worker in workers:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            worker.kill()
+            time.sleep(0.01)
+        job.kill()
+        job.wait()
         deadline = time.monotonic() + 60
-        while not left_behind() <= before:
+        while not left_behind() <= before:  # Ray's node ends itself, and with it workers that still write
             assert time.monotonic() < deadline
             time.sleep(0.1)
         if job.returncode == 1:
             break
     assert job.returncode == 1
     assert_same(out, made, 1e-6)
+
+
+def whole(out: Path) -> int:
+    return len(list(out.glob("part-*.parquet")))
 
 
 def workers_below(pid: int) -> list[psutil.Process]:

@@ -221,6 +221,10 @@ def test_this_machine_is_measured():
         (["--identities", "9", "--nodes", "1", "--latency", "20"], "--latency '20' is no time: give a number with its unit"),
         (["--identities", "9", "--nodes", "1", "--step-ms", "0"], "--step-ms is 0, but must be positive"),
         (["--identities", "9", "--between", "50"], "--between is about many nodes: say how many with --nodes"),
+        (["--identities", "9", "--latency", "10us"], "--latency is about many nodes"),
+        (["--identities", "9", "--compress"], "--compress is about many nodes"),
+        (["--identities", "9", "--gather-dtype", "float32"], "--gather-dtype is about many nodes"),
+        (["--identities", "9", "--log-every", "20"], "--log-every is about many nodes"),
         (["--identities", "9", "--frozen", "conv1,body"], "'body' names no parameter of the backbone"),
     ],
 )
@@ -228,6 +232,13 @@ def test_bad_input_ends_in_one_sentence(arguments, words, capsys):
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("protoshard: ") and words in error and error.count("\n") == 1
+
+
+def test_the_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in PRESETS)
 
 
 def test_activations_that_are_computed_again(capsys):
