@@ -78,7 +78,7 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        if error is None or self._place.world_size == 1:  # otherwise others may want to know how this rank ended
+        if error is None:  # otherwise others may want to know how this rank ended
             with suppress(OSError):
                 os.unlink(heartbeat.path_of(self._folder, self._place.rank))
                 os.rmdir(os.path.join(self._folder, heartbeat.FOLDER))  # succeeds for the last one
