@@ -17,7 +17,8 @@ STOP_SECONDS = 3  # the job is over by then; Ray itself would wait half a minute
 
 def end_with_parent() -> None:
     """In the new process: the kernel ends it where this one is killed, which then can stop nothing."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    with suppress(AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def remove_left() -> None:

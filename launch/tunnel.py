@@ -9,6 +9,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from launch.addresses import free_ports
+from launch.node_processes import end_with_parent
 
 AGAIN_SECONDS = 1.0  # between a connection that broke and the next try
 LOOPBACK = "127.0.0.1"
@@ -18,7 +19,7 @@ def command(ssh: Sequence[str], target: str, here: str, there: str) -> list[str]
     """here, there: ports of both loopbacks. A master connection of the user's, which ssh might share, would take the forward over and keep
     it."""
     options = ["-o", "ExitOnForwardFailure=yes", "-o", "ControlMaster=no", "-o", "ControlPath=none"]
-    return [*ssh, *options, "-L", f"{LOOPBACK}:{here}:{LOOPBACK}:{there}", "--", target, "cat"]
+    return [*ssh, *options, "-N", "-L", f"{LOOPBACK}:{here}:{LOOPBACK}:{there}", "--", target]
 
 
 class Tunnel:
@@ -35,16 +36,20 @@ class Tunnel:
         self._thread.start()
 
     def _connect(self) -> "subprocess.Popen[bytes]":
-        """`cat` ends when its input does, and so when the launcher is killed. A session of its own, because Ctrl-C at the terminal is for
-        the launcher."""
+        """Nothing runs there for it, so nothing is left there when this machine goes down. A session of its own, because Ctrl-C at the
+        terminal is for the launcher."""
         return subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
 
     def _keep(self) -> None:
         while True:
             self._process.wait()
-            self._process.stdin.close()  # type: ignore[union-attr]
             if self._closed.wait(AGAIN_SECONDS):
                 return
             self._process = self._connect()

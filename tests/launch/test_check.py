@@ -108,7 +108,7 @@ def test_a_dry_run_prints_commands_and_starts_nothing(tmp_path):
     assert len(lines) == 7 and lines[0].startswith("ssh -T -o BatchMode=yes") and "-- ann@gpu-2.invalid" in lines[2]
     assert "on gpu-1.invalid:" in lines[1] and "--head" in lines[1] and "--dashboard-host=127.0.0.1" in lines[1]
     assert "--node-ip-address=10.0.0.2" in lines[3] and "--address=ADDRESS_OF_HEAD:PORT" in lines[3]
-    assert lines[4].endswith("-L 127.0.0.1:PORT:127.0.0.1:DASHBOARD_PORT -- gpu-1.invalid cat")
+    assert lines[4].endswith("-L 127.0.0.1:PORT:127.0.0.1:DASHBOARD_PORT -- gpu-1.invalid")
     assert lines[5].startswith("job: ") and "'--set=run.note=my faces'" in lines[5] and "RAY_AUTH_TOKEN" not in done.stdout
     assert lines[6].startswith("    with ") and "SECRET_OF_OTHERS" in lines[6] and "hush" not in done.stdout
 
