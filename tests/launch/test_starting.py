@@ -103,9 +103,9 @@ def test_a_node_that_ends_while_it_starts_is_a_failure(tmp_path):
 
 
 def test_a_tunnel_is_dug_again(tmp_path):
-    """ssh is a program here that notes its arguments and waits for the end of its input, once or twice."""
+    """ssh is a program here that notes its arguments and waits, the second time."""
     program = tmp_path / "ssh"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ $(wc -l < {tmp_path}/calls) = 1 ] && exit 255\nexec cat\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ $(wc -l < {tmp_path}/calls) = 1 ] && exit 255\nexec sleep 60\n')
     program.chmod(0o755)
     tunnel = Tunnel([str(program)], "ann@head", "http://127.0.0.1:8265")
     try:
@@ -117,13 +117,13 @@ def test_a_tunnel_is_dug_again(tmp_path):
         tunnel.close()
     calls = (tmp_path / "calls").read_text().splitlines()
     port = tunnel.here.rpartition(":")[2]
-    assert len(calls) == 2 and f"-L 127.0.0.1:{port}:127.0.0.1:8265 -- ann@head cat" in calls[0]
+    assert len(calls) == 2 and f"-L 127.0.0.1:{port}:127.0.0.1:8265 -- ann@head" in calls[0]
     assert not [thread for thread in threading.enumerate() if "_keep" in thread.name]
 
 
 def test_a_tunnel_ends_with_its_launcher(tmp_path):
     program = tmp_path / "ssh"
-    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/began\ncat\ntouch {tmp_path}/ended\n")
+    program.write_text(f"#!/bin/sh\ntrap 'touch {tmp_path}/ended; exit' TERM\ntouch {tmp_path}/began\nwhile :; do sleep 0.1; done\n")
     program.chmod(0o755)
     script = f"from launch.tunnel import Tunnel\nimport time\nTunnel([{str(program)!r}], 'head', 'http://127.0.0.1:1')\ntime.sleep(60)"
     launcher = subprocess.Popen([sys.executable, "-c", script])
