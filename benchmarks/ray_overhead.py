@@ -2,12 +2,11 @@
 
     python -m benchmarks.ray_overhead                       # 3 rounds of 300 steps on 2 ranks, about 5 minutes
 Example: python -m benchmarks.ray_overhead --rounds 5 --csv benchmarks/results/ray_overhead.csv
-Times of steps are medians over the last three fourths of a run; the start of a run is compared with `ray.init` and an empty `fit()`."""
+Times of steps are medians of a run's lines of metrics; the start of a run is compared with `ray.init` and an empty `fit()`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import record
+from benchmarks.slow_links import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = """
@@ -86,9 +84,7 @@ def measured(kind: str, options: argparse.Namespace, run: str, folder: str) -> t
     if process.returncode:
         assert process.stderr is not None
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {process.stderr.read()[-500:]}")
-    with open(metrics) as file:
-        speeds = [line["images_per_second"] for line in map(json.loads, file) if line.get("images_per_second")]
-    return 1e3 * 128 / float(np.median(speeds[len(speeds) // 4 :])), first
+    return 1e3 * step_seconds(run, 128), first
 
 
 def environment() -> dict[str, str]:
