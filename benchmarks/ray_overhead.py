@@ -67,7 +67,7 @@ def measured(kind: str, options: argparse.Namespace, run: str, folder: str) -> t
     """(milliseconds of a step, seconds from the command to the first step's end)"""
     epochs = options.steps * 128 / 400
     settings = [f"data.train={folder}/faces.tar", "evaluation.data=", "run.log_every=10", f"run.epochs={epochs}", f"run.folder={run}"]
-    settings += ["data.threads=1", "engine.precision=float32", "checkpoint.every_epochs=0"]
+    settings += ["data.threads=1", "engine.precision=float32", "checkpoint.every_epochs=1000"]
     words = [word for setting in settings for word in ("--set", setting)]
     if kind == "ray":
         command = ["bash", str(ROOT / "launch" / "multinode.sh"), "faces_small", "--ranks-per-node", str(options.ranks), *words]
