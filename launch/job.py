@@ -78,10 +78,11 @@ def exit_code(details: JobDetails) -> int:
     code = details.driver_exit_code
     if code is None:  # it never ran, or lost its node
         say(f"job {details.submission_id} ended as {details.status}: {reason_of(RuntimeError(details.message or 'no reason given'))}")
-    elif code < 0:
+    elif code < 0 or code > 128:  # the shell that Ray runs it in says 128 + the signal
+        number = -code if code < 0 else code - 128
         with suppress(ValueError):
-            cause = " (out of memory?)" if -code == signal.SIGKILL else ""
-            say(f"the driver of job {details.submission_id} was ended by {signal.Signals(-code).name}{cause}: the same command continues")
+            cause = " (out of memory?)" if number == signal.SIGKILL else ""
+            say(f"the driver of job {details.submission_id} was ended by {signal.Signals(number).name}{cause}: the same command continues")
         return 1
     return code or 1
 

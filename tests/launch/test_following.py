@@ -222,6 +222,14 @@ def test_attach_and_stop_find_jobs_by_name_and_id(capsys):
     assert capsys.readouterr().out == "step 1\nstep 2\n"
 
 
+@pytest.mark.parametrize("code", [-9, 137])
+def test_a_driver_that_was_killed_is_no_traceback(capsys, code):
+    """Of the driver itself, and of the shell in which Ray runs it."""
+    ended = details(JobStatus.FAILED, driver_exit_code=code, message="", submission_id="faces")
+    assert job.exit_code(ended) == 1
+    assert "the driver of job faces was ended by SIGKILL (out of memory?): the same command continues" in capsys.readouterr().err
+
+
 def test_an_id_is_of_one_job():
     """Another job may have the id that comes next, or take it at the same moment."""
     cluster = Cluster()
