@@ -115,6 +115,7 @@ def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
     assert "SYSTEM_ERROR" in (logs / "failures.txt").read_text() and "step 89" in (logs / "rank-0.log").read_text()
 
 
+@pytest.mark.long  # test_following.py has its parts
 def test_a_job_by_name(node, tmp_path):
     words = ("stub", "--name", "faces", "--set", "steps=100000", "pause=0.1")
     first = command(node, tmp_path, *words, "--detach")

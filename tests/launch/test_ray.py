@@ -84,6 +84,7 @@ def test_a_wrong_token_is_bad_input(two_nodes, tmp_path):
     assert code == 2 and log.startswith("multinode.sh: The Ray cluster at http://") and log.count("\n") == 1, log
 
 
+@pytest.mark.long  # test_failures.py counts them
 def test_failures_run_out(two_nodes, tmp_path):
     job = Command(tmp_path, "stub", "--address", two_nodes.dashboard, "--max-failures", "0", "--set", "fail=bug", env=two_nodes.env)
     code, log = job.wait(), job.said
