@@ -13,6 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision, ScalingPolicy
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -30,26 +32,35 @@ ANSWER = 2.0  # seconds for a node to take a connection
 
 class ElasticTrainer(TorchTrainer):
     """TorchTrainer with `Places` in place of Ray's own policies: its fixed one waits for hosts that may never return, and its elastic one
-    looks at the cluster every 20 s, ends ranks without a save when hosts come, and counts those that were cut off."""
+    looks at the cluster every 20 s, ends ranks without a save when hosts come, and counts those that were cut off.
 
-    def __init__(self, *arguments: Any, ranks: Ranks, folder: str, **options: Any) -> None:
+    own_cluster  it has this one job and no autoscaler, and ends with it"""
+
+    def __init__(self, *arguments: Any, ranks: Ranks, folder: str, own_cluster: bool = False, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._ranks, self._folder = ranks, folder
+        self._ranks, self._folder, self._own_cluster = ranks, folder, own_cluster
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         config: Any = self.scaling_config  # typed as that of V1
-        options["scaling_policy"] = Places(config, self._ranks, os.path.abspath(self._folder))
+        options["scaling_policy"] = Places(config, self._ranks, os.path.abspath(self._folder), autoscaled=not self._own_cluster)
         return super()._initialize_and_run_controller(**options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without those whose actors would do nothing here: each takes two seconds of a processor at the start and a hundredth of it after.
+        Datasets of Ray are not used, and what the end of a cluster removes needs no cleaner."""
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if self._own_cluster else DatasetsCallback
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]
 
 
 class Places(ScalingPolicy):
     """As many ranks as have a place, between `ranks.least` and `ranks.most`; fewer than that wait for hosts.
 
-    folder  the run's, where a file asks the ranks to save and start anew"""
+    folder      the run's, where a file asks the ranks to save and start anew
+    autoscaled  whether the cluster may have an autoscaler, which is told what the ranks need"""
 
-    def __init__(self, scaling_config: ScalingConfig, ranks: Ranks, folder: str, wait: float = NODE_WAIT) -> None:
+    def __init__(self, scaling_config: ScalingConfig, ranks: Ranks, folder: str, wait: float = NODE_WAIT, autoscaled: bool = True) -> None:
         super().__init__(scaling_config)
-        self.ranks, self.folder, self.wait = ranks, folder, wait
+        self.ranks, self.folder, self.wait, self.autoscaled = ranks, folder, wait, autoscaled
         self.has_run = True  # since the last decision; if not, the places it counted were those of other jobs
         self.of_others: dict[str, int] = {}  # places by node that other jobs held when these ranks ran last
         self.asked = -math.inf
@@ -59,6 +70,14 @@ class Places(ScalingPolicy):
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self.ranks.most
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        if self.autoscaled:
+            super().after_controller_start(train_run_context)
+
+    def _maybe_send_resource_request(self) -> None:
+        if self.autoscaled:
+            super()._maybe_send_resource_request()
 
     @property
     def _each(self) -> dict[str, float]:

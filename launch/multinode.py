@@ -159,6 +159,7 @@ def entrypoint(options: argparse.Namespace) -> str:
     """The job's shell command; quoted, so that any --set value survives the shell that runs it."""
     command = [python(options), "-m", "launch.ray_driver", options.recipe, f"--folder={options.remote_dir or os.getcwd()}"]
     command += [f"--resume={options.resume}", f"--max-failures={options.max_failures}"]
+    command += ["--own-cluster"] * (options.address is None)
     command += [f"--set={override}" for override in options.overrides]
     if options.ranks_per_node is not None:
         command.append(f"--ranks-per-node={options.ranks_per_node}")

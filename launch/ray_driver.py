@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks")
     parser.add_argument("--max-failures", type=int, default=3)
     parser.add_argument("--folder", required=True, help="where relative paths start, on every node")
+    parser.add_argument("--own-cluster", action="store_true", help="which ends with this job")
     return parser
 
 
@@ -123,6 +124,7 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
         run_rank,
         ranks=ranks,
         folder=config.run.folder,
+        own_cluster=options.own_cluster,
         train_loop_config={
             "recipe": options.recipe,
             "overrides": options.overrides,

@@ -34,6 +34,7 @@ HEALTH = {
 }
 # Of the agents beside the ranks: what the dashboard shows of processes is older, and they take less of the processors.
 QUIET = {"REPORTER_UPDATE_INTERVAL_MS": "30000", "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "2"}
+PRIORITY = {"RAY_worker_niceness": "0"}  # of the ranks: Ray would run them at 15, behind its own processes and any other of the machine
 MEETING_FOLDER = "PROTOSHARD_RAY_FOLDER"  # the variable that tells ranks of this machine alone where they meet
 SILENT_SECONDS = 60.0  # of a launcher that has promised beats
 TOKEN = "token"  # a file in the folder of the head
@@ -174,7 +175,7 @@ def environment(order: dict[str, Any], folder: str) -> dict[str, str]:
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         env.pop(name, None)
     env.pop(MEETING_FOLDER, None)
-    for name, value in (HEALTH | QUIET).items():
+    for name, value in (HEALTH | QUIET | PRIORITY).items():
         env.setdefault(name, value)
     if order["alone"]:
         # Otherwise Ray takes another address for 127.0.0.1. Its servers listen on every interface, unless the node's address is this one.

@@ -109,8 +109,8 @@ def cluster(monkeypatch):
 
 
 def policy(folder, ranks, wait=600.0):
-    made = Places(ScalingConfig(num_workers=ranks.most, resources_per_worker={"CPU": 1}), ranks, str(folder), wait)
-    made._maybe_send_resource_request = lambda: None
+    made = Places(ScalingConfig(num_workers=ranks.most, resources_per_worker={"CPU": 1}), ranks, str(folder), wait, autoscaled=False)
+    made.after_controller_start(None)
     return made
 
 

@@ -116,7 +116,7 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
     """Nothing listens to other machines, other users see neither files nor token, and nothing is left."""
     job = Command(tmp_path, "stub", "--ranks-per-node", "2", "--set", "steps=10000", "pause=0.1")
     started: list[psutil.Process] = []
-    listening, tokens, commands = set(), set(), []
+    listening, tokens, commands, ranks = set(), set(), [], []
     try:
         wait_for_step(2, tmp_path, job)
         started = psutil.Process(job.process.pid).children(recursive=True)
@@ -126,6 +126,7 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
                     connection.laddr.ip for connection in process.net_connections("inet") if connection.status == psutil.CONN_LISTEN
                 }
                 commands += process.cmdline()
+                ranks += [process.nice()] * process.cmdline()[0].startswith("ray::RayTrainWorker")
                 tokens.add(process.environ().get("RAY_AUTH_TOKEN", ""))
         folders = {Path(*Path(word.partition("=")[2]).parts[:3]) for word in commands if word.startswith("--temp-dir=")}
         below = [path for folder in folders for path in folder.rglob("*")]
@@ -141,7 +142,9 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
     assert "Traceback" not in log, log  # Ray Train's cleaner looks for its cluster on this machine, where two_nodes is another
     assert code == 75 and log.count("multinode.sh: stopped at step ") == 1 and log.count("step 1 total") == 1, log
     assert not (tmp_path / "run" / "stop").exists()
-    assert len(started) > 5
+    assert len(started) > 5 and ranks == [os.getpriority(os.PRIO_PROCESS, 0)] * 2
+    actors = " ".join(command for command in commands if command.startswith("ray::"))
+    assert "TrainController" in actors and not re.search("DatasetManager|Autoscaling|Cleaner", actors), actors
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"} and listening
     assert not any(token in word for word in commands) and token not in log
     assert telling == [path / "token" for path in folders] and token_modes == [0o600]

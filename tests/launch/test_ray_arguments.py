@@ -18,6 +18,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli
+from ray.train.torch import TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.nccl_ras import NCCLRASCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -51,7 +52,7 @@ def trainer(monkeypatch, tmp_path):
     monkeypatch.setenv(job.OF_JOB, "job-1")
     monkeypatch.chdir(tmp_path)
 
-    def make(nodes, *overrides):
+    def make(nodes, *overrides, own_cluster=False):
         made = []
 
         def fit(self):
@@ -61,11 +62,26 @@ def trainer(monkeypatch, tmp_path):
         monkeypatch.setattr(ray_driver, "ray", SimpleNamespace(init=lambda **named: bind(ray.init, **named), nodes=lambda: nodes))
         monkeypatch.setattr(ray_driver.ElasticTrainer, "fit", fit)
         arguments = ["faces_small", f"--folder={tmp_path}", *(f"--set={override}" for override in overrides)]
+        arguments += ["--own-cluster"] * own_cluster
         with ExitStack() as kept:
             assert ray_driver.fit(ray_driver.parser().parse_args(arguments), kept) == {"eer": 0.1}
         return made[0]
 
     return make
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_actors_that_would_do_nothing_are_not_started(trainer, own):
+    made = trainer([node("a", CPU=2.0)], own_cluster=own)
+    usual = {type(callback).__name__ for callback in TorchTrainer._create_default_callbacks(made)}
+    ours = {type(callback).__name__ for callback in made._create_default_callbacks()}
+    assert usual - ours == {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own else set())
+
+
+@pytest.mark.parametrize("options", [[], ["--address", "head:6379"]])
+def test_the_driver_knows_whether_the_cluster_is_its_own(options):
+    words = shlex.split(multinode.entrypoint(multinode.parser().parse_args(["stub", *options])))
+    assert ray_driver.parser().parse_args(words[3:]).own_cluster is (not options)
 
 
 def test_trainer_on_gpus(trainer):
@@ -103,6 +119,7 @@ def test_ray_start_knows_its_options(head, slots, tmp_path):
 def test_a_cluster_of_this_machine_alone_keeps_to_loopback(alone, tmp_path):
     order = {"address": "127.0.0.1", "alone": alone, "token": "t", "head": None, "slots": None}
     env = ray_node.environment(order, str(tmp_path))
+    assert env["RAY_worker_niceness"] == "0"
     assert env["RAY_AUTH_TOKEN"] == "t" and env.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == ("0" if alone else None)
     assert env.get(ray_node.MEETING_FOLDER) == (str(tmp_path) if alone else None)
     assert not any(word.partition("=")[2] == "t" for word in ray_node.start_command(order, str(tmp_path)))
