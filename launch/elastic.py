@@ -96,7 +96,7 @@ class Places(ScalingPolicy):
             return NoopDecision()
         self.waits_since, self.has_run, self.asked, self.more_since = None, False, -math.inf, None
         if count < self.ranks.most:
-            told(f"{count} ranks have a place, of at most {self.ranks.most}")
+            told(f"there is a place for {count} of at most {self.ranks.most} ranks")
         return ResizeDecision(num_workers=count, resources_per_worker=self._each)
 
     def _wait(self, count: int) -> None:
@@ -109,11 +109,11 @@ class Places(ScalingPolicy):
         without = f"; without {', '.join(gone)}" if gone else ""
         if self.waits_since is None:
             self.waits_since = now
-            told(f"waiting up to {self.wait / 60:g} min for hosts: of {self.ranks.least} ranks {count} have a place{without}")
+            told(f"waiting up to {self.wait / 60:g} min for hosts: there is a place for {count} of {self.ranks.least} ranks{without}")
         if now - self.waits_since > self.wait:
             fewer = f", or go on with fewer, with --ranks {count}" if count else ""
             raise GivingUpError(
-                f"of {self.ranks.least} ranks {count} have a place{without}, and no host came in {self.wait / 60:g} minutes: the same "
+                f"there is a place for {count} of {self.ranks.least} ranks{without}, and no host came in {self.wait / 60:g} minutes: the same "
                 f"command continues from the newest checkpoint when it is back{fewer}"
             )
         time.sleep(1.0)
@@ -145,7 +145,7 @@ class Places(ScalingPolicy):
         elif self.more_since is None:
             self.more_since = now
         elif now - self.more_since >= STEADY:
-            self._ask(f"there is a place for more than {count} ranks", now)
+            self._ask(f"there is a place for more ranks than {count}", now)
 
     @property
     def _file(self) -> str:

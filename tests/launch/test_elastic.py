@@ -45,5 +45,5 @@ def test_a_lost_node_is_done_without_and_used_again_when_it_is_back(nodes, tmp_p
     lost, back = turns
     assert done[lost][0] == done[lost - 1][0] // 5 * 5 + 5 * (done[lost - 1][0] % 5 == 4), log  # from the newest checkpoint
     assert done[back][0] == done[back - 1][0] + 1, log  # after a save
-    assert "1 ranks have a place, of at most 2" in log and "there is a place for more than 1 ranks: the ranks save" in log
+    assert "there is a place for 1 of at most 2 ranks" in log and "there is a place for more ranks than 1: the ranks save" in log
     assert log.count("Failure") == 1 and not list((tmp_path / "run").glob("regroup"))

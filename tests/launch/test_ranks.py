@@ -129,10 +129,10 @@ def test_a_start_takes_the_ranks_that_have_a_place(cluster, tmp_path):
     assert count_of(made) == 3
     made.make_decision_for_running_worker_group(group("a", "b", "c"), None)
     cluster.silent = {"c"}  # cut off, and Ray does not know yet
-    assert count_of(made) == 2 and cluster.said == ["2 ranks have a place, of at most 3"]
+    assert count_of(made) == 2 and cluster.said == ["there is a place for 2 of at most 3 ranks"]
     made.make_decision_for_running_worker_group(group("a", "b"), None)
     cluster.leaving = {"b"}
-    assert count_of(made) is None and "waiting up to 10 min for hosts: of 2 ranks 1 have a place" in cluster.said[-1]
+    assert count_of(made) is None and "waiting up to 10 min for hosts: there is a place for 1 of 2 ranks" in cluster.said[-1]
     assert count_of(made) is None and len(cluster.said) == 2
 
 
@@ -156,7 +156,7 @@ def test_it_gives_up_in_the_end(cluster, tmp_path):
     cluster.nodes = [node("a", CPU=1.0), node("b", alive=False, CPU=1.0)]
     made = policy(tmp_path, Ranks(2, 2), wait=0.0)
     assert count_of(made) is None
-    with pytest.raises(GivingUpError, match=r"of 2 ranks 1 have a place; without b, .* when it is back, or go on .* --ranks 1"):
+    with pytest.raises(GivingUpError, match=r"there is a place for 1 of 2 ranks; without b, .* when it is back, or go on .* --ranks 1"):
         count_of(made)
 
 
@@ -171,7 +171,7 @@ def test_ranks_are_asked_to_start_anew_once_a_host_is_back_for_good(cluster, tmp
         cluster.nodes[2:] = [node("c", CPU=1.0)] if is_there else []
         assert not (tmp_path / "regroup").exists()
         made.make_decision_for_running_worker_group(group("a", "b"), None)
-    assert (tmp_path / "regroup").read_text() == "there is a place for more than 2 ranks\n" and len(cluster.said) == 1
+    assert (tmp_path / "regroup").read_text() == "there is a place for more ranks than 2\n" and len(cluster.said) == 1
     now[0] = 60
     made.make_decision_for_running_worker_group(group("a", "b"), None)
     assert len(cluster.said) == 1  # they will
