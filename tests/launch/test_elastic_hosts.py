@@ -183,14 +183,14 @@ def test_the_launcher_is_killed_and_then_the_driver(hosts, quiet, tmp_path):
     try:
         job.wait_for_step(25)
         for name in ("launcher", "driver"):
-            step, began = max(job.losses()), time.monotonic()
+            began = time.monotonic()
             job.process.kill() if name == "launcher" else kill(hosts[0], "launch.ray_driver")
             assert job.process.wait(120) != 0
             ended = time.monotonic() - began
             job = Job(hosts, tmp_path / "job", settings=settings_of("small_nobn"))
-            job.wait_for_step(step + 3)
+            job.wait_for(lambda: "resumed from run/checkpoints/step-" in job.log.read_text())  # the old ranks train until the nodes end
+            job.wait_for_step(max(job.losses()) + 1)
             print(f"\nthe {name} killed: the command ends after {ended:.0f} s, a new one goes on after {time.monotonic() - began:.0f} s")
-            assert "resumed from run/checkpoints/step-" in job.log.read_text()
         job.finish()
     finally:
         job.close()
