@@ -113,8 +113,8 @@ class Places(ScalingPolicy):
         if now - self.waits_since > self.wait:
             fewer = f", or go on with fewer, with --ranks {count}" if count else ""
             raise GivingUpError(
-                f"there is a place for {count} of {self.ranks.least} ranks{without}, and no host came in {self.wait / 60:g} minutes: the same "
-                f"command continues from the newest checkpoint when it is back{fewer}"
+                f"there is a place for {count} of {self.ranks.least} ranks{without}, and no host came in {self.wait / 60:g} minutes: the "
+                f"same command continues from the newest checkpoint when it is back{fewer}"
             )
         time.sleep(1.0)
 

@@ -51,6 +51,8 @@ class DeepSpeedEngine:
 
         if on_cpu:  # otherwise the first collective compiles an extension for half a minute and needs g++
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It imports Muon only to ask whether an optimizer is that, and Muon, which is not among ours, torch's compiler: 3 s of each start.
+        deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every optimizer but its own
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # its own calls
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

@@ -52,6 +52,9 @@ class Job:
     def wait_for_step(self, step: int, seconds: float = 240) -> None:
         self.wait_for(lambda: max(self.losses(), default=0) >= step, seconds)
 
+    def has_resumed(self) -> bool:
+        return "resumed from run/checkpoints/step-" in self.log.read_text()
+
     def ranks(self) -> int:
         """Of the newest start."""
         found = [line for line in self.log.read_text().splitlines() if "ranks: " in line and " steps " in line]
@@ -188,7 +191,7 @@ def test_the_launcher_is_killed_and_then_the_driver(hosts, quiet, tmp_path):
             assert job.process.wait(120) != 0
             ended = time.monotonic() - began
             job = Job(hosts, tmp_path / "job", settings=settings_of("small_nobn"))
-            job.wait_for(lambda: "resumed from run/checkpoints/step-" in job.log.read_text())  # the old ranks train until the nodes end
+            job.wait_for(job.has_resumed)  # the old ranks train until the nodes end
             job.wait_for_step(max(job.losses()) + 1)
             print(f"\nthe {name} killed: the command ends after {ended:.0f} s, a new one goes on after {time.monotonic() - began:.0f} s")
         job.finish()

@@ -54,6 +54,18 @@ def whole_state(engine):
     return state
 
 
+def muon_is_compiled():
+    steps(EngineConfig("deepspeed"), 1)
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return hasattr(original_muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")
+
+
+def test_deepspeed_starts_without_the_compiler(ranks):
+    """Seconds of every start and restart."""
+    assert ranks(2).run(muon_is_compiled) == [False, False]
+
+
 @pytest.mark.parametrize(("engine", "precision"), [("ddp", "float32"), ("deepspeed", "float32"), ("deepspeed", "bfloat16")])
 def test_compressed_gradients_differ_by_their_rounding_only(ranks, engine, precision):
     plain, narrow = (
