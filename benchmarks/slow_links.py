@@ -108,7 +108,7 @@ def measured(
                 "train",
                 recipe,
             ]
-            processes.append(start([*command, "--set", *overrides, "--set", *(f"run.{name}={value}" for name, value in own.items())]))
+            processes.append(start([*command, "--set", *overrides, *(f"run.{name}={value}" for name, value in own.items())]))
         try:
             for process in processes:
                 output, _ = process.communicate(timeout=60 * MINUTES)

@@ -44,6 +44,23 @@ def test_what_has_to_be_given(monkeypatch, tmp_path, capsys):
             slow_links.main(["faces_small", *arguments])
 
 
+@pytest.mark.parametrize("settings", [[], ["run.epochs=2", "data.threads=1"]])
+def test_the_runs_get_all_settings(settings):
+    """With none of one's own too."""
+    seen = []
+
+    def start(command):
+        seen.extend(command)
+        raise InterruptedError
+
+    place = {"address": "127.0.0.1", "interface": "lo", "between": 1e9, "latency": 5e-5, "local": True}
+    with pytest.raises(InterruptedError):
+        list(slow_links.measured([start], "faces_small", settings, "runs", **place))
+    words = seen[seen.index("train") + 1 :]
+    assert words[:2] == ["faces_small", "--set"] and words.count("--set") == 1
+    assert set(settings) <= set(words) and "run.folder=runs/alone-0" in words
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 def test_training_over_slow_links_completes(hosts, tmp_path, count):  # noqa: F811
