@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv, then lint, types, tests. Arguments go to pytest, which then runs one test at a time:
-# tests/run.sh -k checkpoint. With --long the long forms of tests run too: thousands of fuzzed inputs, every kill point.
+# Installs what the tests need into .venv, then lint, types, tests. Arguments go to pytest: tests/run.sh -k checkpoint, or
+# -n 2 --dist loadfile for two files at a time. With --long the long forms of tests run too: thousands of fuzzed inputs, every kill point.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -11,4 +11,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 if command -v shellcheck >/dev/null; then shellcheck -x launch/*.sh launch/*.sbatch benchmarks/*.sh tests/run.sh; else echo "shellcheck is not installed: scripts not checked"; fi
-if (($#)); then .venv/bin/pytest "$@"; else .venv/bin/pytest -n 2 --dist loadfile; fi  # two files at a time: many tests only wait
+.venv/bin/pytest "$@"
