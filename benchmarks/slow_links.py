@@ -108,7 +108,10 @@ def measured(
                 "train",
                 recipe,
             ]
-            processes.append(start([*command, "--set", *overrides, *(f"run.{name}={value}" for name, value in own.items())]))
+            if overrides:
+                command += ["--set", *overrides]
+            command += ["--set", *(f"run.{name}={value}" for name, value in own.items())]  # again, since these may be among the overrides
+            processes.append(start(command))
         try:
             for process in processes:
                 output, _ = process.communicate(timeout=60 * MINUTES)

@@ -11,6 +11,9 @@ import pytest
 
 from benchmarks import slow_links
 from dali_loaders.faces import FacesConfig, write_faces
+from pipeline import cli
+from pipeline.commands import positionals_first
+from pipeline.resolve import resolve
 from tests.launch.conftest import hosts, network  # noqa: F401, fixtures
 
 
@@ -44,7 +47,7 @@ def test_what_has_to_be_given(monkeypatch, tmp_path, capsys):
             slow_links.main(["faces_small", *arguments])
 
 
-@pytest.mark.parametrize("settings", [[], ["run.epochs=2", "data.threads=1"]])
+@pytest.mark.parametrize("settings", [[], ["run.batch=64", "data.threads=1"]])
 def test_the_runs_get_all_settings(settings):
     """With none of one's own too."""
     seen = []
@@ -56,9 +59,10 @@ def test_the_runs_get_all_settings(settings):
     place = {"address": "127.0.0.1", "interface": "lo", "between": 1e9, "latency": 5e-5, "local": True}
     with pytest.raises(InterruptedError):
         list(slow_links.measured([start], "faces_small", settings, "runs", **place))
-    words = seen[seen.index("train") + 1 :]
-    assert words[:2] == ["faces_small", "--set"] and words.count("--set") == 1
-    assert set(settings) <= set(words) and "run.folder=runs/alone-0" in words
+    options = cli._parser()[0].parse_args(positionals_first(seen[seen.index("train") :]))
+    config = resolve(options.recipe, options.set)
+    assert config.run.folder == "runs/alone-0" and config.run.batch == (64 if settings else 128)
+    assert config.data.threads == (1 if settings else resolve("faces_small", []).data.threads)
 
 
 @pytest.mark.long
