@@ -261,7 +261,7 @@ def test_a_host_lost_for_good_and_back_later(hosts, quiet, tmp_path, backbone):
     else:
         spread = [eer(quiet(backbone, 6, seed)) for seed in (0, 1, 2)]
         print(f"EER of three seeds: {spread}")
-        assert eer(tmp_path / "job" / "run") <= max(spread)
+        assert min(spread) - 0.01 <= eer(tmp_path / "job" / "run") <= max(spread)
     nothing_left(hosts)
 
 

@@ -139,7 +139,7 @@ def test_a_cluster_of_its_own_is_closed_to_others_and_stopped_on_sigterm(two_nod
     finally:
         job.process.terminate()
         code, log = job.wait(), job.said
-    assert "Traceback" not in log, log  # Ray Train's cleaner looks for its cluster on this machine, where two_nodes is another
+    assert "Traceback" not in log, log  # with another cluster on this machine, two_nodes
     assert code == 75 and log.count("multinode.sh: stopped at step ") == 1 and log.count("step 1 total") == 1, log
     assert not (tmp_path / "run" / "stop").exists()
     assert len(started) > 5 and ranks == [os.getpriority(os.PRIO_PROCESS, 0)] * 2
