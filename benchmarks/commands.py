@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
+from collections.abc import Sequence
 
 from pipeline.commands import command
 
@@ -137,10 +139,20 @@ def _add_report(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--csv", default=path, metavar="FILE", help=f"append rows to this file (benchmarks/results/{name}.csv)")
 
 
+def _say_if_emulated(dtypes: Sequence[str]) -> None:
+    import torch
+
+    from pipeline.engine.config import has_bfloat16
+
+    if "bfloat16" in dtypes and not torch.cuda.is_available() and not has_bfloat16(torch.device("cpu")):
+        print("this processor emulates bfloat16, several times slower than float32", file=sys.stderr)
+
+
 def _bench_classifier(options: argparse.Namespace) -> None:
     from benchmarks import classifier, record
     from pipeline.distributed import cores
 
+    _say_if_emulated([options.dtype])
     step = options.step if options.step is not None else options.rate < 1 or options.in_backward
     names = ("batch", "width", "rate", "dtype", "ranks", "pairs", "in_backward", "skip_eager")
     shared = {name: getattr(options, name) for name in names}
@@ -157,6 +169,7 @@ def _bench_classifier(options: argparse.Namespace) -> None:
 def _bench_step(options: argparse.Namespace) -> None:
     from benchmarks import record, step
 
+    _say_if_emulated(options.dtype)
     setting = step.Setting(
         options.network, options.batch, options.classes, options.image_size, rounds=options.rounds, keeps_memory=options.keep_memory
     )
@@ -175,6 +188,7 @@ def _bench_losses(options: argparse.Namespace) -> None:
     from benchmarks import loss_cost, record
     from partial_fc import losses
 
+    _say_if_emulated([options.dtype])
     names = options.losses or sorted(losses.REGISTRY)
     found = loss_cost.rows(names, options.classes, options.batch, options.width, options.dtype, options.pairs)
     record.report(found, loss_cost.as_text, options.json, options.csv)

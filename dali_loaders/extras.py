@@ -10,9 +10,10 @@ class MissingPackageError(ImportError, ValueError):
     """For Python a failed import; for the commands bad input, of which they print the sentence alone."""
 
 
-def missing(package: str, extra: str) -> MissingPackageError:
-    sentence = f"{package} is not installed; it comes with the extra {extra}: pip install 'protoshard[{extra}]'"
-    return MissingPackageError(sentence, name=package)
+def missing(extra: str, *packages: str) -> MissingPackageError:
+    are, come = ("is", "it comes") if len(packages) == 1 else ("are", "they come")
+    sentence = f"{' and '.join(packages)} {are} not installed; {come} with the extra {extra}: pip install 'protoshard[{extra}]'"
+    return MissingPackageError(sentence, name=packages[0])
 
 
 @contextmanager
@@ -21,4 +22,4 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise missing(str(error.name), name) from error
+        raise missing(name, str(error.name)) from error

@@ -102,7 +102,7 @@ def given(options: argparse.Namespace) -> list[str]:
 
 def needs_ray() -> None:
     if importlib.util.find_spec("ray") is None:  # importing it would be too early: it reads its cluster's token then
-        raise missing("ray", "train")
+        raise missing("train", "ray")
 
 
 def check(options: argparse.Namespace) -> "TrainConfig":

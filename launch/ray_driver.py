@@ -111,7 +111,8 @@ def fit(options: argparse.Namespace, kept: ExitStack) -> dict[str, Any]:
         raise BadInputError(str(error)) from None
     if gpu:
         detect_hangs(60 * config.run.timeout)
-    told(f"{options.recipe} on {ranks} ranks, each with {resources['CPU']:g} processors{gpu}")
+    processors = "1 processor" if resources["CPU"] == 1 else f"{resources['CPU']:g} processors"
+    told(f"{options.recipe} on {ranks} ranks, each with {processors}{gpu}")
     try:
         earlier = checkpoints(place_of_checkpoints(config))
     except OSError as error:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 from tests.ranks import Ranks
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two of pytest's processes share two cores
 # On a busy machine any example may take long, and that is no fault.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
@@ -33,6 +35,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one() -> Iterator[None]:
+    """The process group that a training in this process makes ends with the module, for DeepSpeed too, which keeps groups of its own."""
+    yield
+    if not dist.is_initialized():
+        return
+    if (comm := sys.modules.get("deepspeed.comm.comm")) and comm.cdb is not None:
+        comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -69,9 +69,11 @@ class Evaluator:
             remarks, self.sets[path] = _try(field, protocol, path, data)
             self.sets[path] |= {"flip": config.flip} | ({"protocol": protocol} if protocol else {})
             self.remarks += remarks
-        from pipeline.evaluation import figures  # not above, because a configuration draws nothing, and not later, after the training
+        if self.sets and place.is_first:  # the import takes a second, which no other rank needs; not later, after the training
+            from pipeline.evaluation import figures
 
-        self.config, self.data, self.place, self.folder, self.figures = config, data, place, folder, figures
+            self.figures = figures
+        self.config, self.data, self.place, self.folder = config, data, place, folder
         self.newest: dict[str, float] = {}  # figures of all sets, as metrics name them
         self.curves: dict[str, CurvesSoFar] = {}  # by name of the results
         self.drawn: dict[str, int] = {}  # the step

@@ -24,7 +24,7 @@ LARGEST = 2_000_000_000  # bytes of weights in one file: protobuf ends at 2 GiB
 def lacking() -> str | None:
     """What is to be installed before ONNX files can be made, in a sentence; None where all is there."""
     absent = [package for package in ("onnx", "onnxruntime", "onnxscript") if find_spec(package) is None]
-    return str(missing(" and ".join(absent), "export")) if absent else None
+    return str(missing("export", *absent)) if absent else None
 
 
 def write(network: nn.Module, path: str, image_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Separate hosts for tests of the launcher (netns.py says what a host can do):
+"""A Ray cluster of this machine, `two_nodes`, and separate hosts for tests of the launcher (netns.py says what a host can do):
 
     def test_x(hosts):                              # node1, node2, node3, each with an sshd, and node1.network.desk
         job = hosts[0].popen(["bash", ...], cwd=tmp_path)
@@ -13,6 +13,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.launch.netns import Host, Network, why_not
+from tests.launch.ray_nodes import Nodes
+
+
+@pytest.fixture(scope="session")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """Two Ray nodes with room for one rank each. They are up for the rest of the run, beside the clusters that other tests start."""
+    nodes = Nodes(tmp_path_factory.mktemp("two_nodes"))
+    yield nodes
+    nodes.close()
 
 
 @pytest.fixture(scope="session")

@@ -239,8 +239,12 @@ class Host(Machine):
         self.changed = True
         self.variables |= variables
         self._write_sshd_config()
+        log, deadline = self.folder / "sshd.log", time.monotonic() + 20
+        before = log.read_text().count("Server listening on")
         os.kill(next(pid for pid, words in self.processes().items() if pid in self.own and "sshd" in words), signal.SIGHUP)
-        time.sleep(0.2)
+        while log.read_text().count("Server listening on") < before + 2:  # at IPv4 and IPv6 anew; until then it refuses
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
 
     def left(self) -> list[str]:
         """What is there that was not when the host had booted: command lines of processes, files in /tmp and /dev/shm."""

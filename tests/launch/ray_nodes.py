@@ -61,10 +61,12 @@ class Nodes:
 
     def kill(self, number: int) -> None:
         """As when a host loses its power: everything of the node at once."""
-        root = psutil.Process(self.processes[number].pid)
+        node = self.processes.pop(number)
+        root = psutil.Process(node.pid)
         for process in [*root.children(recursive=True), root]:
             with suppress(psutil.Error):
                 process.kill()
+        node.wait(60)
 
     def close(self) -> None:
         for node in reversed(self.processes):

@@ -2,22 +2,14 @@
 on separate hosts (long) with the real trainer."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray", reason="the launcher needs Ray")
-from tests.launch.ray_nodes import Command, Nodes, steps
+from tests.launch.ray_nodes import Command, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    nodes = Nodes(tmp_path_factory.mktemp("nodes"))
-    yield nodes
-    nodes.close()
 
 
 def taken(folder: Path) -> list[tuple[int, int]]:
@@ -25,14 +17,14 @@ def taken(folder: Path) -> list[tuple[int, int]]:
     return [(int(line[0]), {1: 1, 3: 2, 6: 3}[round(float(line[1]) / max(1, int(line[0])))]) for line in steps(folder) if int(line[0])]
 
 
-def test_a_lost_node_is_done_without_and_used_again_when_it_is_back(nodes, tmp_path):
-    command = ("stub", "--address", nodes.head, "--ranks", "1:2", "--set", "steps=10000", "pause=0.05")
-    job = Command(tmp_path, *command, env=nodes.env)
+def test_a_lost_node_is_done_without_and_used_again_when_it_is_back(two_nodes, tmp_path):
+    command = ("stub", "--address", two_nodes.head, "--ranks", "1:2", "--set", "steps=10000", "pause=0.05")
+    job = Command(tmp_path, *command, env=two_nodes.env)
     try:
         job.until(lambda: len(taken(tmp_path)) > 8)
-        nodes.kill(1)
+        two_nodes.kill(1)
         job.until(lambda: [ranks for _, ranks in taken(tmp_path)].count(1) > 8)
-        nodes.start()
+        two_nodes.start()
         job.until(lambda: taken(tmp_path)[-1][1] == 2)
         time.sleep(1)
         (tmp_path / "run" / "stop").touch()

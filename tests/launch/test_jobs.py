@@ -83,8 +83,9 @@ class Proxy:
         self._server.close()
 
 
-def test_a_killed_worker_and_a_lost_contact(node, tmp_path):
-    """One job: a worker is killed, then the launcher's connection is cut for a while. The failure is said in one line, the log is whole."""
+def test_a_killed_worker_and_a_lost_contact(node, two_nodes, tmp_path):
+    """One job: a worker is killed, then the launcher's connection is cut for a while. The failure is said in one line, the log is whole,
+    and says nothing of two_nodes, another Ray of this machine."""
     proxy = Proxy(node.dashboard)
     job = command(node, tmp_path, "stub", "--set", "steps=90", "pause=0.2", address=proxy.address)
     try:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.launch.ray_nodes import ROOT, Command, Nodes, losses, steps
+from tests.launch.ray_nodes import ROOT, Command, losses, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """Two Ray nodes with room for one rank each."""
-    nodes = Nodes(tmp_path_factory.mktemp("nodes"))
-    yield nodes
-    nodes.close()
 
 
 def wait_for_step(number: int, folder: Path, job: Command) -> None:
@@ -70,6 +61,7 @@ def test_training_ends_with_the_losses_of_an_undisturbed_run(two_nodes, tmp_path
     assert killed == pytest.approx(undisturbed, rel=1e-4)
 
 
+@pytest.mark.long  # test_failures.py and test_ray_worker.py have its parts
 def test_bad_input_of_one_rank_is_not_tried_again(two_nodes, tmp_path):
     job = Command(tmp_path, "stub", "--address", two_nodes.dashboard, "--set", "fail=bad input", env=two_nodes.env)
     code, log = job.wait(), job.said

@@ -132,20 +132,21 @@ def variants_of(major: int) -> list[Variant]:
 
 
 @pytest.fixture(scope="module")
-def chosen():
-    """By architecture, so few variants that all threes of choices (a block, a reduction, an optional argument, an architecture) that occur
-    are among them: to compile all would take a quarter of an hour."""
+def chosen(request):
+    """By architecture, so few variants that all pairs (with --long all threes) of choices (a block, a reduction, an optional argument, an
+    architecture) that occur are among them: to compile all would take a quarter of an hour."""
+    together = 3 if request.config.getoption("--long") else 2
     cases = {}
     for architecture in ARCHITECTURES:
         for variant in variants_of(architecture // 10):
             choices = sorted(variant.choices | {("architecture", str(architecture))})
-            cases[architecture, str(variant)] = variant, {(variant.program, *three) for three in itertools.combinations(choices, 3)}
-    missing = set().union(*(threes for _, threes in cases.values()))
+            cases[architecture, str(variant)] = variant, {(variant.program, *some) for some in itertools.combinations(choices, together)}
+    missing = set().union(*(combinations for _, combinations in cases.values()))
     chosen = {architecture: [] for architecture in ARCHITECTURES}
     while missing:
-        (architecture, name), (variant, threes) = max(cases.items(), key=lambda case: len(case[1][1] & missing))
+        (architecture, name), (variant, combinations) = max(cases.items(), key=lambda case: len(case[1][1] & missing))
         chosen[architecture].append(variant)
-        missing -= threes
+        missing -= combinations
         del cases[architecture, name]
     return chosen
 

@@ -86,7 +86,7 @@ def test_one_rank_with_the_default_engine(trained, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL, signal.SIGINT])
 def test_ending_the_command_ends_its_ranks(trained, number, capsys):
     settings = ["run.epochs=1000", "evaluation.at_start=false"]
     job = subprocess.Popen(
@@ -340,14 +340,6 @@ def test_a_recipe_file_with_a_loss_of_its_own_on_two_ranks(trained):
     saved = checkpoint.locate(str(trained / "mine")).info["config"]["loss"]
     assert saved == {"name": "mine", "scale": 16.0, "margin": 0.1, "kind": "other", "threshold": 0.5}
     assert main(["eval", str(trained / "mine"), "--data", str(trained / "faces.tar")]) == 0  # which knows nothing of the recipe
-
-
-@pytest.mark.slow
-def test_more_ranks_than_classes(trained):
-    write_faces(str(trained / "two.tar"), FacesConfig(identities=2, images_per_identity=6, size=32), workers=1)
-    command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", data="two.tar", run="three")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and "12 images of 2 identities, ranks: 3" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

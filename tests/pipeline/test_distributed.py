@@ -22,8 +22,6 @@ from pipeline.distributed import ARENAS, NCCL_MINUTES, STORE, gpu_fault, join
 def environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID", STORE):
         monkeypatch.delenv(name, raising=False)
-    if dist.is_initialized():  # a group of one, which other tests leave
-        dist.destroy_process_group()
     yield
     if dist.is_initialized():
         dist.destroy_process_group()

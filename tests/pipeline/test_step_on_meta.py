@@ -83,8 +83,6 @@ class Alone:
 @pytest.fixture
 def fake_ranks(monkeypatch):
     """32 ranks, of which this process is number 3; and stand-ins for what has no form on the meta device: see test_no_host_read."""
-    if dist.is_initialized():  # a group of one, which other tests leave
-        dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=RANKS)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     for module, name in ((sgd, "sgd"), (adamw, "adamw")):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dali_loaders import TrainLoader
+from dali_loaders.faces import FacesConfig, write_faces
 from pipeline.distributed import Place, join
 from pipeline.engine import EngineConfig, build_engine
 from pipeline.schedule import OptimizerConfig
@@ -47,6 +48,15 @@ def assert_equal(losses, expected, tolerance):
 def test_losses_do_not_depend_on_the_number_of_ranks(ranks, data, one_rank, size, engine, tmp_path):
     assert_equal(ranks(size).run(train_losses, configuration(data, str(tmp_path), STEPS, engine))[0], one_rank, 1e-4)
     assert one_rank[-1] < one_rank[STEPS // 3]  # and it learns
+
+
+def test_more_ranks_than_classes(ranks, tmp_path):
+    write_faces(str(tmp_path / "two.tar"), FacesConfig(identities=2, images_per_identity=6, size=32), workers=1)
+    one, *others = (
+        ranks(size).run(train_losses, configuration(str(tmp_path / "two.tar"), str(tmp_path / str(size)), 4, run={"epochs": 8}))[0]
+        for size in (1, 3)
+    )
+    assert others == [pytest.approx(one, rel=1e-4)] and len(one) > 3
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
