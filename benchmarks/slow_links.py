@@ -30,7 +30,9 @@ MINUTES = 20  # for a run
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slow_links", description=__doc__)
     parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("--on", action="append", default=[], metavar="COMMAND", help='what runs a command on a host, as "ssh node1"')
+    parser.add_argument(
+        "--on", action="append", default=[], metavar="COMMAND", help='what takes a command line for a shell of a host: "ssh node1"'
+    )
     parser.add_argument("--local", type=int, default=0, metavar="N", help="N ranks on this machine in place of --on")
     parser.add_argument("--address", default="127.0.0.1", help="of the first host, for the others")
     parser.add_argument("--interface", default="lo", help="for gloo (lo)")
@@ -52,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prefixes = [shlex.split(one) for one in options.on] or [[]] * options.local
 
     def on(prefix: list[str]) -> Start:
-        return lambda command: subprocess.Popen([*prefix, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        def start(command: Sequence[str]) -> subprocess.Popen[str]:
+            words = [*prefix, shlex.join(command)] if prefix else command
+            return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        return start
 
     place = {"address": options.address, "interface": options.interface, "local": bool(options.local)}
     link = {"between": 1e9 * options.between, "latency": seconds_of(options.latency)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
-from tests.ranks import Ranks
+from tests.ranks import Pools
 
 torch.set_num_threads(1)  # two of pytest's processes share two cores
 # On a busy machine any example may take long, and that is no fault.
@@ -50,15 +50,7 @@ def group_of_one() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
-    pools: dict[int, Ranks] = {}
-
-    def get(size: int) -> Ranks:
-        if size not in pools or not pools[size].alive:
-            pools[size] = Ranks(size)
-        return pools[size]
-
-    yield get
-    for pool in pools.values():
-        if pool.alive:
-            pool.close()
+def ranks(pytestconfig: pytest.Config) -> Iterator[Pools]:
+    pools = Pools(pytestconfig.getoption("--long"))
+    yield pools
+    pools.close()

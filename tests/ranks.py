@@ -21,11 +21,7 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
-        call = connection.recv()
-        if call is None:
-            dist.destroy_process_group()
-            return
-        function, arguments = call
+        function, arguments = connection.recv()
         try:
             connection.send((True, function(*arguments)))
         except BaseException:
@@ -56,7 +52,7 @@ class Ranks:
             waiting = [connection for rank, connection in enumerate(self.connections) if rank not in results]
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
-                self.close(kill=True)
+                self.kill()
                 raise TimeoutError(
                     f"ranks {sorted(set(range(self.size)) - set(results))} gave no result of {function.__name__} in {timeout} s"
                 )
@@ -64,7 +60,7 @@ class Ranks:
                 rank = self.connections.index(connection)
                 ok, results[rank] = connection.recv()
                 if not ok:
-                    self.close(kill=True)  # the other ranks may be waiting for this one in a collective
+                    self.kill()  # the other ranks may be waiting for this one in a collective
                     raise AssertionError(f"rank {rank} of {self.size} failed:\n{results[rank]}")
         return [results[rank] for rank in range(self.size)]
 
@@ -72,13 +68,25 @@ class Ranks:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self.processes)
 
-    def close(self, kill: bool = False) -> None:
-        for connection, process in zip(self.connections, self.processes, strict=True):
-            if not kill and process.is_alive():
-                connection.send(None)
+    def kill(self) -> None:
         for process in self.processes:
-            process.join(0 if kill else 10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
         self.folder.cleanup()
+
+
+class Pools:
+    """`pools(n)`: n ranks, started where there are none. `long`: whether the long forms of tests run."""
+
+    def __init__(self, long: bool) -> None:
+        self.long = long
+        self._pools: dict[int, Ranks] = {}
+
+    def __call__(self, size: int) -> Ranks:
+        if size not in self._pools or not self._pools[size].alive:
+            self._pools[size] = Ranks(size)
+        return self._pools[size]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.kill()

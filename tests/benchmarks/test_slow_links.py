@@ -36,6 +36,10 @@ def test_what_has_to_be_given(monkeypatch, tmp_path, capsys):
     ((starts, recipe, _, folder), link), *_ = asked
     assert (len(starts), recipe, os.path.dirname(folder)) == (2, "faces_small", str(tmp_path))
     assert (link["between"], link["latency"], link["local"]) == (1e9, pytest.approx(5e-5), True)
+    link = ("--between", "1", "--latency", "20ms", "--folder", "f")
+    slow_links.main(["faces_small", "--on", "sh -c", "--on", "sh -c", *link, "--csv", str(tmp_path / "rows.csv")])
+    starts = asked[-1][0][0]
+    assert [start(["printf", "%s|", "two words", "$HOME"]).communicate()[0] for start in starts] == ["two words|$HOME|"] * 2
     for arguments, sentence in (
         (["--on", "ssh node1", "--latency", "20ms", "--folder", "f"], "--on needs --between: see --help"),
         (["--on", "ssh node1", "--between", "1", "--folder", "f"], "--on needs --latency: see --help"),

@@ -58,7 +58,7 @@ def averages(config):
     return expected, backbone_of(checkpoint.locate(config.run.folder), ema=True)
 
 
-@pytest.mark.parametrize(("engine", "size"), [("ddp", 2), ("deepspeed", 2)])
+@pytest.mark.parametrize(("engine", "size"), [pytest.param("ddp", 2, marks=pytest.mark.long), ("deepspeed", 2)])
 def test_values(ranks, data, engine, size, tmp_path):
     """Between evaluations and saves, in which weights and averages change places."""
     evaluation = EvaluationConfig(data=data, every_epochs=1.0)

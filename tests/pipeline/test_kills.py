@@ -69,7 +69,7 @@ def newest_step(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(40, 2), pytest.param(2000, 50, marks=[pytest.mark.long, pytest.mark.timeout(3600)])], ids=["few", "many"]
+    ("steps", "kills"), [(40, 1), pytest.param(2000, 50, marks=[pytest.mark.long, pytest.mark.timeout(3600)])], ids=["few", "many"]
 )
 def test_the_weights_of_a_killed_run_are_those_of_one_that_was_not(tmp_path, steps, kills):
     data = faces(str(tmp_path))

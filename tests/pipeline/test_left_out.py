@@ -130,7 +130,7 @@ def losses_in(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", [pytest.param("sgd", marks=pytest.mark.long), "adamw"])
 def test_float16_is_float32_to_its_rounding_on_every_engine(ranks, data, name, tmp_path):
     """DeepSpeed must not scale a second time, and clipping must see gradients without scale."""
 

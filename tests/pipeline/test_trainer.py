@@ -44,7 +44,7 @@ def assert_equal(losses, expected, tolerance):
     np.testing.assert_allclose(losses, expected, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("size", "engine"), [(2, "deepspeed"), (4, "deepspeed"), (4, "ddp")])
+@pytest.mark.parametrize(("size", "engine"), [pytest.param(2, "deepspeed", marks=pytest.mark.long), (4, "deepspeed"), (4, "ddp")])
 def test_losses_do_not_depend_on_the_number_of_ranks(ranks, data, one_rank, size, engine, tmp_path):
     assert_equal(ranks(size).run(train_losses, configuration(data, str(tmp_path), STEPS, engine))[0], one_rank, 1e-4)
     assert one_rank[-1] < one_rank[STEPS // 3]  # and it learns

@@ -18,6 +18,12 @@ from partial_fc.shards import ClassShard, initial_prototypes
 
 CLASSES, WIDTH = 23, 6
 ROWS = {1: [13], 2: [8, 5], 3: [6, 0, 7], 4: [5, 4, 0, 4]}  # 13 each
+WAYS = {  # by the number of ranks, in the ordinary run
+    1: [(CPU, False), (CPU, True), (GPU, True)],
+    2: [(CPU, True)],
+    3: [(CPU, False), (GPU, True)],
+    4: [(CPU, False)],
+}
 FEW = {1: 5, 2: 1, 3: 4, 4: 5}  # classes that leave the last of 2 to 4 ranks without any; a single class has no non-targets
 
 
@@ -130,7 +136,8 @@ def largest_error(results: list[dict[str, Any]], right: dict[str, Any]) -> float
 
 def check(ranks: Any, name: str, parameters: dict[str, Any], oracle: Oracle, rates: tuple[float, ...] = (1.0, 0.4), **options: Any) -> None:
     """Value and gradients on 1 to 4 ranks, with and without a rank that has no class, with the ways of a CPU and of a GPU, with torch's
-    deterministic algorithms and without: to 1e-9 in float64, and in float32 to 4 times the dense float32 computation's own error."""
+    deterministic algorithms and without (each with each in long tests): to 1e-9 in float64, and in float32 to 4 times the dense float32
+    computation's own error."""
     right, dense_error = {}, {}
     for rate, classes in itertools.product(rates, {CLASSES, *FEW.values()}):
         if classes > 1:
@@ -138,7 +145,9 @@ def check(ranks: Any, name: str, parameters: dict[str, Any], oracle: Oracle, rat
         else:  # most oracles know nothing to do without non-targets: one rank takes their place
             dense, single = (step(name, parameters, dtype, rate, "random", options, classes) for dtype in (torch.float64, torch.float32))
         right[rate, classes], dense_error[rate, classes] = dense, largest_error([single], dense)
-    for size, (policy, is_deterministic) in itertools.product((1, 2, 3, 4), ((CPU, False), (CPU, True), (GPU, True))):
+    for size, (policy, is_deterministic) in itertools.product(WAYS, ((CPU, False), (CPU, True), (GPU, True))):
+        if (policy, is_deterministic) not in WAYS[size] and not ranks.long:
+            continue
         cases = list(itertools.product((torch.float64, torch.float32), rates, (CLASSES, FEW[size])))
         calls = [(name, parameters, dtype, rate, "random", options, classes) for dtype, rate, classes in cases]
         found = [steps(calls, policy, is_deterministic)] if size == 1 else ranks(size).run(steps, calls, policy, is_deterministic)
