@@ -7,6 +7,7 @@ import errno
 import glob
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import ray
 from dali_loaders.sources import open_source
 from launch import cluster, connecting, embed, embed_worker
 from launch.embed_worker import Task, Worker, name_of
+from launch.node_processes import NODE
 from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.export import embedding_files
 from pipeline.export.embed_set import embed_set
@@ -80,8 +82,29 @@ def command(made: Made, out: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "launch.embed", made.model, made.images, str(out), *more]
 
 
-def left_behind() -> set[str]:
-    return {*glob.glob("/tmp/protoshard-ray-*"), *glob.glob("/tmp/ray*")}
+class Leavings:
+    """What a command that runs with `env` leaves behind: processes, and folders of a Ray of which no process lives. Tests beside have
+    theirs, which come and go."""
+
+    def __init__(self) -> None:
+        self.mark = secrets.token_hex(8)
+        self.env = {**os.environ, "PROTOSHARD_TEST": self.mark}
+        self.before = self.found()
+
+    def found(self) -> set[str]:
+        environments = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environments[process.pid] = process.environ()
+        nodes = {variables.get(NODE) for variables in environments.values()}
+        folders = {*glob.glob("/tmp/protoshard-ray-*"), *glob.glob("/tmp/ray*")} - nodes
+        return folders | {f"process {pid}" for pid, variables in environments.items() if variables.get("PROTOSHARD_TEST") == self.mark}
+
+    def assert_none(self) -> None:
+        deadline = time.monotonic() + 60  # Ray's node ends itself, and with it workers that still write
+        while left := self.found() - self.before:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
 
 
 def prepared(made: Made, out: Path, monkeypatch) -> Worker:
@@ -228,27 +251,27 @@ def test_a_ray_that_does_not_start_is_no_bad_input(made, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_on_a_private_ray_it_goes_on_with_what_is_missing(made, tmp_path, monkeypatch):
-    out, before = tmp_path / "out", left_behind()
+    out, leavings = tmp_path / "out", Leavings()
     worker = prepared(made, out, monkeypatch)
     worker({"part": 2})
     done = (out / name_of(2)).stat().st_mtime_ns
-    ended = subprocess.run(command(made, out), capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command(made, out), env=leavings.env, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 1 and "1 of 4 files are there" in ended.stderr, ended.stderr
     assert "76 embeddings of 16 numbers in 4 files" in ended.stdout and "2 images cannot be read and are left out" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert_same(out, made, 1e-6)
     assert (out / name_of(2)).stat().st_mtime_ns == done
-    assert left_behind() <= before
+    leavings.assert_none()
 
 
 @pytest.mark.long
 def test_whatever_dies_it_goes_on(made, tmp_path):
     """A worker and then the job itself: before the first file, at a file, and at one of a worker's successor. The last start loses a worker
     alone."""
-    out, before = tmp_path / "out", left_behind()
+    out, leavings = tmp_path / "out", Leavings()
     for at_worker, at_job in ((0, 0), (1, 1), (0, 1), (0, None)):  # new files after which they are killed
         had, is_killed = whole(out), False
-        job = subprocess.Popen(command(made, out, "--workers", "1:2"), stderr=subprocess.DEVNULL)
+        job = subprocess.Popen(command(made, out, "--workers", "1:2"), env=leavings.env, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while job.poll() is None and not (is_killed and at_job is not None and whole(out) >= had + at_job):
             assert time.monotonic() < deadline
@@ -262,10 +285,7 @@ def test_whatever_dies_it_goes_on(made, tmp_path):
             time.sleep(0.01)
         job.kill()
         job.wait()
-        deadline = time.monotonic() + 60
-        while not left_behind() <= before:  # Ray's node ends itself, and with it workers that still write
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        leavings.assert_none()
         if job.returncode == 1:
             break
     assert job.returncode == 1
