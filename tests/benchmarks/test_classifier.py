@@ -6,10 +6,13 @@ import csv
 import json
 
 import pytest
+import torch
 
+from benchmarks import commands
 from benchmarks.classifier import Setting, measure
 from pipeline import plan
 from pipeline.cli import main
+from pipeline.engine import config
 
 TINY = ["--classes", "300", "--batch", "8", "--width", "256", "--threads", "1", "--pairs", "2"]
 
@@ -89,3 +92,11 @@ def test_a_file_with_other_columns_is_left_alone(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
     with pytest.raises(ValueError, match="cannot be written"):
         append(str(path / "below" / "rows.csv"), {"c": 1})
+
+
+@pytest.mark.parametrize(("dtype", "has_units", "said"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)])
+def test_bfloat16_that_a_processor_emulates_is_said(monkeypatch, capsys, dtype, has_units, said):
+    monkeypatch.setattr(config, "has_bfloat16", lambda device: has_units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    commands._say_if_emulated([dtype])
+    assert ("emulates bfloat16" in capsys.readouterr().err) is said

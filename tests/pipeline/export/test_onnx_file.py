@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
+from dali_loaders.extras import missing
 from pipeline import backbones
 from pipeline.backbones import BackboneConfig
 from pipeline.export import load, onnx_file
@@ -130,3 +131,7 @@ def test_without_the_packages_it_is_left_out_and_said(made, tmp_path, monkeypatc
     assert said[0].startswith("model.onnx is left out: onnxscript is not installed; it comes with the extra export")
     with pytest.raises(ValueError, match="onnxscript is not installed"):
         export(made.run, str(tmp_path / "again"), onnx=True)
+
+
+def test_several_missing_packages_are_said_together():
+    assert str(missing("export", "onnx", "onnxscript")).startswith("onnx and onnxscript are not installed; they come with the extra export")
