@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline import endings
 from pipeline.network_card import address_towards, card_of
 
 NODES, REFUSED = "PROTOSHARD_NODES", "PROTOSHARD_REFUSED"  # names of all nodes; the file that tells slurm.sbatch of bad input
@@ -14,7 +15,6 @@ FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to whoever conn
 
 
 def main(arguments: list[str]) -> int:
-    from pipeline import endings
     from pipeline.cli import main as protoshard
 
     try:
@@ -69,4 +69,4 @@ def tasks_of_nodes(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    endings.end_with(lambda: main(sys.argv[1:]))

@@ -7,6 +7,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from dali_loaders.names import printable
 from dali_loaders.progress import announce, show_warnings
@@ -176,5 +177,10 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="imported", metavar="FOLDER", help="of the new run, empty or not there yet (imported)")
 
 
+def program() -> NoReturn:
+    """The command as a process of its own."""
+    endings.end_with(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group is made, which its default arguments would keep beyond its end
 
 from dali_loaders.names import printable
 from dali_loaders.remote import without_secrets
@@ -77,8 +79,16 @@ def join(device: str = "auto", minutes: float = 60.0) -> Place:
         # With its device, NCCL connects here and not at the first collective, and a barrier need not guess.
         where["device_id"] = mine if on_gpu else None
         minutes += NCCL_MINUTES if on_gpu else 0
+        if where["world_size"] == 1:
+            atexit.register(_leave_alone)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes), **where)
     return Place(dist.get_rank(), dist.get_world_size(), mine)
+
+
+def _leave_alone() -> None:
+    """Where nobody else is in the group, it ends with the process, and so do gloo's threads, which else might abort it at its end."""
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        dist.destroy_process_group()
 
 
 def _meet(path: str, ranks: int, seconds: float) -> dist.Store:

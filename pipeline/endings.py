@@ -9,10 +9,10 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from dali_loaders.remote import without_secrets
 
@@ -85,6 +85,29 @@ def show_any_name() -> None:
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As the interpreter does, but without the secrets of an address that a library quotes."""
     print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with the exit code that `main` returns, or with a traceback and 1."""
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process. If it is in a process group, at once: gloo's threads may outlive the group, and abort a process whose interpreter
+    ends around them. After a failure others may still wait in a collective, which leaving the group would do too."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        dist.destroy_process_group()
+    with suppress(OSError):
+        flush_output()
+    os._exit(code)
 
 
 def flush_output() -> None:

@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from dali_loaders.progress import announce, show_warnings
@@ -212,13 +211,7 @@ def _rank(
     except BaseException:
         _print_traceback()
         code = 1
-    if code == 0 and dist.is_initialized():
-        dist.destroy_process_group()
-    with suppress(OSError):
-        endings.flush_output()
-    # gloo's threads may outlive the group, and abort a process whose interpreter ends around them. After a failure others may still wait in
-    # a collective, which leaving the group would do too.
-    os._exit(code)
+    endings.leave(code)
 
 
 def _print_traceback() -> None:

@@ -81,7 +81,7 @@ def test_a_wheel_holds_three_packages_and_their_types(wheel):
         assert shipped == {path.relative_to(ROOT) for path in (ROOT / room).rglob("*.py")}
         assert (wheel / room / "py.typed").exists()
     (information,) = wheel.glob("*.dist-info")
-    assert (information / "entry_points.txt").read_text().split() == ["[console_scripts]", "protoshard", "=", "pipeline.cli:main"]
+    assert (information / "entry_points.txt").read_text().split() == ["[console_scripts]", "protoshard", "=", "pipeline.cli:program"]
     required = re.findall(r"^Requires-Dist: (?!.*extra ==)([\w-]+)", (information / "METADATA").read_text(), re.MULTILINE)
     assert sorted(required) == ["numpy", "torch"]
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -131,3 +132,50 @@ def test_a_signal_of_which_an_import_makes_an_error(monkeypatch, capsys, number)
     assert main(["config", "faces_small"]) == code
     assert capsys.readouterr().err == f"protoshard: {word}\n"
     assert [signal.getsignal(each) for each in ENDS] == before
+
+
+PROGRAM = """
+import atexit, os, sys
+from pipeline import endings
+from pipeline.distributed import join
+atexit.register(os.abort)  # as threads of gloo may do while the interpreter ends
+def main():
+    {join}
+    print("done")
+    {end}
+endings.end_with(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"), [("return 0", 0, ""), ("return 75", 75, ""), ("raise RuntimeError('bad luck')", 1, "RuntimeError: bad luck")]
+)
+def test_the_exit_code_of_a_program_that_was_in_a_process_group(end, code, said):
+    program = PROGRAM.format(join="join('cpu')", end=end)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, "done\n") and said in done.stderr
+    if not said:
+        assert done.stderr == ""
+
+
+def test_a_program_without_a_process_group_ends_as_any_other():
+    program = PROGRAM.format(join="", end="return 0").replace("os.abort", "print, 'at exit'")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\nat exit\n", "")
+
+
+def test_a_group_of_one_ends_before_the_interpreter_with_all_of_its_threads():
+    """Even where DDP was imported, whose imports would keep the group."""
+    program = """
+        import atexit, glob
+        from pipeline.distributed import join
+        count = lambda: sum("gloo" in open(name).read() for name in glob.glob("/proc/self/task/*/comm"))
+        atexit.register(lambda: print(count()))
+        join("cpu")
+        import torch
+        from torch.nn.parallel import DistributedDataParallel
+        DistributedDataParallel(torch.nn.Linear(1, 1))(torch.ones(1, 1)).sum().backward()
+        print(count() > 0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n0\n", "")
