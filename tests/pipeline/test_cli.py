@@ -54,6 +54,7 @@ def train(folder, *more, data="faces.tar", run="run"):
         "backbone.width=16",
         "engine.name=ddp",
         "checkpoint.keep=9",
+        *(["monitor.writers="] if run != "run" else []),  # pictures take half the time of such a run
         *[item for item in more if not item.startswith("--")],
     ]
     flags = [part for item in more if item.startswith("--") for part in item.split("=", 1)]
@@ -121,7 +122,7 @@ def test_torchrun(trained):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli"]
     done = subprocess.run([*command, *train(trained, run="torchrun")], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensorboard --logdir") == 1
+    assert done.stdout.count("ROC figure") == 1
 
 
 def test_eval_prints_one_json_object(trained, capsys, tmp_path):
@@ -291,7 +292,7 @@ def test_a_checkpoint_from_before_there_were_groups_has_none(trained, capsys):
 @pytest.mark.slow
 def test_bad_input_to_several_processes(trained):
     """The sentence comes once, from the command itself."""
-    command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=3", "backbone.width=8")]
+    command = [sys.executable, "-m", "pipeline.cli", *train(trained, "--ranks=2", "backbone.width=8")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("has width 16, but this run has 8") == 1 and "Traceback" not in done.stderr
@@ -299,11 +300,16 @@ def test_bad_input_to_several_processes(trained):
 
 RECIPE_WITH_A_LOSS = """from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from partial_fc.losses import Loss, register, softplus
 from pipeline.recipes.small import faces_small
+
+if os.environ.get("RANK", "0") != "0":
+    sys.modules["matplotlib"] = None  # whose import takes a second: only the first rank draws
 
 @register("mine")
 @dataclass(frozen=True)
