@@ -10,9 +10,10 @@ from benchmarks import monitor
 from tests.pipeline.runs import faces
 
 RECIPE = """
+from pipeline.monitor import MonitorConfig
 from tests.pipeline.runs import configuration
 def recipe():
-    return configuration({data!r}, {folder!r}, steps=2, run={{"log_every": 2}})
+    return configuration({data!r}, {folder!r}, steps=2, run={{"log_every": 2}}, monitor=MonitorConfig())
 """
 
 

@@ -306,23 +306,22 @@ def test_threads_that_fetch_at_once_copy_once(cache, monkeypatch):
     assert len(set(paths)) == 1 and len(Flaky.asked) == 1
 
 
-def _fetch_file(address, cache, begin):
+def _fetch_file(address, cache, begin, found):
     begin.wait()
-    path = fetch(address, cache)
-    print(os.stat(path).st_ino)
+    found.put(os.stat(fetch(address, cache)).st_ino)
 
 
-def test_processes_that_fetch_at_once_copy_once(tmp_path, cache, capfd):
+def test_processes_that_fetch_at_once_copy_once(tmp_path, cache):
     (tmp_path / "a.tar").write_bytes(os.urandom(5 << 20))
     context = multiprocessing.get_context("fork")
-    begin = context.Barrier(3)
-    processes = [context.Process(target=_fetch_file, args=(f"file://{tmp_path}/a.tar", cache, begin)) for _ in range(3)]
+    begin, found = context.Barrier(3), context.SimpleQueue()
+    processes = [context.Process(target=_fetch_file, args=(f"file://{tmp_path}/a.tar", cache, begin, found)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    printed = capfd.readouterr().out.split()
-    assert [process.exitcode for process in processes] == [0, 0, 0] and len(printed) == 3 and len(set(printed)) == 1
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len({found.get() for _ in processes}) == 1
     assert len(left(cache)) == 2
 
 

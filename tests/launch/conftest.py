@@ -6,7 +6,8 @@
         assert hosts[2].left() == []
 
 `hosts` heals after each test what the test has broken: such hosts are switched off and on. `network` is for fixtures that keep something
-running on `network.hosts` over several tests, and lasts for the whole run. Without root, iproute2 or openssh-server the tests skip."""
+running on `network.hosts` over several tests. Both last for the tests of this folder. Without root, iproute2 or openssh-server the tests
+skip."""
 
 from collections.abc import Iterator
 
@@ -16,15 +17,15 @@ from tests.launch.netns import Host, Network, why_not
 from tests.launch.ray_nodes import Nodes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """Two Ray nodes with room for one rank each. They are up for the rest of the run, beside the clusters that other tests start."""
+    """Two Ray nodes with room for one rank each. They are up until the last test of this folder, beside the clusters that others start."""
     nodes = Nodes(tmp_path_factory.mktemp("two_nodes"))
     yield nodes
     nodes.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     reason = why_not()
     if reason:

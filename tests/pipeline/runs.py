@@ -18,6 +18,7 @@ from pipeline.checkpoint import CheckpointConfig
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.engine import EngineConfig
 from pipeline.evaluation.evaluator import EvaluationConfig
+from pipeline.monitor.config import MonitorConfig
 from pipeline.schedule import OptimizerConfig
 from pipeline.train import train
 from pipeline.trainer import Trainer
@@ -46,6 +47,7 @@ def configuration(data: str, folder: str, steps: int, engine: str = "ddp", **cha
         engine=EngineConfig(engine, **{"precision": "float32", **changes.pop("engine_options", {})}),
         checkpoint=CheckpointConfig(every_steps=changes.pop("save_every", 10**6), keep=9),
         evaluation=changes.pop("evaluation", EvaluationConfig()),
+        monitor=changes.pop("monitor", MonitorConfig(())),  # whose pictures would take half the time of a run
     )
 
 

@@ -19,6 +19,7 @@ from dali_loaders.faces import FacesConfig, write_faces
 from pipeline.evaluation import evaluate, evaluator, write_bin
 from pipeline.evaluation.evaluator import EvaluationConfig, Evaluator
 from pipeline.evaluation.kept import Kept
+from pipeline.monitor import MonitorConfig
 from pipeline.stopping import _RANKS, Asked, Stopped
 from pipeline.train import train
 from pipeline.trainer import Trainer
@@ -44,7 +45,7 @@ def pairs(data):
 
 def config(data, pairs, folder):
     evaluation = EvaluationConfig(data=data, pairs=(pairs,), at_start=True)
-    return configuration(data, str(folder), STEPS, save_every=2, evaluation=evaluation)
+    return configuration(data, str(folder), STEPS, save_every=2, evaluation=evaluation, monitor=MonitorConfig())
 
 
 def files(folder) -> dict[str, bytes]:

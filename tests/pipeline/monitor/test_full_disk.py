@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.distributed import join
 from pipeline.evaluation.evaluator import EvaluationConfig
-from pipeline.monitor import Monitor, event_file, json_lines
+from pipeline.monitor import Monitor, MonitorConfig, event_file, json_lines
 from pipeline.monitor.console import Console
 from pipeline.monitor.json_lines import JsonLines
 from pipeline.summary import summary
@@ -262,7 +262,7 @@ def test_a_run_of_which_only_checkpoints_can_be_written_ends_well(tmp_path, monk
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     (folder / "tensorboard").touch()
     evaluation = EvaluationConfig(data=data, every_epochs=0.1)
-    config = configuration(data, str(folder), steps=4, save_every=2, evaluation=evaluation)
+    config = configuration(data, str(folder), steps=4, save_every=2, evaluation=evaluation, monitor=MonitorConfig())
     from pipeline.evaluation import figures
     from pipeline.train import train
 
@@ -285,6 +285,7 @@ def test_a_disk_that_gets_full_in_the_middle_and_is_so_at_the_restart(tmp_path):
         from pipeline.evaluation.evaluator import EvaluationConfig
         from pipeline.train import train
         from pipeline.trainer import Trainer
+        from pipeline.monitor import MonitorConfig
         from tests.pipeline.runs import configuration, faces
         data = faces(".")
         step = Trainer._train_step
@@ -303,7 +304,7 @@ def test_a_disk_that_gets_full_in_the_middle_and_is_so_at_the_restart(tmp_path):
         os.makedirs("small/run")
         os.makedirs("large")
         os.symlink(os.path.abspath("large"), "small/run/checkpoints")
-        config = configuration(data, "small/run", steps=4, save_every=2, evaluation=EvaluationConfig(data=data))
+        config = configuration(data, "small/run", steps=4, save_every=2, evaluation=EvaluationConfig(data=data), monitor=MonitorConfig())
         train(config)
         print(sorted(os.listdir("large"))[1:])
         fill()  # what ranks wrote while they ran is gone by now

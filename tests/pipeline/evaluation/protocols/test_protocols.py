@@ -16,6 +16,7 @@ from pipeline.cli import main
 from pipeline.evaluation import evaluate, write_bin
 from pipeline.evaluation.evaluator import EvaluationConfig
 from pipeline.evaluation.protocols import OPTIONS, description, names, of_path, open_protocol, register, registry
+from pipeline.monitor import MonitorConfig
 from pipeline.same_data import open_on_all_ranks
 from pipeline.train import train
 from tests.pipeline.people import DATA, flat, write_images
@@ -143,7 +144,8 @@ def test_groups_are_printed_side_by_side_and_drawn(tmp_path, registered, capsys)
 def test_protocols_of_a_run(tmp_path):
     """Their figures are in metrics.jsonl and, in the set's group, in TensorBoard; those of their groups below their names."""
     folder = people(tmp_path / "people")
-    config = configuration(faces(str(tmp_path)), str(tmp_path / "run"), 2, evaluation=EvaluationConfig(protocols=(f"mfr:{folder}",)))
+    evaluation = EvaluationConfig(protocols=(f"mfr:{folder}",))
+    config = configuration(faces(str(tmp_path)), str(tmp_path / "run"), 2, evaluation=evaluation, monitor=MonitorConfig())
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (row,) = [row for row in rows if "people/eer" in row]
