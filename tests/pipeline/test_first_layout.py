@@ -11,6 +11,7 @@ import pytest
 from partial_fc import losses
 from pipeline import checkpoint
 from pipeline.config import as_dict, from_dict
+from pipeline.monitor import MonitorConfig
 from tests.pipeline import first_layout
 from tests.pipeline.runs import configuration, faces, train_losses, train_until
 
@@ -27,7 +28,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_first_version(ranks, data, loss,
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in first_layout.LOSSES[loss].items()}
 
     def config(folder):
-        made = configuration(data, str(tmp_path / folder), STEPS, save_every=SAVED)
+        made = configuration(data, str(tmp_path / folder), STEPS, save_every=SAVED, monitor=MonitorConfig())
         return replace(made, loss=losses.build(**fields), classifier=replace(made.classifier, non_finite="raise"))  # as by default then
 
     whole = ranks(1).run(train_losses, config("whole"))[0]
