@@ -65,8 +65,14 @@ def steps(loss, rule, count=2, micro=1, **options):
     classifier.cosines(features, labels)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", losses.REGISTRY)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(name, options, marks=[pytest.mark.long] * ((i + j) % 3 > 0))  # a third of them, else each with each
+        for i, name in enumerate(losses.REGISTRY)
+        for j, options in enumerate(OPTIONS)
+    ],
+)
 def test_losses(name, options):
     with pytest.raises(ValueError, match="use ") if (name, options) in REFUSED else contextlib.nullcontext():
         steps(losses.build(name), partial(RULES[options.startswith("bfloat16")], lr=0.1), **OPTIONS[options])
